@@ -1,0 +1,125 @@
+"""Folders become a table, and a table a training and a validation side that share no patient and no file."""
+
+import shutil
+
+import pandas as pd
+import pytest
+
+from tests.conftest import draw_collection
+from xray_fastai.dataset import check_files, find_root, patient_of, positive_class, read_split
+from xray_fastai.errors import UserError
+from xray_fastai.splits import assign_validation, hold_out
+
+
+def table(patients, labels, digests=None):
+    files = [f"train/{label}/{i}.jpeg" for i, label in enumerate(labels)]
+    frame = pd.DataFrame({"path": files, "file": files, "label": labels, "split": "train", "patient": patients})
+    return frame.assign(digest=digests if digests is not None else files)
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("person1000_bacteria_2931.jpeg", "person1000"),
+        ("person1000_virus_1.jpeg", "person1000"),
+        ("IM-0115-0001.jpeg", "IM-0115"),
+        ("NORMAL2-IM-0345-0001-0002.jpeg", "NORMAL2-IM-0345"),
+        ("scan.jpeg", None),
+        ("person.jpeg", None),
+    ],
+)
+def test_kaggle_names_hold_the_patient(name, patient):
+    assert patient_of(name) == patient
+
+
+def test_other_names_are_patients_of_their_own_and_a_pattern_finds_others(tmp_path):
+    root = draw_collection(tmp_path, {"train/A": 3, "train/B": 3})
+    assert read_split(root, "train").patient.nunique() == 6
+    assert set(read_split(root, "train", patient_pattern=r"train(\d)").patient) == {"0", "1", "2"}
+
+
+def test_the_kaggle_archive_is_read_as_it_comes(tmp_path):
+    root = draw_collection(tmp_path / "chest_xray" / "chest_xray", {"train/NORMAL": 3, "train/PNEUMONIA": 3})
+    (tmp_path / "chest_xray" / "__MACOSX" / "train").mkdir(parents=True)
+    (root / "train" / "__MACOSX").mkdir()
+    (root / "train" / ".DS_Store").write_bytes(b"\0")
+    normal = root / "train" / "NORMAL"
+    (normal / ".DS_Store").write_bytes(b"\0")
+    (normal / "._IM-train0.jpeg").write_bytes(b"\0")
+    (normal / "Thumbs.db").write_bytes(b"\0")
+    (normal / "IM-train0.jpeg").rename(normal / "IM-train0.JPEG")
+    assert find_root(tmp_path) == root
+    found = read_split(root, "train")
+    assert found.label.value_counts().to_dict() == {"NORMAL": 3, "PNEUMONIA": 3}
+    assert "train/NORMAL/IM-train0.JPEG" in set(found.file)
+
+
+def test_held_out_images_are_stratified_and_share_no_patient():
+    patients = [f"p{i // 4}" for i in range(400)] + [f"q{i // 2}" for i in range(200)]
+    labels = ["PNEUMONIA"] * 400 + ["NORMAL"] * 200
+    frame = table(patients, labels)
+    held_out = hold_out(frame, 0.1, seed=1)
+    assert not set(frame.patient[held_out]) & set(frame.patient[~held_out])
+    assert frame.label[held_out].value_counts().to_dict() == pytest.approx({"PNEUMONIA": 40, "NORMAL": 20}, abs=4)
+    assert (hold_out(frame, 0.1, seed=1) == held_out).all()
+    assert (hold_out(frame, 0.1, seed=2) != held_out).any()
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.3, 0.5])
+def test_the_fraction_is_met(fraction):
+    frame = table([f"p{i}" for i in range(300)], ["A", "B"] * 150)
+    assert hold_out(frame, fraction, seed=0).mean() == pytest.approx(fraction, abs=0.02)
+
+
+def test_identical_files_stay_on_one_side():
+    digests = [f"d{i // 2}" for i in range(80)]  # each file twice, as two patients
+    frame = table([f"p{i}" for i in range(80)], ["A"] * 40 + ["B"] * 40, digests)
+    held_out = hold_out(frame, 0.25, seed=0)
+    assert not set(frame.digest[held_out]) & set(frame.digest[~held_out])
+
+
+def test_few_patients_are_still_split_and_one_patient_is_an_error():
+    frame = table(["a", "b", "c", "d"], ["A", "A", "B", "B"])
+    held_out = hold_out(frame, 0.1, seed=0)
+    assert set(frame.label[held_out]) == set(frame.label[~held_out]) == {"A", "B"}
+    with pytest.raises(UserError, match="train/A: all images are of one patient"):
+        hold_out(table(["a", "a", "c", "d"], ["A", "A", "B", "B"]), 0.1, seed=0)
+
+
+@pytest.fixture
+def with_val(tmp_path):
+    """A hundred images, and a `val` of 50 and 50 in which one patient and one file of `train` recur."""
+    counts = {"train/NORMAL": 50, "train/PNEUMONIA": 50, "val/NORMAL": 50, "val/PNEUMONIA": 50}
+    root = draw_collection(tmp_path, counts)
+    shutil.copy(root / "train/NORMAL/IM-train0.jpeg", root / "val/NORMAL/IM-val0.jpeg")
+    (root / "train/PNEUMONIA/persontrain1.jpeg").rename(root / "train/PNEUMONIA/person7_virus_1.jpeg")
+    (root / "val/PNEUMONIA/personval1.jpeg").rename(root / "val/PNEUMONIA/person7_bacteria_2.jpeg")
+    both = check_files(pd.concat([read_split(root, s) for s in ("train", "val")]), 32)[0]
+    return tuple(both[both.split == s].reset_index(drop=True) for s in ("train", "val"))
+
+
+def test_auto_uses_a_large_val_as_it_stands_and_leaves_out_what_leaks(with_val):
+    frame, line, leaking = assign_validation(*with_val, "auto", 0)
+    assert line == "val/ (100 images)"
+    assert leaking == 2
+    assert frame.is_valid.sum() == 100 and (~frame.is_valid).sum() == 98
+    for column in ("patient", "digest"):
+        assert not set(frame[column][frame.is_valid]) & set(frame[column][~frame.is_valid])
+
+
+def test_auto_adds_a_tenth_of_train_to_a_small_val(with_val):
+    train, val = with_val
+    frame, line, _ = assign_validation(train, val[val.index % 2 == 0], "auto", 0)
+    assert "held out of train/" in line and "too small alone (50 images)" in line
+    assert frame[frame.split == "train"].is_valid.mean() == pytest.approx(0.1, abs=0.03)
+    assert frame[frame.split == "val"].is_valid.all()
+
+
+def test_positive_class():
+    assert positive_class(["NORMAL", "PNEUMONIA"]) == "PNEUMONIA"
+    assert positive_class(["covid", "normal"]) == "covid"
+    assert positive_class(["A", "B"]) == "B"
+    assert positive_class(["A", "B", "C"]) is None
+    assert positive_class(["NORMAL", "PNEUMONIA"], "NORMAL") == "NORMAL"
+    with pytest.raises(UserError, match="--positive FLU: no such class"):
+        positive_class(["NORMAL", "PNEUMONIA"], "FLU")

@@ -1,0 +1,17 @@
+"""Train a chest X-ray classifier by transfer learning, see where it errs, hand over a model that others can trust.
+
+The names below load on first use, so that the command line answers at once.
+"""
+
+__version__ = "0.1.0"
+__all__ = ["FitConfig", "__version__", "fit", "load_learner"]
+
+_HOMES = {"FitConfig": "config", "fit": "training", "load_learner": "bundle"}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

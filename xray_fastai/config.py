@@ -1,0 +1,138 @@
+"""The settings of a fit: every default once, every check once.
+
+The command line takes its defaults and help texts from here, and an export holds the settings as they were used, so
+that `FitConfig(**model["settings"])` repeats the fit.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from xray_fastai.errors import UserError
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny", "efficientnet_b0")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def _setting(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What `fit` does.
+
+    `data`, `weights`, `size`, `freeze_epochs` and `workers` may be None: `fit` then chooses, says what it chose, and
+    writes that into the export.
+
+    Raises:
+        UserError: a value that no fit can have, named by its option.
+    """
+
+    data: str | None = _setting(
+        None, "Folder with train/CLASS/* and val/CLASS/*. [default: ./chest_xray, else phantom]"
+    )
+    epochs: int = _setting(100, "Epochs at most, in each phase.")
+    freeze_epochs: int | None = _setting(None, "Epochs at most with the backbone frozen. [default: as --epochs]")
+    patience: int = _setting(20, "Stop a phase after this many epochs without a better validation loss.")
+    batch_size: int = _setting(80, "Images a step.")
+    lr: float = _setting(2e-3, "Peak learning rate of the head; earlier layers get less when unfrozen.")
+    size: int | None = _setting(None, "Side in pixels that images are resized to. [default: 224; phantom: 64]")
+    arch: str = _setting("resnet50", f"Backbone: {', '.join(ARCHITECTURES)}.")
+    weights: str | None = _setting(
+        None, "imagenet, none, or a .pth or .safetensors file. [default: imagenet; phantom: none]"
+    )
+    class_weights: str = _setting("balanced", "balanced, none, or one number a class, such as 3,1.")
+    dropout: float = _setting(0.5, "Dropout before the last layer.")
+    valid: str = _setting(
+        "auto", "folder (val/), a fraction of train/ such as 0.1, or auto: val/ if large enough, else also a tenth."
+    )
+    positive: str | None = _setting(None, "The class to detect. [default: PNEUMONIA, where there is one]")
+    patient_pattern: str | None = _setting(
+        None, "Regular expression that finds the patient in a file name. [default: the Kaggle names]"
+    )
+    skip_bad: bool = _setting(False, "Go on without images that can't be read.")
+    seed: int = _setting(42, "Seed of everything random.")
+    device: str = _setting("auto", f"{', '.join(DEVICES)}.")
+    precision: str = _setting("auto", f"{', '.join(PRECISIONS)}.")
+    workers: int | None = _setting(None, "Processes that load images. [default: by device and cores]")
+    name: str | None = _setting(None, "Name of the run. [default: date and time]")
+    exports: str = _setting("exports", "Folder that the run's folder is written into.")
+
+    def __post_init__(self):
+        for option, least in [("epochs", 1), ("patience", 1), ("batch_size", 1), ("size", 32)]:
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise _refused(option, value, f"give {least} or more")
+        for option in ("freeze_epochs", "workers"):
+            value = getattr(self, option)
+            if value is not None and value < 0:
+                raise _refused(option, value, "give 0 or more")
+        for option, choices in [("arch", ARCHITECTURES), ("device", DEVICES), ("precision", PRECISIONS)]:
+            if getattr(self, option) not in choices:
+                raise _refused(option, getattr(self, option), f"choose one of {', '.join(choices)}")
+        if not 0 < self.lr < 10:
+            raise _refused("lr", self.lr, "give a learning rate above 0, such as 2e-3")
+        if not 0 <= self.dropout < 1:
+            raise _refused("dropout", self.dropout, "give a probability from 0 to below 1")
+        if not 0 <= self.seed < 2**32:
+            raise _refused("seed", self.seed, "give a whole number from 0 to 4294967295")
+        if self.valid not in ("auto", "folder"):
+            fraction = _number(self.valid)
+            if fraction is None or not 0.02 <= fraction <= 0.5:
+                raise _refused("valid", self.valid, "give auto, folder, or a fraction from 0.02 to 0.5")
+        if self.class_weights not in ("balanced", "none"):
+            weights = [_number(part) for part in self.class_weights.split(",")]
+            if any(w is None or not 0 < w < float("inf") for w in weights):
+                raise _refused(
+                    "class_weights", self.class_weights, "give balanced, none, or numbers above 0 such as 3,1"
+                )
+        if self.patient_pattern is not None:
+            try:
+                re.compile(self.patient_pattern)
+            except re.error as error:
+                raise _refused("patient_pattern", self.patient_pattern, f"not a regular expression: {error}") from None
+        if self.name is not None and not re.fullmatch(r"[^\W_][\w.-]*", self.name):
+            raise _refused("name", self.name, "use letters, digits, '.', '_' and '-', a letter or digit first")
+
+    @property
+    def valid_fraction(self) -> float | None:
+        """The share of train/ to hold out, where the option is a number."""
+        return None if self.valid in ("auto", "folder") else float(self.valid)
+
+    def class_weight_list(self) -> list[float] | None:
+        """The weights given by number, in the order of the classes; None for `balanced` and `none`."""
+        return None if self.class_weights in ("balanced", "none") else [float(w) for w in self.class_weights.split(",")]
+
+    def check_class_weights(self, classes: Sequence[str]) -> None:
+        """Raises:
+        UserError: weights were given by number, and not one for each class.
+        """
+        given = self.class_weight_list()
+        if given is not None and len(given) != len(classes):
+            raise UserError(
+                f"--class-weights {self.class_weights}: {len(given)} numbers for {len(classes)} classes; "
+                f"give one each, in the order {', '.join(classes)}"
+            )
+
+    def with_choices(self, **choices) -> "FitConfig":
+        """A copy in which what was left to `fit` (None) is filled in."""
+        return replace(self, **{name: value for name, value in choices.items() if getattr(self, name) is None})
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+HELP: dict[str, str] = {f.name: f.metadata["help"] for f in fields(FitConfig)}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _refused(name: str, value, advice: str) -> UserError:
+    return UserError(f"--{name.replace('_', '-')} {value}: {advice}")

@@ -1,0 +1,233 @@
+"""Split folders become a table (path, label, split, patient), and the table a fastai `DataBlock` and `DataLoaders`.
+
+The layout is the Kaggle collection's: `DIR/{train,val,test}/CLASS/*`. What is odd in its archive (a second
+`chest_xray/chest_xray`, `__MACOSX`, `.DS_Store`, extensions in capitals) is taken as it comes.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from xray_fastai.config import FitConfig
+from xray_fastai.errors import ImageError, UserError
+from xray_fastai.images import EXTENSIONS, check_image
+from xray_fastai.splits import assign_validation
+
+KAGGLE_PATIENT = re.compile(r"^(?:(person\d+)_|((?:NORMAL2-)?IM-\d+)-)")
+"""`person1000_bacteria_2931`, `IM-0115-0001` and `NORMAL2-IM-0345-0001`: the patient, or the study, comes first."""
+
+REHEARSAL = "built-in phantom"
+"""The name of the collection that the package draws itself."""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The images of a fit.
+
+    `table` has an image a row: path, file (relative to the root), label, split, patient, digest, is_valid.
+    """
+
+    name: str
+    classes: list[str]
+    positive: str | None
+    table: pd.DataFrame
+    notes: list[str]
+
+    @property
+    def rehearsal(self) -> bool:
+        return self.name == REHEARSAL
+
+    @property
+    def train(self) -> pd.DataFrame:
+        return self.table[~self.table.is_valid]
+
+    @property
+    def valid(self) -> pd.DataFrame:
+        return self.table[self.table.is_valid]
+
+
+def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
+    """Read and check the images of a fit; `test` is never looked at.
+
+    Returns:
+        The settings, with what they left to the kind of data filled in, and the images.
+
+    Raises:
+        UserError: the folder is not such a collection, or an image can't be read; by name.
+    """
+    data = config.data
+    if data is None and Path("chest_xray").is_dir():
+        data = "chest_xray"
+    if data is None:
+        from xray_fastai.phantom import cached
+
+        root = cached()
+        config = config.with_choices(weights="none", size=64)
+    else:
+        root = find_root(data)
+        config = config.with_choices(data=data, weights="imagenet", size=224)
+    config = config.with_choices(freeze_epochs=config.epochs)
+    train = read_split(root, "train", patient_pattern=config.patient_pattern)
+    classes = sorted(train.label.unique())
+    positive = positive_class(classes, config.positive)
+    config.check_class_weights(classes)
+    val = None
+    if config.valid == "folder" or (config.valid == "auto" and (root / "val").is_dir()):
+        val = read_split(root, "val", classes, config.patient_pattern)
+    table, bad = check_files(pd.concat([train, val], ignore_index=True), config.size, config.skip_bad)
+    parts = {split: rows.reset_index(drop=True) for split, rows in table.groupby("split")}
+    table, line, leaking = assign_validation(parts["train"], parts.get("val"), config.valid, config.seed)
+    notes = [line]
+    if leaking:
+        notes.append(f"left out of training: {leaking} images whose patient, or an identical file, is in val/")
+    if bad:
+        notes.append(f"left out by --skip-bad: {len(bad)} images, the first {bad[0]}")
+    return config, Collection(REHEARSAL if data is None else str(root), classes, positive, table, notes)
+
+
+def find_root(data: str | Path) -> Path:
+    """The folder that holds `train`: `data` itself, or a `chest_xray` (in a `chest_xray`) in it.
+
+    Raises:
+        UserError: `data` is missing, a file, or has no `train` anywhere it is looked for.
+    """
+    data = Path(data)
+    layout = "expected train/NORMAL, train/PNEUMONIA and the like in it"
+    if not data.exists():
+        raise UserError(f"--data {data}: no such folder; {layout}")
+    if not data.is_dir():
+        raise UserError(f"--data {data}: a file, not a folder; give the folder that holds train/")
+    for root in (data, data / "chest_xray", data / "chest_xray" / "chest_xray"):
+        if (root / "train").is_dir():
+            return root
+    inside = sorted(entry.name for entry in data.iterdir() if not _hidden(entry.name))
+    if not inside:
+        raise UserError(f"--data {data}: the folder is empty; {layout}")
+    raise UserError(f"--data {data}: no train/ in it (there is {', '.join(inside[:5])}); {layout}")
+
+
+def find_images(folder: Path) -> list[str]:
+    """Image files below a folder, at any depth, as sorted relative paths; hidden files and other types are left out."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        found += [
+            os.path.relpath(os.path.join(parent, name), folder)
+            for name in files
+            if not _hidden(name) and name.lower().endswith(EXTENSIONS)
+        ]
+    return sorted(Path(name).as_posix() for name in found)
+
+
+def patient_of(name: str, pattern: re.Pattern = KAGGLE_PATIENT) -> str | None:
+    """The patient that a file name holds: the pattern's first group that matched, or all that matched; else None."""
+    match = pattern.search(name)
+    if match is None:
+        return None
+    return next((group for group in match.groups() if group), match.group())
+
+
+def read_split(root: Path, split: str, classes: Sequence[str] | None = None, patient_pattern: str | None = None):
+    """List one split.
+
+    Args:
+        root: the folder that holds the split's folder.
+        split: train, val or test.
+        classes: the classes that must be there, and no other; None takes the folders that there are.
+        patient_pattern: regular expression that finds the patient in a file name; None is the Kaggle names'.
+
+    Returns:
+        A data frame, an image a row: `path`, `file` (relative to `root`), `label`, `split`, `patient`. A name without a
+        patient makes the file a patient of its own.
+
+    Raises:
+        UserError: the split or a class is missing or empty, or there is a class too few or too many.
+    """
+    folder = root / split
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    if classes is None:
+        if len(found) < 2:
+            raise UserError(
+                f"{folder}: {'one class only (' + found[0] + ')' if found else 'no class folders'}; "
+                "expected one folder for each of two or more classes, such as NORMAL and PNEUMONIA"
+            )
+        classes = found
+    if missing := sorted(set(classes) - set(found)):
+        raise UserError(f"{folder}: no folder for class {', '.join(missing)}, which train/ has")
+    if surplus := sorted(set(found) - set(classes)):
+        raise UserError(
+            f"{folder}: holds class {', '.join(surplus)}, which the classes of train/ ({', '.join(classes)}) lack"
+        )
+    pattern = KAGGLE_PATIENT if patient_pattern is None else re.compile(patient_pattern)
+    rows = []
+    for label in classes:
+        names = find_images(folder / label)
+        if not names:
+            raise UserError(f"{folder / label}: no image in it (looked for {' '.join(EXTENSIONS)})")
+        for name in names:
+            file = f"{split}/{label}/{name}"
+            patient = patient_of(Path(name).name, pattern) or file
+            rows.append((str(folder / label / name), file, label, split, patient))
+    return pd.DataFrame(rows, columns=["path", "file", "label", "split", "patient"])
+
+
+def check_files(table: pd.DataFrame, size: int, skip_bad: bool = False) -> tuple[pd.DataFrame, list[str]]:
+    """Decode every file once, before hours go into training on them.
+
+    Returns:
+        The table with a column `digest` (MD5 of the content), and the errors of the rows that `skip_bad` left out.
+
+    Raises:
+        UserError: a file can't be read, and `skip_bad` is off; or a class has no readable file left.
+    """
+
+    def digest(path: str) -> str | ImageError:
+        try:
+            return check_image(path, size)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(digest, table.path))
+    errors = [str(d) for d in digests if isinstance(d, ImageError)]
+    if errors and not skip_bad:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0]}{more}; mend or remove it, or go on without it by --skip-bad")
+    readable = [not isinstance(d, ImageError) for d in digests]
+    kept = table.assign(digest=digests)[readable].reset_index(drop=True)
+    for split, label in {(s, c) for s, c in zip(table.split, table.label, strict=True)}:
+        if not ((kept.split == split) & (kept.label == label)).any():
+            raise UserError(f"{split}/{label}: no readable image in it; the first error: {errors[0]}")
+    return kept, errors
+
+
+def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | None:
+    """The class to detect: the one wanted, PNEUMONIA where there is one, or of two the one that is not NORMAL.
+
+    Returns:
+        None where there are more than two classes, none is wanted and none is PNEUMONIA.
+
+    Raises:
+        UserError: the wanted class is not there.
+    """
+    if wanted is not None:
+        if wanted not in classes:
+            raise UserError(f"--positive {wanted}: no such class; the classes are {', '.join(classes)}")
+        return wanted
+    for name in classes:
+        if name.upper() == "PNEUMONIA":
+            return name
+    if len(classes) == 2:
+        return classes[0] if classes[1].upper() == "NORMAL" else classes[1]
+    return None
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"

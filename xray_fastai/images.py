@@ -1,0 +1,130 @@
+"""A file, PIL image or array becomes one eight-bit, one-channel X-ray image; what can't become one is named.
+
+X-rays are one-channel, so images stay one-channel until the network's normalisation broadcasts them to three. JPEGs are
+decoded at the smallest of libjpeg's scales (1, 1/2, 1/4, 1/8) that still covers the wanted size (Pillow's `draft`).
+"""
+
+import hashlib
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from xray_fastai.errors import ImageError
+
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 100_000_000
+"""Larger images are refused before memory is taken: the largest X-ray detectors have some 20 million pixels."""
+
+# Pillow warns at 89 million pixels; here `MAX_PIXELS` refuses, so the warning would only repeat it.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int | None = None) -> Image.Image:
+    """Read one image as eight-bit grey.
+
+    Args:
+        source: a path, an encoded image's bytes, a PIL image, or an array (H, W), (H, W, 1|3|4) or (1|3, H, W):
+            integers from 0, or floats from 0 to 1.
+        size: the side in pixels to resize to; the whole image is kept, its aspect ratio is not. None: as it is.
+
+    Returns:
+        A PIL image of mode "L".
+
+    Raises:
+        ImageError: not an image, truncated, several frames, or too large; the text names the file.
+    """
+    name = str(source) if isinstance(source, (str, Path)) else "image"
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+        elif isinstance(source, (str, Path, bytes)):
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        else:
+            image = _from_array(np.asarray(source))
+        return _to_grey(image, name, size)
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except IsADirectoryError:
+        raise ImageError(f"{name}: a folder, not an image") from None
+    except PermissionError:
+        raise ImageError(f"{name}: no permission to read it") from None
+    except UnidentifiedImageError:
+        if isinstance(source, (str, Path)) and Path(source).stat().st_size == 0:
+            raise ImageError(f"{name}: the file is empty (0 bytes)") from None
+        raise ImageError(f"{name}: not an image that can be read ({', '.join(EXTENSIONS)})") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; no X-ray is that large") from None
+    except Exception as error:  # Pillow's decoders raise whatever a broken stream leads them to
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImageError(f"{name}: broken image ({text})") from None
+
+
+def check_image(path: Path | str, size: int | None = None) -> str:
+    """Decode a file to its end.
+
+    Returns:
+        The MD5 of its content, in hexadecimal: equal for identical files.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}") from None
+    if not content:
+        raise ImageError(f"{path}: the file is empty (0 bytes)")
+    try:
+        open_image(content, size)
+    except ImageError as error:
+        raise ImageError(f"{path}{str(error).removeprefix('image')}") from None
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _to_grey(image: Image.Image, name: str, size: int | None) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{name}: {image.width} x {image.height} pixels; no X-ray is that large")
+    if getattr(image, "n_frames", 1) > 1:
+        raise ImageError(f"{name}: {image.n_frames} frames; split it into one image a file")
+    if size is not None and getattr(image, "format", None) == "JPEG":
+        image.draft("L", (size, size))
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _from_array(np.asarray(image))
+    elif image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("L")
+    elif image.mode == "P":
+        image = image.convert("RGB").convert("L")
+    elif image.mode != "L":
+        image = image.convert("L")
+    if size is not None and image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    image.load()
+    return image
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise ImageError(f"image: an array of shape {array.shape}; give (height, width) or (height, width, 3)")
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if array.dtype != np.uint8:
+        low, high = float(array.min()), float(array.max())
+        if not np.isfinite([low, high]).all() or low < 0:
+            raise ImageError(f"image: values from {low:g} to {high:g}; give integers from 0, or floats from 0 to 1")
+        if np.issubdtype(array.dtype, np.floating) and high <= 1:
+            full = 1.0
+        else:  # detectors give 12 bits in files of 16
+            full = next((full for full in (255, 4095, 65535) if high <= full), high)
+        array = np.rint(array * (255.0 / full)).astype(np.uint8)
+    return Image.fromarray(array)
