@@ -1,0 +1,194 @@
+"""An export on disk: written whole or not at all, and read without pickle.
+
+    exports/<run>/model.safetensors   the weights
+                  model.json          all else needed to rebuild the learner and to trust it
+                  learner.pkl         fastai's own export
+                  history.csv         one row an epoch
+                  curves.png          the same as a picture
+
+While a run is under way its folder is `.<run>.partial`: made exclusively, so two fits never share it, and renamed at
+the end, so that what has the run's name is complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xray_fastai.errors import UserError
+
+if TYPE_CHECKING:
+    from fastai.vision.all import Learner
+
+FORMAT = 1
+"""The layout of `model.json`; a reader refuses a newer one."""
+
+SETTINGS, WEIGHTS, PICKLE = "model.json", "model.safetensors", "learner.pkl"
+
+
+class Reservation:
+    """A run's folder while it is being made."""
+
+    def __init__(self, exports: Path, name: str):
+        self.final = exports / name
+        self.partial = exports / f".{name}.partial"
+
+    def publish(self) -> Path:
+        """Give the folder its final name.
+
+        Raises:
+            UserError: something took that name meanwhile.
+        """
+        if self.final.exists():
+            raise UserError(f"{self.final}: taken by another run meanwhile; this one's files stay in {self.partial}")
+        os.rename(self.partial, self.final)
+        return self.final
+
+
+@contextlib.contextmanager
+def reserve(exports: str | Path, name: str | None) -> Iterator[Reservation]:
+    """Hold a run's name while it is being made; what was not published is removed at the end.
+
+    Args:
+        exports: the folder that holds the runs; made where it is missing.
+        name: of the run; None takes the date and time.
+
+    Raises:
+        UserError: the name is taken, or the folder can't be written to.
+    """
+    exports = Path(exports)
+    try:
+        exports.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--exports {exports}: can't be made ({error.strerror}); give another folder") from None
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = [name] if name else [stamp, *(f"{stamp}-{i}" for i in range(2, 100))]
+    for candidate in names:
+        run = Reservation(exports, candidate)
+        if run.final.exists():
+            fault = f"--name {candidate}: {run.final} is there already; give another name"
+            continue
+        try:
+            run.partial.mkdir()
+        except FileExistsError:
+            fault = f"--name {candidate}: {run.partial} belongs to a fit that runs, or crashed; remove it if it crashed"
+            continue
+        except OSError as error:
+            raise UserError(
+                f"--exports {exports}: can't be written to ({error.strerror}); give another folder"
+            ) from None
+        break
+    else:
+        raise UserError(fault)
+    try:
+        yield run
+    except BaseException:
+        shutil.rmtree(run.partial, ignore_errors=True)
+        raise
+    if not run.final.exists():
+        shutil.rmtree(run.partial, ignore_errors=True)
+
+
+def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: list[dict]) -> Path:
+    """Write all files of an export, then give the folder its name.
+
+    Args:
+        run: from `reserve`.
+        learn: on any device; it is moved to the CPU.
+        model: what goes into `model.json`; format and weights are added here.
+        history: a row an epoch.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written to; nothing is left behind.
+    """
+    import pandas as pd
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from xray_fastai.report import plot_curves
+
+    folder = run.partial
+    try:
+        learn.model.to("cpu", memory_format=torch.contiguous_format)
+        learn.dls.to("cpu")
+        state = {name: tensor.detach().contiguous() for name, tensor in learn.model.state_dict().items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        weights = {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS), "tensors": len(state)}
+        text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
+        (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+        pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
+        plot_curves(history, folder / "curves.png")
+        learn.export(folder.resolve() / PICKLE)
+        for file in folder.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        return run.publish()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"{run.final}: the export could not be written ({reason}); free space or give another --exports folder"
+        ) from None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The settings of an export (`model.json`), once its weights are seen to be those that it was written with.
+
+    Raises:
+        UserError: not an export, written by a newer version, or damaged.
+    """
+    path = Path(path)
+    if not (path / SETTINGS).is_file() or not (path / WEIGHTS).is_file():
+        raise UserError(f"{path}: not an export (it has no {SETTINGS} and {WEIGHTS}); give a folder that fit wrote")
+    try:
+        model = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        newer = model["format"] > FORMAT
+        expected = model["weights"]["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path / SETTINGS}: damaged ({type(error).__name__}: {error}); get the export anew") from None
+    if newer:
+        raise UserError(f"{path}: written by a newer version (format {model['format']}); update xray-fastai")
+    if sha256(path / WEIGHTS) != expected:
+        raise UserError(f"{path / WEIGHTS}: its SHA-256 is not the one in {SETTINGS}; get the export anew")
+    return model
+
+
+def load_learner(path: str | Path) -> "Learner":
+    """A fastai `Learner` from an export's `model.safetensors` and `model.json` alone: nothing is unpickled.
+
+    Args:
+        path: the export's folder.
+
+    Returns:
+        A learner on the CPU, in evaluation mode. `learn.predict(image)` takes a path, a PIL image or an array and gives
+        label, index and probabilities (classes,), in the order of `learn.dls.vocab`.
+
+    Raises:
+        UserError: not an export, written by a newer version, or damaged.
+    """
+    model = read(path)
+    from safetensors.torch import load_file
+
+    from xray_fastai.learner import build_learner
+    from xray_fastai.loaders import empty_loaders
+
+    dls = empty_loaders(model["classes"], model["preprocessing"]["size"])
+    learn = build_learner(dls, model["architecture"], dropout=model["dropout"], class_weights=model["class_weights"])
+    try:
+        learn.model.load_state_dict(load_file(Path(path) / WEIGHTS))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{Path(path) / WEIGHTS}: not the weights of {model['architecture']} ({reason})") from None
+    learn.model.eval()
+    return learn

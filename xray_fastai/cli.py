@@ -1,0 +1,143 @@
+"""The command line: parses, calls one function, prints what came back."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xray_fastai import __version__
+from xray_fastai.config import ARCHITECTURES, DEVICES, HELP, PRECISIONS, FitConfig
+from xray_fastai.errors import UserError
+
+app = typer.Typer(
+    help="Train a chest X-ray classifier by transfer learning, see where it errs, hand over the model. "
+    "No medical device: for research and teaching.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Data sets: draw a synthetic one.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+DEBUG = "XRAY_FASTAI_DEBUG"
+
+
+def command(function: Callable) -> Callable:
+    """One line and exit code 1 for what the user can mend, 130 for Ctrl-C; never a traceback, unless asked for."""
+
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        if DEBUG not in os.environ:
+            warnings.simplefilter("ignore")  # the libraries' notes to developers
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("\nStopped; nothing was written.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if DEBUG in os.environ:
+                raise
+            text = str(error).splitlines()[0] if str(error) else ""
+            print(
+                f"Error: unexpected {type(error).__name__}: {text}. This is a bug in xray-fastai: please report it "
+                f"with what {DEBUG}=1 shows.",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"xray-fastai {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None:
+    pass
+
+
+def _option(name: str, **kwargs):
+    return typer.Option(f"--{name.replace('_', '-')}", help=HELP[name], **kwargs)
+
+
+def _choice(name: str, choices: tuple[str, ...]):
+    def check(value: str) -> str:
+        if value not in choices:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.")
+        return value
+
+    return _option(name, callback=check, metavar="|".join(choices) if len(choices) < 5 else "NAME")
+
+
+@app.command()
+@command
+def fit(
+    data: Annotated[str | None, _option("data", metavar="DIR")] = FitConfig.data,
+    epochs: Annotated[int, _option("epochs", min=1)] = FitConfig.epochs,
+    freeze_epochs: Annotated[int | None, _option("freeze_epochs", min=0)] = FitConfig.freeze_epochs,
+    patience: Annotated[int, _option("patience", min=1)] = FitConfig.patience,
+    batch_size: Annotated[int, _option("batch_size", min=1)] = FitConfig.batch_size,
+    lr: Annotated[float, _option("lr")] = FitConfig.lr,
+    size: Annotated[int | None, _option("size", min=32)] = FitConfig.size,
+    arch: Annotated[str, _choice("arch", ARCHITECTURES)] = FitConfig.arch,
+    weights: Annotated[str | None, _option("weights", metavar="imagenet|none|FILE")] = FitConfig.weights,
+    class_weights: Annotated[str, _option("class_weights", metavar="balanced|none|LIST")] = FitConfig.class_weights,
+    dropout: Annotated[float, _option("dropout")] = FitConfig.dropout,
+    valid: Annotated[str, _option("valid", metavar="auto|folder|FRACTION")] = FitConfig.valid,
+    positive: Annotated[str | None, _option("positive", metavar="CLASS")] = FitConfig.positive,
+    patient_pattern: Annotated[str | None, _option("patient_pattern", metavar="REGEX")] = FitConfig.patient_pattern,
+    skip_bad: Annotated[bool, _option("skip_bad")] = FitConfig.skip_bad,
+    seed: Annotated[int, _option("seed")] = FitConfig.seed,
+    device: Annotated[str, _choice("device", DEVICES)] = FitConfig.device,
+    precision: Annotated[str, _choice("precision", PRECISIONS)] = FitConfig.precision,
+    workers: Annotated[int | None, _option("workers", min=0)] = FitConfig.workers,
+    name: Annotated[str | None, _option("name", metavar="RUN")] = FitConfig.name,
+    exports: Annotated[str, _option("exports", metavar="DIR")] = FitConfig.exports,
+) -> None:
+    """Train on split folders (or, without data, on the built-in rehearsal) and write exports/RUN."""
+    config = FitConfig(**locals())
+    from xray_fastai.training import fit as run
+
+    result = run(config)
+    if result.error:
+        raise UserError(f"{result.error}; the best weights so far are in {result.path}; try a lower --lr than {lr:g}")
+    if result.signal:
+        print("Interrupted: the best weights so far were exported.", file=sys.stderr)
+        raise typer.Exit(128 + result.signal)
+
+
+@data_app.command()
+@command
+def phantom(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet, or empty.")],
+    images: Annotated[int, typer.Option(help="How many.")] = 600,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
+) -> None:
+    """Draw synthetic chest X-rays into DIR/{train,val,test}/{NORMAL,PNEUMONIA}: for rehearsal and tests."""
+    from xray_fastai.phantom import write
+
+    try:
+        write(folder, images, seed)
+    except FileExistsError:
+        raise UserError(f"{folder}: is there already and not empty; give a new folder") from None
+    except ValueError as error:
+        raise UserError(f"--images {images}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror})") from None
+    print(f"{images} synthetic X-rays in {folder}; next: xray-fastai fit --data {folder}")

@@ -1,0 +1,62 @@
+"""Where a fit runs, and in which precision."""
+
+from collections.abc import Sequence
+
+import torch
+from fastai.vision.all import Callback, MixedPrecision
+
+from xray_fastai.callbacks import Autocast
+from xray_fastai.errors import UserError
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device named, or with `auto` the GPU where there is one.
+
+    Raises:
+        UserError: the machine, or this build of torch, has no such device.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        wanted = next(name for name in ("cuda", "mps", "cpu") if there[name])
+    if not there[wanted]:
+        found = ", ".join(name for name, here in there.items() if here)
+        raise UserError(f"--device {wanted}: torch finds none on this machine (there is {found}); or leave it to auto")
+    return torch.device(wanted)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16 (avx512_bf16, or amx)."""
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16; with `auto` the fastest that the hardware computes in without harm.
+
+    Raises:
+        UserError: fp16 off CUDA, where gradients would vanish for want of a loss scale; bf16 on a GPU without it.
+    """
+    cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        if cuda_bf16 or (device.type == "cpu" and cpu_has_bf16()):
+            return "bf16"
+        return "fp16" if device.type == "cuda" else "fp32"
+    if wanted == "fp16" and device.type != "cuda":
+        raise UserError(f"--precision fp16: needs a CUDA GPU, and this fit runs on {device.type}; choose fp32 or bf16")
+    if wanted == "bf16" and device.type == "cuda" and not cuda_bf16:
+        raise UserError("--precision bf16: this GPU has none; choose fp16")
+    return wanted
+
+
+def precision_callbacks(precision: str, device: torch.device) -> Sequence[Callback]:
+    """What makes fastai's loop compute in a precision."""
+    if precision == "fp32":
+        return []
+    return [MixedPrecision(amp_mode=precision) if device.type == "cuda" else Autocast(device.type)]
+
+
+def describe(device: torch.device) -> str:
+    """A device as a person knows it: the GPU's name, or the CPU and its threads."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type

@@ -1,0 +1,152 @@
+"""Backbone, dropout + linear head, weighted loss: the fastai `Learner`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision
+from fastai.vision.all import (
+    Adam,
+    Callback,
+    CrossEntropyLossFlat,
+    DataLoaders,
+    L,
+    Learner,
+    RocAuc,
+    RocAucBinary,
+    TrainEvalCallback,
+    accuracy,
+    params,
+    vision_learner,
+)
+from torch import nn
+
+from xray_fastai.config import FitConfig
+from xray_fastai.weights import load_backbone
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one of torchvision's networks is taken apart."""
+
+    features: int  # channels that leave the last convolutional block
+    classifier: str  # the name its classifier's tensors begin with
+    layers: Callable[[nn.Module], Sequence[nn.Module]]  # network -> what comes before the pooling
+    early: Callable[[nn.Sequential], tuple[nn.Module, nn.Module]]  # body -> its earlier and later part
+
+
+def _resnet(features: int) -> Architecture:
+    # stem, layer1, layer2 | layer3, layer4: fastai's own split of a resnet
+    return Architecture(features, "fc", lambda net: list(net.children())[:-2], lambda body: (body[:6], body[6:]))
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "resnet18": _resnet(512),
+    "resnet34": _resnet(512),
+    "resnet50": _resnet(2048),
+    "resnet101": _resnet(2048),
+    # torchvision applies this ReLU in forward(), outside of any module
+    "densenet121": Architecture(
+        1024,
+        "classifier",
+        lambda net: [net.features, nn.ReLU(inplace=True)],
+        lambda body: (body[0][:7], body[0][7:]),
+    ),
+    "convnext_tiny": Architecture(
+        768, "classifier", lambda net: [net.features], lambda body: (body[0][:4], body[0][4:])
+    ),
+    "efficientnet_b0": Architecture(
+        1280, "classifier", lambda net: [net.features], lambda body: (body[0][:5], body[0][5:])
+    ),
+}
+
+
+class FrozenBody(Callback):
+    "Keep a frozen backbone in evaluation mode: batch norm's running statistics stay, stochastic depth is off."
+
+    run_after = TrainEvalCallback
+
+    def before_train(self):
+        self.model[0].eval()
+
+
+def build_learner(
+    dls: DataLoaders,
+    arch: str,
+    *,
+    dropout: float = FitConfig.dropout,
+    class_weights: Sequence[float] | None = None,
+    pretrained: tuple[dict[str, torch.Tensor], str] | None = None,
+) -> Learner:
+    """A `vision_learner` of torchvision's `arch` with the head pooling, dropout, linear.
+
+    Args:
+        dls: its vocabulary gives the classes.
+        arch: a name in `ARCHITECTURES`.
+        dropout: before the linear layer.
+        class_weights: of the cross-entropy, in the order of the classes; None weighs all alike.
+        pretrained: tensors under torchvision's names, and their origin (`weights.pretrained_state`); None is random.
+
+    Returns:
+        A learner with three parameter groups (earlier layers, later layers, head), nothing frozen. The network maps
+        (B, 3, H, W) to logits (B, classes).
+
+    Raises:
+        UserError: the tensors are not those of `arch`.
+    """
+    made = ARCHITECTURES[arch]
+    classes = len(dls.vocab)
+
+    def backbone(**_):
+        network = torchvision.models.get_model(arch, weights=None)
+        if pretrained is not None:
+            load_backbone(network, made.classifier, *pretrained)
+        return nn.Sequential(*made.layers(network), nn.AdaptiveAvgPool2d(1))  # fastai cuts at the pooling
+
+    head = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1),  # (B, features, 1, 1)
+        nn.Flatten(),  # (B, features)
+        nn.Dropout(dropout),
+        nn.Linear(made.features, classes),  # (B, classes)
+    )
+
+    def splitter(model: nn.Sequential) -> L:
+        return L(*made.early(model[0]), model[1]).map(params)
+
+    weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32, device=dls.device)
+    learn = vision_learner(
+        dls,
+        backbone,
+        normalize=False,  # the `DataBlock` does it
+        pretrained=False,  # `backbone` does it
+        custom_head=head,
+        splitter=splitter,
+        loss_func=CrossEntropyLossFlat(weight=weight),
+        opt_func=Adam,
+        metrics=[accuracy, RocAucBinary() if classes == 2 else RocAuc()],
+        train_bn=False,
+    )
+    learn.arch = arch  # fastai keeps `backbone`, which holds the pretrained tensors
+    return learn
+
+
+def parameter_counts(learn: Learner) -> tuple[int, int]:
+    """All parameters, and those that train as the learner is frozen now."""
+    sizes = [(p.numel(), p.requires_grad) for p in learn.model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+
+
+def class_weight_values(config: FitConfig, labels: Sequence[str], classes: Sequence[str]) -> list[float] | None:
+    """The cross-entropy's weights, in the order of `classes`; None where all weigh alike.
+
+    Args:
+        config: its `class_weights`, checked against the classes.
+        labels: of the training images; `balanced` is n / (classes x images of the class), scikit-learn's formula.
+        classes: in the order of the network's outputs.
+    """
+    from sklearn.utils.class_weight import compute_class_weight
+
+    if config.class_weights == "balanced":
+        return compute_class_weight("balanced", classes=np.array(classes), y=np.array(labels)).tolist()
+    return config.class_weight_list()

@@ -1,0 +1,93 @@
+"""The table of a collection becomes a fastai `DataBlock` and `DataLoaders`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.vision.all import (
+    CategoryBlock,
+    ColReader,
+    ColSplitter,
+    DataBlock,
+    DataLoaders,
+    IntToFloatTensor,
+    Normalize,
+    PILImageBW,
+    Transform,
+    TransformBlock,
+    aug_transforms,
+    imagenet_stats,
+)
+from PIL import Image
+
+from xray_fastai.images import open_image
+
+
+class XrayImage(PILImageBW):
+    "An eight-bit, one-channel X-ray, black shown as black."
+
+    _show_args = {"cmap": "gray"}  # noqa: RUF012
+
+
+class OpenXray(Transform):
+    "Anything that `images.open_image` takes becomes an `XrayImage`; `input_types` lets `learn.predict` start here."
+
+    input_types = (str, Path, bytes, Image.Image, np.ndarray, torch.Tensor)
+
+    def __init__(
+        self,
+        size: int,  # side in pixels of the square that every image is resized to
+    ):
+        self.size = size
+
+    def encodes(self, source):
+        return XrayImage(open_image(source, self.size))
+
+
+def xray_block(classes: Sequence[str], size: int, augment: bool = True) -> DataBlock:
+    """The `DataBlock` of a table with columns `path`, `label` and `is_valid`.
+
+    Batches are (B, 1, size, size) until the normalisation by ImageNet's three means makes them (B, 3, size, size).
+
+    Args:
+        classes: all classes, in the order of the network's outputs.
+        size: side in pixels.
+        augment: vary training images by rotation, zoom, brightness and contrast. No flips: the heart has its side.
+    """
+    augmentation = aug_transforms(do_flip=False, max_rotate=10.0, max_zoom=1.15, max_warp=0.0) if augment else []
+    return DataBlock(
+        blocks=(
+            TransformBlock(type_tfms=OpenXray(size), batch_tfms=IntToFloatTensor()),
+            CategoryBlock(vocab=list(classes), sort=False),
+        ),
+        get_x=ColReader("path"),
+        get_y=ColReader("label"),
+        splitter=ColSplitter(),
+        batch_tfms=[*augmentation, Normalize.from_stats(*imagenet_stats, cuda=False)],
+    )
+
+
+def make_loaders(
+    table: pd.DataFrame, classes: Sequence[str], size: int, batch_size: int, device: torch.device, workers: int
+) -> DataLoaders:
+    """Training (shuffled, augmented) and validation loaders of a table with columns `path`, `label`, `is_valid`."""
+    return xray_block(classes, size).dataloaders(
+        table, bs=batch_size, val_bs=batch_size, num_workers=workers, device=device, path=Path(".")
+    )
+
+
+def empty_loaders(classes: Sequence[str], size: int) -> DataLoaders:
+    """Loaders without items, on the CPU: all that a learner needs to predict."""
+    blank = Image.new("L", (size, size))
+    table = pd.DataFrame({"path": [blank, blank], "label": [classes[0]] * 2, "is_valid": [False, True]})
+    block = xray_block(classes, size, augment=False)
+    return block.dataloaders(table, bs=1, num_workers=0, device=torch.device("cpu")).new_empty()
+
+
+def default_workers(device: torch.device) -> int:
+    """Loading processes: a CPU that trains has none to spare beyond a few; a GPU wants to be fed."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(2, cores) if device.type == "cpu" else min(16, cores)

@@ -1,0 +1,118 @@
+"""Pretrained weights of a torchvision network: from torch hub's cache, the network, or a file; never unpickled."""
+
+import pickle
+import re
+import socket
+import urllib.parse
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from xray_fastai.errors import UserError
+
+SLOWEST_ANSWER = 20  # seconds that a download may stall before it counts as offline
+
+# Densenet's published files name layers `norm.1`, torchvision's network `norm1` (torchvision/models/densenet.py).
+_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_\w+))$")
+
+
+def pretrained_state(arch: str, weights: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Read a network's pretrained tensors under torchvision's names.
+
+    Args:
+        arch: torchvision's name of the network.
+        weights: `imagenet`, or a file: `.safetensors`, or `.pth` (read with `weights_only=True`).
+
+    Returns:
+        The tensors, and a short name of where they came from.
+
+    Raises:
+        UserError: offline and not cached, no such file, or not a file of weights.
+    """
+    return _imagenet(arch) if weights == "imagenet" else _from_file(Path(weights))
+
+
+def load_backbone(network: torch.nn.Module, classifier: str, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Copy pretrained tensors into a torchvision network, all but its classifier.
+
+    Args:
+        network: freshly built by torchvision.
+        classifier: the name that its classifier's tensors begin with.
+        state: tensors under torchvision's names.
+        origin: where they came from, for the error.
+
+    Raises:
+        UserError: tensors are missing, misshapen, of no use to this network, or not finite; they are named.
+    """
+    prefix = f"{classifier}."
+    state = {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(prefix)}
+    optional = {name for name in own if name.endswith("num_batches_tracked")}  # files from before torch 0.4.1 lack them
+    faults = [
+        ("missing", sorted(own.keys() - optional - state.keys())),
+        ("unknown", sorted(state.keys() - own.keys())),
+        (
+            "misshapen",
+            [
+                f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+                for name in sorted(own.keys() & state.keys())
+                if state[name].shape != own[name].shape
+            ],
+        ),
+    ]
+    if any(names for _, names in faults):
+        told = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in faults if names)
+        raise UserError(f"{origin}: not the weights of this --arch ({told})")
+    if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]:
+        raise UserError(f"{origin}: {broken[0]} holds values that are not finite; get the file anew")
+    network.load_state_dict(state, strict=False)
+
+
+def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
+    enum = torchvision.models.get_model_weights(arch)
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    choices = [enum.DEFAULT, *(choice for choice in enum if choice is not enum.DEFAULT)]
+    for choice in choices:
+        cached = cache / Path(urllib.parse.urlparse(choice.url).path).name
+        if cached.exists():
+            return _from_file(cached)[0], f"{choice} ({cached.name}, cached)"
+    name = Path(urllib.parse.urlparse(enum.DEFAULT.url).path).name
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SLOWEST_ANSWER)
+    try:
+        return enum.DEFAULT.get_state_dict(
+            progress=True, check_hash=True, weights_only=True
+        ), f"{enum.DEFAULT} ({name})"
+    except (OSError, RuntimeError) as error:
+        reason = str(getattr(error, "reason", None) or error).splitlines()[0]
+        raise UserError(
+            f"--weights imagenet: {name} could not be downloaded ({reason}). Where there is internet, get "
+            f"{enum.DEFAULT.url} and put it into {cache}, or give its place by --weights FILE; "
+            "--weights none trains from scratch"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _from_file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    if not path.is_file():
+        raise UserError(f"--weights {path}: no such file; give imagenet, none, or a .pth or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"--weights {path}: holds more than tensors, so loading it could run code, or is no weights file; "
+            "save a state_dict, best as .safetensors"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--weights {path}: not a readable weights file ({reason}); get it anew") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"--weights {path}: not a state_dict (names to tensors); save network.state_dict()")
+    return state, path.name
