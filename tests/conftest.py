@@ -1,0 +1,109 @@
+"""What the tests share: a small collection, the command line, one small export, and the real images where they are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from xray_fastai.cli import app
+
+# small, and without loading processes: seconds instead of minutes
+QUICK = ["--arch", "resnet18", "--size", "32", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Each test starts in an empty folder, with caches of its own that it shares with the others."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session")
+def run():
+    """Run the command line in this process."""
+    return lambda *args: CliRunner().invoke(app, [str(a) for a in args], prog_name="xray-fastai")
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Start the command line in a process of its own."""
+
+    def start(*args, **kwargs):
+        command = [sys.executable, "-m", "xray_fastai", *map(str, args)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def refused():
+    """Check that a command was refused in one line that holds these words, with exit code 1."""
+
+    def refused(result, *words):
+        assert result.exit_code == 1, result.output
+        assert "Traceback" not in result.output and "unexpected" not in result.output
+        (line,) = result.stderr.strip().splitlines()
+        assert line.startswith("Error: ")
+        for word in words:
+            assert str(word) in line, line
+
+    return refused
+
+
+def draw_collection(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    """Noise around a disc, dark or bright by class: what a network learns at once. `counts` is by "split/CLASS"."""
+    rng = np.random.default_rng(seed)
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.normal(110, 25, (48, 40))
+            pixels[16:32, 12:28] += 60 if folder.endswith("PNEUMONIA") else -60
+            name = f"{'person' if folder.endswith('PNEUMONIA') else 'IM-'}{folder.split('/')[0]}{i}.jpeg"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / folder / name, quality=90)
+    return root
+
+
+@pytest.fixture
+def collection(tmp_path):
+    """Forty images to train on; `val` is too small to be used alone."""
+    counts = {"train/NORMAL": 16, "train/PNEUMONIA": 24, "val/NORMAL": 2, "val/PNEUMONIA": 2}
+    return draw_collection(tmp_path / "data", counts)
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory, run):
+    """An export of a two-epoch fit on the small collection, whose folder is gone."""
+    root = tmp_path_factory.mktemp("export")
+    data = draw_collection(root / "data", {"train/NORMAL": 16, "train/PNEUMONIA": 24})
+    result = run(
+        "fit", "--data", data, *QUICK, "--weights", "none", "--epochs", 2, "--exports", root, "--name", "small"
+    )
+    assert result.exit_code == 0, result.output
+    data.rename(root / "moved")
+    return root / "small"
+
+
+@pytest.fixture(scope="session")
+def an_image(export):
+    return sorted((export.parent / "moved" / "train" / "PNEUMONIA").iterdir())[0]
+
+
+@pytest.fixture
+def real_images():
+    """The real collection's folder, where XRAY_DATA names it."""
+    folder = os.environ.get("XRAY_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("the real images are not here (set XRAY_DATA to their chest_xray folder)")
+    return Path(folder)
+
+
+def settings_of(export: Path) -> dict:
+    return json.loads((export / "model.json").read_text())

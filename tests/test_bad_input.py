@@ -1,0 +1,210 @@
+"""Each mistake gets one line that names it and says what to do, exit code 1, and leaves no export behind."""
+
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from tests.conftest import QUICK, draw_collection
+
+FIT = ["--weights", "none", "--epochs", 1]
+
+
+@pytest.fixture
+def refuse(run, refused):
+    """Check that a fit is refused, and that it leaves nothing."""
+
+    def refuse(data, *words, options=()):
+        refused(run("fit", "--data", data, *QUICK, *FIT, *options), *words)
+        assert not Path("exports").exists() or not list(Path("exports").iterdir())
+
+    return refuse
+
+
+def test_no_such_folder(refuse):
+    refuse("nowhere", "--data nowhere", "no such folder")
+
+
+def test_a_file_for_a_folder(refuse, tmp_path):
+    (tmp_path / "file").write_text("")
+    refuse(tmp_path / "file", "a file, not a folder")
+
+
+def test_an_empty_folder(refuse, tmp_path):
+    (tmp_path / "data").mkdir()
+    refuse(tmp_path / "data", "the folder is empty")
+
+
+def test_no_train(refuse, tmp_path):
+    refuse(draw_collection(tmp_path, {"training/A": 2, "val/A": 2}), "no train/", "training, val")
+
+
+def test_an_empty_class(refuse, collection):
+    (collection / "train" / "COVID").mkdir()
+    refuse(collection, "train/COVID: no image in it", ".jpeg")
+
+
+def test_an_empty_class_of_val(refuse, collection):
+    shutil.rmtree(collection / "val" / "NORMAL")
+    (collection / "val" / "NORMAL").mkdir()
+    refuse(collection, "val/NORMAL: no image in it")
+
+
+def test_a_missing_class(refuse, collection):
+    shutil.rmtree(collection / "val" / "NORMAL")
+    refuse(collection, "val: no folder for class NORMAL")
+
+
+def test_a_class_that_only_val_has(refuse, collection):
+    shutil.copytree(collection / "val" / "NORMAL", collection / "val" / "COVID")
+    refuse(collection, "val: holds class COVID")
+
+
+def test_one_class(refuse, collection):
+    shutil.rmtree(collection / "train" / "NORMAL")
+    refuse(collection, "train: one class only (PNEUMONIA)")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "half"], ids=["empty", "text", "truncated"])
+def test_an_unreadable_image(content, refuse, collection):
+    image = sorted((collection / "train" / "NORMAL").iterdir())[3]
+    image.write_bytes(image.read_bytes()[:400] if content == "half" else content)
+    refuse(collection, image, "--skip-bad")
+
+
+def test_valid_folder_without_val(refuse, collection):
+    shutil.rmtree(collection / "val")
+    refuse(collection, "val: no such folder", options=["--valid", "folder"])
+
+
+def test_weights_file_missing(refuse, collection):
+    refuse(collection, "--weights nowhere.pth: no such file", options=["--weights", "nowhere.pth"])
+
+
+def test_weights_of_another_network(refuse, collection, tmp_path):
+    state = torchvision.models.resnet34(weights=None).state_dict()
+    save_file(state, tmp_path / "other.safetensors")
+    refuse(collection, "other.safetensors", "unknown: layer1.2", options=["--weights", tmp_path / "other.safetensors"])
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    state["conv1.weight"] = state["conv1.weight"][:, :1].contiguous()
+    del state["layer1.0.bn1.bias"]
+    save_file(state, tmp_path / "bent.safetensors")
+    words = ["missing: layer1.0.bn1.bias", "misshapen: conv1.weight [64, 1, 7, 7] instead of [64, 3, 7, 7]"]
+    refuse(collection, *words, options=["--weights", tmp_path / "bent.safetensors"])
+
+
+@pytest.mark.parametrize("name", ["text.pth", "text.safetensors"])
+def test_weights_that_are_no_weights(name, refuse, collection, tmp_path):
+    (tmp_path / name).write_text("hello")
+    refuse(collection, name, options=["--weights", tmp_path / name])
+
+
+def test_a_weights_file_that_would_run_code(refuse, collection, tmp_path):
+    mark = tmp_path / "mark"
+
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(mark), "w")
+
+    torch.save({"conv1.weight": Hostile()}, tmp_path / "hostile.pth")
+    refuse(collection, "could run code", options=["--weights", tmp_path / "hostile.pth"])
+    assert not mark.exists()
+
+
+def test_offline_and_not_cached(refuse, collection, monkeypatch):
+    for proxy in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nothing listens there
+    words = ["resnet18-f37072fd.pth", "https://", Path(torch.hub.get_dir()) / "checkpoints", "--weights FILE"]
+    refuse(collection, *words, "--weights none", options=["--weights", "imagenet"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("3", "1 numbers for 2 classes"),
+        ("1,2,3", "NORMAL, PNEUMONIA"),
+        ("1,0", "above 0"),
+        ("1,-2", "above 0"),
+        ("x", "3,1"),
+    ],
+)
+def test_class_weights(weights, words, refuse, collection):
+    refuse(collection, f"--class-weights {weights}", words, options=["--class-weights", weights])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(refuse, collection):
+    refuse(collection, "--device cuda", "cpu", options=["--device", "cuda"])
+
+
+def test_fp16_on_a_cpu(refuse, collection):
+    refuse(collection, "--precision fp16", options=["--precision", "fp16"])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--valid", "2"),
+        ("--valid", "some"),
+        ("--dropout", "1"),
+        ("--lr", "0"),
+        ("--patient-pattern", "("),
+        ("--name", "../x"),
+        ("--positive", "FLU"),
+        ("--seed", "-1"),
+    ],
+)
+def test_options_out_of_range(option, refuse, collection):
+    refuse(collection, f"{option[0]} {option[1]}", options=option)
+
+
+@pytest.mark.parametrize("option", [("--epochs", "0"), ("--arch", "vgg16"), ("--precision", "fp8"), ("--size", "8")])
+def test_a_wrong_command_line_is_2(option, run):
+    result = run("fit", *option)
+    assert result.exit_code == 2
+    assert option[0] in result.stderr and "Traceback" not in result.output
+
+
+def test_a_name_that_is_taken(run, refused, collection):
+    (Path("exports") / "taken").mkdir(parents=True)
+    (Path("exports") / "taken" / "mine").write_text("mine")
+    refused(run("fit", "--data", collection, *QUICK, *FIT, "--name", "taken"), "--name taken", "give another name")
+    assert (Path("exports") / "taken" / "mine").read_text() == "mine"
+
+
+def test_a_name_that_another_fit_is_writing(run, refused, collection):
+    (Path("exports") / ".both.partial").mkdir(parents=True)
+    refused(run("fit", "--data", collection, *QUICK, *FIT, "--name", "both"), ".both.partial")
+    assert (Path("exports") / ".both.partial").is_dir()
+
+
+def test_exports_below_a_file(refuse, collection, tmp_path):
+    (tmp_path / "file").write_text("")
+    refuse(collection, "--exports", "can't be made", options=["--exports", tmp_path / "file" / "exports"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_exports_without_permission(refuse, collection, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    refuse(collection, "can't be written to", options=["--exports", tmp_path / "closed"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limit there")
+@pytest.mark.parametrize("limit", [1_000_000, 44_800_000], ids=["weights", "pickle"])
+def test_a_disk_that_fills_up_while_exporting(limit, start, collection, tmp_path):
+    """A file-size limit stands for the full disk: the weights don't fit, or only the pickle doesn't."""
+    process = start(
+        "fit", "--data", collection, *map(str, [*QUICK, *FIT]), "--name", "full", cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    (line,) = err.strip().splitlines()
+    assert "exports/full: the export could not be written" in line and "free space" in line
+    assert not list((tmp_path / "exports").iterdir())

@@ -1,0 +1,134 @@
+"""An export loads anywhere, both ways, without its training data and without running code from it."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import settings_of
+from xray_fastai import load_learner
+from xray_fastai.errors import UserError
+
+PREDICT = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+{load}
+label, index, probabilities = load_learner(sys.argv[1]).predict(sys.argv[2])
+print()
+print(json.dumps([label, int(index), probabilities.tolist()]))
+"""
+
+
+def predicted(load, *args, cwd):
+    """What a new process predicts, in a folder that holds nothing."""
+    command = [sys.executable, "-c", PREDICT.format(load=load), *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_both_ways_of_loading_give_the_same_in_a_new_process(export, an_image, tmp_path):
+    safe = predicted("from xray_fastai import load_learner", export, an_image, cwd=tmp_path)
+    pickled = predicted("from fastai.vision.all import load_learner", export / "learner.pkl", an_image, cwd=tmp_path)
+    assert safe[:2] == pickled[:2]
+    assert safe[2] == pytest.approx(pickled[2], abs=1e-5)
+    assert sum(safe[2]) == pytest.approx(1, abs=1e-5)
+    assert safe[0] == settings_of(export)["classes"][safe[1]]
+
+
+def test_predict_takes_a_path_a_picture_or_an_array(export, an_image):
+    learn = load_learner(export)
+    picture = Image.open(an_image)
+    sources = [str(an_image), an_image, picture, np.asarray(picture), np.asarray(picture.convert("RGB"))]
+    probabilities = [learn.predict(source)[2].tolist() for source in sources]
+    for other in probabilities[1:]:
+        assert other == pytest.approx(probabilities[0], abs=1e-3)
+    assert learn.predict(picture)[2].tolist() == pytest.approx(probabilities[0], abs=1e-5)
+
+
+def test_the_weights_are_fp32_and_named_as_the_module_is(export):
+    state = load_file(export / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
+    assert state["1.3.weight"].shape == (2, 512)
+
+
+def test_loading_unpickles_nothing(export, an_image, tmp_path):
+    """A pickle that would leave a mark lies where the export's own was; neither loading nor predicting runs it."""
+    copy = copy_of(export, tmp_path)
+    mark = tmp_path / "mark"
+
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(mark), "w")
+
+    (copy / "learner.pkl").write_bytes(pickle.dumps(Hostile()))
+    load_learner(copy).predict(an_image)
+    assert not mark.exists()
+
+
+def test_nothing_of_the_machine_is_in_an_export(export):
+    for file in ("model.json", "learner.pkl", "history.csv"):
+        content = (export / file).read_bytes()
+        assert b"IM-train" not in content and b"persontrain" not in content
+    assert str(export).encode() not in (export / "learner.pkl").read_bytes()
+
+
+def copy_of(export, folder):
+    import shutil
+
+    return shutil.copytree(export, folder / "copy")
+
+
+def test_a_changed_export_is_refused(export, tmp_path):
+    copy = copy_of(export, tmp_path)
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: its SHA-256"):
+        load_learner(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: model | {"format": 99}, "written by a newer version"),
+        (lambda model: {}, "damaged"),
+        (lambda model: [], "damaged"),
+        (lambda model: model | {"weights": 3}, "damaged"),
+    ],
+)
+def test_a_model_json_of_another_kind_is_refused(change, words, export, tmp_path):
+    copy = copy_of(export, tmp_path)
+    (copy / "model.json").write_text(json.dumps(change(settings_of(export))))
+    with pytest.raises(UserError, match=words):
+        load_learner(copy)
+
+
+def test_weights_of_another_network_are_refused(export, tmp_path):
+    from xray_fastai.bundle import sha256
+
+    copy = copy_of(export, tmp_path)
+    save_file({"a": torch.zeros(1)}, copy / "model.safetensors")
+    model = settings_of(export)
+    model["weights"]["sha256"] = sha256(copy / "model.safetensors")
+    (copy / "model.json").write_text(json.dumps(model))
+    with pytest.raises(UserError, match="not the weights of resnet18"):
+        load_learner(copy)
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "empty"])
+def test_no_export(what, tmp_path):
+    path = tmp_path / what
+    if what == "file":
+        path.write_text("")
+    elif what == "empty":
+        path.mkdir()
+    with pytest.raises(UserError, match="not an export"):
+        load_learner(path)

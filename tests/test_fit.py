@@ -1,0 +1,260 @@
+"""The main job through the command line: what a fit does, prints and writes."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from tests.conftest import QUICK, draw_collection, settings_of
+from xray_fastai import FitConfig, fit, load_learner
+from xray_fastai.config import ARCHITECTURES
+
+HUB_FILES = {
+    "resnet18": "resnet18-f37072fd.pth",
+    "resnet50": "resnet50-11ad3fa6.pth",
+}
+
+
+def history_of(export):
+    with (export / "history.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def network(arch, seed=0):
+    torch.manual_seed(seed)
+    return torchvision.models.get_model(arch, weights=None)
+
+
+def cached_weights(arch, tmp_path, monkeypatch):
+    """A file of random weights where torch hub would have put torchvision's."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    state = network(arch).state_dict()
+    torch.save(state, tmp_path / "hub" / "checkpoints" / HUB_FILES[arch])
+    return state
+
+
+def test_a_fit_says_what_it_chose_and_writes_a_whole_export(collection, run):
+    result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", "first")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "36 images of 36 patients",
+        "held out of train/, by patient, and val/, which is too small alone (4 images)",
+        "classes       NORMAL, PNEUMONIA; to detect: PNEUMONIA",
+        "1,026 of 11,177,538 train in the frozen phase",
+        "frozen phase  skipped",
+        "export: exports/first",
+    ):
+        assert words in result.stdout, result.stdout
+    rows = re.findall(r"^unfrozen +(\d)/2 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +\d:\d\d$", result.stdout, re.M)
+    assert rows == ["1", "2"]
+    export = Path("exports/first")
+    assert sorted(file.name for file in export.iterdir()) == [
+        "curves.png",
+        "history.csv",
+        "learner.pkl",
+        "model.json",
+        "model.safetensors",
+    ]
+    assert [path.name for path in Path("exports").iterdir()] == ["first"]
+    model = settings_of(export)
+    assert model["status"] == "complete" and model["classes"] == ["NORMAL", "PNEUMONIA"]
+    assert model["settings"]["epochs"] == 2 and model["settings"]["size"] == 32
+    assert len(history_of(export)) == 2
+
+
+def test_frozen_then_unfrozen_from_weights_in_torch_hubs_cache(collection, run, tmp_path, monkeypatch):
+    cached_weights("resnet18", tmp_path / "hub", monkeypatch)
+    args = ["fit", "--data", collection, *QUICK, "--weights", "imagenet", "--precision", "fp32"]
+    result = run(*args, "--epochs", 1, "--freeze-epochs", 3, "--name", "both")
+    assert result.exit_code == 0, result.output
+    assert "resnet18-f37072fd.pth, cached" in result.stdout
+    history = history_of(Path("exports/both"))
+    assert [(row["phase"], row["epoch"]) for row in history] == [
+        ("frozen", "1"),
+        ("frozen", "2"),
+        ("frozen", "3"),
+        ("unfrozen", "1"),
+    ]
+    result = run(*args, "--epochs", 1, "--freeze-epochs", 0, "--name", "unfrozen")
+    assert {row["phase"] for row in history_of(Path("exports/unfrozen"))} == {"unfrozen"}
+
+
+def test_the_frozen_phase_leaves_the_backbone_as_it_was(collection, monkeypatch, tmp_path):
+    """Weights and batch norm's running statistics alike; the head does train."""
+    from fastai.vision.all import ProgressCallback
+
+    from xray_fastai.dataset import check_files, read_split
+    from xray_fastai.learner import FrozenBody, build_learner, parameter_counts
+    from xray_fastai.loaders import make_loaders
+    from xray_fastai.splits import assign_validation
+
+    state = network("resnet50").state_dict()
+    table = check_files(read_split(collection, "train"), 32)[0]
+    table = assign_validation(table, None, "0.2", 0)[0]
+    dls = make_loaders(table, ["NORMAL", "PNEUMONIA"], 32, 8, torch.device("cpu"), 0)
+    learn = build_learner(dls, "resnet50", pretrained=(state, "random"))
+    learn.remove_cb(ProgressCallback)
+    assert parameter_counts(learn) == (23_512_130, 23_512_130)
+    learn.freeze()
+    assert parameter_counts(learn) == (23_512_130, 4_098)
+    head = learn.model[1][-1].weight.detach().clone()
+    with learn.no_logging():
+        learn.fit(1, lr=1e-2, cbs=FrozenBody())
+    assert not torch.equal(head, learn.model[1][-1].weight)
+    body = list(learn.model[0].state_dict().values())
+    expected = [tensor for name, tensor in state.items() if not name.startswith("fc.")]
+    assert all(torch.equal(a, b) for a, b in zip(body, expected, strict=True))
+    head = learn.model[1]
+    assert isinstance(head[-2], torch.nn.Dropout) and head[-2].p == 0.5
+    assert (head[-1].in_features, head[-1].out_features) == (2048, 2)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_takes_torchvisions_weights_and_loads_back(arch, collection, run, tmp_path):
+    torch.save(network(arch).state_dict(), tmp_path / "weights.pth")
+    options = [*QUICK[2:], "--arch", arch, "--batch-size", 20, "--epochs", 1, "--name", arch]
+    result = run("fit", "--data", collection, *options, "--weights", tmp_path / "weights.pth")
+    assert result.exit_code == 0, result.output
+    learn = load_learner(f"exports/{arch}")
+    assert learn.arch == arch
+    assert learn.predict(next((collection / "train" / "NORMAL").iterdir()))[2].sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_early_stopping_ends_each_phase_and_the_best_epoch_is_exported(collection, run, tmp_path, monkeypatch):
+    cached_weights("resnet18", tmp_path / "hub", monkeypatch)
+    args = ["--epochs", 30, "--patience", 2, "--lr", "0.05", "--name", "early"]
+    result = run("fit", "--data", collection, *QUICK, *args)
+    assert result.exit_code == 0, result.output
+    history, model = history_of(Path("exports/early")), settings_of(Path("exports/early"))
+    for phase in model["training"]["phases"]:
+        losses = [float(row["valid_loss"]) for row in history if row["phase"] == phase["name"]]
+        assert phase["end"] == "early stopping" and len(losses) == phase["epochs"] < 30
+        assert losses.index(min(losses)) + 1 == phase["best_epoch"] == phase["epochs"] - 2
+    best = min(history, key=lambda row: float(row["valid_loss"]))
+    assert model["best"]["valid_loss"] == float(best["valid_loss"])
+    assert "No improvement" not in result.stdout
+
+
+def test_the_same_seed_gives_the_same_history_to_the_last_digit(collection, run):
+    args = ["fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 3]
+    for name, seed, workers in [("a", 7, 0), ("b", 7, 1), ("c", 8, 0)]:
+        assert run(*args, "--seed", seed, "--workers", workers, "--name", name).exit_code == 0
+    a, b, c = (Path("exports", name, "history.csv").read_text() for name in "abc")
+    assert a == b != c
+
+
+def test_the_settings_in_an_export_repeat_its_fit(collection, run):
+    assert run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", "a").exit_code == 0
+    again = fit(FitConfig(**(settings_of(Path("exports/a"))["settings"] | {"name": "again"})))
+    assert (again.path / "history.csv").read_text() == Path("exports/a/history.csv").read_text()
+
+
+def test_test_is_never_read(collection, run):
+    (collection / "test").mkdir()
+    (collection / "test" / "OTHER").write_text("a file where a folder is expected")
+    assert run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("valid", "words"), [("folder", "val/ (4 images)"), ("0.25", "held out of train/, by patient")]
+)
+def test_valid(valid, words, collection, run):
+    result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--valid", valid)
+    assert result.exit_code == 0, result.output
+    assert words in result.stdout
+
+
+def test_three_classes(tmp_path, run):
+    root = draw_collection(tmp_path, {f"train/{name}": 12 for name in ("BACTERIA", "NORMAL", "VIRUS")})
+    args = ["--weights", "none", "--epochs", 1, "--class-weights", "1,2.5,1", "--name", "three"]
+    result = run("fit", "--data", root, *QUICK, *args)
+    assert result.exit_code == 0, result.output
+    assert "loss weights  BACTERIA 1, NORMAL 2.5, VIRUS 1" in result.stdout
+    assert load_learner("exports/three").predict(next((root / "train" / "VIRUS").iterdir()))[2].shape == (3,)
+
+
+def test_a_batch_larger_than_the_training_set_works_with_a_remark(collection, run):
+    args = ["--weights", "none", "--epochs", 1, "--batch-size", 500]
+    result = run("fit", "--data", collection, *QUICK, *args)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"batch size +36, all training images, instead of 500", result.stdout)
+
+
+def test_skip_bad_goes_on_and_counts(collection, run):
+    for name in ("IM-a.jpeg", "IM-b.jpeg"):
+        (collection / "train" / "NORMAL" / name).write_bytes(b"")
+    result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--skip-bad")
+    assert result.exit_code == 0, result.output
+    assert "left out by --skip-bad: 2 images" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(number, collection, start, tmp_path):
+    args = ["--weights", "none", "--epochs", 2000, "--patience", 2000, "--name", "stopped", "--workers", 1]
+    process = start("fit", "--data", collection, *QUICK, *args, cwd=tmp_path, start_new_session=True)
+    for line in process.stdout:
+        if re.match(r"unfrozen +3/2000", line):
+            os.killpg(process.pid, number)  # to the loading processes too, as a terminal does
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    model = json.loads((tmp_path / "exports" / "stopped" / "model.json").read_text())
+    assert model["status"] == "interrupted" and model["best"]["epoch"] >= 1
+    load_learner(tmp_path / "exports" / "stopped")
+
+
+def test_a_signal_before_training_leaves_nothing(collection, start, tmp_path):
+    process = start("fit", "--data", collection, *QUICK, "--weights", "none", cwd=tmp_path)
+    while not list(tmp_path.glob("exports/.*.partial")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "exports").iterdir())
+
+
+def test_a_loss_that_is_not_finite_keeps_the_best_weights(collection, run, refused, monkeypatch):
+    from xray_fastai.callbacks import Schedule
+
+    monkeypatch.setattr(Schedule, "scale", lambda self, epochs, step: 1.0 if epochs < 1 else 1e36)
+    result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 4, "--name", "far")
+    refused(result, "was not finite at epoch 2", "the best weights so far are in exports/far", "lower --lr")
+    model = settings_of(Path("exports/far"))
+    assert model["status"] == "diverged" and model["best"]["epoch"] == 1
+    load_learner("exports/far")
+
+
+def test_a_loss_that_is_never_finite_leaves_nothing(collection, run, refused, tmp_path):
+    state = network("resnet18").state_dict()
+    state["conv1.weight"] *= 1e38
+    torch.save(state, tmp_path / "huge.pth")
+    args = ["--weights", tmp_path / "huge.pth", "--precision", "fp32", "--epochs", 1]
+    refused(run("fit", "--data", collection, *QUICK, *args), "was not finite at epoch 1", "nothing is exported")
+    assert not list(Path("exports").iterdir())
+
+
+def test_help_and_version_are_instant(start):
+    """No torch and no fastai: what takes seconds is imported where it works."""
+    code = (
+        "import sys; from xray_fastai.cli import app\n"
+        "try: app(sys.argv[1:], prog_name='xray-fastai')\n"
+        "except SystemExit as e: code = e.code\n"
+        "heavy = {'torch', 'fastai', 'matplotlib', 'pandas', 'numpy', 'sklearn'} & sys.modules.keys()\n"
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    for args, expected in [(["--help"], 0), (["--version"], 0), (["fit", "--help"], 0), (["fit", "--epochs", "x"], 2)]:
+        result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+        assert result.returncode == expected, result.stderr
+    assert start("--version").communicate()[0].startswith("xray-fastai ")
