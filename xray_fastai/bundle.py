@@ -172,15 +172,20 @@ def load_learner(path: str | Path) -> "Learner":
 
     Returns:
         A learner on the CPU, in evaluation mode. `learn.predict(image)` takes a path, a PIL image or an array and gives
-        label, index and probabilities (classes,), in the order of `learn.dls.vocab`.
+        label, index and calibrated probabilities (classes,), in the order of `learn.dls.vocab`.
 
     Raises:
         UserError: not an export, written by a newer version, or damaged.
     """
+    return load(path)[1]
+
+
+def load(path: str | Path) -> tuple[dict[str, Any], "Learner"]:
+    """As `load_learner`, with what `model.json` holds."""
     model = read(path)
     from safetensors.torch import load_file
 
-    from xray_fastai.learner import build_learner
+    from xray_fastai.learner import build_learner, set_temperature
     from xray_fastai.loaders import empty_loaders
 
     dls = empty_loaders(model["classes"], model["preprocessing"]["size"])
@@ -190,5 +195,6 @@ def load_learner(path: str | Path) -> "Learner":
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{Path(path) / WEIGHTS}: not the weights of {model['architecture']} ({reason})") from None
+    set_temperature(learn, model["temperature"])
     learn.model.eval()
-    return learn
+    return model, learn

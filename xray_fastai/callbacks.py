@@ -124,6 +124,10 @@ class BestWeights(TrackerCallback):
 
     def after_fit(self):
         super().after_fit()
+        self.restore()
+
+    def restore(self):
+        "Put the best weights into the model, where an epoch was completed."
         if self.row is not None:
             self.model.load_state_dict(self.state)
 
@@ -157,7 +161,7 @@ class StopOnNonFiniteLoss(Callback):
 
 
 class StopOnSignal(Callback):
-    """Stop after the batch at Ctrl-C or SIGTERM; a second one stops at once. Used as a context around the fit.
+    """Stop after the batch at Ctrl-C or SIGTERM; a second Ctrl-C stops at once. Used as a context around the fit.
 
     Loading processes are forked while it holds, so that a Ctrl-C, which reaches them too, doesn't break them.
     """
@@ -177,7 +181,7 @@ class StopOnSignal(Callback):
             signal.signal(number, handler)
 
     def receive(self, number, _frame):
-        if self.received is not None:
+        if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
 

@@ -101,6 +101,7 @@ def fit(
     dropout: Annotated[float, _option("dropout")] = FitConfig.dropout,
     valid: Annotated[str, _option("valid", metavar="auto|folder|FRACTION")] = FitConfig.valid,
     positive: Annotated[str | None, _option("positive", metavar="CLASS")] = FitConfig.positive,
+    target_sensitivity: Annotated[float | None, _option("target_sensitivity")] = FitConfig.target_sensitivity,
     patient_pattern: Annotated[str | None, _option("patient_pattern", metavar="REGEX")] = FitConfig.patient_pattern,
     skip_bad: Annotated[bool, _option("skip_bad")] = FitConfig.skip_bad,
     seed: Annotated[int, _option("seed")] = FitConfig.seed,

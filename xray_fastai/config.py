@@ -49,6 +49,9 @@ class FitConfig:
         "auto", "folder (val/), a fraction of train/ such as 0.1, or auto: val/ if large enough, else also a tenth."
     )
     positive: str | None = _setting(None, "The class to detect. [default: PNEUMONIA, where there is one]")
+    target_sensitivity: float | None = _setting(
+        None, "Put the decision threshold where validation reaches this sensitivity. [default: Youden's J]"
+    )
     patient_pattern: str | None = _setting(
         None, "Regular expression that finds the patient in a file name. [default: the Kaggle names]"
     )
@@ -76,6 +79,8 @@ class FitConfig:
             raise _refused("lr", self.lr, "give a learning rate above 0, such as 2e-3")
         if not 0 <= self.dropout < 1:
             raise _refused("dropout", self.dropout, "give a probability from 0 to below 1")
+        if self.target_sensitivity is not None and not 0 < self.target_sensitivity <= 1:
+            raise _refused("target_sensitivity", self.target_sensitivity, "give a share above 0, such as 0.95")
         if not 0 <= self.seed < 2**32:
             raise _refused("seed", self.seed, "give a whole number from 0 to 4294967295")
         if self.valid not in ("auto", "folder"):

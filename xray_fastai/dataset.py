@@ -4,12 +4,14 @@ The layout is the Kaggle collection's: `DIR/{train,val,test}/CLASS/*`. What is o
 `chest_xray/chest_xray`, `__MACOSX`, `.DS_Store`, extensions in capitals) is taken as it comes.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -90,25 +92,25 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     return config, Collection(REHEARSAL if data is None else str(root), classes, positive, table, notes)
 
 
-def find_root(data: str | Path) -> Path:
-    """The folder that holds `train`: `data` itself, or a `chest_xray` (in a `chest_xray`) in it.
+def find_root(data: str | Path, split: str = "train") -> Path:
+    """The folder that holds `split`: `data` itself, or a `chest_xray` (in a `chest_xray`) in it.
 
     Raises:
-        UserError: `data` is missing, a file, or has no `train` anywhere it is looked for.
+        UserError: `data` is missing, a file, or does not have the split anywhere it is looked for.
     """
     data = Path(data)
-    layout = "expected train/NORMAL, train/PNEUMONIA and the like in it"
+    layout = f"expected {split}/NORMAL, {split}/PNEUMONIA and the like in it"
     if not data.exists():
         raise UserError(f"--data {data}: no such folder; {layout}")
     if not data.is_dir():
-        raise UserError(f"--data {data}: a file, not a folder; give the folder that holds train/")
+        raise UserError(f"--data {data}: a file, not a folder; give the folder that holds {split}/")
     for root in (data, data / "chest_xray", data / "chest_xray" / "chest_xray"):
-        if (root / "train").is_dir():
+        if (root / split).is_dir():
             return root
     inside = sorted(entry.name for entry in data.iterdir() if not _hidden(entry.name))
     if not inside:
         raise UserError(f"--data {data}: the folder is empty; {layout}")
-    raise UserError(f"--data {data}: no train/ in it (there is {', '.join(inside[:5])}); {layout}")
+    raise UserError(f"--data {data}: no {split}/ in it (there is {', '.join(inside[:5])}); {layout}")
 
 
 def find_images(folder: Path) -> list[str]:
@@ -132,14 +134,21 @@ def patient_of(name: str, pattern: re.Pattern = KAGGLE_PATIENT) -> str | None:
     return next((group for group in match.groups() if group), match.group())
 
 
-def read_split(root: Path, split: str, classes: Sequence[str] | None = None, patient_pattern: str | None = None):
+def read_split(
+    root: Path,
+    split: str,
+    classes: Sequence[str] | None = None,
+    patient_pattern: str | None = None,
+    partial: bool = False,
+) -> pd.DataFrame:
     """List one split.
 
     Args:
         root: the folder that holds the split's folder.
         split: train, val or test.
-        classes: the classes that must be there, and no other; None takes the folders that there are.
+        classes: the classes that must be there, and no other; None takes the folders that there are, two or more.
         patient_pattern: regular expression that finds the patient in a file name; None is the Kaggle names'.
+        partial: some of `classes` may be missing or empty, as in a split to evaluate on.
 
     Returns:
         A data frame, an image a row: `path`, `file` (relative to `root`), `label`, `split`, `patient`. A name without a
@@ -152,6 +161,11 @@ def read_split(root: Path, split: str, classes: Sequence[str] | None = None, pat
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    if not found and partial:
+        unlabelled = ", but images without a class" if find_images(folder) else ""
+        raise UserError(
+            f"{folder}: no class folders in it{unlabelled}; expected one of {', '.join(classes or ['CLASS'])}"
+        )
     if classes is None:
         if len(found) < 2:
             raise UserError(
@@ -159,22 +173,22 @@ def read_split(root: Path, split: str, classes: Sequence[str] | None = None, pat
                 "expected one folder for each of two or more classes, such as NORMAL and PNEUMONIA"
             )
         classes = found
-    if missing := sorted(set(classes) - set(found)):
-        raise UserError(f"{folder}: no folder for class {', '.join(missing)}, which train/ has")
     if surplus := sorted(set(found) - set(classes)):
-        raise UserError(
-            f"{folder}: holds class {', '.join(surplus)}, which the classes of train/ ({', '.join(classes)}) lack"
-        )
+        raise UserError(f"{folder}: holds class {', '.join(surplus)}; the classes known are {', '.join(classes)}")
+    if (missing := sorted(set(classes) - set(found))) and not partial:
+        raise UserError(f"{folder}: no folder for class {', '.join(missing)}, which train/ has")
     pattern = KAGGLE_PATIENT if patient_pattern is None else re.compile(patient_pattern)
     rows = []
-    for label in classes:
+    for label in sorted(set(classes) & set(found)):
         names = find_images(folder / label)
-        if not names:
+        if not names and not partial:
             raise UserError(f"{folder / label}: no image in it (looked for {' '.join(EXTENSIONS)})")
         for name in names:
             file = f"{split}/{label}/{name}"
             patient = patient_of(Path(name).name, pattern) or file
             rows.append((str(folder / label / name), file, label, split, patient))
+    if not rows:
+        raise UserError(f"{folder}: no image in it (looked for {' '.join(EXTENSIONS)})")
     return pd.DataFrame(rows, columns=["path", "file", "label", "split", "patient"])
 
 
@@ -231,3 +245,52 @@ def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | N
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
+
+
+def file_key(file: str) -> str:
+    """A file's relative name as `model.json` knows it: the first 12 hexadecimal digits of its SHA-256.
+
+    Enough to find the validation files again; and no file name, which may hold a patient's, goes where the model goes.
+    """
+    return hashlib.sha256(file.encode()).hexdigest()[:12]
+
+
+def labelled_images(model: dict[str, Any], data: str | Path | None, split: str) -> pd.DataFrame:
+    """The images, with their true classes, that an export is evaluated or interpreted on.
+
+    Args:
+        model: its `model.json`.
+        data: the folder that holds the split; None is the one that `fit` used.
+        split: train, test, or valid: exactly the files that `fit` validated on. A model's `train` is without these.
+
+    Returns:
+        As `read_split`; classes may be missing.
+
+    Raises:
+        UserError: no such folder or split, a class that the model does not know, or validation files that are gone.
+    """
+    if data is not None:
+        root = find_root(data, "train" if split == "valid" else split)
+    elif model["data"]["rehearsal"]:
+        from xray_fastai.phantom import cached
+
+        root = cached()
+    else:
+        root = find_root(model["settings"]["data"], "train" if split == "valid" else split)
+    pattern = model["settings"]["patient_pattern"]
+    if split == "test":
+        return read_split(root, "test", model["classes"], pattern, partial=True)
+    keys = set(model["data"]["valid_files"])
+    parts = [read_split(root, "train", model["classes"], pattern, partial=True)]
+    if split == "valid" and (root / "val").is_dir():
+        parts.append(read_split(root, "val", model["classes"], pattern, partial=True))
+    table = pd.concat(parts, ignore_index=True)
+    validated = table.file.map(file_key).isin(keys)
+    if split == "train":
+        return table[~validated].reset_index(drop=True)
+    if validated.sum() < len(keys):
+        raise UserError(
+            f"{root}: {len(keys) - validated.sum()} of the {len(keys)} files that fit validated on are not there; "
+            "give the folder that it used by --data"
+        )
+    return table[validated].reset_index(drop=True)

@@ -71,6 +71,20 @@ class FrozenBody(Callback):
         self.model[0].eval()
 
 
+class CalibratedCrossEntropy(CrossEntropyLossFlat):
+    "fastai's cross-entropy, whose probabilities are softmax(logits / temperature); the loss itself is not scaled."
+
+    temperature = 1.0
+
+    def activation(self, x):
+        return super().activation(x / self.temperature)
+
+
+def set_temperature(learn: Learner, temperature: float) -> None:
+    """Have `learn.predict` and `learn.get_preds` give calibrated probabilities."""
+    learn.loss_func.temperature = temperature
+
+
 def build_learner(
     dls: DataLoaders,
     arch: str,
@@ -122,7 +136,7 @@ def build_learner(
         pretrained=False,  # `backbone` does it
         custom_head=head,
         splitter=splitter,
-        loss_func=CrossEntropyLossFlat(weight=weight),
+        loss_func=CalibratedCrossEntropy(weight=weight),
         opt_func=Adam,
         metrics=[accuracy, RocAucBinary() if classes == 2 else RocAuc()],
         train_bn=False,

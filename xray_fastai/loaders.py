@@ -88,6 +88,11 @@ def empty_loaders(classes: Sequence[str], size: int) -> DataLoaders:
 
 
 def default_workers(device: torch.device) -> int:
-    """Loading processes: a CPU that trains has none to spare beyond a few; a GPU wants to be fed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(2, cores) if device.type == "cpu" else min(16, cores)
+    """Loading processes, where none are asked for.
+
+    A GPU wants to be fed. A CPU that trains has no core to spare: on 2 cores (ResNet50, 64 px, bf16) an epoch of 408
+    training and 102 validation images took 4.4 s without loading processes and 5.5 s with two.
+    """
+    if device.type == "cpu":
+        return 0
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -8,11 +8,18 @@ ResNet18 has 0.97 on test (20 epochs, batch 64; seeds 0 and 1), ResNet50 0.96 (4
 600 images of another seed they have 0.97 and 0.96, and 0.93.
 """
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from xray_fastai.errors import UserError
+
+DRAWING = 1  # counts the changes of what is drawn, so that a cache is never of an older drawing
 
 Disease = Literal["bacteria", "virus"]
 
@@ -230,3 +237,35 @@ def _write_patient(folder: Path, patient: int, entropy: np.random.SeedSequence, 
     for name in names:
         draw(rng, disease, size, anatomy).save(folder / f"{name}.jpeg", quality=90)
     return count
+
+
+def cached() -> Path:
+    """The collection that `write` draws by default, made once in the user's cache folder.
+
+    Returns:
+        Its folder, below XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        UserError: the cache folder can't be written to.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xray-fastai"
+    folder = cache / f"phantom-{DRAWING}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        drawn = Path(tempfile.mkdtemp(prefix="phantom-", dir=cache))
+        try:
+            write(drawn)
+            os.rename(drawn, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(drawn, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"{cache}: the rehearsal's images can't be written there ({error.strerror}); "
+            "name another folder by XDG_CACHE_HOME, or give --data"
+        ) from None
+    return folder

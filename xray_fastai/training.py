@@ -1,6 +1,5 @@
 """A fit from split folders to an export: frozen phase, unfrozen phase, early stopping, best weights."""
 
-import hashlib
 import importlib.metadata
 import platform
 import time
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from xray_fastai import __version__, bundle
 from xray_fastai.config import FitConfig
-from xray_fastai.dataset import Collection, read_collection
+from xray_fastai.dataset import Collection, file_key, read_collection
 from xray_fastai.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,9 +53,10 @@ def fit(config: FitConfig | None = None, **settings) -> Result:
 def _fit(config: FitConfig, data: Collection, run: bundle.Reservation, started: float) -> Result:
     from fastai.vision.all import ProgressCallback, set_seed
 
+    from xray_fastai.calibration import Calibration, calibrate
     from xray_fastai.callbacks import BestWeights, EarlyStopping, EpochLog, StopOnNonFiniteLoss, StopOnSignal
     from xray_fastai.device import choose_device, choose_precision, describe, precision_callbacks
-    from xray_fastai.learner import build_learner, class_weight_values, parameter_counts
+    from xray_fastai.learner import build_learner, class_weight_values, parameter_counts, set_temperature
     from xray_fastai.loaders import default_workers, make_loaders
     from xray_fastai.weights import pretrained_state
 
@@ -81,7 +81,8 @@ def _fit(config: FitConfig, data: Collection, run: bundle.Reservation, started: 
     _announce(data)
     print(f"network       {config.arch}, {config.size} x {config.size} px, weights {origin}")
     print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")
-    print(f"device        {describe(device)}, precision {precision}, {config.workers} loading processes")
+    loading = f"{config.workers} loading processes" if config.workers else "images loaded in the same process"
+    print(f"device        {describe(device)}, precision {precision}, {loading}")
     print(f"loss weights  {weighed}")
     if batch_size < config.batch_size:
         print(f"batch size    {batch_size}, all training images, instead of {config.batch_size}")
@@ -95,7 +96,12 @@ def _fit(config: FitConfig, data: Collection, run: bundle.Reservation, started: 
         for name, epochs in phases:
             log, early, finite = EpochLog(history, name), EarlyStopping(patience=config.patience), StopOnNonFiniteLoss()
             callbacks = [log, best, early, finite, stop, *precision_callbacks(precision, device)]
-            _train_phase(learn, config, name, epochs, pretrained is not None, callbacks, log)
+            try:
+                _train_phase(learn, config, name, epochs, pretrained is not None, callbacks, log)
+            except RuntimeError:  # a SIGTERM to the whole job ends torch's loading processes at once
+                if stop.received is None:
+                    raise
+                best.restore()
             if stop.received is not None:
                 ends.append("interrupted")
                 break
@@ -106,6 +112,12 @@ def _fit(config: FitConfig, data: Collection, run: bundle.Reservation, started: 
     error = f"{name} phase: {ends[-1]}" if finite.where else None
     if error and best.row is None:
         raise UserError(f"{error}; no epoch was completed, so nothing is exported; try a lower --lr than {config.lr:g}")
+    positive = None if data.positive is None else data.classes.index(data.positive)
+    calibration = Calibration(threshold=None if positive is None else 0.5)
+    if best.row is not None:
+        outputs = best.logits.float().cpu().numpy(), best.targets.cpu().numpy()
+        calibration = calibrate(*outputs, positive, config.target_sensitivity)
+    set_temperature(learn, calibration.temperature)
     status = "diverged" if error else "interrupted" if stop.received is not None else "complete"
     model = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,8 +134,9 @@ def _fit(config: FitConfig, data: Collection, run: bundle.Reservation, started: 
             "resize": "whole image, bilinear",
             "scale": "imagenet",
         },
-        "threshold": 0.5,
-        "temperature": 1.0,
+        "temperature": calibration.temperature,
+        "threshold": calibration.threshold,
+        "calibration": calibration.note,
         "data": _summary(data),
         "settings": config.to_dict(),
         "training": {
@@ -176,11 +189,7 @@ def _phases(history: list[dict], phases: list[tuple[str, int]], ends: list[str])
 
 
 def _summary(data: Collection) -> dict:
-    """What `model.json` says of the images.
-
-    The validation files stand as the first 12 hexadecimal digits of the SHA-256 of their relative names: enough to find
-    the same files again, and no file name, which may hold a patient's, goes where the model goes.
-    """
+    """What `model.json` says of the images."""
     return {
         "name": data.name,
         "rehearsal": data.rehearsal,
@@ -190,11 +199,6 @@ def _summary(data: Collection) -> dict:
         "notes": data.notes,
         "valid_files": sorted(file_key(file) for file in data.valid.file),
     }
-
-
-def file_key(file: str) -> str:
-    """A file's relative name as `model.json` knows it."""
-    return hashlib.sha256(file.encode()).hexdigest()[:12]
 
 
 def _announce(data: Collection) -> None:
@@ -226,6 +230,8 @@ def _conclude(path: Path, model: dict, config: FitConfig) -> None:
         )
     else:
         print("no epoch was completed: the weights are those of the moment")
+    threshold = "" if model["threshold"] is None else f", decision threshold {model['threshold']:.3f}"
+    print(f"temperature {model['temperature']:.3f}{threshold} ({model['calibration']})")
     print(f"export: {path}")
     print(f'next: python -c "from xray_fastai import load_learner; print(load_learner({str(path)!r}).predict(IMAGE))"')
     print(DISCLAIMER)

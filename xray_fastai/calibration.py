@@ -1,0 +1,91 @@
+"""What is settled on the validation split at the end of a fit: the temperature and the decision threshold.
+
+Neither is ever chosen on the data that a model is evaluated on.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+ENOUGH_IMAGES = 50
+"""Fewer validation images, or fewer than `ENOUGH_OF_A_CLASS` of one class, settle nothing: both stay as they are."""
+ENOUGH_OF_A_CLASS = 10
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What turns a network's outputs into a decision.
+
+    Probabilities are softmax(logits / `temperature`); an image is called positive from `threshold` on. `threshold` is
+    None where there is no positive class to decide on.
+    """
+
+    temperature: float = 1.0
+    threshold: float | None = 0.5
+    note: str = "not calibrated"
+
+
+def calibrate(
+    logits: np.ndarray, targets: np.ndarray, positive: int | None, target_sensitivity: float | None = None
+) -> Calibration:
+    """Fit the temperature, and choose the threshold on the probabilities that it gives.
+
+    Args:
+        logits: (N, classes), of the validation split.
+        targets: (N,), indices of classes.
+        positive: the index of the class to detect, or None.
+        target_sensitivity: see `choose_threshold`.
+    """
+    counts = np.bincount(targets, minlength=logits.shape[1])
+    start = None if positive is None else 0.5
+    if len(targets) < ENOUGH_IMAGES or counts.min() < ENOUGH_OF_A_CLASS:
+        note = f"{len(targets)} validation images, {counts.min()} of the rarest class, are too few to calibrate on"
+        return Calibration(1.0, start, note)
+    temperature = fit_temperature(logits, targets)
+    if positive is None:
+        return Calibration(temperature, None, f"temperature from {len(targets)} validation images")
+    scores = softmax(logits / temperature, axis=1)[:, positive]
+    threshold = choose_threshold(scores, targets == positive, target_sensitivity)
+    how = "Youden's J" if target_sensitivity is None else f"sensitivity {target_sensitivity:g}"
+    return Calibration(temperature, threshold, f"from {len(targets)} validation images, by {how}")
+
+
+def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
+    """The temperature that minimises the negative log-likelihood (Guo et al., On Calibration of Modern Neural Networks,
+    ICML 2017), from 1/20 to 20."""
+    logits = np.asarray(logits, dtype=np.float64)
+
+    def loss(log_temperature: float) -> float:
+        return -log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(targets)), targets].mean()
+
+    bound = np.log(20)
+    return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}).x))
+
+
+def choose_threshold(scores: np.ndarray, positives: np.ndarray, target_sensitivity: float | None = None) -> float:
+    """The probability from which an image is called positive.
+
+    Args:
+        scores: (N,), probability of the positive class.
+        positives: (N,), true where the image is of that class.
+        target_sensitivity: the sensitivity to reach, at the highest specificity that allows it; None maximises
+            sensitivity + specificity - 1 (Youden, Index for rating diagnostic tests, Cancer 1950).
+
+    Returns:
+        A value halfway between two scores, the middle one where several are as good.
+    """
+    values = np.unique(scores)
+    candidates = (values[1:] + values[:-1]) / 2 if len(values) > 1 else np.array([0.5])
+    ranked_positive, ranked_negative = np.sort(scores[positives]), np.sort(scores[~positives])
+    sensitivity = 1 - np.searchsorted(ranked_positive, candidates) / len(ranked_positive)
+    specificity = np.searchsorted(ranked_negative, candidates) / len(ranked_negative)
+    if target_sensitivity is None:
+        value = sensitivity + specificity
+    else:
+        value = np.where(sensitivity >= target_sensitivity, specificity, -1.0)
+        if value.max() < 0:  # not reached even at the lowest candidate
+            return float(values[0])
+    best = np.flatnonzero(np.isclose(value, value.max()))
+    return float(candidates[best[len(best) // 2]])
