@@ -59,11 +59,13 @@ def test_a_fit_says_what_it_chose_and_writes_a_whole_export(collection, run):
     assert rows == ["1", "2"]
     export = Path("exports/first")
     assert sorted(file.name for file in export.iterdir()) == [
+        "batch.png",
         "curves.png",
         "history.csv",
         "learner.pkl",
         "model.json",
         "model.safetensors",
+        "report.html",
     ]
     assert [path.name for path in Path("exports").iterdir()] == ["first"]
     model = settings_of(export)

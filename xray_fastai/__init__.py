@@ -4,9 +4,16 @@ The names below load on first use, so that the command line answers at once.
 """
 
 __version__ = "0.1.0"
-__all__ = ["FitConfig", "__version__", "fit", "load_learner"]
+__all__ = ["FitConfig", "__version__", "evaluate", "fit", "interpret", "load_learner", "predict"]
 
-_HOMES = {"FitConfig": "config", "fit": "training", "load_learner": "bundle"}
+_HOMES = {
+    "FitConfig": "config",
+    "evaluate": "evaluation",
+    "fit": "training",
+    "interpret": "interpretation",
+    "load_learner": "bundle",
+    "predict": "prediction",
+}
 
 
 def __getattr__(name: str):

@@ -5,6 +5,8 @@
                   learner.pkl         fastai's own export
                   history.csv         one row an epoch
                   curves.png          the same as a picture
+                  batch.png           training images as the network saw them
+                  report.html         all of it for people: opens anywhere, loads nothing
 
 While a run is under way its folder is `.<run>.partial`: made exclusively, so two fits never share it, and renamed at
 the end, so that what has the run's name is complete.
@@ -20,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xray_fastai.errors import UserError
+from xray_fastai.errors import ImageError, UserError
 
 if TYPE_CHECKING:
     from fastai.vision.all import Learner
@@ -111,7 +113,8 @@ def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: li
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from xray_fastai.report import plot_curves
+    from xray_fastai.curves import plot_batch, plot_curves
+    from xray_fastai.report import write_report
 
     folder = run.partial
     try:
@@ -124,6 +127,10 @@ def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: li
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
         plot_curves(history, folder / "curves.png")
+        with contextlib.suppress(ImageError):  # the images may be gone by now; the export is not to be lost for that
+            images, targets = learn.dls.one_batch()
+            plot_batch(images, [learn.dls.vocab[i] for i in targets], folder / "batch.png")
+        write_report(folder, name=run.final.name)
         learn.export(folder.resolve() / PICKLE)
         for file in folder.iterdir():
             with file.open("rb") as stream:

@@ -123,6 +123,83 @@ def fit(
         raise typer.Exit(128 + result.signal)
 
 
+Export = Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="[default: the newest in ./exports]")]
+Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="[default: the folder that fit used]")]
+Device = Annotated[str, _choice("device", DEVICES)]
+
+
+@app.command()
+@command
+def evaluate(
+    model: Export = None,
+    data: Data = None,
+    split: Annotated[str, typer.Option(help="test, valid (what fit validated on) or train.")] = "test",
+    threshold: Annotated[
+        str, typer.Option(metavar="auto|T", help="Decision threshold: auto is the one that fit chose.")
+    ] = "auto",
+    uncalibrated: Annotated[bool, typer.Option("--uncalibrated", help="Without the temperature.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write there instead of into the export.")] = None,
+    device: Device = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+) -> None:
+    """How good a model is: metrics with 95 % intervals, a table of predictions and plots."""
+    from xray_fastai.evaluation import evaluate as run
+
+    result = run(model, data, split, threshold, uncalibrated=uncalibrated, output=output, device=device)
+    print(result.to_json() if json else result)
+
+
+@app.command()
+@command
+def interpret(
+    model: Export = None,
+    data: Data = None,
+    split: Annotated[str, typer.Option(help="valid (what fit validated on), test or train.")] = "valid",
+    top: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
+    label: Annotated[str | None, typer.Option("--class", metavar="CLASS", help="Only images of this class.")] = None,
+    only_errors: Annotated[bool, typer.Option("--only-errors", help="Only images called wrongly.")] = False,
+    confident: Annotated[
+        bool, typer.Option("--confident", help="Instead, the images called rightly with the highest confidence.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write there instead of into the export.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Where a model errs, and what it looks at: top losses beside their Grad-CAM heat maps."""
+    from xray_fastai.interpretation import interpret as run
+
+    print(
+        run(
+            model, data, split, top, label=label, only_errors=only_errors, confident=confident,
+            output=output, device=device,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+@command
+def predict(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, or - for a list of paths.")],
+    model: Export = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="A .csv or .jsonl file to write.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an --output that was cut short.")] = False,
+    heatmaps: Annotated[Path | None, typer.Option(metavar="DIR", help="Write Grad-CAM overlays there.")] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Folders with what is below them.")] = False,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="[default: the one that fit chose]")] = None,
+    uncalibrated: Annotated[bool, typer.Option("--uncalibrated", help="Without the temperature.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    device: Device = "auto",
+) -> None:
+    """What a model says of new images. Exit code 1 where a file could not be read."""
+    from xray_fastai.prediction import predict_command as run
+
+    bad = run(
+        paths, model, output=output, resume=resume, heatmaps=heatmaps, recursive=recursive, threshold=threshold,
+        uncalibrated=uncalibrated, batch_size=batch_size, device=device,
+    )  # fmt: skip
+    if bad:
+        raise typer.Exit(1)
+
+
 @data_app.command()
 @command
 def phantom(

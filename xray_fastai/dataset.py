@@ -107,7 +107,7 @@ def find_root(data: str | Path, split: str = "train") -> Path:
     for root in (data, data / "chest_xray", data / "chest_xray" / "chest_xray"):
         if (root / split).is_dir():
             return root
-    inside = sorted(entry.name for entry in data.iterdir() if not _hidden(entry.name))
+    inside = sorted(entry.name for entry in data.iterdir() if not is_hidden(entry.name))
     if not inside:
         raise UserError(f"--data {data}: the folder is empty; {layout}")
     raise UserError(f"--data {data}: no {split}/ in it (there is {', '.join(inside[:5])}); {layout}")
@@ -117,11 +117,11 @@ def find_images(folder: Path) -> list[str]:
     """Image files below a folder, at any depth, as sorted relative paths; hidden files and other types are left out."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _hidden(name))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         found += [
             os.path.relpath(os.path.join(parent, name), folder)
             for name in files
-            if not _hidden(name) and name.lower().endswith(EXTENSIONS)
+            if not is_hidden(name) and name.lower().endswith(EXTENSIONS)
         ]
     return sorted(Path(name).as_posix() for name in found)
 
@@ -160,7 +160,7 @@ def read_split(
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     if not found and partial:
         unlabelled = ", but images without a class" if find_images(folder) else ""
         raise UserError(
@@ -243,7 +243,7 @@ def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | N
     return None
 
 
-def _hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 

@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,12 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.vision.all import Learner, TensorImageBW
-from scipy.special import softmax
+from PIL import Image
+from scipy.special import expit, logit, softmax
 
 from xray_fastai import bundle
+from xray_fastai.dataset import is_hidden
 from xray_fastai.device import choose_device
 from xray_fastai.errors import ImageError, UserError
-from xray_fastai.images import open_image
+from xray_fastai.images import EXTENSIONS, open_image
+
+Source = str | Path | bytes | Image.Image | np.ndarray
+"""What `images.open_image` takes."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,13 @@ class Model:
     def temperature(self) -> float:
         return self.settings["temperature"]
 
+    def threshold_of(self, calibrated: bool = True) -> float | None:
+        """The threshold on calibrated probabilities, or that on raw ones which makes the same decisions; None where the
+        most probable class is called."""
+        if len(self.classes) != 2 or self.positive is None or self.threshold is None or calibrated:
+            return self.threshold if len(self.classes) == 2 else None
+        return float(expit(self.temperature * logit(self.threshold)))
+
     def probabilities(self, logits: np.ndarray, calibrated: bool = True) -> np.ndarray:
         """Softmax of logits (N, classes), divided by the export's temperature where `calibrated`."""
         return softmax(np.asarray(logits, dtype=np.float64) / (self.temperature if calibrated else 1.0), axis=-1)
@@ -68,7 +81,7 @@ class Model:
         """Outputs (B, classes) of eight-bit images (B, 1, size, size), on the CPU, in fp32."""
         batch = TensorImageBW(images.to(self.learn.dls.device))
         (batch,) = self.learn.dls.valid.after_batch((batch,))
-        with torch.inference_mode():
+        with torch.inference_mode(), _full_precision():
             return self.learn.model(batch).as_subclass(torch.Tensor).float().cpu()
 
 
@@ -102,38 +115,135 @@ def open_model(path: str | Path | None = None, device: str = "auto") -> Model:
     return Model(path, settings, learn)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Sources that went through the network together."""
+
+    sources: list[Source]
+    errors: list[str | None]  # of each source: what is wrong with it
+    images: torch.Tensor  # (readable, 1, size, size), eight-bit
+    logits: np.ndarray  # (readable, classes), fp32
+
+    def outputs(self) -> Iterator[tuple[Source, np.ndarray | None, str | None]]:
+        """Each source with its logits (classes,) or None, and its error or None."""
+        logits = iter(self.logits)
+        for source, error in zip(self.sources, self.errors, strict=True):
+            yield source, next(logits) if error is None else None, error
+
+
+def predict_batches(model: Model, sources: Iterable[Source], batch_size: int = 32) -> Iterator[Batch]:
+    """Predict sources in their order, decoding ahead of the network; memory doesn't grow with their number.
+
+    Raises:
+        UserError: a batch does not fit into the device's memory.
+    """
+
+    def decode(source: Source) -> torch.Tensor | str:
+        try:
+            return torch.from_numpy(np.array(open_image(source, model.size)))[None]  # (1, size, size)
+        except ImageError as error:
+            return str(error)
+
+    sources = iter(sources)
+    threads = min(16, os.cpu_count() or 1)
+    ahead = max(2 * batch_size, 2 * threads)
+    waiting: deque[tuple[Source, Future]] = deque()
+    pool = ThreadPoolExecutor(threads)
+
+    def fill() -> None:
+        for source in islice(sources, ahead - len(waiting)):
+            waiting.append((source, pool.submit(decode, source)))
+
+    try:
+        fill()
+        while waiting:
+            taken = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+            fill()
+            decoded = [future.result() for _, future in taken]
+            good = [image for image in decoded if not isinstance(image, str)]
+            images = torch.stack(good) if good else torch.empty(0, 1, model.size, model.size, dtype=torch.uint8)
+            logits = model.logits(images).numpy() if good else np.empty((0, len(model.classes)), np.float32)
+            errors = [image if isinstance(image, str) else None for image in decoded]
+            yield Batch([source for source, _ in taken], errors, images, logits)
+    except torch.OutOfMemoryError:
+        raise UserError(f"--batch-size {batch_size}: more than {model.learn.dls.device} has memory for") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def predict_stream(
-    model: Model, sources: Iterable[str | Path], batch_size: int = 32
-) -> Iterator[tuple[str | Path, np.ndarray | None, str | None]]:
-    """Predict files in their order, decoding ahead of the network; memory doesn't grow with their number.
+    model: Model, sources: Iterable[Source], batch_size: int = 32
+) -> Iterator[tuple[Source, np.ndarray | None, str | None]]:
+    """As `predict_batches`, a source at a time.
 
     Yields:
         The source; its logits (classes,), or None; what is wrong with the file, or None.
     """
+    with closing(predict_batches(model, sources, batch_size)) as batches:
+        for batch in batches:
+            yield from batch.outputs()
 
-    def decode(source: str | Path) -> torch.Tensor | ImageError:
-        try:
-            return torch.from_numpy(np.array(open_image(source, model.size)))[None]  # (1, size, size)
-        except ImageError as error:
-            return error
 
-    sources = iter(sources)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        waiting: deque[tuple[str | Path, Future]] = deque()
+def image_sources(paths: Iterable[Source], recursive: bool = False) -> Iterator[Source]:
+    """Folders become their images, by name, then, where `recursive`, those of the folders below; the rest stays.
 
-        def fill() -> None:
-            for source in islice(sources, 2 * batch_size - len(waiting)):
-                waiting.append((source, pool.submit(decode, source)))
+    A folder without images comes as itself, to be told of as a file that can't be read. Memory: one folder's names.
+    """
+    for path in paths:
+        if isinstance(path, (str, os.PathLike)):
+            path = os.fspath(path)
+            inside = _images_in(path, recursive) if os.path.isdir(path) else iter(())
+            yield next(inside, path)
+            yield from inside
+        else:
+            yield path
 
-        fill()
-        while waiting:
-            batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-            fill()
-            images = [(source, future.result()) for source, future in batch]
-            good = [image for _, image in images if isinstance(image, torch.Tensor)]
-            outputs = iter(model.logits(torch.stack(good)).numpy() if good else ())
-            for source, image in images:
-                if isinstance(image, ImageError):
-                    yield source, None, str(image)
-                else:
-                    yield source, next(outputs), None
+
+def check_folder(folder: str | Path, recursive: bool = False) -> None:
+    """See that there is something to predict.
+
+    Raises:
+        UserError: the folder has no image in it, or can't be read.
+    """
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: can't be read ({error.strerror})") from None
+    if next(_images_in(os.fspath(folder), recursive), None) is None:
+        deeper = "" if recursive else "; --recursive looks into the folders below it"
+        raise UserError(f"{folder}: no image in it (looked for {' '.join(EXTENSIONS)}){deeper}")
+
+
+def _images_in(folder: str, recursive: bool, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    images, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                wanted = entry.name.lower().endswith(EXTENSIONS)
+                if is_hidden(entry.name) or not (wanted or recursive):
+                    continue
+                if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+                    folders.append(entry.name)
+                elif wanted:
+                    images.append(entry.name)
+    except OSError:
+        yield folder  # told of as a file that can't be read
+        return
+    for name in sorted(images):
+        yield os.path.join(folder, name)
+    above |= {os.path.realpath(folder)}
+    for name in sorted(folders) if recursive else ():
+        below = os.path.join(folder, name)
+        if os.path.realpath(below) not in above:  # a link to a folder above never ends
+            yield from _images_in(below, recursive, above)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Convolutions in fp32: on CUDA they are TF32 by default, with 10 bits of mantissa instead of 23."""
+    convolution = torch.backends.cudnn.conv
+    before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision = before

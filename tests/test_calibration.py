@@ -1,0 +1,53 @@
+"""Temperature and threshold, chosen on validation."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score, recall_score, roc_curve
+
+from xray_fastai.calibration import calibrate, choose_threshold, fit_temperature
+
+
+@pytest.fixture
+def outputs():
+    """Calibrated logits of two classes and their targets."""
+    rng = np.random.default_rng(0)
+    margin = rng.normal(0, 2, 4000)
+    targets = (rng.random(4000) < 1 / (1 + np.exp(-margin))).astype(int)
+    return np.stack([np.zeros(4000), margin], axis=1), targets
+
+
+@pytest.mark.parametrize("scale", [0.5, 1, 3])
+def test_the_temperature_undoes_a_scale(outputs, scale):
+    logits, targets = outputs
+    assert fit_temperature(logits * scale, targets) == pytest.approx(scale, rel=0.1)
+
+
+def test_youdens_threshold_is_the_best_of_the_roc_curve(outputs):
+    logits, targets = outputs
+    scores = logits[:, 1]
+    threshold = choose_threshold(scores, targets == 1)
+    fpr, tpr, _ = roc_curve(targets, scores)
+    assert 2 * balanced_accuracy_score(targets, scores >= threshold) - 1 == pytest.approx((tpr - fpr).max())
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9, 0.95, 1.0])
+def test_a_target_sensitivity_is_reached_at_the_highest_specificity(outputs, target):
+    logits, targets = outputs
+    scores = logits[:, 1]
+    threshold = choose_threshold(scores, targets == 1, target)
+    assert recall_score(targets, scores >= threshold) >= target
+    fpr, tpr, _ = roc_curve(targets, scores, drop_intermediate=False)
+    specificity = recall_score(targets, scores >= threshold, pos_label=0)
+    assert specificity == pytest.approx(1 - fpr[tpr >= target].min())
+
+
+def test_scores_apart_put_the_threshold_between_them():
+    assert choose_threshold(np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, False, True, True])) == pytest.approx(0.5)
+
+
+def test_too_few_images_settle_nothing(outputs):
+    logits, targets = outputs
+    few = calibrate(logits[:40], targets[:40], 1)
+    assert (few.temperature, few.threshold) == (1.0, 0.5) and "40 validation images" in few.note
+    assert calibrate(logits, targets, 1).threshold != 0.5
+    assert calibrate(logits, targets, None).threshold is None

@@ -1,0 +1,444 @@
+"""New images: a row each, whatever is wrong with them, however many there are and wherever the run was cut short."""
+
+import csv
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.conftest import QUICK, draw_collection, settings_of
+from xray_fastai import gradcam, load_learner, prediction
+from xray_fastai.cli import app
+from xray_fastai.errors import UserError
+from xray_fastai.inference import open_model, predict_stream
+from xray_fastai.prediction import predict
+from xray_fastai.training import DISCLAIMER
+
+COLUMNS = ["path", "prediction", "p_NORMAL", "p_PNEUMONIA", "threshold", "error"]
+
+
+@pytest.fixture(scope="session")
+def images(export):
+    """The folders NORMAL, with 16 images, and PNEUMONIA, with 24."""
+    return export.parent / "moved" / "train"
+
+
+@pytest.fixture(scope="session")
+def files(images):
+    return [str(path) for path in sorted(images.glob("*/*"))]
+
+
+@pytest.fixture(scope="session")
+def model(export):
+    return open_model(export, "cpu")
+
+
+@pytest.fixture
+def says(export, model, monkeypatch):
+    """Run `predict` with the small export, opened once for all tests, on these lines of standard input."""
+    opened = prediction.open_model
+    monkeypatch.setattr(prediction, "open_model", lambda path, *args: model if path == export else opened(path, *args))
+
+    def says(*args, stdin=None):
+        command = ["predict", *map(str, args), "--model", str(export), "--device", "cpu"]
+        return CliRunner().invoke(app, command, input=stdin, prog_name="xray-fastai")
+
+    return says
+
+
+def read(path):
+    """The rows of an output file, by another reader than the one that continues it."""
+    if path.suffix == ".csv":
+        return pd.read_csv(path)
+    return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
+
+
+# what is predicted
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_the_same_as_learn_predict_in_any_batch_and_order(batch_size, export, files):
+    learn = load_learner(export)
+    some = random.Random(batch_size).sample(files, 12)
+    with learn.no_bar():
+        expected = [learn.predict(path)[2].tolist() for path in some]
+    table = predict(some, export, batch_size=batch_size, device="cpu")
+    assert table.path.tolist() == some
+    np.testing.assert_allclose(table[["p_NORMAL", "p_PNEUMONIA"]].to_numpy(), expected, atol=1e-5, rtol=0)
+
+
+def test_an_image_is_called_at_the_threshold(model, files):
+    scores = predict(files, model).p_PNEUMONIA
+    at = float(np.median(scores))
+    table = predict(files, model, threshold=at)
+    assert (table.threshold == at).all()
+    assert ((table.prediction == "PNEUMONIA") == (scores >= at)).all() and table.prediction.nunique() == 2
+    assert (predict(files, model).threshold == settings_of(model.path)["threshold"]).all()
+
+
+def test_uncalibrated_makes_the_same_decisions_by_default(model, files):
+    hot = type(model)(model.path, model.settings | {"temperature": 3.0, "threshold": 0.55}, model.learn)
+    calibrated, raw = predict(files, hot), predict(files, hot, uncalibrated=True)
+    assert (calibrated.prediction == raw.prediction).all()
+    assert not np.allclose(calibrated.p_NORMAL, raw.p_NORMAL)
+    np.testing.assert_allclose(raw.p_NORMAL, predict(files, model, uncalibrated=True).p_NORMAL, atol=1e-6)
+
+
+def test_paths_pictures_and_arrays(model, an_image, tmp_path):
+    picture, array = Image.open(an_image), np.asarray(Image.open(an_image))
+    table = predict([str(an_image), an_image, picture, array, picture.copy(), an_image.read_bytes()], model)
+    assert table.path.tolist() == [str(an_image)] * 3 + ["image 3", "image 4", "image 5"]
+    assert table.p_NORMAL.max() - table.p_NORMAL.min() < 1e-3
+    for one in (an_image, picture, array):
+        assert len(predict(one, model)) == 1
+    assert predict(iter([]), model).columns.tolist() == COLUMNS
+    bad = predict([np.full((4, 4), np.nan), array], model)
+    assert "values from nan" in bad.error[0] and bad.prediction[1] in model.classes
+
+
+def test_the_stream_gives_logits_in_order(model, files):
+    found = list(predict_stream(model, [*files[:3], "nowhere.png", *files[3:5]], batch_size=2))
+    assert [source for source, _, _ in found] == [*files[:3], "nowhere.png", *files[3:5]]
+    assert found[3][1:] == (None, "nowhere.png: no such file") and found[4][1].shape == (2,)
+
+
+def test_an_output_that_is_not_a_number_is_an_error_of_the_row(model, files, monkeypatch):
+    monkeypatch.setattr(type(model), "logits", lambda self, images: torch.full((len(images), 2), torch.nan))
+    table = predict(files[:2], model)
+    assert table.prediction.isna().all() and "not a number" in table.error[0]
+
+
+def test_more_than_two_classes(run, tmp_path):
+    data = draw_collection(tmp_path / "data", {"train/A": 8, "train/B": 8, "train/PNEUMONIA": 8})
+    fit = ["--weights", "none", "--epochs", 1, "--exports", tmp_path, "--name", "three", "--class-weights", "none"]
+    result = run("fit", "--data", data, *QUICK, *fit)
+    assert result.exit_code == 0, result.output
+    three = open_model(tmp_path / "three")
+    table = predict(data / "train" / "A", three)
+    scores = table[["p_A", "p_B", "p_PNEUMONIA"]]
+    assert table.threshold.isna().all() and (table.prediction == scores.idxmax(axis=1).str[2:]).all()
+    result = run("predict", data / "train" / "A", "--model", tmp_path / "three", "--output", "out.csv")
+    assert "the most probable is called" in result.stdout and pd.read_csv("out.csv").threshold.isna().all()
+    with pytest.raises(UserError, match=r"--threshold 0\.3: of 3 classes"):
+        predict(data / "train" / "A", three, threshold=0.3)
+
+
+# what is named
+
+
+def test_folders(says, images, tmp_path):
+    (images / "NORMAL" / "._hidden.jpeg").write_text("")
+    (images / "NORMAL" / "notes.txt").write_text("")
+    os.symlink(images / "NORMAL", tmp_path / "link")
+    assert says(tmp_path / "link", "--output", "flat.csv").exit_code == 0
+    names = [Path(path).name for path in read(Path("flat.csv")).path]
+    assert names == sorted(names) and len(names) == 16
+    os.symlink(tmp_path, tmp_path / "loop")  # a link to what holds it
+    assert says(images, tmp_path, "--recursive", "--output", "deep.csv").exit_code == 0
+    parents = [Path(path).parent for path in read(Path("deep.csv")).path]
+    assert parents == [images / "NORMAL"] * 16 + [images / "PNEUMONIA"] * 24 + [tmp_path / "link"] * 16
+
+
+def test_a_list_on_standard_input(says, files, images):
+    listed = "\n".join([files[3], "", files[3], "nowhere.png", str(images / "NORMAL")]) + "\r\n"
+    result = says(files[0], "-", files[1], "--output", "out.csv", stdin=listed)
+    assert result.exit_code == 1
+    rows = read(Path("out.csv"))
+    assert rows.path.tolist() == [files[0], files[3], files[3], "nowhere.png", *files[:16], files[1]]
+    assert rows.error.dropna().tolist() == ["nowhere.png: no such file"]
+
+
+def test_what_can_not_be_read_is_a_row(says, files, tmp_path):
+    os.symlink(tmp_path / "gone.png", tmp_path / "broken.png")
+    (tmp_path / "text.jpeg").write_text("text")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "cut.jpeg").write_bytes(Path(files[0]).read_bytes()[:400])
+    result = says("nowhere.png", tmp_path, files[0], "--output", "out.jsonl")
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert result.stderr == "Error: 5 of 6 files could not be read; the column error of out.jsonl says why\n"
+    rows = read(Path("out.jsonl"))
+    names = ["nowhere.png", "broken.png", "cut.jpeg", "empty.png", "text.jpeg", Path(files[0]).name]
+    assert [Path(path).name for path in rows.path] == names
+    assert rows.prediction[:5].isna().all() and rows.p_NORMAL[:5].isna().all() and rows.error.isna()[5]
+    for error, words in zip(
+        rows.error, ["no such file", "no such file", "broken", "empty", "not an image"], strict=False
+    ):
+        assert words in error
+
+
+def test_the_newest_export_by_default(run, export, an_image, monkeypatch):
+    Path("exports").mkdir()
+    os.symlink(export, "exports/mine")
+    result = run("predict", an_image)
+    assert result.exit_code == 0 and "exports/mine (the newest in ./exports)" in result.stdout
+
+
+# the terminal
+
+
+def test_a_table_for_a_few(says, files, tmp_path):
+    deep = tmp_path / ("folder" * 20)
+    deep.mkdir()
+    os.symlink(files[0], deep / "an \x1b[31mimage.jpeg")
+    result = says(*files[:3], deep / "an \x1b[31mimage.jpeg", "nowhere.png")
+    lines = result.stdout.splitlines()
+    assert lines[0] == lines[-1] == DISCLAIMER
+    rows = lines[lines.index(next(line for line in lines if line.startswith("path"))) :][:6]
+    assert max(map(len, rows)) <= 80 and rows[0].split() == ["path", "prediction", "p_NORMAL", "p_PNEUMONIA"]
+    assert len({len(row) for row in rows[:5]}) == 1  # aligned
+    assert "..." in rows[4] and "an ?[31mimage.jpeg" in rows[4] and rows[5].endswith("no such file")
+    assert result.stderr == "Error: 1 of 5 files could not be read; their rows say why\n"
+    assert "5 files in" in result.stdout and "errors: 1" in result.stdout
+
+
+def test_many_rows_are_cut(says, files):
+    result = says(*files, *files)
+    rows = [line for line in result.stdout.splitlines() if ".jpeg" in line]
+    assert len(rows) == 50 and "--output" in result.stdout and "80 files in" in result.stdout
+
+
+# the file
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_file_holds_what_python_gets(suffix, says, model, files):
+    odd = ["a, b.jpeg", 'a "b".jpeg', "a\nb.jpeg", "a\rb.jpeg", "ä.jpeg"]
+    for name in odd:
+        os.symlink(files[0], name)
+    inputs = [*files[:3], *odd, "nowhere.png"]
+    output = Path("out" + suffix)
+    result = says(*inputs, "--output", output)
+    assert result.stdout.splitlines()[0] == result.stdout.splitlines()[-1] == DISCLAIMER
+    rows = read(output)
+    assert rows.columns.tolist() == COLUMNS
+    pd.testing.assert_frame_equal(rows, predict(inputs, model), check_dtype=False, atol=1e-6)
+
+
+def test_a_name_that_is_not_utf8(says, files):
+    name = os.fsdecode(b"\xff.jpeg")
+    os.symlink(files[0], name)
+    for output in ("out.csv", "out.jsonl"):
+        assert says(name, "--output", output).exit_code == 0
+        assert says(name, files[0], "--output", output, "--resume").exit_code == 0
+    assert says("-", stdin=b"\xff.jpeg\n").exit_code == 0
+    assert b"\n\xff.jpeg," in Path("out.csv").read_bytes()
+    assert json.loads(Path("out.jsonl").read_text().splitlines()[0])["path"] == name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--output", "out.txt"], "ends in .csv or .jsonl"),
+        (["--output", "there.csv"], "there.csv: is there already"),
+        (["--output", "nowhere/out.csv"], "nowhere/out.csv: can't be written to (No such file or directory)"),
+        (["--output", "folder.csv"], "a folder, not a file"),
+        (["--resume"], "--resume: give the file to continue by --output"),
+        (["empty"], "empty: no image in it (looked for .jpeg"),
+        (["--heatmaps", "there.csv"], "--heatmaps there.csv: can't be made"),
+        (["images", "--heatmaps", "images"], "give a folder outside"),
+        (["images", "--recursive", "--heatmaps", "images/maps"], "give a folder outside"),
+        (["--model", "empty"], "empty: not an export"),
+    ],
+)
+def test_bad_input(options, words, says, refused, files):
+    for folder in ("empty", "folder.csv", "images"):
+        Path(folder).mkdir()
+    Path("empty/notes.txt").write_text("")
+    os.symlink(files[0], "images/a.jpeg")
+    Path("there.csv").write_text("mine")
+    if "--model" in options:
+        result = CliRunner().invoke(app, ["predict", files[0], *options], prog_name="xray-fastai")
+    else:
+        result = says(files[0], *options)
+    refused(result, words)
+    assert Path("there.csv").read_text() == "mine" and not Path("out.txt").exists()
+
+
+def test_no_export(run, refused, an_image):
+    refused(run("predict", an_image), "no export")
+
+
+def test_a_folder_whose_images_lie_deeper(says, refused, images):
+    refused(says(images), f"{images}: no image in it", "--recursive")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(says, refused, files, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    refused(says(files[0], "--output", tmp_path / "closed" / "out.csv"), "can't be written to (Permission denied)")
+
+
+# continuing
+
+
+@pytest.fixture
+def whole(says, files):
+    """A complete file of twelve inputs, one of them with a line break in its name, two of them bad."""
+    os.symlink(files[0], "a\nb, c.jpeg")
+    Path("bad.jpeg").write_text("text")
+    inputs = [*files[:4], "a\nb, c.jpeg", "nowhere.png", *files[4:9], "bad.jpeg"]
+
+    def whole(suffix):
+        path = Path("whole" + suffix)
+        assert says(*inputs, "--output", path).exit_code == 1
+        return inputs, path.read_bytes()
+
+    return whole
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_file_cut_anywhere_is_continued_to_the_same(suffix, says, whole):
+    inputs, content = whole(suffix)
+    output = Path("out" + suffix)
+    middle = content.index(b"nowhere.png")  # behind the row with a line break in it
+    first = content.index(b"\n") + 1
+    for end in [
+        0,
+        3,
+        first - 1,
+        first,
+        first + 40,
+        *range(middle - 100, middle + 4, 9),
+        len(content) - 1,
+        len(content),
+    ]:
+        output.write_bytes(content[:end])
+        result = says(*inputs, "--output", output, "--resume", "--batch-size", 5)
+        assert result.exit_code == 1, result.output
+        rows, expected = read(output), read(Path("whole" + suffix))
+        pd.testing.assert_frame_equal(rows, expected, atol=1e-5)
+        assert "Error: 2 of 12 files" in result.stderr and "12 rows" in result.stdout
+
+
+def test_a_list_is_continued(says, files):
+    assert says("-", "--output", "out.csv", stdin="\n".join(files[:7])).exit_code == 0
+    result = says("-", "--output", "out.csv", "--resume", stdin="\n".join(files[:20]))
+    assert result.exit_code == 0 and "13 files in" in result.stdout and "after 7 rows" in result.stdout
+    assert read(Path("out.csv")).path.tolist() == files[:20]
+
+
+def test_resume_without_a_file_begins_one(says, files):
+    assert says(files[0], "--output", "out.csv", "--resume").exit_code == 0
+    assert len(read(Path("out.csv"))) == 1
+
+
+def _other_probability(content):
+    number = content.rsplit(b"\n", 2)[-2].split(b",")[2]
+    return content.replace(number, b"0.123")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content.replace(b"p_NORMAL", b"p_COVID"), "does not begin with the columns"),
+        (lambda content: b"my notes", "does not begin with the columns"),
+        (lambda content: content + b"a,b\n", "row 5 of out.csv does not have the columns"),
+        (lambda content: content + content.splitlines()[1] + b"\n", "row 5 of out.csv is", ),
+        (lambda content: content.replace(b"train1.jpeg", b"train9.jpeg"), "but that input is"),
+        (_other_probability, "another model gave the rows"),
+    ],
+    ids=["class", "text", "columns", "too many", "path", "model"],
+)  # fmt: skip
+def test_what_does_not_fit_is_not_continued(change, words, says, refused, files):
+    assert says(*files[:4], "--output", "out.csv").exit_code == 0
+    content = change(Path("out.csv").read_bytes())
+    Path("out.csv").write_bytes(content)
+    refused(says(*files[:4], "--output", "out.csv", "--resume"), "--resume: ", words)
+    assert Path("out.csv").read_bytes() == content
+
+
+def test_another_threshold_is_not_continued(says, refused, files):
+    assert says(*files[:4], "--output", "out.csv").exit_code == 0
+    result = says(*files[:6], "--output", "out.csv", "--resume", "--threshold", 0.9)
+    refused(result, "--resume: the threshold in out.csv is", "here 0.9")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limit there")
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_disk_that_fills_up(suffix, says, refused, files):
+    output = Path("out" + suffix)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3500, before[1]))
+    try:
+        result = says(*files, "--output", output, "--batch-size", 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    stand = len(read(output))
+    refused(result, f"--output {output}: File too large after {stand} rows, which stand", "--resume")
+    assert 0 < stand < 40 and stand % 4 == 0
+    assert says(*files, "--output", output, "--resume").exit_code == 0
+    assert read(output).path.tolist() == files
+
+
+def wait_for(process, condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+
+
+def test_ctrl_c_leaves_whole_rows(start, says, export, files):
+    process = start(
+        "predict", "-", "--model", export, "--device", "cpu", "--batch-size", 4, "--output", "out.csv", stdin=-1,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
+    process.stdin.write("\n".join(files))
+    process.stdin.flush()  # and it waits for more
+    wait_for(process, lambda: Path("out.csv").exists() and len(Path("out.csv").read_bytes().splitlines()) > 20)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    with open("out.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    stands = f"Stopped; {len(rows)} rows of out.csv stand, --resume goes on."
+    assert process.stderr.read().strip() == stands
+    assert [row["path"] for row in rows] == files[: len(rows)] and rows[-1]["threshold"]
+    process.stdin.detach()
+    assert says("-", "--output", "out.csv", "--resume", stdin="\n".join(files)).exit_code == 0
+    assert read(Path("out.csv")).path.tolist() == files
+
+
+def test_a_pipe_that_is_closed(start, export, files):
+    process = start("predict", *files, "--model", export, "--device", "cpu", "--batch-size", 1)
+    assert process.stdout.readline().strip() == DISCLAIMER
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == ""
+
+
+# heat maps
+
+
+def test_heat_maps(says, files, model, monkeypatch):
+    os.mkdir("same")
+    os.symlink(files[0], f"same/{Path(files[0]).name}")
+    Path("bad.jpeg").write_text("text")
+    for _ in range(2):  # what is there stays
+        result = says(*files[:2], "same", "bad.jpeg", "--heatmaps", "maps")
+        assert result.exit_code == 1, result.output
+    first, second = Path(files[0]).stem, Path(files[1]).stem
+    names = [f"{first}.png", f"{second}.png", f"{first}-2.png", f"{first}-3.png", f"{second}-2.png", f"{first}-4.png"]
+    assert sorted(path.name for path in Path("maps").iterdir()) == sorted(names)
+
+    def ramp(_, images, targets):
+        asked.extend(targets)
+        return np.tile(np.linspace(0, 1, 4), (len(images), 4, 1))
+
+    asked = []
+    monkeypatch.setattr(gradcam, "grad_cam", ramp)  # at this size the network's own map is a single place
+    assert says(*files[14:18], "--heatmaps", "ramps", "--threshold", 0, "--batch-size", 3).exit_code == 0
+    assert asked == [1, 1, 1, 1]  # the class that is called
+    with Image.open(f"ramps/{Path(files[14]).stem}.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (40, 48))
+        blue_to_red = np.asarray(picture).astype(int)
+    assert (blue_to_red[:, -1, 0] > blue_to_red[:, -1, 2]).all()

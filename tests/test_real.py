@@ -1,0 +1,49 @@
+"""What holds on the real collection, where it is: skipped without XRAY_DATA."""
+
+import pandas as pd
+
+from tests.conftest import settings_of
+from xray_fastai.dataset import check_files, find_root, labelled_images, read_split
+from xray_fastai.splits import assign_validation, hold_out
+
+
+def test_the_counts_are_the_collections(real_images):
+    train = read_split(find_root(real_images), "train")
+    assert train.label.value_counts().to_dict() == {"PNEUMONIA": 3875, "NORMAL": 1341}
+
+
+def test_a_tenth_is_held_out_by_patient_and_no_identical_file_is_on_both_sides(real_images):
+    train = check_files(read_split(find_root(real_images), "train"), 64)[0]
+    assert train.digest.duplicated().any()  # 24 groups of identical files
+    for seed in range(3):
+        held_out = hold_out(train, 0.1, seed)
+        assert abs(held_out.mean() - 0.1) < 0.01
+        assert abs((train.label[held_out] == "NORMAL").mean() - 1341 / 5216) < 0.02
+        for column in ("patient", "digest"):
+            assert not set(train[column][held_out]) & set(train[column][~held_out])
+
+
+def test_auto_validation_takes_val_too(real_images):
+    root = find_root(real_images)
+    both = pd.concat([read_split(root, split) for split in ("train", "val")])
+    table = check_files(both, 64)[0]
+    parts = [rows.reset_index(drop=True) for _, rows in table.groupby("split")]
+    table, line, leaking = assign_validation(*parts, "auto", 42)
+    assert "val/, which is too small alone (16 images)" in line and leaking == 0
+
+
+def test_one_epoch_on_real_images_already_tells_the_classes_apart(real_images, run, tmp_path):
+    """On one image in eight, as links; the export then finds its validation images again."""
+    table = read_split(find_root(real_images), "train").iloc[::8]
+    for row in table.itertuples():
+        link = tmp_path / row.file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(f"{find_root(real_images).resolve()}/{row.file}")
+    args = ["--arch", "resnet18", "--size", 64, "--weights", "none", "--batch-size", 16, "--valid", "0.25"]
+    result = run("fit", "--data", tmp_path, *args, "--epochs", 4, "--lr", 1e-3, "--exports", tmp_path, "--name", "real")
+    assert result.exit_code == 0, result.output
+    model = settings_of(tmp_path / "real")
+    assert model["best"]["roc_auc"] > 0.9
+    valid = labelled_images(model, None, "valid")
+    assert len(valid) == sum(model["data"]["valid"].values())
+    assert not set(valid.patient) & set(labelled_images(model, None, "train").patient)

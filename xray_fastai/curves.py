@@ -1,0 +1,137 @@
+"""The pictures that `fit` draws: learning curves, and a batch as the network sees it."""
+
+import math
+import re
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+FIRST, SECOND, FROZEN, UNFROZEN, GREY = "#7a8794", "#0b6e99", "#d98200", "#c8102e", "#667788"
+THEME = {FIRST: "var(--first)", SECOND: "var(--second)", FROZEN: "var(--warn)", UNFROZEN: "var(--bad)"}
+THEME |= {GREY: "var(--muted)", "#000000": "currentColor"}
+"""What stands for the colours of the curves in a report."""
+
+
+def plot_curves(history: list[dict], path: Path) -> None:
+    """Training and validation loss of all phases in one picture, the phase change and the best epochs marked.
+
+    Args:
+        history: a row an epoch, with the keys `phase`, `epoch`, `train_loss`, `valid_loss`.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    _draw_curves(figure.add_subplot(), history, {"train_loss": "training loss", "valid_loss": "validation loss"})
+    figure.savefig(path, dpi=130)
+
+
+def _draw_curves(axes: "Axes", history: list[dict], columns: dict[str, str]) -> None:
+    """Columns of the history, under their labels; of `valid_loss` the best epochs are marked."""
+    import pandas as pd
+
+    table = pd.DataFrame(history, columns=["phase", "epoch", *columns])
+    table["x"] = range(1, len(table) + 1)
+    values = table[list(columns)].apply(pd.to_numeric, errors="coerce").astype(float)
+    for (column, label), (colour, style) in zip(columns.items(), [(FIRST, "--"), (SECOND, "-")], strict=False):
+        marker = "o" if len(table) <= 40 else None
+        axes.plot(table.x, values[column], style, color=colour, marker=marker, markersize=3, label=label)
+    phases = table.groupby("phase", sort=False)
+    for phase, rows in phases:
+        losses = values.loc[rows.index].get("valid_loss", pd.Series(dtype=float)).dropna()
+        if len(losses):
+            best = losses.idxmin()
+            label = f"best {phase}: {rows.epoch[best]} ({losses[best]:.4f})"
+            axes.plot(rows.x[best], losses[best], "o", markersize=10, fillstyle="none", markeredgewidth=1.8,
+                      color=UNFROZEN if phase == "unfrozen" else FROZEN, label=label)  # fmt: skip
+        if rows.x.iloc[0] > 1:
+            axes.axvline(rows.x.iloc[0] - 0.5, color=GREY, linestyle=":", linewidth=1.2, label="backbone unfrozen")
+    axes.set(xlabel="epoch (both phases)" if len(phases) > 1 else "epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25, color=GREY)
+    axes.spines[["top", "right"]].set_visible(False)
+    if "valid_loss" in columns:
+        axes.set(ylabel="weighted cross-entropy")
+        usual = 5 * values.median(axis=None)  # one epoch that ran away would flatten all others
+        axes.set_ylim(0, usual if values.max(axis=None) > usual > 0 else None)
+    if len(table):
+        axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, handlelength=1.6)
+
+
+def plot_batch(images: "Tensor", labels: Sequence[str], path: Path, most: int = 24) -> None:
+    """A grid of images as the network sees them, each above its class.
+
+    From fastai: `x, y = dls.one_batch(); plot_batch(x, [dls.vocab[i] for i in y], path)`.
+
+    Args:
+        images: (B, 3, H, W), normalised by ImageNet's statistics, or (B, 1, H, W) from 0 to 1; on any device.
+        labels: (B,) names of their classes.
+        path: of the PNG.
+        most: images to show, the first ones.
+    """
+    import matplotlib
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    pixels = images[:most].detach().float().cpu().numpy()  # (B, 3 or 1, H, W)
+    if pixels.shape[1] == 3:
+        mean, deviation = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 3, 1, 1)
+        pixels = pixels * deviation + mean
+    pixels = (np.nan_to_num(pixels.mean(axis=1)).clip(0, 1) * 255).astype(np.uint8)  # (B, H, W)
+    side, gap, text = 176, 8, 20
+    columns = min(6, len(pixels))
+    rows = math.ceil(len(pixels) / columns)
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 13)
+    sheet = Image.new("L", (columns * (side + gap) + gap, rows * (side + text + gap) + gap), 255)
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=False)):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text + gap)
+        sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        while draw.textlength(label, font) > side:
+            label = label[:-2] + "…"
+        draw.text((x, y + side + 3), label, fill=0, font=font)
+    sheet.save(path, optimize=True)
+
+
+def svg_curves(history: list[dict]) -> list[dict[str, str]]:
+    """The learning curves as SVG elements whose colours are CSS variables, so that they suit light and dark."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    wanted = [
+        ("Loss", {"train_loss": "training loss", "valid_loss": "validation loss"}),
+        ("Validation metrics", {"accuracy": "accuracy", "roc_auc": "ROC AUC"}),
+    ]
+    curves = []
+    for title, columns in wanted if history else []:
+        figure, stream = Figure(figsize=(4.5, 3.3), layout="constrained"), StringIO()
+        _draw_curves(figure.add_subplot(), history, columns)
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        svg = stream.getvalue()
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+        svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would hold for the whole report
+        for colour, variable in THEME.items():
+            svg = svg.replace(colour, variable)
+        first, last = history[0], history[-1]
+        told = "; ".join(
+            f"{label} from {number(first.get(c))} to {number(last.get(c))}" for c, label in columns.items()
+        )
+        curves.append({"title": title, "svg": svg, "alt": f"{title} over {len(history)} epochs: {told}."})
+    return curves
+
+
+def number(value: Any) -> str:
+    """Three decimals for what has decimals; text and what is not there as they are."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or (value.is_integer() and abs(value) > 10):
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if 5e-4 <= abs(value) < 1e4 or value == 0 else f"{value:.2g}"

@@ -1,0 +1,212 @@
+"""Plots of an evaluation: confusion matrix, ROC curve, precision-recall curve, reliability diagram."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from xray_fastai.metrics import BINS, FALSE_POSITIVE_RATES, Curve, Interval, Measured, Scored
+
+FILES = {
+    "confusion.png": "Confusion matrix",
+    "roc.png": "ROC curve",
+    "precision_recall.png": "Precision-recall curve",
+    "reliability.png": "Reliability diagram",
+}
+"""What is drawn, with its alternative text."""
+
+_COLOURS = ("#0b6e99", "#c8102e", "#d98200", "#4b8b3b", "#7a4f9a", "#7a8794")
+
+
+def plot_evaluation(folder: Path, summary: dict[str, Any], scored: Scored, measured: Measured) -> None:
+    """Draw all of `FILES`.
+
+    Args:
+        folder: that they are written into.
+        summary: as in `metrics.json`.
+        scored: the images.
+        measured: their metrics.
+    """
+    figures = (
+        _confusion(summary),
+        _roc(summary, scored, measured),
+        _precision_recall(summary, scored, measured),
+        _reliability(summary, scored, measured),
+    )
+    for name, figure in zip(FILES, figures, strict=True):
+        figure.savefig(folder / name, dpi=130)
+
+
+def _confusion(summary: dict[str, Any]) -> Figure:
+    chosen = summary["operating_points"]["chosen"]
+    names = _names(summary)
+    counts = np.array(chosen["confusion"])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 3.6 + 0.75 * len(names) if len(names) < 4 else 4 + 0.55 * len(names)
+    figure = Figure(figsize=(side, side - 0.3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        colour = "white" if shares[row, column] > 0.55 else "#222"
+        share = f"{shares[row, column]:.1%}" if counts[row].any() else "no image"
+        large = 15 if len(names) < 4 else 9
+        axes.text(column, row - 0.08, f"{count:,}", ha="center", va="center", color=colour, fontsize=large)
+        axes.text(
+            column, row + 0.2, share, ha="center", va="center", color=colour, fontsize=10 if len(names) < 4 else 7
+        )
+    axes.set_xticks(range(len(names)), names, rotation=0 if len(names) < 4 else 45)
+    axes.set_yticks(range(len(names)), names, rotation=90 if len(names) < 4 else 0, va="center")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    at = "the most probable class" if chosen["threshold"] is None else f"threshold {chosen['threshold']:.4g}"
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("truth", labelpad=8)
+    _title(axes, f"Confusion at {at}" if chosen["threshold"] is not None else f"Confusion, {at}", summary)
+    return figure
+
+
+def _roc(summary: dict[str, Any], scored: Scored, measured: Measured) -> Figure:
+    figure, axes = _square(measured)
+    axes.plot([0, 1], [0, 1], color="#999", linestyle=":", linewidth=1)
+    for curve, style, name in _curves(summary, scored, measured):
+        false, true, _ = roc_curve(curve.positives, curve.scores, drop_intermediate=True)
+        axes.plot(false, true, **style, label=f"{name or 'AUC'} {_interval(curve.auc)}")
+        if len(measured.curves) <= len(_COLOURS):
+            band = None if scored.positive is None else "95 % interval of the curve"
+            axes.fill_between(
+                FALSE_POSITIVE_RATES, *curve.band, color=style["color"], alpha=0.15, linewidth=0, label=band
+            )
+    for style, metrics in _points(summary, measured):
+        axes.plot(1 - metrics["specificity"]["value"], metrics["sensitivity"]["value"], **style)
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity")
+    _finish(axes, "ROC and its AUC" if scored.positive is None else "ROC", summary, measured, "lower right")
+    return figure
+
+
+def _precision_recall(summary: dict[str, Any], scored: Scored, measured: Measured) -> Figure:
+    figure, axes = _square(measured)
+    for curve, style, name in _curves(summary, scored, measured):
+        precision, recall, _ = precision_recall_curve(curve.positives, curve.scores, drop_intermediate=True)
+        # the curve of average precision: steps, since points between two thresholds can't be reached by a line
+        label = f"{name or 'average precision'} {_interval(curve.average_precision)}"
+        axes.step(recall, precision, where="post", **style, label=label)
+        share = curve.positives.mean()
+        axes.axhline(share, color=style["color"] if scored.positive is None else "#999", linestyle=":", linewidth=1)
+        if scored.positive is not None:
+            axes.annotate(
+                f"chance: {share:.2f}", (0.01, share), (0, 3), textcoords="offset points", color="#666", fontsize=8
+            )
+    for style, metrics in _points(summary, measured):
+        if metrics["ppv"]["value"] is not None:  # none was called positive
+            axes.plot(metrics["sensitivity"]["value"], metrics["ppv"]["value"], **style)
+    axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)")
+    title = "Average precision" if scored.positive is None else "Precision and recall"
+    _finish(axes, title, summary, measured, "lower left")
+    return figure
+
+
+def _reliability(summary: dict[str, Any], scored: Scored, measured: Measured) -> Figure:
+    figure = Figure(figsize=(5.4, 6.4), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    probability, came_true, bins = scored.confidence
+    counts = np.bincount(bins, minlength=BINS)
+    filled = counts > 0
+    mean = np.bincount(bins, probability, BINS)[filled] / counts[filled]
+    share = np.bincount(bins, came_true, BINS)[filled] / counts[filled]
+    axes.plot([0, 1], [0, 1], color="#999", linestyle=":", linewidth=1, label="perfectly calibrated")
+    axes.vlines(mean, mean, share, color="#c8102e", alpha=0.45, linewidth=3, label="gap")
+    sizes = 18 + 110 * counts[filled] / counts.max()
+    axes.scatter(mean, share, sizes, color=_COLOURS[0], zorder=3, label="bin; the larger, the more images")
+    width = 1 / BINS
+    below.bar((np.arange(BINS) + 0.5) * width, counts, width * 0.92, color=_COLOURS[0], alpha=0.75)
+    for k in np.flatnonzero(filled):
+        below.annotate(f"{counts[k]:,}", ((k + 0.5) * width, counts[k]), (0, 2), textcoords="offset points",
+                       ha="center", fontsize=7, color="#444")  # fmt: skip
+    below.set_ylim(0, counts.max() * 1.3)
+    of = "the class called" if scored.positive is None else _short(summary["positive"])
+    axes.set(ylabel="share that came true" if scored.positive is None else f"share that is {of}")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    below.set(xlabel=f"predicted probability of {of}", ylabel="images")
+    for part in (axes, below):
+        part.grid(alpha=0.25)
+        part.spines[["top", "right"]].set_visible(False)
+    legend = axes.legend(loc="best", fontsize=8, framealpha=0.9, edgecolor="none")
+    legend.legend_handles[-1].set_sizes([60])
+    error = _interval(measured.free["expected_calibration_error"])
+    _title(axes, f"Reliability: calibration error {error}", summary)
+    return figure
+
+
+def _square(measured: Measured) -> tuple[Figure, Axes]:
+    """Axes from 0 to 1, with room beside them for the legend of many curves."""
+    figure = Figure(figsize=(5.4 if len(measured.curves) <= len(_COLOURS) else 9.4, 5.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _curves(summary: dict[str, Any], scored: Scored, measured: Measured) -> Iterator[tuple[Curve, dict[str, Any], str]]:
+    """Each curve that is defined, how its line looks, and its name; empty where there is one."""
+    names = _names(summary)
+    for i, curve in enumerate(measured.curves):
+        if not np.isnan(curve.auc.value):
+            dashes = ("-", "--", ":")[i // len(_COLOURS) % 3]
+            style = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": dashes, "linewidth": 1.8}
+            yield curve, style, names[curve.label] if scored.positive is None else ""
+
+
+def _points(summary: dict[str, Any], measured: Measured) -> Iterator[tuple[dict[str, Any], dict[str, dict]]]:
+    """Of each threshold how its mark looks, and the metrics there; nothing where there is no curve to mark."""
+    points = summary["operating_points"]
+    for name, point in points.items():
+        again = name == "0.5" and points["chosen"]["threshold"] == 0.5
+        if point["threshold"] is None or again or np.isnan(measured.curves[0].auc.value):
+            continue
+        style = {"marker": "o", "color": "#c8102e"} if name == "chosen" else {"marker": "s", "color": "#444"}
+        label = f"threshold {point['threshold']:.4g}" + (" (chosen)" if name == "chosen" else "")
+        line = {"linestyle": "none", "markersize": 8, "fillstyle": "none", "markeredgewidth": 1.8}
+        yield {**style, **line, "label": label}, point["metrics"]
+
+
+def _interval(interval: Interval) -> str:
+    if np.isnan(interval.low):
+        return f"{interval.value:.3f}"
+    return f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+
+
+def _short(name: str, width: int = 30) -> str:
+    """A name that fits, and that matplotlib takes for no formula."""
+    return (name if len(name) <= width else f"{name[: width - 3]}...").replace("$", r"\$")
+
+
+def _names(summary: dict[str, Any]) -> list[str]:
+    return [_short(name) for name in summary["counts"]]
+
+
+def _finish(axes: Axes, title: str, summary: dict[str, Any], measured: Measured, corner: str) -> None:
+    if all(np.isnan(curve.auc.value) for curve in measured.curves):
+        around = {"facecolor": "white", "edgecolor": "none"}
+        axes.text(0.5, 0.5, "undefined: the split has one class only", ha="center", va="center", bbox=around)
+    elif len(measured.curves) <= len(_COLOURS):
+        axes.legend(frameon=False, loc=corner, fontsize=8)
+    else:
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
+    found = (
+        "each class against the rest" if summary["positive"] is None else f"{_short(summary['positive'])} to be found"
+    )
+    _title(axes, f"{title}: {found}", summary)
+
+
+def _title(axes: Axes, title: str, summary: dict[str, Any]) -> None:
+    axes.set_title(title, fontsize=11, loc="left", pad=22)
+    source = f"{_short(summary['model'])} on {summary['split']}: {summary['images']:,} images, "
+    source += f"{summary['patients']:,} patients" + ("" if summary["calibrated"] else "; uncalibrated")
+    axes.annotate(
+        source, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=8, color="#666"
+    )
