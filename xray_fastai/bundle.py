@@ -143,6 +143,36 @@ def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: li
         ) from None
 
 
+@contextlib.contextmanager
+def replaced(folder: Path, marker: str) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of an earlier one, whole or not at all.
+
+    Args:
+        folder: the name it gets.
+        marker: a file that an earlier one has; what has none is not ours to replace.
+
+    Raises:
+        UserError: it can't be written to, or what is there lacks the marker.
+    """
+    partial, earlier = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "earlier"))
+    try:
+        if folder.exists() and not (folder / marker).is_file():
+            raise UserError(f"{folder}: is there already and holds no {marker}; give another folder by --output")
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rename(earlier)
+        partial.rename(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{folder}: can't be written ({reason}); give another folder by --output") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:

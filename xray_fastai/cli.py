@@ -110,12 +110,15 @@ def fit(
     workers: Annotated[int | None, _option("workers", min=0)] = FitConfig.workers,
     name: Annotated[str | None, _option("name", metavar="RUN")] = FitConfig.name,
     exports: Annotated[str, _option("exports", metavar="DIR")] = FitConfig.exports,
+    open: Annotated[bool, typer.Option("--open", help="Show report.html in the browser at the end.")] = False,
 ) -> None:
     """Train on split folders (or, without data, on the built-in rehearsal) and write exports/RUN."""
-    config = FitConfig(**locals())
+    config = FitConfig(**{option: value for option, value in locals().items() if option != "open"})
     from xray_fastai.training import fit as run
 
     result = run(config)
+    if open:
+        _open(result.path / "report.html")
     if result.error:
         raise UserError(f"{result.error}; the best weights so far are in {result.path}; try a lower --lr than {lr:g}")
     if result.signal:
@@ -126,6 +129,14 @@ def fit(
 Export = Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="[default: the newest in ./exports]")]
 Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="[default: the folder that fit used]")]
 Device = Annotated[str, _choice("device", DEVICES)]
+Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Write there, not into the export.")]
+Open = Annotated[bool, typer.Option("--open", help="Show report.html in the browser.")]
+
+
+def _open(report: Path) -> None:
+    import webbrowser
+
+    webbrowser.open(report.resolve().as_uri())
 
 
 @app.command()
@@ -138,15 +149,18 @@ def evaluate(
         str, typer.Option(metavar="auto|T", help="Decision threshold: auto is the one that fit chose.")
     ] = "auto",
     uncalibrated: Annotated[bool, typer.Option("--uncalibrated", help="Without the temperature.")] = False,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write there instead of into the export.")] = None,
+    output: Output = None,
     device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    open: Open = False,
 ) -> None:
     """How good a model is: metrics with 95 % intervals, a table of predictions and plots."""
     from xray_fastai.evaluation import evaluate as run
 
     result = run(model, data, split, threshold, uncalibrated=uncalibrated, output=output, device=device)
     print(result.to_json() if json else result)
+    if open:
+        _open(result.path.parent / "report.html")
 
 
 @app.command()
@@ -161,18 +175,19 @@ def interpret(
     confident: Annotated[
         bool, typer.Option("--confident", help="Instead, the images called rightly with the highest confidence.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Write there instead of into the export.")] = None,
+    output: Output = None,
     device: Device = "auto",
+    open: Open = False,
 ) -> None:
     """Where a model errs, and what it looks at: top losses beside their Grad-CAM heat maps."""
     from xray_fastai.interpretation import interpret as run
 
-    print(
-        run(
-            model, data, split, top, label=label, only_errors=only_errors, confident=confident,
-            output=output, device=device,
-        )
-    )  # fmt: skip
+    result = run(
+        model, data, split, top, label=label, only_errors=only_errors, confident=confident, output=output, device=device
+    )
+    print(result)
+    if open:
+        _open(result.path.parent / "report.html")
 
 
 @app.command()

@@ -1,12 +1,6 @@
 """An export, predicting images whose truth is known, becomes metrics with intervals, a table of predictions, plots."""
 
-import contextlib
 import math
-import os
-import shutil
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +10,12 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from xray_fastai import plots
+from xray_fastai.bundle import replaced
 from xray_fastai.dataset import labelled_images
 from xray_fastai.errors import UserError
-from xray_fastai.inference import Model, open_model, predict_stream
+from xray_fastai.inference import Model, open_model, predict_all
 from xray_fastai.metrics import RESAMPLES, Interval, Measured, Scored, measure
+from xray_fastai.report import write_report
 from xray_fastai.results import Evaluation
 
 FORMAT = 1
@@ -65,8 +61,9 @@ def evaluate(
     if table.empty:
         raise UserError(f"--split {split}: no image is left in it without those that fit validated on")
     thresholds = _operating_points(opened, given, uncalibrated)
-    with _replaced(Path(opened.path if output is None else output) / f"evaluation-{split}") as folder:
-        logits = _predict(opened, table)
+    final = Path(opened.path if output is None else output) / f"evaluation-{split}"
+    with replaced(final, METRICS) as folder:
+        logits = predict_all(opened, table.path)
         probabilities = opened.probabilities(logits, not uncalibrated)
         truth = np.array([opened.classes.index(label) for label in table.label])
         positive = opened.classes.index(opened.positive) if len(opened.classes) == 2 else None
@@ -75,11 +72,12 @@ def evaluate(
         measured = measure(scored, called)
         summary = _summary(opened, data, split, uncalibrated, thresholds, scored, called, measured)
         predictions = _predictions(opened.classes, table, scored, called["chosen"])
-        result = Evaluation(folder.final, summary, predictions, _about(opened, summary, given))
-        (folder.partial / METRICS).write_text(result.to_json() + "\n", encoding="utf-8")
+        result = Evaluation(final, summary, predictions, _about(opened, summary, given))
+        (folder / METRICS).write_text(result.to_json() + "\n", encoding="utf-8")
         # a file name may hold bytes that are no text
-        predictions.to_csv(folder.partial / PREDICTIONS, index=False, encoding="utf-8", errors="backslashreplace")
-        plots.plot_evaluation(folder.partial, summary, scored, measured)
+        predictions.to_csv(folder / PREDICTIONS, index=False, encoding="utf-8", errors="backslashreplace")
+        plots.plot_evaluation(folder, summary, scored, measured)
+    write_report(opened.path, output)
     return result
 
 
@@ -102,27 +100,6 @@ def _operating_points(model: Model, given: float | None, uncalibrated: bool) -> 
             raise UserError(f"--threshold {given:g}: of {len(model.classes)} classes the most probable is called")
         return {"chosen": None}
     return {"0.5": 0.5, "chosen": model.threshold_of(not uncalibrated) if given is None else given}
-
-
-def _predict(model: Model, table: pd.DataFrame) -> np.ndarray:
-    """Logits (N, classes) in the table's order, with a progress bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    stream = track(
-        predict_stream(model, table.path), "predicting", total=len(table),
-        console=Console(stderr=True), transient=True, disable=not sys.stdout.isatty(),
-    )  # fmt: skip
-    logits, errors = [], []
-    for _, output, error in stream:
-        if error is None:
-            logits.append(output)
-        else:
-            errors.append(error)
-    if errors:
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; mend or remove it: results on a part of the split would mislead")
-    return np.stack(logits)
 
 
 def _predictions(classes: list[str], table: pd.DataFrame, scored: Scored, called: np.ndarray) -> pd.DataFrame:
@@ -212,37 +189,3 @@ def _plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float | None]]
         name: {key: None if math.isnan(number) else number for key, number in interval._asdict().items()}
         for name, interval in intervals.items()
     }
-
-
-@dataclass(frozen=True)
-class _Folder:
-    final: Path
-    partial: Path
-
-
-@contextlib.contextmanager
-def _replaced(final: Path) -> Iterator[_Folder]:
-    """A folder to write into, which at the end takes the place of an earlier evaluation; or that stays as it was.
-
-    Raises:
-        UserError: it can't be written to, or what is there is not an evaluation.
-    """
-    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    earlier = final.with_name(f".{final.name}.{os.getpid()}.earlier")
-    try:
-        if final.exists() and not (final / METRICS).is_file():
-            raise UserError(f"{final}: is there already and holds no {METRICS}; give another folder by --output")
-        partial.mkdir(parents=True)
-        yield _Folder(final, partial)
-        if final.exists():
-            final.rename(earlier)
-        partial.rename(final)
-    except OSError as error:
-        raise UserError(
-            f"{final}: can't be written ({error.strerror or error}); give another folder by --output"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if earlier.exists() and not final.exists():
-            earlier.rename(final)
-        shutil.rmtree(earlier, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from xray_fastai.dataset import is_hidden
 from xray_fastai.device import choose_device
 from xray_fastai.errors import ImageError, UserError
 from xray_fastai.images import EXTENSIONS, open_image
+from xray_fastai.terminal import track
 
 Source = str | Path | bytes | Image.Image | np.ndarray
 """What `images.open_image` takes."""
@@ -166,7 +167,9 @@ def predict_batches(model: Model, sources: Iterable[Source], batch_size: int = 3
             errors = [image if isinstance(image, str) else None for image in decoded]
             yield Batch([source for source, _ in taken], errors, images, logits)
     except torch.OutOfMemoryError:
-        raise UserError(f"--batch-size {batch_size}: more than {model.learn.dls.device} has memory for") from None
+        raise UserError(
+            f"batch size {batch_size}: more than {model.learn.dls.device} has memory for; try --device cpu"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -182,6 +185,23 @@ def predict_stream(
     with closing(predict_batches(model, sources, batch_size)) as batches:
         for batch in batches:
             yield from batch.outputs()
+
+
+def predict_all(model: Model, paths: Sequence[str]) -> np.ndarray:
+    """Logits (N, classes) of files all of which are wanted, with a progress bar on a terminal.
+
+    Raises:
+        UserError: one can't be read; the first by name, and how many there are.
+    """
+    logits, errors = [], []
+    for _, output, error in track(predict_stream(model, paths), "predicting", len(paths)):
+        logits.append(output)
+        if error:
+            errors.append(error)
+    if errors:
+        more = f" (and {len(errors) - 1} more that can't be read)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0]}{more}; mend or remove it: results on a part of the split would mislead")
+    return np.stack(logits)
 
 
 def image_sources(paths: Iterable[Source], recursive: bool = False) -> Iterator[Source]:

@@ -6,14 +6,11 @@ interpretation-<split>/top_losses.png   the images of largest loss beside their 
 """
 
 import base64
-import contextlib
 import html
 import json
 import os
-import shutil
-import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +21,15 @@ import torch
 from fastai.vision.all import ClassificationInterpretation, DataLoader, Learner
 from PIL import Image
 
+from xray_fastai.bundle import replaced
 from xray_fastai.causes import suspicious_causes
 from xray_fastai.dataset import labelled_images
 from xray_fastai.device import describe
 from xray_fastai.errors import UserError
-from xray_fastai.inference import Model, open_model, predict_stream
+from xray_fastai.inference import Model, open_model, predict_all
+from xray_fastai.report import write_report
 from xray_fastai.sheet import BATCH, LIMIT, draw_sheet, make_cells, shorten
+from xray_fastai.terminal import track
 from xray_fastai.training import DISCLAIMER
 
 FORMAT = 1
@@ -163,9 +163,9 @@ def interpret(
     if images.empty:
         raise UserError(f"--split {split}: no image is left in it without those that fit validated on")
     final = Path(model.path if output is None else output) / f"interpretation-{split}"
-    with _replacing(final) as folder:
-        logits, sizes = _predict(model, images)
-        probabilities = model.probabilities(logits)
+    with replaced(final, SUMMARY) as folder:
+        probabilities = model.probabilities(predict_all(model, images.path))
+        sizes = _sizes(images.path)
         truth = np.array([model.classes.index(name) for name in images.label])
         predicted, losses = model.decide(probabilities), _losses(probabilities, truth)
         dl = model.learn.dls.test_dl(images, with_labels=True, bs=BATCH)
@@ -179,7 +179,7 @@ def interpret(
         shown, selection, remarks = _select(ranked, top, label, only_errors, confident)
         table, errors = ranked.drop(columns="probability"), int((predicted != truth).sum())
         if len(shown):
-            cells = list(_progress(make_cells(model, shown), "heat maps", len(shown)))
+            cells = list(track(make_cells(model, shown), "heat maps", len(shown)))
             high, wide = cells[0].cam.shape
             name = shorten(model.path.resolve().name, 40)
             notes = [
@@ -196,6 +196,7 @@ def interpret(
         summary = {"format": FORMAT, "split": split, "images": len(table), "errors": errors, "selection": selection}
         summary |= {"worst": facts, "causes": causes}
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_report(model.path, output)
     head = _head(model, data, split, len(table), errors)
     return Interpreted(final, table, shown, head, selection, remarks, causes, interpretation)
 
@@ -206,20 +207,8 @@ def _losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(of_truth, np.finfo(np.float64).tiny))
 
 
-def _predict(model: Model, images: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (N, classes), and widths and heights in pixels (N, 2).
-
-    Raises:
-        UserError: an image can't be read; the first by name, and how many there are.
-    """
-    logits, errors = [], []
-    for _, output, error in _progress(predict_stream(model, images.path, BATCH), "predicting", len(images)):
-        logits.append(output)
-        if error:
-            errors.append(error)
-    if errors:
-        more = f" (and {len(errors) - 1} more that can't be read)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; mend or remove it")
+def _sizes(paths: Iterable[str]) -> np.ndarray:
+    """Widths and heights in pixels (N, 2), as the images are shown."""
 
     def size(path: str) -> tuple[int, int]:
         with Image.open(path) as image:
@@ -227,7 +216,7 @@ def _predict(model: Model, images: pd.DataFrame) -> tuple[np.ndarray, np.ndarray
             return image.size[::-1] if turned else image.size
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return np.stack(logits), np.array(list(pool.map(size, images.path)))
+        return np.array(list(pool.map(size, paths)))
 
 
 def _select(
@@ -283,38 +272,3 @@ def _wrap(line: str) -> list[str]:
     """A line in parts of at most 80 characters; a path stays whole, so that it can be copied."""
     later = "" if line == DISCLAIMER else "  "
     return textwrap.wrap(line, 80, subsequent_indent=later, break_long_words=False, break_on_hyphens=False) or [""]
-
-
-def _progress(steps: Iterable, what: str, total: int) -> Iterator:
-    """The steps, with a bar where standard error is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    bar = {"transient": True, "disable": not sys.stderr.isatty(), "console": Console(stderr=True)}
-    return track(steps, what, total, **bar)
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which then takes the place of an earlier interpretation, whole or not at all.
-
-    Raises:
-        UserError: it can't be written to, or what is there is no interpretation.
-    """
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    try:
-        if folder.exists() and not (folder / SUMMARY).is_file():
-            raise UserError(f"{folder}: is there already and holds no {SUMMARY}; give another folder by --output")
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(partial, folder)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{folder}: can't be written ({reason}); give another folder by --output") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            os.rename(old, folder)
-        shutil.rmtree(old, ignore_errors=True)

@@ -1,10 +1,13 @@
 """What a person sees of many rows: the first of them in 80 columns, and how far it is."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from xray_fastai.rowfile import Row
+
+Step = TypeVar("Step")
 
 SHOWN = 50
 """Rows that the terminal gets; a file gets all."""
@@ -75,6 +78,15 @@ def progress_bar(total: Callable[[], int] | None) -> Iterator[Callable[[int], No
         yield advance
     finally:
         bar.stop()
+
+
+def track(steps: Iterable[Step], what: str, total: int) -> Iterator[Step]:
+    "The steps, with a bar where standard error is a terminal."
+    from rich.console import Console
+    from rich.progress import track
+
+    hidden = not sys.stderr.isatty()
+    yield from track(steps, what, total, transient=True, disable=hidden, console=Console(stderr=True))
 
 
 def _printable(text: str) -> str:

@@ -233,5 +233,7 @@ def _conclude(path: Path, model: dict, config: FitConfig) -> None:
     threshold = "" if model["threshold"] is None else f", decision threshold {model['threshold']:.3f}"
     print(f"temperature {model['temperature']:.3f}{threshold} ({model['calibration']})")
     print(f"export: {path}")
-    print(f'next: python -c "from xray_fastai import load_learner; print(load_learner({str(path)!r}).predict(IMAGE))"')
+    print(
+        f"next: xray-fastai evaluate --model {path}, xray-fastai interpret --model {path}, or open {path}/report.html"
+    )
     print(DISCLAIMER)
