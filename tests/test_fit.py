@@ -182,6 +182,7 @@ def test_three_classes(tmp_path, run):
     result = run("fit", "--data", root, *QUICK, *args)
     assert result.exit_code == 0, result.output
     assert "loss weights  BACTERIA 1, NORMAL 2.5, VIRUS 1" in result.stdout
+    assert settings_of(Path("exports/three"))["threshold"] is None
     assert load_learner("exports/three").predict(next((root / "train" / "VIRUS").iterdir()))[2].shape == (3,)
 
 

@@ -112,7 +112,8 @@ def _fit(config: FitConfig, data: Collection, run: bundle.Reservation, started: 
     error = f"{name} phase: {ends[-1]}" if finite.where else None
     if error and best.row is None:
         raise UserError(f"{error}; no epoch was completed, so nothing is exported; try a lower --lr than {config.lr:g}")
-    positive = None if data.positive is None else data.classes.index(data.positive)
+    # of more than two classes the most probable is called, so there is no threshold
+    positive = data.classes.index(data.positive) if data.positive and len(data.classes) == 2 else None
     calibration = Calibration(threshold=None if positive is None else 0.5)
     if best.row is not None:
         outputs = best.logits.float().cpu().numpy(), best.targets.cpu().numpy()
