@@ -165,7 +165,7 @@ def _train_phase(
     from xray_fastai.callbacks import Schedule
     from xray_fastai.learner import FrozenBody
 
-    callbacks = [*callbacks, Schedule(patience=max(1, config.patience // 4)), ChannelsLast()]
+    callbacks = [*callbacks, Schedule(patience=max(1, config.patience // 2)), ChannelsLast()]
     if name == "frozen":
         learn.freeze()
         callbacks.append(FrozenBody())
