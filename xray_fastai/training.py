@@ -234,7 +234,6 @@ def _conclude(path: Path, model: dict, config: FitConfig) -> None:
     threshold = "" if model["threshold"] is None else f", decision threshold {model['threshold']:.3f}"
     print(f"temperature {model['temperature']:.3f}{threshold} ({model['calibration']})")
     print(f"export: {path}")
-    print(
-        f"next: xray-fastai evaluate --model {path}, xray-fastai interpret --model {path}, or open {path}/report.html"
-    )
+    print(f"report: {path / 'report.html'}")
+    print(f"next: xray-fastai evaluate --model {path}, xray-fastai interpret --model {path}")
     print(DISCLAIMER)
