@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import settings_of
 from xray_fastai import load_learner
+from xray_fastai.bundle import reserve
 from xray_fastai.errors import UserError
 
 PREDICT = """
@@ -132,3 +133,14 @@ def test_no_export(what, tmp_path):
         path.mkdir()
     with pytest.raises(UserError, match="not an export"):
         load_learner(path)
+
+
+def test_a_name_taken_meanwhile_loses_nothing(tmp_path):
+    with reserve(tmp_path, "run") as run:
+        (run.partial / "file").write_text("mine")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "file").write_text("theirs")
+        path = run.publish()
+    assert path == tmp_path / "run-2"
+    assert (path / "file").read_text() == "mine" and (tmp_path / "run" / "file").read_text() == "theirs"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]

@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,9 @@ class Reservation:
         self.partial = exports / f".{name}.partial"
 
     def publish(self) -> Path:
-        """Give the folder its final name.
-
-        Raises:
-            UserError: something took that name meanwhile.
-        """
-        if self.final.exists():
-            raise UserError(f"{self.final}: taken by another run meanwhile; this one's files stay in {self.partial}")
+        """Give the folder its final name; where something took that meanwhile, the next that is free (`<run>-2`)."""
+        others = (self.final.with_name(f"{self.final.name}-{i}") for i in count(2))
+        self.final = next(path for path in chain([self.final], others) if not path.exists())
         os.rename(self.partial, self.final)
         return self.final
 
@@ -136,7 +133,7 @@ def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: li
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         return run.publish()
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, UserError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
             f"{run.final}: the export could not be written ({reason}); free space or give another --exports folder"
