@@ -53,7 +53,7 @@ def evaluated(run, data, tmp_path):
     def evaluated(export, *options, data=data):
         result = run("evaluate", "--model", export, "--data", data, "--output", tmp_path / "out", *options)
         assert result.exit_code == 0, result.output
-        (folder,) = (tmp_path / "out").iterdir()
+        (folder,) = (tmp_path / "out").glob("evaluation-*")
         assert {path.name for path in folder.iterdir()} == FILES
         told = json.loads((folder / "metrics.json").read_text())
         return result.stdout, told, pd.read_csv(folder / "predictions.csv")

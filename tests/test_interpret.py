@@ -111,7 +111,9 @@ def test_the_newest_export_and_into_it_by_default(run, refused, export, data, tm
     result = run("interpret", "--data", data, "--top", 1)
     assert result.exit_code == 0 and "Model: exports/copy" in result.stdout
     assert (copy / "interpretation-valid" / "top_losses.png").is_file()
-    assert sorted(path.name for path in copy.iterdir()) == ["interpretation-valid", "model.json", "model.safetensors"]
+    assert sorted(path.name for path in copy.iterdir()) == [
+        "interpretation-valid", "model.json", "model.safetensors", "report.html"
+    ]  # fmt: skip
 
 
 def test_more_than_there_are(look):
@@ -161,7 +163,7 @@ def test_replaced_whole_or_not_at_all(look, refused, data, tmp_path):
     second.symlink_to("nowhere.jpeg")
     refused(look("--top", 2, data=tmp_path / "bad")[0], first, "and 1 more")
     assert (folder / "summary.json").read_text() == before
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, "report.html"]
 
 
 def test_a_folder_of_something_else_stays(look, refused, tmp_path):

@@ -199,7 +199,7 @@ def predict_all(model: Model, paths: Sequence[str]) -> np.ndarray:
         if error:
             errors.append(error)
     if errors:
-        more = f" (and {len(errors) - 1} more that can't be read)" if len(errors) > 1 else ""
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise UserError(f"{errors[0]}{more}; mend or remove it: results on a part of the split would mislead")
     return np.stack(logits)
 
