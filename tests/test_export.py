@@ -144,3 +144,7 @@ def test_a_name_taken_meanwhile_loses_nothing(tmp_path):
     assert path == tmp_path / "run-2"
     assert (path / "file").read_text() == "mine" and (tmp_path / "run" / "file").read_text() == "theirs"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+
+
+def test_who_may_read_one_file_may_read_all(export):
+    assert len({file.stat().st_mode for file in export.iterdir() if file.is_file()}) == 1

@@ -108,7 +108,7 @@ def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: li
     import pandas as pd
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from xray_fastai.curves import plot_batch, plot_curves
     from xray_fastai.report import write_report
@@ -118,7 +118,7 @@ def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: li
         learn.model.to("cpu", memory_format=torch.contiguous_format)
         learn.dls.to("cpu")
         state = {name: tensor.detach().contiguous() for name, tensor in learn.model.state_dict().items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))  # save_file would make it private
         weights = {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS), "tensors": len(state)}
         text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
@@ -183,6 +183,9 @@ def read(path: str | Path) -> dict[str, Any]:
         UserError: not an export, written by a newer version, or damaged.
     """
     path = Path(path)
+    if not path.exists():
+        meant = f"; did you mean {Path('exports') / path}?" if (Path("exports") / path).is_dir() else ""
+        raise UserError(f"{path}: not an export: there is no such folder{meant}")
     if not (path / SETTINGS).is_file() or not (path / WEIGHTS).is_file():
         raise UserError(f"{path}: not an export (it has no {SETTINGS} and {WEIGHTS}); give a folder that fit wrote")
     try:
@@ -217,6 +220,7 @@ def load_learner(path: str | Path) -> "Learner":
 def load(path: str | Path) -> tuple[dict[str, Any], "Learner"]:
     """As `load_learner`, with what `model.json` holds."""
     model = read(path)
+    from fastai.vision.all import ProgressCallback
     from safetensors.torch import load_file
 
     from xray_fastai.learner import build_learner, set_temperature
@@ -230,5 +234,6 @@ def load(path: str | Path) -> tuple[dict[str, Any], "Learner"]:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{Path(path) / WEIGHTS}: not the weights of {model['architecture']} ({reason})") from None
     set_temperature(learn, model["temperature"])
+    learn.remove_cb(ProgressCallback)  # its bar would come before each prediction; add it again to train on
     learn.model.eval()
     return model, learn

@@ -12,6 +12,8 @@ from scipy.special import log_softmax, softmax
 ENOUGH_IMAGES = 50
 """Fewer validation images, or fewer than `ENOUGH_OF_A_CLASS` of one class, settle nothing: both stay as they are."""
 ENOUGH_OF_A_CLASS = 10
+LIMIT = 20.0
+"""The largest temperature; the smallest is one divided by it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def calibrate(
     counts = np.bincount(targets, minlength=logits.shape[1])
     start = None if positive is None else 0.5
     if len(targets) < ENOUGH_IMAGES or counts.min() < ENOUGH_OF_A_CLASS:
-        note = f"{len(targets)} validation images, {counts.min()} of the rarest class, are too few to calibrate on"
+        note = f"not calibrated: {len(targets)} validation images, {counts.min()} of the rarest class, are too few"
         return Calibration(1.0, start, note)
     temperature = fit_temperature(logits, targets)
     if positive is None:
@@ -49,18 +51,21 @@ def calibrate(
     scores = softmax(logits / temperature, axis=1)[:, positive]
     threshold = choose_threshold(scores, targets == positive, target_sensitivity)
     how = "Youden's J" if target_sensitivity is None else f"sensitivity {target_sensitivity:g}"
-    return Calibration(temperature, threshold, f"from {len(targets)} validation images, by {how}")
+    note = f"from {len(targets)} validation images, by {how}"
+    if not 1 / LIMIT < temperature * 0.99 < temperature * 1.01 < LIMIT:
+        note += "; the temperature is at its limit, so the probabilities mean little: train longer"
+    return Calibration(temperature, threshold, note)
 
 
 def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     """The temperature that minimises the negative log-likelihood (Guo et al., On Calibration of Modern Neural Networks,
-    ICML 2017), from 1/20 to 20."""
+    ICML 2017), from 1/`LIMIT` to `LIMIT`."""
     logits = np.asarray(logits, dtype=np.float64)
 
     def loss(log_temperature: float) -> float:
         return -log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(targets)), targets].mean()
 
-    bound = np.log(20)
+    bound = np.log(LIMIT)
     return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}).x))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import os
 import signal
 import sys
 import time
@@ -170,7 +171,7 @@ class StopOnSignal(Callback):
     received: int | None = None
 
     def __enter__(self):
-        self.before = {}
+        self.before, self.process = {}, os.getpid()
         with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
             for number in self.signals:
                 self.before[number] = signal.signal(number, self.receive)
@@ -183,6 +184,8 @@ class StopOnSignal(Callback):
     def receive(self, number, _frame):
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.received is None and os.getpid() == self.process:  # the loading processes hear it too
+            os.write(2, b"\nStopping after this batch, then exporting the best weights; Ctrl-C again gives up.\n")
         self.received = number
 
     def after_batch(self):

@@ -58,7 +58,10 @@ def _draw_curves(axes: "Axes", history: list[dict], columns: dict[str, str]) -> 
     if "valid_loss" in columns:
         axes.set(ylabel="weighted cross-entropy")
         usual = 5 * values.median(axis=None)  # one epoch that ran away would flatten all others
-        axes.set_ylim(0, usual if values.max(axis=None) > usual > 0 else None)
+        cut = values.max(axis=None) > usual > 0
+        axes.set_ylim(0, usual if cut else None)
+        if cut:
+            axes.set(ylabel="weighted cross-entropy (higher is cut off)")
     if len(table):
         axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, handlelength=1.6)
 

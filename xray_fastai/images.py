@@ -56,7 +56,7 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
     except UnidentifiedImageError:
         if isinstance(source, (str, Path)) and Path(source).stat().st_size == 0:
             raise ImageError(f"{name}: the file is empty (0 bytes)") from None
-        raise ImageError(f"{name}: not an image that can be read ({', '.join(EXTENSIONS)})") from None
+        raise ImageError(f"{name}: not an image (readable are {', '.join(EXTENSIONS)})") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; no X-ray is that large") from None
     except Exception as error:  # Pillow's decoders raise whatever a broken stream leads them to

@@ -103,12 +103,12 @@ def _fit(config: FitConfig, data: Collection, run: bundle.Reservation, started: 
                     raise
                 best.restore()
             if stop.received is not None:
-                ends.append("interrupted")
+                ends.append("an interruption")
                 break
             if finite.where:
                 ends.append(f"the loss was not finite at {finite.where}")
                 break
-            ends.append("early stopping" if early.stopped else "all epochs")
+            ends.append("early stopping" if early.stopped else "reaching its last epoch")
     error = f"{name} phase: {ends[-1]}" if finite.where else None
     if error and best.row is None:
         raise UserError(f"{error}; no epoch was completed, so nothing is exported; try a lower --lr than {config.lr:g}")
@@ -221,9 +221,8 @@ def _announce(data: Collection) -> None:
 def _conclude(path: Path, model: dict, config: FitConfig) -> None:
     print()
     for phase in model["training"]["phases"]:
-        print(
-            f"{phase['name']} phase: {phase['epochs']} epochs, the best {phase['best_epoch']}; ended by {phase['end']}"
-        )
+        epochs = f"{phase['epochs']} epoch{'' if phase['epochs'] == 1 else 's'}"
+        print(f"{phase['name']} phase: {epochs}, the best {phase['best_epoch']}; ended by {phase['end']}")
     if best := model["best"]:
         print(
             f"best weights: {best['phase']} epoch {best['epoch']}, validation loss {best['valid_loss']:.4f}, "
@@ -235,5 +234,5 @@ def _conclude(path: Path, model: dict, config: FitConfig) -> None:
     print(f"temperature {model['temperature']:.3f}{threshold} ({model['calibration']})")
     print(f"export: {path}")
     print(f"report: {path / 'report.html'}")
-    print(f"next: xray-fastai evaluate --model {path}, xray-fastai interpret --model {path}")
+    print(f"next: xray-fastai evaluate --model {path}\n      xray-fastai interpret --model {path}")
     print(DISCLAIMER)
