@@ -74,7 +74,8 @@ def _fit(config: FitConfig, data: Collection, run: bundle.Reservation, started: 
     total, head = parameter_counts(learn)
 
     origin = "none: from scratch" if pretrained is None else pretrained[1]
-    weighed = ", ".join(f"{c} {w:.3g}" for c, w in zip(data.classes, class_weights or [1] * 9, strict=False))
+    shown = class_weights or [1] * len(data.classes)
+    weighed = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(data.classes, shown, strict=True))
     phases = [("frozen", config.freeze_epochs), ("unfrozen", config.epochs)]
     if pretrained is None or config.freeze_epochs == 0:
         phases = phases[1:]
@@ -153,7 +154,7 @@ def _fit(config: FitConfig, data: Collection, run: bundle.Reservation, started: 
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     path = bundle.write(run, learn, model, history)
-    _conclude(path, model, config)
+    _conclude(path, model)
     return Result(path, status, history, stop.received, error)
 
 
@@ -218,7 +219,7 @@ def _announce(data: Collection) -> None:
     print(f"classes       {', '.join(data.classes)}" + (f"; to detect: {data.positive}" if data.positive else ""))
 
 
-def _conclude(path: Path, model: dict, config: FitConfig) -> None:
+def _conclude(path: Path, model: dict) -> None:
     print()
     for phase in model["training"]["phases"]:
         epochs = f"{phase['epochs']} epoch{'' if phase['epochs'] == 1 else 's'}"
