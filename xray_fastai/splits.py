@@ -53,14 +53,16 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
     folds = min(share.denominator, int(least.min()))
     wanted = max(1, min(folds - 1, round(fraction * folds)))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    held_out = np.zeros(len(table), bool)
-    for fold, (_, chosen) in enumerate(splitter.split(table.path, table.label, groups)):
-        if fold < wanted:
-            held_out[chosen] = True
-    for side, name in [(held_out, "validation"), (~held_out, "training")]:
-        if missing := sorted(set(table.label) - set(table.label[side])):
-            raise UserError(f"{', '.join(missing)}: too few patients for both training and validation; none in {name}")
-    return held_out
+    chosen = [fold for _, fold in splitter.split(table.path, table.label, groups)]
+    for start in range(folds):  # of few patients, a fold may lack a class
+        held_out = np.zeros(len(table), bool)
+        held_out[np.concatenate((chosen[start:] + chosen[:start])[:wanted])] = True
+        if table.label[held_out].nunique() == table.label[~held_out].nunique() == table.label.nunique():
+            return held_out
+    raise UserError(
+        f"train/{least.idxmin()}: {least.min()} patients are too few to have some in training and some in validation; "
+        "add patients, or give a validation split in val/ and --valid folder"
+    )
 
 
 def assign_validation(
