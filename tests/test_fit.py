@@ -198,7 +198,9 @@ def test_skip_bad_goes_on_and_counts(collection, run):
         (collection / "train" / "NORMAL" / name).write_bytes(b"")
     result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--skip-bad")
     assert result.exit_code == 0, result.output
-    assert "left out by --skip-bad: 2 images" in result.stdout
+    assert "left out by --skip-bad: 2 images" in result.stdout and "IM-a.jpeg: the file is empty" in result.stdout
+    (model,) = Path("exports").glob("*/model.json")
+    assert "IM-a" not in model.read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

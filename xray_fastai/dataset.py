@@ -39,6 +39,7 @@ class Collection:
     positive: str | None
     table: pd.DataFrame
     notes: list[str]
+    skipped: list[str]  # what is wrong with each file that `skip_bad` left out
 
     @property
     def rehearsal(self) -> bool:
@@ -88,8 +89,8 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     if leaking:
         notes.append(f"left out of training: {leaking} images whose patient, or an identical file, is in val/")
     if bad:
-        notes.append(f"left out by --skip-bad: {len(bad)} images, the first {bad[0]}")
-    return config, Collection(REHEARSAL if data is None else str(root), classes, positive, table, notes)
+        notes.append(f"left out by --skip-bad: {len(bad)} images")
+    return config, Collection(REHEARSAL if data is None else str(root), classes, positive, table, notes, bad)
 
 
 def find_root(data: str | Path, split: str = "train") -> Path:

@@ -214,7 +214,7 @@ def _announce(data: Collection) -> None:
     for title, table in [("training", data.train), ("validation", data.valid)]:
         counts = ", ".join(f"{count:,} {label}" for label, count in table.label.value_counts().sort_index().items())
         print(f"{title:<14}{len(table):,} images of {table.patient.nunique():,} patients: {counts}")
-    for note in data.notes:
+    for note in (*data.notes, *data.skipped):
         print(f"              {note}")
     print(f"classes       {', '.join(data.classes)}" + (f"; to detect: {data.positive}" if data.positive else ""))
 
