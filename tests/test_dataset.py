@@ -11,10 +11,10 @@ from xray_fastai.errors import UserError
 from xray_fastai.splits import assign_validation, hold_out
 
 
-def table(patients, labels, digests=None):
+def table(patients, labels, images=None):
     files = [f"train/{label}/{i}.jpeg" for i, label in enumerate(labels)]
     frame = pd.DataFrame({"path": files, "file": files, "label": labels, "split": "train", "patient": patients})
-    return frame.assign(digest=digests if digests is not None else files)
+    return frame.assign(image=images if images is not None else files)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_the_fraction_is_met(fraction):
 
 
 def test_identical_files_stay_on_one_side():
-    digests = [f"d{i // 2}" for i in range(80)]  # each file twice, as two patients
-    frame = table([f"p{i}" for i in range(80)], ["A"] * 40 + ["B"] * 40, digests)
+    images = [f"d{i // 2}" for i in range(80)]  # each image twice, as two patients
+    frame = table([f"p{i}" for i in range(80)], ["A"] * 40 + ["B"] * 40, images)
     held_out = hold_out(frame, 0.25, seed=0)
-    assert not set(frame.digest[held_out]) & set(frame.digest[~held_out])
+    assert not set(frame.image[held_out]) & set(frame.image[~held_out])
 
 
 def test_few_patients_are_still_split_and_one_patient_is_an_error():
@@ -103,7 +103,7 @@ def test_auto_uses_a_large_val_as_it_stands_and_leaves_out_what_leaks(with_val):
     assert line == "val/ (100 images)"
     assert leaking == 2
     assert frame.is_valid.sum() == 100 and (~frame.is_valid).sum() == 98
-    for column in ("patient", "digest"):
+    for column in ("patient", "image"):
         assert not set(frame[column][frame.is_valid]) & set(frame[column][~frame.is_valid])
 
 

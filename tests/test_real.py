@@ -19,7 +19,7 @@ def test_a_tenth_is_held_out_by_patient_and_no_identical_file_is_on_both_sides(r
         held_out = hold_out(train, 0.1, seed)
         assert abs(held_out.mean() - 0.1) < 0.01
         assert abs((train.label[held_out] == "NORMAL").mean() - 1341 / 5216) < 0.02
-        for column in ("patient", "digest"):
+        for column in ("patient", "image"):
             assert not set(train[column][held_out]) & set(train[column][~held_out])
 
 

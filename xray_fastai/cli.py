@@ -104,6 +104,7 @@ def fit(
     target_sensitivity: Annotated[float | None, _option("target_sensitivity")] = FitConfig.target_sensitivity,
     patient_pattern: Annotated[str | None, _option("patient_pattern", metavar="REGEX")] = FitConfig.patient_pattern,
     skip_bad: Annotated[bool, _option("skip_bad")] = FitConfig.skip_bad,
+    exclude: Annotated[str | None, _option("exclude", metavar="LIST.csv")] = FitConfig.exclude,
     seed: Annotated[int, _option("seed")] = FitConfig.seed,
     device: Annotated[str, _choice("device", DEVICES)] = FitConfig.device,
     precision: Annotated[str, _choice("precision", PRECISIONS)] = FitConfig.precision,

@@ -56,6 +56,7 @@ class FitConfig:
         None, "Regular expression that finds the patient in a file name. [default: the Kaggle names]"
     )
     skip_bad: bool = _setting(False, "Go on without images that can't be read.")
+    exclude: str | None = _setting(None, "A list of files to leave out, as data check --fix writes it.")
     seed: int = _setting(42, "Seed of everything random.")
     device: str = _setting("auto", f"{', '.join(DEVICES)}.")
     precision: str = _setting("auto", f"{', '.join(PRECISIONS)}.")

@@ -8,17 +8,20 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from xray_fastai.config import FitConfig
+from xray_fastai.duplicates import same_image
 from xray_fastai.errors import ImageError, UserError
-from xray_fastai.images import EXTENSIONS, check_image
+from xray_fastai.facts import Facts, examine_all
+from xray_fastai.fixlist import read_list
+from xray_fastai.images import EXTENSIONS
 from xray_fastai.splits import assign_validation
+from xray_fastai.terminal import track
 
 KAGGLE_PATIENT = re.compile(r"^(?:(person\d+)_|((?:NORMAL2-)?IM-\d+)-)")
 """`person1000_bacteria_2931`, `IM-0115-0001` and `NORMAL2-IM-0345-0001`: the patient, or the study, comes first."""
@@ -31,7 +34,8 @@ REHEARSAL = "built-in phantom"
 class Collection:
     """The images of a fit.
 
-    `table` has an image a row: path, file (relative to the root), label, split, patient, digest, is_valid.
+    `table` has an image a row: path, file (relative to the root), label, split, patient, is_valid, what `facts.Facts`
+    has, and image (a number, equal for files that show the same).
     """
 
     name: str
@@ -82,12 +86,16 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     val = None
     if config.valid == "folder" or (config.valid == "auto" and (root / "val").is_dir()):
         val = read_split(root, "val", classes, config.patient_pattern)
-    table, bad = check_files(pd.concat([train, val], ignore_index=True), config.size, config.skip_bad)
+    table = pd.concat([train, val], ignore_index=True)
+    listed = []
+    if config.exclude is not None:
+        table, listed = leave_out(table, root, config.exclude)
+    table, bad = check_files(table, config.size, config.skip_bad)
     parts = {split: rows.reset_index(drop=True) for split, rows in table.groupby("split")}
     table, line, leaking = assign_validation(parts["train"], parts.get("val"), config.valid, config.seed)
-    notes = [line]
+    notes = [line, *listed]
     if leaking:
-        notes.append(f"left out of training: {leaking} images whose patient, or an identical file, is in val/")
+        notes.append(f"left out of training: {leaking} images whose patient, or a copy, is in val/")
     if bad:
         notes.append(f"left out by --skip-bad: {len(bad)} images")
     return config, Collection(REHEARSAL if data is None else str(root), classes, positive, table, notes, bad)
@@ -197,30 +205,52 @@ def check_files(table: pd.DataFrame, size: int, skip_bad: bool = False) -> tuple
     """Decode every file once, before hours go into training on them.
 
     Returns:
-        The table with a column `digest` (MD5 of the content), and the errors of the rows that `skip_bad` left out.
+        The table with what `facts.Facts` has of each file and a column `image`, a number that is equal for identical
+        and near-identical images; and the errors of the rows that `skip_bad` left out.
 
     Raises:
         UserError: a file can't be read, and `skip_bad` is off; or a class has no readable file left.
     """
-
-    def digest(path: str) -> str | ImageError:
-        try:
-            return check_image(path, size)
-        except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(digest, table.path))
-    errors = [str(d) for d in digests if isinstance(d, ImageError)]
+    found = list(track(examine_all(table.path, size), "reading", len(table)))
+    errors = [str(f) for f in found if isinstance(f, ImageError)]
     if errors and not skip_bad:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise UserError(f"{errors[0]}{more}; mend or remove it, or go on without it by --skip-bad")
-    readable = [not isinstance(d, ImageError) for d in digests]
-    kept = table.assign(digest=digests)[readable].reset_index(drop=True)
+    kept = with_facts(table, found)
     for split, label in {(s, c) for s, c in zip(table.split, table.label, strict=True)}:
         if not ((kept.split == split) & (kept.label == label)).any():
             raise UserError(f"{split}/{label}: no readable image in it; the first error: {errors[0]}")
-    return kept, errors
+    return kept.assign(image=same_image(kept)), errors
+
+
+def with_facts(table: pd.DataFrame, found: Sequence[Facts | ImageError]) -> pd.DataFrame:
+    """The readable rows of a table, with a column for each of the facts."""
+    readable = [isinstance(f, Facts) for f in found]
+    names = [field.name for field in fields(Facts)]
+    values = [[getattr(f, name) for name in names] for f in found if isinstance(f, Facts)]
+    kept = table[readable].reset_index(drop=True)
+    return kept.assign(**pd.DataFrame(values, columns=names))
+
+
+def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame, list[str]]:
+    """Drop the images that a list (`fixlist`) says to leave out.
+
+    Returns:
+        The rows that stay, and notes on what was done.
+
+    Raises:
+        UserError: not such a list, or it names every image of a class.
+    """
+    listed = read_list(path)
+    dropped = table.file.isin(listed)
+    kept = table[~dropped].reset_index(drop=True)
+    for split, label in sorted({(s, c) for s, c in zip(table.split, table.label, strict=True)}):
+        if not ((kept.split == split) & (kept.label == label)).any():
+            raise UserError(f"--exclude {path}: names every image of {split}/{label}, so none is left")
+    notes = [f"left out by --exclude: {dropped.sum():,} images"]
+    if gone := sum(not (root / file).exists() for file in listed - set(table.file)):
+        notes.append(f"not there, but named by --exclude: {gone:,} files")
+    return kept, notes
 
 
 def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | None:

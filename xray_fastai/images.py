@@ -4,7 +4,6 @@ X-rays are one-channel, so images stay one-channel until the network's normalisa
 decoded at the smallest of libjpeg's scales (1, 1/2, 1/4, 1/8) that still covers the wanted size (Pillow's `draft`).
 """
 
-import hashlib
 import io
 import warnings
 from pathlib import Path
@@ -62,28 +61,6 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
     except Exception as error:  # Pillow's decoders raise whatever a broken stream leads them to
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageError(f"{name}: broken image ({text})") from None
-
-
-def check_image(path: Path | str, size: int | None = None) -> str:
-    """Decode a file to its end.
-
-    Returns:
-        The MD5 of its content, in hexadecimal: equal for identical files.
-
-    Raises:
-        ImageError: as `open_image`.
-    """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}") from None
-    if not content:
-        raise ImageError(f"{path}: the file is empty (0 bytes)")
-    try:
-        open_image(content, size)
-    except ImageError as error:
-        raise ImageError(f"{path}{str(error).removeprefix('image')}") from None
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _to_grey(image: Image.Image, name: str, size: int | None) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Which images train and which validate: by patient, never with an identical file on both sides."""
+"""Which images train and which validate: by patient, never with copies of one image on both sides."""
 
 from fractions import Fraction
 
@@ -12,17 +12,17 @@ ENOUGH_TO_VALIDATE = 50
 
 
 def patient_groups(table: pd.DataFrame) -> np.ndarray:
-    """A number for each image, equal for images of one patient and for identical files, and for what these link.
+    """A number for each image, equal for images of one patient and for copies of one image, and for what these link.
 
     Args:
-        table: with columns `patient` and `digest`.
+        table: with columns `patient` and `image`.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    patient, digest = (pd.factorize(table[column])[0] for column in ("patient", "digest"))
-    nodes = patient.max() + 1 + digest.max() + 1
-    edges = coo_array((np.ones(len(table)), (patient, patient.max() + 1 + digest)), shape=(nodes, nodes))
+    patient, image = (pd.factorize(table[column])[0] for column in ("patient", "image"))
+    nodes = patient.max() + 1 + image.max() + 1
+    edges = coo_array((np.ones(len(table)), (patient, patient.max() + 1 + image)), shape=(nodes, nodes))
     return connected_components(edges, directed=False)[1][patient]
 
 
@@ -30,7 +30,7 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
     """Choose images to validate on, stratified by class and grouped by patient.
 
     Args:
-        table: with columns `label`, `patient` and `digest`.
+        table: with columns `label`, `patient` and `image`.
         fraction: the share of images to hold out; met as closely as the groups allow.
         seed: of the choice.
 
@@ -78,7 +78,7 @@ def assign_validation(
 
     Returns:
         The table with a column `is_valid`; a line that says what was done; the number of training images left out
-        because their patient, or an identical file, is in `val`.
+        because their patient, or a copy, is in `val`.
     """
     leaking = 0
     if val is not None:
