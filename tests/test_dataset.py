@@ -94,7 +94,7 @@ def with_val(tmp_path):
     shutil.copy(root / "train/NORMAL/IM-train0.jpeg", root / "val/NORMAL/IM-val0.jpeg")
     (root / "train/PNEUMONIA/persontrain1.jpeg").rename(root / "train/PNEUMONIA/person7_virus_1.jpeg")
     (root / "val/PNEUMONIA/personval1.jpeg").rename(root / "val/PNEUMONIA/person7_bacteria_2.jpeg")
-    both = check_files(pd.concat([read_split(root, s) for s in ("train", "val")]), 32)[0]
+    both = check_files(pd.concat([read_split(root, s) for s in ("train", "val")]))[0]
     return tuple(both[both.split == s].reset_index(drop=True) for s in ("train", "val"))
 
 

@@ -101,7 +101,7 @@ def test_the_frozen_phase_leaves_the_backbone_as_it_was(collection, monkeypatch,
     from xray_fastai.splits import assign_validation
 
     state = network("resnet50").state_dict()
-    table = check_files(read_split(collection, "train"), 32)[0]
+    table = check_files(read_split(collection, "train"))[0]
     table = assign_validation(table, None, "0.2", 0)[0]
     dls = make_loaders(table, ["NORMAL", "PNEUMONIA"], 32, 8, torch.device("cpu"), 0)
     learn = build_learner(dls, "resnet50", pretrained=(state, "random"))

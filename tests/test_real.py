@@ -13,7 +13,7 @@ def test_the_counts_are_the_collections(real_images):
 
 
 def test_a_tenth_is_held_out_by_patient_and_no_identical_file_is_on_both_sides(real_images):
-    train = check_files(read_split(find_root(real_images), "train"), 64)[0]
+    train = check_files(read_split(find_root(real_images), "train"))[0]
     assert train.digest.duplicated().any()  # 24 groups of identical files
     for seed in range(3):
         held_out = hold_out(train, 0.1, seed)
@@ -26,7 +26,7 @@ def test_a_tenth_is_held_out_by_patient_and_no_identical_file_is_on_both_sides(r
 def test_auto_validation_takes_val_too(real_images):
     root = find_root(real_images)
     both = pd.concat([read_split(root, split) for split in ("train", "val")])
-    table = check_files(both, 64)[0]
+    table = check_files(both)[0]
     parts = [rows.reset_index(drop=True) for _, rows in table.groupby("split")]
     table, line, leaking = assign_validation(*parts, "auto", 42)
     assert "val/, which is too small alone (16 images)" in line and leaking == 0

@@ -4,10 +4,11 @@ The names below load on first use, so that the command line answers at once.
 """
 
 __version__ = "0.1.0"
-__all__ = ["FitConfig", "__version__", "evaluate", "fit", "interpret", "load_learner", "predict"]
+__all__ = ["FitConfig", "__version__", "check_data", "evaluate", "fit", "interpret", "load_learner", "predict"]
 
 _HOMES = {
     "FitConfig": "config",
+    "check_data": "audit",
     "evaluate": "evaluation",
     "fit": "training",
     "interpret": "interpretation",

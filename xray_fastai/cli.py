@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Data sets: draw a synthetic one.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets: check one, draw a synthetic one.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 DEBUG = "XRAY_FASTAI_DEBUG"
@@ -45,6 +45,9 @@ def command(function: Callable) -> Callable:
             raise typer.Exit(130) from None
         except typer.Exit:
             raise
+        except BrokenPipeError:  # nobody reads standard output any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more at its end
+            raise typer.Exit(141) from None
         except Exception as error:
             if DEBUG in os.environ:
                 raise
@@ -213,6 +216,34 @@ def predict(
         uncalibrated=uncalibrated, batch_size=batch_size, device=device,
     )  # fmt: skip
     if bad:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+@command
+def check(
+    folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="[default: ./chest_xray, else phantom]")] = None,
+    patient_pattern: Annotated[str | None, _option("patient_pattern", metavar="REGEX")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all that was found as JSON.")] = False,
+    fix: Annotated[
+        Path | None, typer.Option(metavar="LIST.csv", help="Write a list of the files to leave out, for fit --exclude.")
+    ] = None,
+) -> None:
+    """What is wrong with a data set. Exit code 1 where something would spoil a result."""
+    from xray_fastai.audit import check_data
+    from xray_fastai.fixlist import check_new
+    from xray_fastai.rowfile import count_of
+
+    if fix is not None:
+        check_new(fix)
+    result = check_data(folder, patient_pattern)
+    print(result.to_json() if json else result)
+    if fix is not None:
+        result.write_fix(fix)
+        if not json:
+            print(f"{'written':<9}{fix}, {count_of(len(result.left_out), 'file')} to leave out: look it through, then")
+            print(f"{'':9}xray-fastai fit {'' if folder is None else f'--data {folder} '}--exclude {fix}")
+    if not result.ok:
         raise typer.Exit(1)
 
 

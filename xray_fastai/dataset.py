@@ -20,6 +20,7 @@ from xray_fastai.errors import ImageError, UserError
 from xray_fastai.facts import Facts, examine_all
 from xray_fastai.fixlist import read_list
 from xray_fastai.images import EXTENSIONS
+from xray_fastai.rowfile import count_of
 from xray_fastai.splits import assign_validation
 from xray_fastai.terminal import track
 
@@ -90,7 +91,7 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     listed = []
     if config.exclude is not None:
         table, listed = leave_out(table, root, config.exclude)
-    table, bad = check_files(table, config.size, config.skip_bad)
+    table, bad = check_files(table, skip_bad=config.skip_bad)
     parts = {split: rows.reset_index(drop=True) for split, rows in table.groupby("split")}
     table, line, leaking = assign_validation(parts["train"], parts.get("val"), config.valid, config.seed)
     notes = [line, *listed]
@@ -135,6 +136,11 @@ def find_images(folder: Path) -> list[str]:
     return sorted(Path(name).as_posix() for name in found)
 
 
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in a split's folder: each is a class."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+
+
 def patient_of(name: str, pattern: re.Pattern = KAGGLE_PATIENT) -> str | None:
     """The patient that a file name holds: the pattern's first group that matched, or all that matched; else None."""
     match = pattern.search(name)
@@ -169,7 +175,7 @@ def read_split(
     folder = root / split
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+    found = [entry.name for entry in class_folders(folder)]
     if not found and partial:
         unlabelled = ", but images without a class" if find_images(folder) else ""
         raise UserError(
@@ -201,7 +207,7 @@ def read_split(
     return pd.DataFrame(rows, columns=["path", "file", "label", "split", "patient"])
 
 
-def check_files(table: pd.DataFrame, size: int, skip_bad: bool = False) -> tuple[pd.DataFrame, list[str]]:
+def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.DataFrame, list[str]]:
     """Decode every file once, before hours go into training on them.
 
     Returns:
@@ -211,7 +217,7 @@ def check_files(table: pd.DataFrame, size: int, skip_bad: bool = False) -> tuple
     Raises:
         UserError: a file can't be read, and `skip_bad` is off; or a class has no readable file left.
     """
-    found = list(track(examine_all(table.path, size), "reading", len(table)))
+    found = list(track(examine_all(table.path), "reading", len(table)))
     errors = [str(f) for f in found if isinstance(f, ImageError)]
     if errors and not skip_bad:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -247,9 +253,9 @@ def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame,
     for split, label in sorted({(s, c) for s, c in zip(table.split, table.label, strict=True)}):
         if not ((kept.split == split) & (kept.label == label)).any():
             raise UserError(f"--exclude {path}: names every image of {split}/{label}, so none is left")
-    notes = [f"left out by --exclude: {dropped.sum():,} images"]
+    notes = [f"left out by --exclude: {count_of(int(dropped.sum()), 'image')}"]
     if gone := sum(not (root / file).exists() for file in listed - set(table.file)):
-        notes.append(f"not there, but named by --exclude: {gone:,} files")
+        notes.append(f"not there, but named by --exclude: {count_of(gone, 'file')}")
     return kept, notes
 
 

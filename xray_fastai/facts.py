@@ -17,7 +17,7 @@ from xray_fastai.errors import ImageError
 from xray_fastai.images import MAX_PIXELS, open_image
 
 SIZE = 128
-"""Side in pixels at which images are looked at where no network's size is asked for."""
+"""Side in pixels that images are decoded for: enough for the hash, and an eighth of a JPEG of 1,024 pixels."""
 STANDARD_QUANTISATION = 3688
 """The sum of the luminance table of JPEG (ITU-T T.81, table K.1), which libjpeg calls quality 50."""
 TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -44,12 +44,11 @@ class Facts:
     hash: bytes  # as `duplicates.perceptual_hash`
 
 
-def examine(path: Path | str, size: int = SIZE) -> Facts:
+def examine(path: Path | str) -> Facts:
     """Decode a file to its end, and gather what it tells.
 
     Args:
         path: the file.
-        size: the side in pixels that it is decoded for, as in `images.open_image`.
 
     Raises:
         ImageError: as `images.open_image`; the text names the file.
@@ -63,11 +62,11 @@ def examine(path: Path | str, size: int = SIZE) -> Facts:
     try:
         image = Image.open(io.BytesIO(content))
         told = _header(image)
-        _decode_in_colour(image, size)
+        _decode_in_colour(image)
     except Exception:  # `open_image` says what is wrong
         image = content
     try:
-        grey = open_image(image, size)
+        grey = open_image(image, SIZE)
     except ImageError as error:
         raise ImageError(f"{path}{str(error).removeprefix('image')}") from None
     small = grey.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)
@@ -81,12 +80,12 @@ def examine(path: Path | str, size: int = SIZE) -> Facts:
     )
 
 
-def examine_all(paths: Iterable[str], size: int = SIZE) -> Iterator[Facts | ImageError]:
+def examine_all(paths: Iterable[str]) -> Iterator[Facts | ImageError]:
     """`examine` for many files, in their order, on all cores (Pillow decodes without Python's lock)."""
 
     def examined(path: str) -> Facts | ImageError:
         try:
-            return examine(path, size)
+            return examine(path)
         except ImageError as error:
             return error
 
@@ -120,10 +119,10 @@ def _quality(image: Image.Image) -> float:
     return round((200 - scale) / 2 if scale <= 100 else 5000 / scale, 1)
 
 
-def _decode_in_colour(image: Image.Image, size: int) -> None:
+def _decode_in_colour(image: Image.Image) -> None:
     """Decode a three-channel JPEG into luminance and chroma, so that one decoding serves both."""
     if image.format == "JPEG" and image.mode == "RGB" and image.width * image.height <= MAX_PIXELS:
-        image.draft("YCbCr", (size, size))
+        image.draft("YCbCr", (SIZE, SIZE))
         image.load()
 
 

@@ -68,5 +68,5 @@ def read_list(path: str | Path) -> set[str]:
             }
     except OSError as error:
         raise UserError(f"--exclude {path}: can't be read ({error.strerror}); give a list by its path") from None
-    except csv.Error as error:
-        raise UserError(f"--exclude {path}: line {reader.line_num} is no line of a .csv file ({error})") from None
+    except csv.Error:
+        raise UserError(f"--exclude {path}: after line {reader.line_num} it is no .csv file; mend it") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xray_fastai import __version__, bundle
+from xray_fastai.audit import fit_notes
 from xray_fastai.config import FitConfig
 from xray_fastai.dataset import Collection, file_key, read_collection
 from xray_fastai.errors import UserError
@@ -47,6 +48,7 @@ def fit(config: FitConfig | None = None, **settings) -> Result:
     started = time.perf_counter()
     with bundle.reserve(config.exports, config.name) as run:
         config, data = read_collection(config)
+        data.notes.extend(fit_notes(data))
         return _fit(config, data, run, started)
 
 

@@ -1,0 +1,149 @@
+"""What is wrong with a data set, before hours go into it: `check_data`, and `fit_notes` on what a fit has read anyway.
+
+Every finding has a severity. An error would spoil a result: a fit refuses it, or a figure would mean less than it says.
+A warning wants a look. A remark is good to know.
+"""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from xray_fastai import filechecks, splitchecks
+from xray_fastai.dataset import (
+    KAGGLE_PATIENT,
+    REHEARSAL,
+    Collection,
+    class_folders,
+    find_images,
+    find_root,
+    is_hidden,
+    patient_of,
+    with_facts,
+)
+from xray_fastai.duplicates import same_image
+from xray_fastai.errors import UserError
+from xray_fastai.facts import examine_all
+from xray_fastai.findings import SPLITS, Audit
+from xray_fastai.images import EXTENSIONS
+from xray_fastai.rowfile import count_of
+from xray_fastai.shortcuts import find_shortcuts
+from xray_fastai.splits import ENOUGH_TO_VALIDATE
+from xray_fastai.terminal import track
+
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
+
+
+def check_data(data: str | Path | None = None, patient_pattern: str | None = None) -> Audit:
+    """Look at every file of a data set.
+
+    Args:
+        data: the folder with train/CLASS/* (and val, test); None is ./chest_xray where it exists, else the phantom. A
+            folder of classes without splits is looked at as well, and the lack of train/ is one of the findings.
+        patient_pattern: regular expression that finds the patient in a file name; None is the Kaggle names'.
+
+    Returns:
+        What was found: `print(audit)`, `audit.ok`, `audit.findings`, `audit.to_dict()`, `audit.write_fix("LIST.csv")`.
+
+    Raises:
+        UserError: no such folder, or nothing in it that could be a data set.
+    """
+    started = time.perf_counter()
+    try:
+        pattern = KAGGLE_PATIENT if patient_pattern is None else re.compile(patient_pattern)
+    except re.error as error:
+        raise UserError(f"--patient-pattern {patient_pattern}: not a regular expression: {error}") from None
+    if data is None and Path("chest_xray").is_dir():
+        data = "chest_xray"
+    if data is None:
+        from xray_fastai.phantom import cached
+
+        root, splits = cached(), SPLITS[:3]
+    else:
+        root, splits = _find_splits(data)
+    listed = pd.concat([_listed(root, split, pattern) for split in splits], ignore_index=True)
+    is_image = listed.file.map(lambda name: name.lower().endswith(EXTENSIONS)) & ~listed.hidden & (listed.label != "")
+    table = listed[is_image].drop(columns="hidden").reset_index(drop=True)
+    found = list(track(examine_all(table.path), "reading", len(table)))
+    images = with_facts(table, found)
+    images["image"] = same_image(images)
+    shortcuts = find_shortcuts(images[images.split == "train"] if "train" in splits else images)
+    findings = [
+        *splitchecks.layout(root, splits, table, images),
+        *filechecks.unreadable(table, found),
+        *splitchecks.copies(images),
+        *splitchecks.patients(images, patient_pattern),
+        *splitchecks.shortcuts(shortcuts),
+        *splitchecks.sizes_of_splits(images, splits),
+        *filechecks.odd_pictures(images),
+        *filechecks.ways_of_opening(images),
+        *filechecks.other_files(listed[~is_image]),
+    ]
+    seconds = time.perf_counter() - started
+    return Audit(REHEARSAL if data is None else str(data), root, images, findings, shortcuts, seconds)
+
+
+def fit_notes(data: Collection) -> list[str]:
+    """The findings that matter most for a fit, from what it has read anyway: at most four lines, which name no file."""
+    notes, table = [], data.table
+    copies = table.groupby("image")
+    conflict = copies.label.transform("nunique") > 1
+    if conflict.any():
+        notes.append(f"same image under two classes: {count_of(int(conflict.sum()), 'file')}; data check names them")
+    strangers = (copies.patient.transform("nunique") > 1) & ~conflict
+    if strangers.any():
+        notes.append(
+            f"same image under two patients' names: {count_of(int(strangers.sum()), 'file')}, kept on one side"
+        )
+    for name, shortcut in find_shortcuts(table).items():
+        if shortcut.alarming:
+            said = splitchecks.SHORTCUTS[name][0]
+            notes.append(f"{said}: AUC {shortcut.auc.value:.2f}; data check says more")
+    least = data.valid.label.value_counts().min()
+    if least < ENOUGH_TO_VALIDATE:
+        low, high = splitchecks.wilson(least)
+        notes.append(
+            f"few to validate on: {least} of a class; a sensitivity of 0.9 would mean {low:.2f} to {high:.2f} (95 %)"
+        )
+    return notes[:4]
+
+
+def _find_splits(data: str | Path) -> tuple[Path, tuple[str, ...]]:
+    """The folder that holds the splits, and those that are there; ("",) where it holds classes without splits."""
+    try:
+        root = find_root(data)
+    except UserError as error:
+        for split in SPLITS[1:3]:
+            try:
+                root = find_root(data, split)
+                break
+            except UserError:
+                continue
+        else:
+            root = Path(data)
+            if root.is_dir() and any(find_images(folder) for folder in class_folders(root)):
+                return root, ("",)
+            raise UserError(str(error).removeprefix("--data ")) from None
+    return root, tuple(split for split in SPLITS[:3] if (root / split).is_dir())
+
+
+def _listed(root: Path, split: str, pattern: re.Pattern) -> pd.DataFrame:
+    """All files of a split, whatever they are: as `dataset.read_split`, with `hidden`; label "": in no class."""
+    rows, base = [], root / split
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: can't be read ({error.strerror})") from None
+
+    for parent, folders, files in os.walk(base, followlinks=True, onerror=refuse):
+        folders.sort()
+        inside = Path(parent).relative_to(base).parts
+        if not split and not inside:  # what lies beside class folders is not ours to judge
+            continue
+        for name in sorted(files):
+            file = Path(parent, name).relative_to(root).as_posix()
+            hidden = any(is_hidden(part) for part in (*inside, name)) or name.lower() in SYSTEM_FILES
+            label = inside[0] if inside else ""
+            rows.append((os.path.join(parent, name), file, label, split, patient_of(name, pattern) or file, hidden))
+    return pd.DataFrame(rows, columns=["path", "file", "label", "split", "patient", "hidden"])

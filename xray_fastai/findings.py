@@ -1,0 +1,203 @@
+"""What was found in a data set: text for a person, JSON for a program, and a list of files for `fit --exclude`."""
+
+import json
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from xray_fastai.fixlist import LEAVE_OUT, write_list
+from xray_fastai.rowfile import count_of
+from xray_fastai.shortcuts import Shortcut
+
+FORMAT = 1
+"""The layout of the JSON; it counts the changes that a reader of it must know of."""
+
+SPLITS = ("train", "val", "test", "")  # "" holds classes without splits
+SEVERITIES = ("error", "warning", "remark")
+SHOWN = 3  # files of a finding on the terminal
+WIDTH = 80
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that a finding is about."""
+
+    name: str  # relative to the root
+    detail: str = ""
+    leave_out: bool = False  # of a fit
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is odd."""
+
+    severity: str  # error: a result would be spoilt; warning: look at it; remark: good to know
+    kind: str  # a name that does not change, for programs
+    text: str
+    advice: str
+    files: list[File] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        files = [{"file": f.name, "detail": f.detail, "action": LEAVE_OUT if f.leave_out else None} for f in self.files]
+        return {
+            "severity": self.severity,
+            "kind": self.kind,
+            "text": self.text,
+            "advice": self.advice,
+            "count": len(files),
+            "files": files,
+        }
+
+    def __str__(self) -> str:
+        lines = _wrapped(f"{self.severity:<9}", self.text)
+        for file in self.files[:SHOWN]:
+            name = "".join(c if c.isprintable() else "?" for c in file.name)
+            lines.append(f"{'':11}{name}" + (f": {file.detail}" if file.detail else ""))
+        if len(self.files) > SHOWN:
+            lines.append(f"{'':11}... and {len(self.files) - SHOWN:,} more (--json names all)")
+        return "\n".join([*lines, *_wrapped(f"{'':9}-> ", self.advice)])
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `check_data` found.
+
+    `images` has a readable image a row: path, file, label, split, patient, what `facts.Facts` has, and image (a number,
+    equal for files that show the same).
+    """
+
+    name: str
+    root: Path
+    images: pd.DataFrame = field(repr=False)
+    findings: list[Finding] = field(repr=False)
+    shortcuts: dict[str, Shortcut] = field(repr=False)
+    seconds: float
+
+    def of(self, severity: str) -> list[Finding]:
+        """The findings of one severity."""
+        return [finding for finding in self.findings if finding.severity == severity]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing was found that would spoil a result."""
+        return not self.of("error")
+
+    @property
+    def left_out(self) -> list[dict[str, str]]:
+        """The rows of a list for `fit --exclude`: each file once, with the first finding that asks for it."""
+        rows = {}
+        for finding in self.findings:
+            for file in finding.files:
+                if file.leave_out:
+                    row = {"file": file.name, "finding": finding.kind, "action": LEAVE_OUT, "detail": file.detail}
+                    rows.setdefault(file.name, row)
+        return list(rows.values())
+
+    def write_fix(self, path: str | Path) -> None:
+        """Write the list of files to leave out, for `fit --exclude`.
+
+        Raises:
+            UserError: the file is there already, or can't be written.
+        """
+        write_list(Path(path), self.left_out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs; `format` says which layout this is."""
+        splits = []
+        for (split, label), rows in _by_class(self.images):
+            spans = {"width": rows.width, "height": rows.height, "aspect": rows.width / rows.height}
+            splits.append(
+                {"split": split, "label": label, "images": len(rows), "patients": int(rows.patient.nunique())}
+                | {name: _span(values) for name, values in (spans | {"bytes": rows.bytes}).items()}
+                | {"modes": _counts(rows["mode"]), "formats": _counts(rows.format)}
+            )
+        return {
+            "format": FORMAT,
+            "data": self.name,
+            "root": str(self.root),
+            "images": len(self.images),
+            "ok": self.ok,
+            "counts": {severity: len(self.of(severity)) for severity in SEVERITIES},
+            "splits": splits,
+            "shortcuts": {
+                name: {
+                    "auc": shortcut.auc.value,
+                    "low": shortcut.auc.low,
+                    "high": shortcut.auc.high,
+                    "images": shortcut.images,
+                    "alarming": shortcut.alarming,
+                    "single": shortcut.single,
+                }
+                for name, shortcut in self.shortcuts.items()
+            },
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'data':<9}{self.name}",
+            f"{'images':<9}{len(self.images):,} readable, checked in {self.seconds:.1f} s",
+            "",
+            *_tables(self.images),
+        ]
+        for severity in SEVERITIES:
+            for finding in self.of(severity):
+                lines += ["", str(finding)]
+        counts = [count_of(len(self.of(severity)), severity) for severity in SEVERITIES]
+        verdict = "nothing found that would spoil a result" if self.ok else "mend the errors before a fit"
+        return "\n".join([*lines, "", f"{'verdict':<9}{', '.join(counts)}: {verdict}"])
+
+
+def _tables(images: pd.DataFrame) -> list[str]:
+    """By split and class: how many images of how many patients, and of what sizes and kinds."""
+    counts, sizes = [("split", "class", "images", "patients", "kinds")], [("", "", "width", "height", "aspect ratio")]
+    for (split, label), rows in _by_class(images):
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in _counts(rows.format + " " + rows["mode"]).items())
+        counts.append((split or "-", label, f"{len(rows):,}", f"{rows.patient.nunique():,}", kinds))
+        aspect = rows.width / rows.height
+        spans = [_spanned(values, digits) for values, digits in ((rows.width, 0), (rows.height, 0), (aspect, 2))]
+        sizes.append((split or "-", label, *spans))
+    if len(counts) == 1:
+        return ["no readable image"]
+    sizes[0] = ("split", "class", "width (least/median/most)", "height", "aspect ratio")
+    return [*_aligned(counts, "<<>><"), "", *_aligned(sizes, "<<<<<")]
+
+
+def _by_class(images: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    groups = list(images.groupby(["split", "label"]))
+    return sorted(groups, key=lambda group: (SPLITS.index(group[0][0]), group[0][1]))
+
+
+def _aligned(rows: list[tuple[str, ...]], sides: str) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _spanned(values: pd.Series, digits: int) -> str:
+    if values.min() == values.max():
+        return f"{values.min():.{digits}f}"
+    return "/".join(f"{value:.{digits}f}" for value in (values.min(), values.median(), values.max()))
+
+
+def _span(values: pd.Series) -> dict[str, float]:
+    return {"min": values.min().item(), "median": values.median().item(), "max": values.max().item()}
+
+
+def _counts(values: pd.Series) -> dict[str, int]:
+    return values.value_counts().to_dict()
+
+
+def _wrapped(start: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
