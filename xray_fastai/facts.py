@@ -16,8 +16,8 @@ from xray_fastai.duplicates import perceptual_hash
 from xray_fastai.errors import ImageError
 from xray_fastai.images import MAX_PIXELS, open_image
 
-SIZE = 128
-"""Side in pixels that images are decoded for: enough for the hash, and an eighth of a JPEG of 1,024 pixels."""
+SIZE = 112
+"""Side in pixels that images are decoded for: enough for the hash, and half of 224, which JPEGs give at once."""
 STANDARD_QUANTISATION = 3688
 """The sum of the luminance table of JPEG (ITU-T T.81, table K.1), which libjpeg calls quality 50."""
 TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height

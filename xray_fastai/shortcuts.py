@@ -54,8 +54,8 @@ class Shortcut:
 def find_shortcuts(table: pd.DataFrame) -> dict[str, Shortcut]:
     """Predict the class from the form of the files.
 
-    A random forest for all features together and a small tree for each alone, cross-validated in five folds that share
-    no patient; the interval is a bootstrap over patients.
+    A random forest for several features together and a small tree for each alone, cross-validated in five folds that
+    share no patient; the interval is a bootstrap over patients.
 
     Args:
         table: an image a row: label, patient, and what `facts.Facts` has.
@@ -82,22 +82,24 @@ def find_shortcuts(table: pd.DataFrame) -> dict[str, Shortcut]:
             "density": table.bytes / (table.width * table.height),
         }
     )
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=SEED)
+    folds = list(splitter.split(features, truth, patients))
     found = {}
     for name, of in FEATURES.items():
         varied = [column for column in of if features[column].nunique() > 1]
         if varied:
-            found[name] = _predict(features[varied].rename(columns=of), truth, patients)
+            found[name] = _predict(features[varied].rename(columns=of), truth, patients, folds)
     return found
 
 
-def _predict(features: pd.DataFrame, truth: np.ndarray, patients: np.ndarray) -> Shortcut:
+def _predict(features: pd.DataFrame, truth: np.ndarray, patients: np.ndarray, folds: list) -> Shortcut:
     from sklearn.ensemble import RandomForestClassifier
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.model_selection import cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
 
-    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=SEED)
-    classes = int(truth.max()) + 1
-    positive = 1 if classes == 2 else None
+    positive = 1 if truth.max() == 1 else None
 
     def auc(model, values: pd.DataFrame, resamples: int) -> Interval:
         with warnings.catch_warnings():
@@ -105,10 +107,11 @@ def _predict(features: pd.DataFrame, truth: np.ndarray, patients: np.ndarray) ->
             scores = cross_val_predict(model, values, truth, cv=folds, method="predict_proba")  # (N, classes)
         return measure(Scored(truth, scores, patients, positive), {}, resamples).free["roc_auc"]
 
-    folds = list(splitter.split(features, truth, patients))
     forest = RandomForestClassifier(50, max_depth=6, min_samples_leaf=5, class_weight="balanced", random_state=SEED)
     tree = DecisionTreeClassifier(max_depth=3, min_samples_leaf=5, class_weight="balanced", random_state=SEED)
+    if len(features.columns) == 1:
+        together = auc(tree, features, RESAMPLES)
+        return Shortcut(together, dict.fromkeys(features, together.value), len(truth))
     single = {name: auc(tree, features[[name]], 2).value for name in features}
-    return Shortcut(
-        auc(forest, features, RESAMPLES), dict(sorted(single.items(), key=lambda item: -item[1])), len(truth)
-    )
+    single = dict(sorted(single.items(), key=lambda item: -item[1]))
+    return Shortcut(auc(forest, features, RESAMPLES), single, len(truth))
