@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints what came back."""
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -242,7 +243,8 @@ def check(
         result.write_fix(fix)
         if not json:
             print(f"{'written':<9}{fix}, {count_of(len(result.left_out), 'file')} to leave out: look it through, then")
-            print(f"{'':9}xray-fastai fit {'' if folder is None else f'--data {folder} '}--exclude {fix}")
+            options = [] if folder is None else ["--data", str(folder)]
+            print(f"{'':9}{shlex.join(['xray-fastai', 'fit', *options, '--exclude', str(fix)])}")
     if not result.ok:
         raise typer.Exit(1)
 
