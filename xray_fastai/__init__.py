@@ -4,7 +4,9 @@ The names below load on first use, so that the command line answers at once.
 """
 
 __version__ = "0.1.0"
-__all__ = ["FitConfig", "__version__", "check_data", "evaluate", "fit", "interpret", "load_learner", "predict"]
+__all__ = [
+    "FitConfig", "__version__", "check_data", "evaluate", "fit", "interpret", "load_learner", "predict", "verify",
+]  # fmt: skip
 
 _HOMES = {
     "FitConfig": "config",
@@ -14,6 +16,7 @@ _HOMES = {
     "interpret": "interpretation",
     "load_learner": "bundle",
     "predict": "prediction",
+    "verify": "verification",
 }
 
 

@@ -5,7 +5,6 @@ A warning wants a look. A remark is good to know.
 """
 
 import os
-import re
 import time
 from pathlib import Path
 
@@ -13,14 +12,12 @@ import pandas as pd
 
 from xray_fastai import filechecks, splitchecks
 from xray_fastai.dataset import (
-    KAGGLE_PATIENT,
     REHEARSAL,
     Collection,
     class_folders,
     find_images,
     find_root,
     is_hidden,
-    patient_of,
     with_facts,
 )
 from xray_fastai.duplicates import same_image
@@ -28,6 +25,7 @@ from xray_fastai.errors import UserError
 from xray_fastai.facts import examine_all
 from xray_fastai.findings import SPLITS, Audit
 from xray_fastai.images import EXTENSIONS
+from xray_fastai.patients import patients_of
 from xray_fastai.rowfile import count_of
 from xray_fastai.shortcuts import find_shortcuts
 from xray_fastai.splits import ENOUGH_TO_VALIDATE
@@ -51,10 +49,6 @@ def check_data(data: str | Path | None = None, patient_pattern: str | None = Non
         UserError: no such folder, or nothing in it that could be a data set.
     """
     started = time.perf_counter()
-    try:
-        pattern = KAGGLE_PATIENT if patient_pattern is None else re.compile(patient_pattern)
-    except re.error as error:
-        raise UserError(f"--patient-pattern {patient_pattern}: not a regular expression: {error}") from None
     if data is None and Path("chest_xray").is_dir():
         data = "chest_xray"
     if data is None:
@@ -63,7 +57,9 @@ def check_data(data: str | Path | None = None, patient_pattern: str | None = Non
         root, splits = cached(), SPLITS[:3]
     else:
         root, splits = _find_splits(data)
-    listed = pd.concat([_listed(root, split, pattern) for split in splits], ignore_index=True)
+    listed = pd.concat([_listed(root, split) for split in splits], ignore_index=True)
+    patients = patients_of([Path(file).name for file in listed.file], patient_pattern)
+    listed["patient"] = [patient or file for patient, file in zip(patients, listed.file, strict=True)]
     is_image = listed.file.map(lambda name: name.lower().endswith(EXTENSIONS)) & ~listed.hidden & (listed.label != "")
     table = listed[is_image].drop(columns="hidden").reset_index(drop=True)
     found = list(track(examine_all(table.path), "reading", len(table)))
@@ -129,8 +125,8 @@ def _find_splits(data: str | Path) -> tuple[Path, tuple[str, ...]]:
     return root, tuple(split for split in SPLITS[:3] if (root / split).is_dir())
 
 
-def _listed(root: Path, split: str, pattern: re.Pattern) -> pd.DataFrame:
-    """All files of a split, whatever they are: as `dataset.read_split`, with `hidden`; label "": in no class."""
+def _listed(root: Path, split: str) -> pd.DataFrame:
+    """All files of a split, whatever they are: as `dataset.read_split`, with `hidden` and without `patient`; label "": in no class."""
     rows, base = [], root / split
 
     def refuse(error: OSError) -> None:
@@ -145,5 +141,5 @@ def _listed(root: Path, split: str, pattern: re.Pattern) -> pd.DataFrame:
             file = Path(parent, name).relative_to(root).as_posix()
             hidden = any(is_hidden(part) for part in (*inside, name)) or name.lower() in SYSTEM_FILES
             label = inside[0] if inside else ""
-            rows.append((os.path.join(parent, name), file, label, split, patient_of(name, pattern) or file, hidden))
-    return pd.DataFrame(rows, columns=["path", "file", "label", "split", "patient", "hidden"])
+            rows.append((os.path.join(parent, name), file, label, split, hidden))
+    return pd.DataFrame(rows, columns=["path", "file", "label", "split", "hidden"])

@@ -220,6 +220,20 @@ def predict(
         raise typer.Exit(1)
 
 
+@app.command()
+@command
+def verify(
+    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export's folder, or a .zip of one.")],
+) -> None:
+    """Is an export whole, and safe to load? Exit code 1 where it is not. Nothing in it is run."""
+    from xray_fastai.verification import verify as run
+
+    found = run(export)
+    print(found)
+    if not found.ok:
+        raise UserError(found.faults[0])
+
+
 @data_app.command()
 @command
 def check(

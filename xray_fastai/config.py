@@ -4,15 +4,23 @@ The command line takes its defaults and help texts from here, and an export hold
 that `FitConfig(**model["settings"])` repeats the fit.
 """
 
+import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Real
+from typing import get_args
 
 from xray_fastai.errors import UserError
+from xray_fastai.text import fault_of, shown
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny", "efficientnet_b0")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SMALLEST, LARGEST = 32, 4096
+"""The side in pixels of what a network can be given."""
+MOST_CLASSES = 1000
 
 
 def _setting(default, help: str):
@@ -65,10 +73,14 @@ class FitConfig:
     exports: str = _setting("exports", "Folder that the run's folder is written into.")
 
     def __post_init__(self):
-        for option, least in [("epochs", 1), ("patience", 1), ("batch_size", 1), ("size", 32)]:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _as_declared(f.name, f.type, getattr(self, f.name)))
+        for option, least in [("epochs", 1), ("patience", 1), ("batch_size", 1), ("size", SMALLEST)]:
             value = getattr(self, option)
             if value is not None and value < least:
                 raise _refused(option, value, f"give {least} or more")
+        if self.size is not None and self.size > LARGEST:
+            raise _refused("size", self.size, f"give {LARGEST} or less")
         for option in ("freeze_epochs", "workers"):
             value = getattr(self, option)
             if value is not None and value < 0:
@@ -97,8 +109,12 @@ class FitConfig:
         if self.patient_pattern is not None:
             try:
                 re.compile(self.patient_pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise _refused("patient_pattern", self.patient_pattern, f"not a regular expression: {error}") from None
+        for option in ("data", "weights", "exports", "patient_pattern"):
+            value = getattr(self, option)
+            if value is not None and (fault := fault_of(str(value), 4096)):
+                raise _refused(option, shown(value), f"{fault}; give one without")
         if self.name is not None and not re.fullmatch(r"[^\W_][\w.-]*", self.name):
             raise _refused("name", self.name, "use letters, digits, '.', '_' and '-', a letter or digit first")
 
@@ -130,6 +146,22 @@ class FitConfig:
         return asdict(self)
 
 
+def class_fault(name: str) -> str | None:
+    """What keeps a folder's name from being a class: it is printed in tables, and written into exports."""
+    return "is empty, or holds a slash" if not name or "/" in name else fault_of(name, 255)
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Raises:
+    UserError: there are too many classes, or one has a name that no export can hold.
+    """
+    if len(classes) > MOST_CLASSES:
+        raise UserError(f"--data: {len(classes):,} classes; {MOST_CLASSES:,} are the most")
+    for name in classes:
+        if fault := class_fault(name):
+            raise UserError(f"--data: the class folder {shown(name)} {fault}; rename it")
+
+
 HELP: dict[str, str] = {f.name: f.metadata["help"] for f in fields(FitConfig)}
 
 
@@ -138,6 +170,21 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def _as_declared(name: str, kind: type, value):
+    """A value from Python as JSON will have it: paths as text, NumPy's numbers as Python's."""
+    kind, *others = get_args(kind) or (kind,)
+    if value is None and type(None) in others:
+        return None
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if kind in (int, float) and number and math.isfinite(value) and kind(value) == value:
+        return kind(value)
+    if not isinstance(value, kind):
+        raise _refused(name, value, f"give {'text' if kind is str else f'one of type {kind.__name__}'}")
+    return value
 
 
 def _refused(name: str, value, advice: str) -> UserError:

@@ -6,7 +6,6 @@ The layout is the Kaggle collection's: `DIR/{train,val,test}/CLASS/*`. What is o
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,18 +13,16 @@ from typing import Any
 
 import pandas as pd
 
-from xray_fastai.config import FitConfig
+from xray_fastai.config import FitConfig, check_classes
 from xray_fastai.duplicates import same_image
 from xray_fastai.errors import ImageError, UserError
 from xray_fastai.facts import Facts, examine_all
 from xray_fastai.fixlist import read_list
 from xray_fastai.images import EXTENSIONS
+from xray_fastai.patients import patients_of
 from xray_fastai.rowfile import count_of
 from xray_fastai.splits import assign_validation
 from xray_fastai.terminal import track
-
-KAGGLE_PATIENT = re.compile(r"^(?:(person\d+)_|((?:NORMAL2-)?IM-\d+)-)")
-"""`person1000_bacteria_2931`, `IM-0115-0001` and `NORMAL2-IM-0345-0001`: the patient, or the study, comes first."""
 
 REHEARSAL = "built-in phantom"
 """The name of the collection that the package draws itself."""
@@ -82,6 +79,7 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     config = config.with_choices(freeze_epochs=config.epochs)
     train = read_split(root, "train", patient_pattern=config.patient_pattern)
     classes = sorted(train.label.unique())
+    check_classes(classes)
     positive = positive_class(classes, config.positive)
     config.check_class_weights(classes)
     val = None
@@ -109,6 +107,13 @@ def find_root(data: str | Path, split: str = "train") -> Path:
         UserError: `data` is missing, a file, or does not have the split anywhere it is looked for.
     """
     data = Path(data)
+    try:
+        return _find_root(data, split)
+    except OSError as error:  # a name too long, or no permission
+        raise UserError(f"--data {data}: can't be read ({error.strerror}); give another folder") from None
+
+
+def _find_root(data: Path, split: str) -> Path:
     layout = f"expected {split}/NORMAL, {split}/PNEUMONIA and the like in it"
     if not data.exists():
         raise UserError(f"--data {data}: no such folder; {layout}")
@@ -139,14 +144,6 @@ def find_images(folder: Path) -> list[str]:
 def class_folders(folder: Path) -> list[Path]:
     """The folders in a split's folder: each is a class."""
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
-
-
-def patient_of(name: str, pattern: re.Pattern = KAGGLE_PATIENT) -> str | None:
-    """The patient that a file name holds: the pattern's first group that matched, or all that matched; else None."""
-    match = pattern.search(name)
-    if match is None:
-        return None
-    return next((group for group in match.groups() if group), match.group())
 
 
 def read_split(
@@ -192,19 +189,18 @@ def read_split(
         raise UserError(f"{folder}: holds class {', '.join(surplus)}; the classes known are {', '.join(classes)}")
     if (missing := sorted(set(classes) - set(found))) and not partial:
         raise UserError(f"{folder}: no folder for class {', '.join(missing)}, which train/ has")
-    pattern = KAGGLE_PATIENT if patient_pattern is None else re.compile(patient_pattern)
     rows = []
     for label in sorted(set(classes) & set(found)):
         names = find_images(folder / label)
         if not names and not partial:
             raise UserError(f"{folder / label}: no image in it (looked for {' '.join(EXTENSIONS)})")
         for name in names:
-            file = f"{split}/{label}/{name}"
-            patient = patient_of(Path(name).name, pattern) or file
-            rows.append((str(folder / label / name), file, label, split, patient))
+            rows.append((str(folder / label / name), f"{split}/{label}/{name}", label, split))
     if not rows:
         raise UserError(f"{folder}: no image in it (looked for {' '.join(EXTENSIONS)})")
-    return pd.DataFrame(rows, columns=["path", "file", "label", "split", "patient"])
+    table = pd.DataFrame(rows, columns=["path", "file", "label", "split"])
+    found = patients_of([Path(file).name for file in table.file], patient_pattern)
+    return table.assign(patient=[patient or file for patient, file in zip(found, table.file, strict=True)])
 
 
 def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.DataFrame, list[str]]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from xray_fastai.duplicates import perceptual_hash
 from xray_fastai.errors import ImageError
-from xray_fastai.images import MAX_PIXELS, open_image
+from xray_fastai.images import FORMATS, MAX_PIXELS, check_file, open_image
 
 SIZE = 112
 """Side in pixels that images are decoded for: enough for the hash, and half of 224, which JPEGs give at once."""
@@ -54,18 +54,20 @@ def examine(path: Path | str) -> Facts:
         ImageError: as `images.open_image`; the text names the file.
     """
     try:
+        check_file(path)
         content = Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from None
     if not content:
         raise ImageError(f"{path}: the file is empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(content))
-        told = _header(image)
-        _decode_in_colour(image)
-    except Exception:  # `open_image` says what is wrong
-        image = content
-    try:
+        try:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            told = _header(image)
+            _decode_in_colour(image)
+        except Exception as error:
+            open_image(content, SIZE)  # says what is wrong
+            raise ImageError(f"image: broken header ({type(error).__name__})") from None
         grey = open_image(image, SIZE)
     except ImageError as error:
         raise ImageError(f"{path}{str(error).removeprefix('image')}") from None

@@ -5,17 +5,22 @@ decoded at the smallest of libjpeg's scales (1, 1/2, 1/4, 1/8) that still covers
 """
 
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from xray_fastai.errors import ImageError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 100_000_000
-"""Larger images are refused before memory is taken: the largest X-ray detectors have some 20 million pixels."""
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow may take a file for, whatever its name: not, for one, PostScript, which it would have Ghostscript run."""
+MAX_PIXELS, MAX_BYTES = 40_000_000, 500_000_000
+"""Larger images are refused before memory is taken: the largest X-ray detectors have some 20 million pixels. An image of
+40 million takes 0.6 GB while it is opened, whatever its kind; a file of 12 kB can hold one."""
 
 # Pillow warns at 89 million pixels; here `MAX_PIXELS` refuses, so the warning would only repeat it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -40,7 +45,9 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
         if isinstance(source, Image.Image):
             image = source
         elif isinstance(source, (str, Path, bytes)):
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            if not isinstance(source, bytes):
+                check_file(source)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         else:
             image = _from_array(np.asarray(source))
         return _to_grey(image, name, size)
@@ -63,19 +70,35 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
         raise ImageError(f"{name}: broken image ({text})") from None
 
 
+def check_file(path: Path | str) -> None:
+    """See that to read a file ends, and fits into memory.
+
+    Raises:
+        ImageError: a folder, a pipe, a device, or too large.
+        OSError: it can't be looked at.
+    """
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{path}: a folder, not an image")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{path}: a pipe or a device, not a file")
+    if status.st_size > MAX_BYTES:
+        raise ImageError(f"{path}: {status.st_size:,} bytes; no X-ray is that large")
+
+
 def _to_grey(image: Image.Image, name: str, size: int | None) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{name}: {image.width} x {image.height} pixels; no X-ray is that large")
-    if getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{name}: {image.n_frames} frames; split it into one image a file")
+    if frames := _frames(image):
+        raise ImageError(f"{name}: {frames} frames; split it into one image a file")
     if size is not None and getattr(image, "format", None) == "JPEG":
         image.draft("L", (size, size))
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _from_array(np.asarray(image))
     elif image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("L")
+        grey, alpha = image.convert("RGBA").convert("LA").split()
+        image = ImageChops.multiply(grey, alpha)  # on black
     elif image.mode == "P":
         image = image.convert("RGB").convert("L")
     elif image.mode != "L":
@@ -84,6 +107,20 @@ def _to_grey(image: Image.Image, name: str, size: int | None) -> Image.Image:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     image.load()
     return image
+
+
+def _frames(image: Image.Image) -> str | None:
+    """How many frames there are; None: one."""
+    if getattr(image, "format", None) != "TIFF":
+        frames = getattr(image, "n_frames", 1)
+        return str(frames) if frames > 1 else None
+    at = image.tell()
+    try:
+        image.seek(at + 1)  # to count them, Pillow takes time as their square: 81 s for a TIFF of 11 MB
+    except EOFError:
+        return None
+    image.seek(at)
+    return "several"
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -103,5 +140,6 @@ def _from_array(array: np.ndarray) -> Image.Image:
             full = 1.0
         else:  # detectors give 12 bits in files of 16
             full = next((full for full in (255, 4095, 65535) if high <= full), high)
-        array = np.rint(array * (255.0 / full)).astype(np.uint8)
+        scaled = np.multiply(array, 255.0 / full, dtype=np.float32)
+        array = np.rint(scaled, out=scaled).astype(np.uint8)
     return Image.fromarray(array)

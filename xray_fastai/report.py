@@ -14,18 +14,25 @@ import re
 import shlex
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 from xray_fastai.curves import number, svg_curves
 from xray_fastai.errors import UserError
+from xray_fastai.images import MAX_PIXELS
+from xray_fastai.received import read_received
+from xray_fastai.schema import read_settings
 
 FORMAT = 1
 """The newest layout of `metrics.json` and `summary.json` that is understood."""
 
 PICTURE_BYTES = 4_000_000
 """What all pictures of a report may take; a third more in base64, which leaves room for the text below 6 MB."""
+
+FILE_BYTES, PICTURE_FILE_BYTES = 5_000_000, 100_000_000
+"""What a table, and a picture as a file, may have: an export may come from others."""
+MOST_PHASES = 10
 
 PLOTS = {
     "confusion.png": "Confusion matrix: how many images of each true class were called what",
@@ -62,7 +69,8 @@ def write_report(export: str | Path, output: str | Path | None = None, name: str
     path, partial = folder / "report.html", folder / f".report.html.{os.getpid()}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may hold no text
+        with partial.open("x", encoding="utf-8", errors="backslashreplace") as stream:  # a file name may hold no text
+            stream.write(text)
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -85,7 +93,7 @@ def _render(context: dict[str, Any]) -> str:
 
 def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
     """What the template shows; `problems` holds a sentence for each part that is there and can't be shown."""
-    model = json.loads((export / "model.json").read_text(encoding="utf-8"))
+    model = read_settings(export)
     problems: list[str] = []
     parts = {part.name: part for root in (export, output) for part in root.glob("*-*") if part.is_dir()}
     evaluations = _read_parts(parts, "evaluation", "metrics.json", _evaluation, problems)
@@ -96,10 +104,13 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
     pictures = embed_pictures([file for file in files if file.is_file()], PICTURE_BYTES)
     problems += [f"{file.parent.name}/{file.name}: {p['fault']}" for file, p in pictures.items() if p["fault"]]
     try:
-        with (export / "history.csv").open(encoding="utf-8", newline="") as stream:
-            history = [{key: _value(value) for key, value in row.items()} for row in csv.DictReader(stream)]
-    except (OSError, csv.Error, *WRONG_SHAPE) as error:
-        history = []
+        text = read_received(export, "history.csv", FILE_BYTES).decode("utf-8")
+        history = [{key: _value(value) for key, value in row.items()} for row in csv.DictReader(StringIO(text))]
+        if len({row["phase"] for row in history}) > MOST_PHASES:
+            raise ValueError("too many phases")
+        curves = svg_curves(history)
+    except (UserError, csv.Error, *WRONG_SHAPE) as error:
+        history, curves = [], []
         problems.append(f"history.csv: not readable ({type(error).__name__})")
     return {
         "name": name,
@@ -107,7 +118,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
         "created": datetime.fromisoformat(model["created"]).strftime("%d %B %Y, %H:%M %Z").lstrip("0"),
         "bars": _bars(model["data"], evaluations),
         "history": history,
-        "curves": svg_curves(history),
+        "curves": curves,
         "evaluations": evaluations,
         "interpretations": interpretations,
         "pictures": {file: picture for file, picture in pictures.items() if not picture["fault"]},
@@ -130,11 +141,11 @@ def _read_parts(
         if not name.startswith(f"{kind}-"):
             continue
         try:
-            told = json.loads((parts[name] / file).read_text(encoding="utf-8"))
+            told = json.loads(read_received(parts[name], file, FILE_BYTES))
             if told["format"] > FORMAT:
                 raise ValueError(f"written by a newer version, format {told['format']}")
             found.append({"folder": parts[name], "name": name, **read(told)})
-        except (OSError, *WRONG_SHAPE) as error:
+        except (UserError, *WRONG_SHAPE) as error:
             problems.append(f"{name}/{file}: not readable ({type(error).__name__}: {error})")
     return found
 
@@ -238,9 +249,11 @@ def _fit_into(file: Path, limit: int) -> tuple[bytes, str, tuple[int, int]]:
     """A PNG's bytes where they are within the limit, else those of the largest JPEG that is; and its own size."""
     from PIL import Image
 
-    data = file.read_bytes()
+    data = read_received(file.parent, file.name, PICTURE_FILE_BYTES)
     with Image.open(BytesIO(data), formats=["PNG"]) as image:
         size = image.size
+        if size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"{size[0]} x {size[1]} pixels")
         if len(data) <= limit:
             image.verify()
             return data, "png", size

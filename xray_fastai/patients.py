@@ -1,0 +1,63 @@
+"""The patient that a file name holds, by the Kaggle collection's names or by a regular expression of one's own.
+
+A regular expression may come with a model from others, and one such as `(a+)+b` takes longer than a life on a name of
+forty letters. So it is compiled and matched in a process of its own, which can be ended.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from xray_fastai.errors import UserError
+from xray_fastai.text import shown
+
+KAGGLE_PATIENT = re.compile(r"^(?:(person\d+)_|((?:NORMAL2-)?IM-\d+)-)")
+"""`person1000_bacteria_2931`, `IM-0115-0001` and `NORMAL2-IM-0345-0001`: the patient, or the study, comes first."""
+
+SECONDS = 20
+"""For all names together; a harmless expression takes 0.2 s for 100,000."""
+
+_MATCH = """
+import json, re, sys
+pattern, names = json.load(sys.stdin)
+found = [re.search(pattern, name) for name in names]
+json.dump([m and next((group for group in m.groups() if group), m.group()) for m in found], sys.stdout)
+"""
+
+
+def patient_of(name: str) -> str | None:
+    """The patient of a name in the Kaggle collection's manner: the first group that matched; else None."""
+    match = KAGGLE_PATIENT.search(name)
+    return match and next(group for group in match.groups() if group)
+
+
+def patients_of(names: Sequence[str], pattern: str | None = None, seconds: float = SECONDS) -> list[str | None]:
+    """The patient of each file name: the pattern's first group that matched, or all that matched; else None.
+
+    Args:
+        names: of the files, without their folders.
+        pattern: regular expression; None is the Kaggle names'.
+        seconds: that the pattern may take.
+
+    Raises:
+        UserError: it takes longer, or is not a regular expression.
+    """
+    if pattern is None:
+        return [patient_of(name) for name in names]
+    command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _MATCH]
+    told = f"patient pattern {shown(pattern)}"
+    try:
+        ended = subprocess.run(
+            command, input=json.dumps([pattern, list(names)]), capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{told}: takes more than {seconds:g} s on the file names, as nested repeats such as (a+)+ do; fit with a "
+            "simpler one by --patient-pattern"
+        ) from None
+    if ended.returncode:
+        reason = shown((ended.stderr.strip().splitlines() or ["ended"])[-1], 120)
+        raise UserError(f"{told}: of no use as a regular expression ({reason}); fit with another by --patient-pattern")
+    return json.loads(ended.stdout)

@@ -1,0 +1,298 @@
+"""What `model.json` has to hold, checked before anything else looks at it.
+
+Whoever reads the checked settings (`evaluate`, `interpret`, `predict`, the report) may take each value that the classes
+below name for what they say it is. Memory stays bounded whatever the file holds: by its size, by the number of objects
+and lists in it, and by the number of entries of each table.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+from xray_fastai.config import ARCHITECTURES, LARGEST, MOST_CLASSES, SMALLEST, FitConfig, class_fault
+from xray_fastai.errors import UserError
+from xray_fastai.received import read_received
+from xray_fastai.text import fault_of, shown
+
+FORMAT = 1
+"""The layout of `model.json`; a reader refuses a newer one."""
+
+SETTINGS, WEIGHTS = "model.json", "model.safetensors"
+
+LIMIT = 8_000_000
+"""Bytes. 400,000 validation files, each known by 12 digits, take as much."""
+NODES = 10_000
+"""Objects and lists; a hundred are usual. An empty one takes 2 bytes of the file and 64 of memory."""
+ENTRIES = 1_000
+"""In a table of names, and in each list but that of the validation files."""
+
+
+def _sound(text: str) -> str:
+    if fault := fault_of(text, 4096):
+        raise ValueError(fault)
+    return text
+
+
+def _class(name: str) -> str:
+    if fault := class_fault(name):
+        raise ValueError(fault)
+    return name
+
+
+def _date(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+def _few(table: Any) -> Any:
+    if isinstance(table, dict) and len(table) > ENTRIES:
+        raise ValueError(f"{len(table):,} entries, more than {ENTRIES:,}")
+    return table
+
+
+Text = Annotated[str, AfterValidator(_sound)]
+Class = Annotated[str, AfterValidator(_class)]
+Date = Annotated[str, Field(max_length=40), AfterValidator(_date)]
+Count = Annotated[int, Field(ge=0, le=10**12)]
+Counts = Annotated[dict[Class, Count], BeforeValidator(_few)]
+FileKey = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
+
+
+class Part(BaseModel):
+    """An object of `model.json`: exact types, finite numbers; keys that are not known are kept, to be told of."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    def unknown(self, where: str = "") -> Iterator[str]:
+        """The keys that this version does not know, by their path."""
+        yield from (f"{where}{key}" for key in self.model_extra or {})
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for i, part in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(part, Part):
+                    yield from part.unknown(f"{where}{name}[{i}]." if isinstance(value, list) else f"{where}{name}.")
+
+
+class Preprocessing(Part):
+    size: Annotated[int, Field(ge=SMALLEST, le=LARGEST)]
+    channels: Literal["grey"]
+    resize: Literal["whole image, bilinear"]
+    scale: Literal["imagenet"]
+
+
+class Patients(Part):
+    train: Count
+    valid: Count
+
+
+class Data(Part):
+    name: Text
+    rehearsal: bool
+    train: Counts
+    valid: Counts
+    patients: Patients
+    notes: Annotated[list[Text], Field(max_length=ENTRIES, fail_fast=True)]
+    valid_files: Annotated[list[FileKey], Field(fail_fast=True)]
+
+
+class Parameters(Part):
+    total: Count
+    frozen_phase: Count
+
+
+class Phase(Part):
+    name: Text
+    epochs: Count
+    best_epoch: Count | None
+    end: Text
+
+
+class Training(Part):
+    device: Text
+    precision: Text
+    weights: Text
+    parameters: Parameters
+    seconds: Annotated[float, Field(ge=0, le=1e10)]
+    phases: Annotated[list[Phase], Field(max_length=ENTRIES, fail_fast=True)]
+
+
+class Epoch(Part):
+    phase: Text
+    epoch: Count
+    train_loss: float
+    valid_loss: float
+    accuracy: float
+    roc_auc: float
+    lr: float
+
+
+class Weights(Part):
+    file: Literal["model.safetensors"]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    tensors: Count
+
+
+class _Settings(Part):
+    @model_validator(mode="after")
+    def _as_a_fit(self) -> "_Settings":
+        given = {name: getattr(self, name) for name in self.model_fields_set if name in type(self).model_fields}
+        for name, value in given.items():
+            if isinstance(value, str) and (fault := fault_of(value, 4096)):
+                raise ValueError(f"{name}: {fault}")
+        # never compiled in this process: to compile a regular expression, too, can be made to take forever
+        given.pop("patient_pattern")
+        try:
+            FitConfig(**given)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+_types = get_type_hints(FitConfig)
+Settings = create_model(  # an export of an earlier version has not all of them; these two are read
+    "Settings",
+    __base__=_Settings,
+    **{f.name: (_types[f.name], ... if f.name in ("data", "patient_pattern") else None) for f in fields(FitConfig)},
+)
+
+
+class Export(Part):
+    """The whole of `model.json`."""
+
+    format: Annotated[int, Field(ge=1, le=FORMAT)]
+    created: Date
+    status: Literal["complete", "interrupted", "diverged"]
+    disclaimer: Text
+    architecture: Literal[ARCHITECTURES]
+    classes: Annotated[list[Class], Field(min_length=2, max_length=MOST_CLASSES, fail_fast=True)]
+    positive: str | None
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    class_weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(max_length=MOST_CLASSES, fail_fast=True)] | None
+    preprocessing: Preprocessing
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)]
+    threshold: Annotated[float, Field(ge=0, le=1)] | None
+    calibration: Text
+    data: Data
+    settings: Settings
+    training: Training
+    best: Epoch | None
+    versions: Annotated[dict[Text, Text], BeforeValidator(_few)]
+    weights: Weights
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Export":
+        known, two = set(self.classes), len(self.classes) == 2
+        if len(known) < len(self.classes):
+            raise ValueError("classes: one of them is there twice")
+        if self.positive is not None and self.positive not in known:
+            raise ValueError(f"positive: {shown(self.positive)} is none of the classes")
+        if two and (self.positive is None or self.threshold is None):
+            raise ValueError("positive and threshold: of two classes, one is to be detected, from a threshold on")
+        if not two and self.threshold is not None:
+            raise ValueError("threshold: of more than two classes the most probable is called, so there is none")
+        if self.class_weights is not None and len(self.class_weights) != len(self.classes):
+            raise ValueError(f"class_weights: {len(self.class_weights)} for {len(self.classes)} classes")
+        for split in ("train", "valid"):
+            if not getattr(self.data, split).keys() <= known:
+                raise ValueError(f"data.{split}: counts a class that is none of the classes")
+        if self.settings.data is None and not self.data.rehearsal:
+            raise ValueError("settings.data: null, which only a rehearsal has")
+        return self
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the `model.json` of a folder holds, checked.
+
+    Raises:
+        UserError: missing, not to be read, damaged, or written by a newer version; on one line, with the JSON path.
+    """
+    return parse(read_received(folder, SETTINGS, LIMIT), folder / SETTINGS)[0]
+
+
+def parse(content: bytes, file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Check the bytes of a `model.json`.
+
+    Args:
+        content: at most `LIMIT` bytes.
+        file: named in errors.
+
+    Returns:
+        The settings as JSON has them, and the keys that this version does not know, by their path.
+
+    Raises:
+        UserError: as `read_settings`.
+    """
+    nodes = content.count(b"{") + content.count(b"[")
+    if nodes > NODES:
+        raise _damaged(file, f"{nodes:,} objects and lists, more than {NODES:,}")
+    try:
+        text = content.decode("utf-8")
+        model = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_number)
+    except RecursionError:
+        raise _damaged(file, "nested too deeply") from None
+    except ValueError as error:
+        raise _damaged(file, shown(error, 120)) from None
+    written = model.get("format") if isinstance(model, dict) else None
+    if type(written) is int and written > FORMAT:
+        raise UserError(f"{file}: written by a newer version (format {shown(written)}); update xray-fastai")
+    try:
+        export = Export.model_validate_json(content)
+    except ValidationError as error:
+        raise _damaged(file, _first(error)) from None
+    return model, list(export.unknown())
+
+
+def warn(file: Path, unknown: list[str]) -> None:
+    """Say on standard error that a newer version may have written the file."""
+    if unknown:
+        names = ", ".join(shown(name) for name in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        print(
+            f"Warning: {file}: {names} not known to this version, so not heeded; a newer xray-fastai wrote it?",
+            file=sys.stderr,
+        )
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        double = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {shown(double)} is there twice")
+    return table
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _damaged(file: Path, fault: str) -> UserError:
+    return UserError(f"{file}: damaged: {fault}; get the export anew")
+
+
+def _first(error: ValidationError) -> str:
+    """The first fault, as `path: what is wrong (what is there)`."""
+    fault = error.errors(include_url=False)[0]
+    steps = (f"[{step}]" if isinstance(step, int) else f".{shown(step, 40)}" for step in fault["loc"])
+    where = "".join(steps).removeprefix(".")
+    told = re.sub(r"^Value error, ", "", fault["msg"]).removesuffix(".")
+    if fault["type"] != "value_error":
+        told = told[0].lower() + told[1:]
+    simple = fault["type"] != "missing" and not isinstance(fault["input"], (dict, list))
+    given = f" (it is {shown(repr(fault['input']), 40)})" if simple else ""
+    return shown(f"{where}: {told}{given}" if where else f"{told}{given}", 240)
