@@ -184,13 +184,19 @@ def test_curves_follow_the_theme(bare):
 
 def test_names_from_the_data_are_text(bare, change):
     model = settings_of(bare)
-    data = model["data"] | {"name": f"/{EVIL}", "notes": [f"note {EVIL}"], "train": {EVIL: 5, "B": 6}}
-    add(bare, "evaluation-test", evaluation(classes=(EVIL, "B"), data=EVIL, intervals=EVIL))
+    label = EVIL.replace("/", "")  # the name of a folder
+    data = model["data"] | {
+        "name": f"/{EVIL}",
+        "notes": [f"note {EVIL}"],
+        "train": {label: 5, "B": 6},
+        "valid": {"B": 1},
+    }
+    add(bare, "evaluation-test", evaluation(classes=(label, "B"), data=EVIL, intervals=EVIL))
     add(bare, f"interpretation-{EVIL.replace('/', '')}", summary([f"/d/{EVIL}.jpeg"], causes=[EVIL], selection=EVIL),
         ["top_losses.png"])  # fmt: skip
     with (bare / "history.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([["phase", "epoch", "train_loss", "valid_loss"], [EVIL, 1, 0.5, 0.25]])
-    page = change(data=data, classes=[EVIL, "B"], positive="B", status=EVIL, architecture=EVIL, calibration=EVIL)
+    page = change(data=data, classes=[label, "B"], positive="B", disclaimer=EVIL, calibration=EVIL)
     assert not page.all("script")
     assert "<script" not in page.source and page.source.count("&lt;script&gt;alert(1)") > 15
     assert f"{EVIL}.jpeg" in page.text.replace("d/", "")

@@ -19,8 +19,8 @@ EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may take a file for, whatever its name: not, for one, PostScript, which it would have Ghostscript run."""
 MAX_PIXELS, MAX_BYTES = 40_000_000, 500_000_000
-"""Larger images are refused before memory is taken: the largest X-ray detectors have some 20 million pixels. An image of
-40 million takes 0.6 GB while it is opened, whatever its kind; a file of 12 kB can hold one."""
+"""Larger images are refused before memory is taken: the largest X-ray detectors have some 20 million pixels. A file of
+5 kB can hold 40 million, which take up to 0.7 GB while they become grey."""
 
 # Pillow warns at 89 million pixels; here `MAX_PIXELS` refuses, so the warning would only repeat it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

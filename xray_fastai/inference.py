@@ -198,6 +198,8 @@ def predict_all(model: Model, paths: Sequence[str]) -> np.ndarray:
         logits.append(output)
         if error:
             errors.append(error)
+        elif not np.isfinite(output).all():
+            raise UserError(f"{model.path}: the network's output is not a number; its weights are of no use")
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise UserError(f"{errors[0]}{more}; mend or remove it: results on a part of the split would mislead")

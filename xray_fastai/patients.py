@@ -33,16 +33,15 @@ def patient_of(name: str) -> str | None:
     return match and next(group for group in match.groups() if group)
 
 
-def patients_of(names: Sequence[str], pattern: str | None = None, seconds: float = SECONDS) -> list[str | None]:
+def patients_of(names: Sequence[str], pattern: str | None = None) -> list[str | None]:
     """The patient of each file name: the pattern's first group that matched, or all that matched; else None.
 
     Args:
         names: of the files, without their folders.
         pattern: regular expression; None is the Kaggle names'.
-        seconds: that the pattern may take.
 
     Raises:
-        UserError: it takes longer, or is not a regular expression.
+        UserError: it takes more than `SECONDS`, or is not a regular expression.
     """
     if pattern is None:
         return [patient_of(name) for name in names]
@@ -50,11 +49,11 @@ def patients_of(names: Sequence[str], pattern: str | None = None, seconds: float
     told = f"patient pattern {shown(pattern)}"
     try:
         ended = subprocess.run(
-            command, input=json.dumps([pattern, list(names)]), capture_output=True, text=True, timeout=seconds
+            command, input=json.dumps([pattern, list(names)]), capture_output=True, text=True, timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"{told}: takes more than {seconds:g} s on the file names, as nested repeats such as (a+)+ do; fit with a "
+            f"{told}: takes more than {SECONDS:g} s on the file names, as nested repeats such as (a+)+ do; fit with a "
             "simpler one by --patient-pattern"
         ) from None
     if ended.returncode:

@@ -14,15 +14,18 @@ import re
 import shlex
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from functools import cache
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xray_fastai.curves import number, svg_curves
 from xray_fastai.errors import UserError
-from xray_fastai.images import MAX_PIXELS
 from xray_fastai.received import read_received
 from xray_fastai.schema import read_settings
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 FORMAT = 1
 """The newest layout of `metrics.json` and `summary.json` that is understood."""
@@ -30,7 +33,7 @@ FORMAT = 1
 PICTURE_BYTES = 4_000_000
 """What all pictures of a report may take; a third more in base64, which leaves room for the text below 6 MB."""
 
-FILE_BYTES, PICTURE_FILE_BYTES = 5_000_000, 100_000_000
+FILE_BYTES, PICTURE_FILE_BYTES, PICTURE_PIXELS = 5_000_000, 100_000_000, 100_000_000
 """What a table, and a picture as a file, may have: an export may come from others."""
 MOST_PHASES = 10
 
@@ -40,7 +43,7 @@ PLOTS = {
     "precision_recall.png": "Precision against recall",
     "reliability.png": "Reliability: the predicted probability against how often it came true",
 }
-WRONG_SHAPE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+WRONG_SHAPE = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 """What reading a damaged or foreign JSON file ends in."""
 
 
@@ -79,14 +82,20 @@ def write_report(export: str | Path, output: str | Path | None = None, name: str
     return path
 
 
-def _render(context: dict[str, Any]) -> str:
-    from jinja2 import Environment, StrictUndefined, UndefinedError
+@cache
+def _template() -> "Template":
+    from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    return environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+
+
+def _render(context: dict[str, Any]) -> str:
+    from jinja2 import UndefinedError
+
     try:
-        return template.render(context)
+        return _template().render(context)
     except UndefinedError as error:
         raise KeyError(str(error)) from None
 
@@ -252,7 +261,7 @@ def _fit_into(file: Path, limit: int) -> tuple[bytes, str, tuple[int, int]]:
     data = read_received(file.parent, file.name, PICTURE_FILE_BYTES)
     with Image.open(BytesIO(data), formats=["PNG"]) as image:
         size = image.size
-        if size[0] * size[1] > MAX_PIXELS:
+        if size[0] * size[1] > PICTURE_PIXELS:
             raise ValueError(f"{size[0]} x {size[1]} pixels")
         if len(data) <= limit:
             image.verify()

@@ -252,7 +252,7 @@ def parse(content: bytes, file: Path) -> tuple[dict[str, Any], list[str]]:
     if type(written) is int and written > FORMAT:
         raise UserError(f"{file}: written by a newer version (format {shown(written)}); update xray-fastai")
     try:
-        export = Export.model_validate_json(content)
+        export = Export.model_validate(model)
     except ValidationError as error:
         raise _damaged(file, _first(error)) from None
     return model, list(export.unknown())
@@ -285,12 +285,15 @@ def _damaged(file: Path, fault: str) -> UserError:
     return UserError(f"{file}: damaged: {fault}; get the export anew")
 
 
+_KINDS = {"model_type": "should be an object", "dict_type": "should be an object", "list_type": "should be a list"}
+
+
 def _first(error: ValidationError) -> str:
     """The first fault, as `path: what is wrong (what is there)`."""
     fault = error.errors(include_url=False)[0]
     steps = (f"[{step}]" if isinstance(step, int) else f".{shown(step, 40)}" for step in fault["loc"])
     where = "".join(steps).removeprefix(".")
-    told = re.sub(r"^Value error, ", "", fault["msg"]).removesuffix(".")
+    told = _KINDS.get(fault["type"]) or re.sub(r"^Value error, ", "", fault["msg"]).removesuffix(".")
     if fault["type"] != "value_error":
         told = told[0].lower() + told[1:]
     simple = fault["type"] != "missing" and not isinstance(fault["input"], (dict, list))

@@ -88,8 +88,10 @@ def verify(path: str | Path) -> Verification:
     path = Path(path)
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be looked at ({getattr(error, 'strerror', None) or error})") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder; give an export, or a .zip of one") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be looked at ({error.strerror}); give an export, or a .zip of one") from None
     if stat.S_ISDIR(mode):
         found = Verification(path)
         _check(found, path, _names(path))

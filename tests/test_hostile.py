@@ -1,0 +1,573 @@
+"""Broken exports, and those made to do harm: each is refused in one line, by `verify` and by what would use it."""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from tests.conftest import draw_collection, settings_of
+from xray_fastai import load_learner, verify
+from xray_fastai.bundle import sha256
+from xray_fastai.errors import UserError
+from xray_fastai.patients import patients_of
+
+SETTINGS, WEIGHTS = "model.json", "model.safetensors"
+NAME = "0.0.weight"  # the first convolution, (64, 3, 7, 7)
+
+
+@pytest.fixture
+def copy(export, tmp_path):
+    """What others would send: the two files that a model needs."""
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    shutil.copy(export / SETTINGS, folder)
+    os.link(export / WEIGHTS, folder / WEIGHTS)
+    return folder
+
+
+@pytest.fixture
+def refuse(copy, run, refused, an_image):
+    """Check that `verify` and `predict` refuse the copy, and `load_learner` too."""
+
+    def refuse(*words):
+        refused(run("verify", copy), *words)
+        refused(run("predict", an_image, "--model", copy), *words)
+        with pytest.raises(UserError):
+            load_learner(copy)
+
+    return refuse
+
+
+def put_weights(folder, content, hashed=True):
+    """New weights, with the hash that belongs to them."""
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).write_bytes(content)
+    if hashed:
+        change(folder, lambda model: model["weights"].update(sha256=sha256(folder / WEIGHTS)))
+
+
+def change(folder, edit):
+    model = settings_of(folder)
+    edit(model)
+    (folder / SETTINGS).write_text(json.dumps(model))
+
+
+def put_header(folder, edit):
+    """The weights with a header that tells something else of the same bytes."""
+    content = (folder / WEIGHTS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    text = edit(header)
+    text = (json.dumps(header) if text is None else text).encode()
+    put_weights(folder, struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
+def put_tensors(folder, edit):
+    tensors = load((folder / WEIGHTS).read_bytes())
+    edit(tensors)
+    put_weights(folder, save(tensors))
+
+
+def test_a_good_export_is_verified(export, run):
+    result = run("verify", export)
+    assert result.exit_code == 0 and not result.stderr
+    lines = {line.split()[0]: line for line in result.output.splitlines()}
+    assert "ok: resnet18, 32 x 32 px, 2 classes (NORMAL, PNEUMONIA), complete" in lines["model.json"]
+    assert "ok: 122 tensors, 44.7 MB" in lines["model.safetensors"] and "ok: 2 epochs" in lines["history.csv"]
+    assert "UNSAFE" in lines["learner.pkl"] and "verdict             good" in result.output
+    assert verify(export).ok
+
+
+def test_two_files_are_enough(copy, run):
+    result = run("verify", copy)
+    assert result.exit_code == 0 and "verdict             good" in result.output
+    assert "UNSAFE" not in result.output
+
+
+WEIGHTS_FAULTS = {
+    "truncated": (lambda f: put_weights(f, (f / WEIGHTS).read_bytes()[:-1000]), ["cut short, or not the weights of"]),
+    "nearly nothing": (lambda f: put_weights(f, b"1234567"), ["header is cut short"]),
+    "empty": (lambda f: put_weights(f, b""), ["header is cut short"]),
+    "a bit flipped": (
+        lambda f: put_weights(f, (f / WEIGHTS).read_bytes()[:-1] + b"\x01", hashed=False),
+        ["its SHA-256 is not the one in model.json"],
+    ),
+    "another hash": (lambda f: change(f, lambda m: m["weights"].update(sha256="0" * 64)), ["its SHA-256"]),
+    "shapes swapped": (
+        lambda f: put_header(f, lambda h: h[NAME].update(shape=[3, 64, 7, 7])),
+        [f"{NAME} is F32 [3, 64, 7, 7] instead of F32 [64, 3, 7, 7]"],
+    ),
+    "a tensor missing": (lambda f: put_tensors(f, lambda t: t.pop(NAME)), ["not the weights of resnet18"]),
+    "a tensor of another name": (
+        lambda f: put_header(f, lambda h: h.update({"other": h.pop(NAME)})),
+        [f"1 tensors are missing: {NAME}"],
+    ),
+    "a tensor too many": (lambda f: put_tensors(f, lambda t: t.update(evil=torch.zeros(0))), ["too many: evil"]),
+    "a large tensor too many": (
+        lambda f: put_tensors(f, lambda t: t.update(evil=torch.zeros(9999))),
+        ["not the weights of resnet18"],
+    ),
+    "another type": (lambda f: put_header(f, lambda h: h[NAME].update(dtype="I32")), [f"{NAME} is I32"]),
+    "a type of no kind": (lambda f: put_header(f, lambda h: h[NAME].update(dtype=["F32"])), [f"{NAME} is ['F32']"]),
+    "half precision": (
+        lambda f: put_tensors(f, lambda t: t.update({NAME: t[NAME].half()})),
+        ["not the weights of resnet18"],
+    ),
+    "a header longer than the file": (
+        lambda f: put_weights(f, struct.pack("<Q", 2**63) + (f / WEIGHTS).read_bytes()[8:]),
+        ["header is cut short, or longer"],
+    ),
+    "a header of no JSON": (lambda f: put_header(f, lambda h: "{" * 9999), ["its header is damaged"]),
+    "a header nested deeply": (lambda f: put_header(f, lambda h: "[" * 9999 + "]" * 9999), ["header is damaged"]),
+    "a header of a list": (lambda f: put_header(f, lambda h: "[1, 2]"), ["its header is damaged"]),
+    "offsets beyond the file": (
+        lambda f: put_header(f, lambda h: h[NAME].update(data_offsets=[2**40, 2**40 + 37632])),
+        ["damaged: Error while deserializing"],
+    ),
+    "negative offsets": (lambda f: put_header(f, lambda h: h[NAME].update(data_offsets=[-4, 8])), ["damaged:"]),
+    "overlapping tensors": (
+        lambda f: put_header(f, lambda h: h["0.1.bias"].update(data_offsets=h["0.1.weight"]["data_offsets"])),
+        ["damaged: Error while deserializing"],
+    ),
+    "not a number": (lambda f: put_tensors(f, lambda t: t[NAME][5, 1].fill_(np.nan)), [f"{NAME} holds values"]),
+    "infinite": (
+        lambda f: put_tensors(f, lambda t: t["1.3.bias"].copy_(torch.tensor([1, -np.inf]))),
+        ["1.3.bias holds"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), WEIGHTS_FAULTS.values(), ids=WEIGHTS_FAULTS)
+def test_weights_that_are_none(spoil, words, copy, refuse):
+    spoil(copy)
+    refuse(copy / WEIGHTS, *words)
+
+
+BOMB = b'{"format": 1, "bomb": [' + b"[]," * 2_600_000 + b"[]]}"
+RAW_FAULTS = {
+    "empty": (b"", "Expecting value"),
+    "a list": (b"[]", "damaged: should be an object"),
+    "too large": (b" " * 9_000_000, "bytes, more than the 8,000,000"),
+    "a bomb of lists": (BOMB, "objects and lists, more than 10,000"),
+    "nested too deeply": (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested too deeply"),
+    "nested deeply": (b'{"a":' * 300 + b"1" + b"}" * 300, "damaged"),
+    "not UTF-8": (b'{"format": "\xff"}', "can't decode byte 0xff"),
+    "UTF-16": ('{"format": 1}'.encode("utf-16"), "can't decode"),
+    "a byte order mark": (b"\xef\xbb\xbf{}", "BOM"),
+    "zero bytes": (b"\0" * 100, "Expecting value"),
+    "NaN": (b'{"format": 1, "temperature": NaN}', "NaN is not JSON"),
+    "Infinity": (b'{"format": 1, "temperature": -Infinity}', "-Infinity is not JSON"),
+    "a key twice": (b'{"format": 1, "format": 1}', "the key format is there twice"),
+    "a number of 5,000 digits": (b'{"format": ' + b"9" * 5000 + b"}", "damaged"),
+    "a newer version": (b'{"format": 2}', "written by a newer version (format 2); update xray-fastai"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), RAW_FAULTS.values(), ids=RAW_FAULTS)
+def test_a_model_json_that_is_none(content, words, copy, refuse):
+    (copy / SETTINGS).write_bytes(content)
+    refuse(copy / SETTINGS, words)
+
+
+VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
+    "format": [(0, "greater than or equal to 1"), (True, "valid integer"), ("1", "valid integer")],
+    "created": [("yesterday", "Invalid isoformat")],
+    "status": [("sound", "complete")],
+    "architecture": [("vit_b_16", "resnet18"), (["resnet18"], "resnet18")],
+    "classes": [
+        (["A"], "at least 2 items"),
+        (["NORMAL", "NORMAL"], "there twice"),
+        (["NORMAL", ""], "is empty"),
+        (["NORMAL", "a/b"], "slash"),
+        (["NORMAL", "\x1b[2J"], "unprintable character '\\x1b'"),
+        (["NORMAL", "\ud800"], ""),
+        (["NORMAL", "x" * 300], "300 characters"),
+        ([f"c{i}" for i in range(2000)], "at most 1000 items"),
+        ({"NORMAL": 1}, "should be a list"),
+    ],
+    "positive": [("COVID", "COVID is none of the classes"), (None, "one is to be detected"), (1, "valid string")],
+    "dropout": [(1, "less than 1"), (-0.5, "greater than or equal to 0")],
+    "class_weights": [([1.0], "1 for 2 classes"), ([1.0, -1.0], "greater than 0"), ([10**400, 1], "")],
+    "preprocessing.size": [(10**6, "less than or equal to 4096"), (8, "equal to 32"), (64.5, "integer")],
+    "preprocessing.channels": [("rgb", "grey")],
+    "temperature": [(0, "greater than or equal to 0.001"), (-1, "greater"), ("1", "number"), (10**400, "")],
+    "threshold": [(2, "less than or equal to 1"), (None, "from a threshold on"), (True, "number")],
+    "calibration": [(None, "string"), ("two\nlines", "unprintable character '\\n'"), ("x" * 5000, "5,000 characters")],
+    "data": [([], "an object")],
+    "data.name": [("x\u202ey", "unprintable"), (3, "string")],
+    "data.rehearsal": [("no", "boolean"), (None, "boolean")],
+    "data.train": [({"COVID": 3}, "none of the classes"), ({f"c{i}": 1 for i in range(2000)}, "2,000 entries")],
+    "data.valid.NORMAL": [(-1, "equal to 0"), (1.5, "integer")],
+    "data.valid_files": [([["a"]], "string"), (["../../etc/pas"], "pattern"), (None, "should be a list")],
+    "settings.data": [(None, "which only a rehearsal has"), ("a\0b", "unprintable"), (["a"], "string")],
+    "settings.patient_pattern": [(3, "string"), ("x" * 5000, "5,000 characters")],
+    "settings.lr": [(-1, "--lr -1")],
+    "settings.epochs": [("all", "integer")],
+    "training.phases": [([{}], "training.phases[0].name: field required"), (["a"], "object")],
+    "training.seconds": [(-1, "equal to 0")],
+    "best.valid_loss": [("low", "number")],
+    "versions": [({"torch": 2}, "versions.torch"), ({f"v{i}": "1" for i in range(2000)}, "2,000 entries")],
+    "weights.file": [("../sent/model.safetensors", "'model.safetensors'"), ("/etc/passwd", "'model.safetensors'")],
+    "weights.sha256": [("0", "pattern"), (None, "string")],
+}
+
+
+def set_at(model, path, value):
+    *parents, last = path.split(".")
+    for name in parents:
+        model = model[name]
+    model[last] = value
+
+
+@pytest.mark.parametrize("path", VALUE_FAULTS)
+def test_a_value_that_can_not_be(path, copy, run, refused, refuse):
+    good = (copy / SETTINGS).read_text()
+    for value, words in VALUE_FAULTS[path]:
+        (copy / SETTINGS).write_text(good)
+        change(copy, lambda model, value=value: set_at(model, path, value))
+        refused(run("verify", copy), copy / SETTINGS, "damaged: ", words)
+    refuse(copy / SETTINGS, words)
+
+
+def test_each_key_is_needed(copy, run, refused):
+    """But for settings, of which an export of an earlier version has fewer."""
+    model = settings_of(copy)
+
+    def paths(node, above=()):
+        for key, value in node.items():
+            yield (*above, key)
+            if isinstance(value, dict) and key not in ("settings", "versions", "train", "valid"):
+                yield from paths(value, (*above, key))
+
+    for *parents, last in paths(model):
+        lacking = json.loads(json.dumps(model))
+        node = lacking
+        for name in parents:
+            node = node[name]
+        del node[last]
+        (copy / SETTINGS).write_text(json.dumps(lacking))
+        refused(run("verify", copy), f"{'.'.join([*parents, last])}: field required")
+
+
+def test_an_earlier_version_had_fewer_settings(copy, run):
+    change(copy, lambda model: model.update(settings={"data": "x", "patient_pattern": None}))
+    assert run("verify", copy).exit_code == 0
+
+
+def test_keys_of_a_newer_version_are_told_of_once(copy, run, an_image):
+    def newer(model):
+        model["\x1b[2Jsafety"] = {"deep": [1, 2]}
+        model["data"]["hospital"] = "St. Elsewhere"
+        model["training"]["phases"][0]["energy"] = 3
+        model["settings"]["optimiser"] = "lion"
+
+    change(copy, newer)
+    result = run("predict", an_image, "--model", copy)
+    assert result.exit_code == 0
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"Warning: {copy / SETTINGS}: \\x1b[2Jsafety, data.hospital, settings.optimiser, ...")
+    result = run("verify", copy)
+    assert result.exit_code == 0 and "not heeded: \\x1b[2Jsafety, data.hospital" in result.output
+
+
+def test_what_a_fit_writes_has_no_unknown_keys(export, run, an_image):
+    assert not run("predict", an_image, "--model", export).stderr
+
+
+def test_memory_is_bounded_before_it_is_taken():
+    """8 MB of JSON of the kinds that grow most, in 250 MB more than the module itself takes."""
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "RLIMIT_AS") or not Path("/proc/self/statm").exists():
+        pytest.skip("the limit on memory is Linux's")
+    script = """
+import resource, sys
+from pathlib import Path
+from xray_fastai.errors import UserError
+from xray_fastai.schema import LIMIT, parse
+
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 250_000_000,) * 2)
+for start, item, end in [
+    ('{"a": [', "[],", "0]}"), ('{"a": [', "{},", "0]}"), ('{"a": [', "1.5,", "0]}"), ('{"a": [', '"ab",', "0]}"),
+    ('{"data": {"valid_files": [', '"a",', "0]}}"), ('{"classes": [', '"a",', "0]}"), ('{"a": "', "x", '"}'),
+]:
+    text = start + item * ((LIMIT - 50) // len(item)) + end
+    try:
+        parse(text.encode(), Path("model.json"))
+    except UserError as error:
+        print(str(error)[:80])
+text = "{" + ",".join(f'"{i}":0' for i in range(700_000)) + "}"
+for text in (text, '{"data": {"train": ' + text + "}}"):
+    try:
+        parse(text.encode(), Path("model.json"))
+    except UserError as error:
+        print(str(error)[:80])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 9
+
+
+def test_links_and_pipes_are_not_followed(copy, refuse, tmp_path):
+    (tmp_path / "elsewhere").write_bytes((copy / SETTINGS).read_bytes())
+    (copy / SETTINGS).unlink()
+    (copy / SETTINGS).symlink_to(tmp_path / "elsewhere")
+    refuse(copy / SETTINGS, "a link to outside of")
+    (copy / SETTINGS).unlink()
+    os.mkfifo(copy / SETTINGS)
+    refuse(copy / SETTINGS, "not a plain file")
+    (copy / SETTINGS).unlink()
+    (copy / SETTINGS).mkdir()
+    refuse(copy / SETTINGS, "not a plain file")
+
+
+def test_weights_elsewhere_are_not_followed(copy, refuse):
+    (copy / WEIGHTS).unlink()
+    (copy / WEIGHTS).symlink_to("/dev/zero")
+    refuse(copy / WEIGHTS, "a link to outside of")
+    (copy / WEIGHTS).unlink()
+    os.mkfifo(copy / WEIGHTS)
+    refuse(copy / WEIGHTS, "not a plain file")
+
+
+def test_a_link_within_the_export_is_one(copy, run):
+    (copy / WEIGHTS).rename(copy / "of-epoch-3.safetensors")
+    (copy / WEIGHTS).symlink_to("of-epoch-3.safetensors")
+    assert run("verify", copy).exit_code == 0
+
+
+def test_other_files_are_looked_at(copy, run, refused):
+    (copy / "history.csv").write_text("phase,epoch\nfrozen,1\n")
+    refused(run("verify", copy), "history.csv: line 2 has no train_loss")
+    (copy / "history.csv").write_bytes(b"\xff\xfe")
+    refused(run("verify", copy), "history.csv: damaged")
+    (copy / "history.csv").unlink()
+    (copy / "batch.png").symlink_to("/etc/hostname")
+    refused(run("verify", copy), "batch.png: a link that leaves the export")
+    (copy / "batch.png").unlink()
+    os.mkfifo(copy / "batch.png")
+    refused(run("verify", copy), "batch.png: neither a file nor a folder")
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty folder", "no weights", "a text"])
+def test_no_export(what, run, refused, tmp_path):
+    path = tmp_path / "x"
+    if what == "a text":
+        path.write_text("hello")
+        return refused(run("verify", path), "not a .zip archive")
+    if what != "nothing":
+        path.mkdir()
+    if what == "no weights":
+        (path / SETTINGS).write_text("{}")
+    refused(run("verify", path), "no such file" if what == "nothing" else ": missing; get the export anew", path)
+
+
+OPENED: list[str] = []
+"""What was opened while `watched`: an audit hook can't be taken off again."""
+_watching = False
+
+
+@contextlib.contextmanager
+def watched():
+    global _watching
+    OPENED.clear()
+    _watching = True
+    try:
+        yield OPENED
+    finally:
+        _watching = False
+
+
+def _hook(event, args):
+    if _watching and event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
+        OPENED.append(os.fsdecode(args[0]))
+
+
+sys.addaudithook(_hook)
+
+
+def test_no_command_opens_a_pickle_and_each_reads_the_weights_once(copy, run, an_image, tmp_path):
+    mark = tmp_path / "mark"
+
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(mark), "w")
+
+    (copy / "learner.pkl").write_bytes(pickle.dumps(Hostile()))
+    data = draw_collection(tmp_path / "data", {"test/NORMAL": 2, "test/PNEUMONIA": 2})
+    commands = [
+        ("verify", copy),
+        ("predict", an_image, "--model", copy),
+        ("evaluate", "--model", copy, "--data", data),
+        ("interpret", "--model", copy, "--data", data, "--split", "test"),
+    ]
+    for command in commands:
+        with watched() as opened:
+            result = run(*command)
+        assert result.exit_code == 0, result.output
+        assert not [path for path in opened if path.endswith(".pkl")]
+        assert len([path for path in opened if path.endswith(WEIGHTS)]) == 1, command
+    with watched() as opened:
+        load_learner(copy)
+    assert len([path for path in opened if path.endswith(WEIGHTS)]) == 1
+    assert not mark.exists()
+    pickle.loads((copy / "learner.pkl").read_bytes())  # noqa: S301  (it would have run)
+    assert mark.exists()
+
+
+@pytest.fixture
+def archive(copy, tmp_path, monkeypatch):
+    """Make a .zip of the copy, changed; what is unpacked on the way has a folder of its own, to be empty at the end."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+    def archive(edit=lambda opened: None, inside="sent/", **kwargs):
+        path = tmp_path / "sent.zip"
+        with zipfile.ZipFile(path, "w", **kwargs) as opened:
+            for file in sorted(copy.iterdir()):
+                opened.write(file, f"{inside}{file.name}")
+            edit(opened)
+        return path
+
+    yield archive
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.parametrize("inside", ["", "sent/", "exports/sent/"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_archive_is_verified(inside, method, archive, copy, run):
+    (copy / "learner.pkl").write_bytes(b"")
+    path = archive(inside=inside, compression=method, compresslevel=1)
+    with watched() as opened:
+        result = run("verify", path)
+    assert result.exit_code == 0, result.output
+    assert "learner.pkl         UNSAFE" in result.output and "verdict             good" in result.output
+    assert not [name for name in opened if name.endswith(".pkl")]
+
+
+def test_a_broken_export_in_an_archive_is_refused(archive, copy, run, refused):
+    change(copy, lambda model: model.update(temperature=0))
+    refused(run("verify", archive()), "sent.zip:sent/model.json: damaged: temperature")
+
+
+def test_an_archive_is_not_loaded(archive, run, refused, an_image):
+    path = archive()
+    refused(run("predict", an_image, "--model", path), "an archive", f"xray-fastai verify {path}", "unpack it")
+
+
+def entry(name, content=b"evil", mode=0, flags=0):
+    def add(opened):
+        info = zipfile.ZipInfo("x")
+        info.filename, info.external_attr = name, mode << 16
+        opened.writestr(info, content)
+
+    return add
+
+
+ARCHIVE_FAULTS = {
+    "a name that climbs": (entry("../evil"), "a name that leaves the folder"),
+    "a name that climbs later": (entry("sent/a/../../../evil"), "a name that leaves the folder"),
+    "an absolute name": (entry("/tmp/evil"), "a name that leaves the folder"),
+    "a drive": (entry("C:evil"), "a name that leaves the folder"),
+    "backslashes": (entry("..\\evil"), "a name that leaves the folder"),
+    "a zero byte": (entry("sent/history.csv\0.png"), "an unprintable name"),
+    "an escape": (entry("sent/\x1b[2J"), "an unprintable name"),
+    "a link": (entry("sent/history.csv", b"/etc/passwd", stat.S_IFLNK | 0o777), "a link or a device"),
+    "one name twice": (entry("sent/MODEL.json"), "two files of one name"),
+    "two exports": (entry("other/model.json"), "2 exports in it"),
+    "a bomb": (lambda o: o.writestr("sent/a", bytes(200_000_000), zipfile.ZIP_DEFLATED, 9), "a bomb"),
+    "another method": (lambda o: o.writestr("sent/a", b"a", zipfile.ZIP_LZMA), "packed by method 14"),
+    "many files": (lambda o: [o.writestr(f"sent/{i}", b"") for i in range(20_000)], "more files than"),
+    "very many files": (lambda o: [o.writestr(f"{i}", b"") for i in range(66_000)], "more files than"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(("edit", "words"), ARCHIVE_FAULTS.values(), ids=ARCHIVE_FAULTS)
+def test_an_archive_that_would_do_harm(edit, words, archive, run, refused, tmp_path):
+    path = archive(edit)
+    before = sorted(tmp_path.rglob("*"))
+    refused(run("verify", path), "sent.zip: ", words)
+    assert sorted(tmp_path.rglob("*")) == before and not Path("/tmp/evil").exists()
+
+
+def test_an_archive_that_lies_of_its_sizes(archive, run, refused):
+    path = archive(lambda opened: opened.writestr("sent/history.csv", b"x" * 5000, zipfile.ZIP_DEFLATED))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(struct.pack("<I", 5000), struct.pack("<I", 50)))
+    refused(run("verify", path), "a damaged archive", "CRC")
+    path.write_bytes(content.replace(struct.pack("<I", 5000), struct.pack("<I", 2_000_000_000)))
+    refused(run("verify", path), "a bomb")
+    path.write_bytes(content[:-30])
+    refused(run("verify", path), "not a .zip archive, or cut short")
+    path.write_bytes(content[:100] + content[2000:])
+    refused(run("verify", path), "sent.zip: ")
+
+
+def test_an_archive_with_a_password(archive, run, refused):
+    path = archive()
+    content = bytearray(path.read_bytes())
+    at = content.rfind(b"PK\1\2")
+    content[at + 8] |= 1
+    path.write_bytes(content)
+    refused(run("verify", path), "encrypted")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+!", "(", "a{9999999999999}", "(" * 2000])
+def test_a_pattern_that_would_never_end(pattern, copy, run, refused, monkeypatch, tmp_path):
+    monkeypatch.setattr("xray_fastai.patients.SECONDS", 1)
+    data = draw_collection(tmp_path / "data", {"test/NORMAL": 1, "test/PNEUMONIA": 1})
+    image = next((data / "test" / "NORMAL").iterdir())
+    image.rename(image.with_name("a" * 60 + ".jpeg"))
+    change(copy, lambda model: model["settings"].update(patient_pattern=pattern))
+    refused(run("evaluate", "--model", copy, "--data", data), "patient pattern (" if pattern[0] == "(" else "a{9999")
+    assert not list(copy.glob("evaluation-*"))
+
+
+def test_a_pattern_finds_what_it_found_before():
+    names = ["p1-a.png", "p22-b.png", "x.png", "p3-\udcff.png"]
+    assert patients_of(names, r"^(?:p(\d+)|q)-") == ["1", "22", None, "3"]
+    assert patients_of(names, r"^p\d+") == ["p1", "p22", None, "p3"]
+
+
+@pytest.mark.parametrize("data", ["x" * 300, "/proc/1/root", "/dev/null", "\\\\host\\share", "nowhere"])
+def test_a_data_folder_of_others(data, copy, run, refused):
+    """What `model.json` names is looked for, but does no harm."""
+    change(copy, lambda model: model["settings"].update(data=data))
+    refused(run("evaluate", "--model", copy), "--data")
+
+
+def test_weights_whose_outputs_are_no_numbers(copy, run, refused, tmp_path):
+    put_tensors(copy, lambda tensors: [t.fill_(3e38) for t in tensors.values() if t.is_floating_point()])
+    data = draw_collection(tmp_path / "data", {"test/NORMAL": 1, "test/PNEUMONIA": 1})
+    assert verify(copy).ok
+    refused(run("evaluate", "--model", copy, "--data", data), copy, "the network's output is not a number")
+
+
+def test_a_report_of_others_files_ends(copy, run, tmp_path):
+    """`evaluate` writes a report on all that the export holds."""
+    data = draw_collection(tmp_path / "data", {"test/NORMAL": 2, "test/PNEUMONIA": 2})
+    os.mkfifo(copy / "history.csv")
+    (copy / "evaluation-valid").mkdir()
+    os.mkfifo(copy / "evaluation-valid" / "metrics.json")
+    (copy / "interpretation-valid").mkdir()
+    (copy / "interpretation-valid" / "summary.json").write_text("[" * 100_000)
+    (copy / "batch.png").symlink_to("/dev/zero")
+    result = run("evaluate", "--model", copy, "--data", data)
+    assert result.exit_code == 0, result.output
+    assert "history.csv: not readable" in (copy / "report.html").read_text()
