@@ -448,8 +448,10 @@ def archive(copy, tmp_path, monkeypatch):
     assert not list((tmp_path / "temporary").iterdir())
 
 
-@pytest.mark.parametrize("inside", ["", "sent/", "exports/sent/"])
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    ("inside", "method"),
+    [("", zipfile.ZIP_STORED), ("sent/", zipfile.ZIP_DEFLATED), ("exports/sent/", zipfile.ZIP_STORED)],
+)
 def test_an_archive_is_verified(inside, method, archive, copy, run):
     (copy / "learner.pkl").write_bytes(b"")
     path = archive(inside=inside, compression=method, compresslevel=1)

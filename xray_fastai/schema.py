@@ -243,7 +243,7 @@ def parse(content: bytes, file: Path) -> tuple[dict[str, Any], list[str]]:
         raise _damaged(file, f"{nodes:,} objects and lists, more than {NODES:,}")
     try:
         text = content.decode("utf-8")
-        model = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_number)
+        model = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_number, parse_int=_integer)
     except RecursionError:
         raise _damaged(file, "nested too deeply") from None
     except ValueError as error:
@@ -279,6 +279,12 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:  # more than 64 bits; 309 digits are more than a float takes
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
 
 
 def _damaged(file: Path, fault: str) -> UserError:
