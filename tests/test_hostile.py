@@ -354,6 +354,8 @@ def test_a_link_within_the_export_is_one(copy, run):
 def test_other_files_are_looked_at(copy, run, refused):
     (copy / "history.csv").write_text("phase,epoch\nfrozen,1\n")
     refused(run("verify", copy), "history.csv: line 2 has no train_loss")
+    (copy / "history.csv").write_text("phase,epoch,train_loss,valid_loss,accuracy,roc_auc,lr\nfrozen,1,,low,1,1,1\n")
+    refused(run("verify", copy), "history.csv: damaged: could not convert string to float: 'low'")
     (copy / "history.csv").write_bytes(b"\xff\xfe")
     refused(run("verify", copy), "history.csv: damaged")
     (copy / "history.csv").unlink()

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import os
 import stat
 import tempfile
@@ -21,7 +20,7 @@ HISTORY, REPORT = "history.csv", "report.html"
 HISTORY_BYTES = 5_000_000
 UNPACKED = 1_000_000_000
 """Bytes that one file of an archive may become while it is looked at."""
-PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".joblib", ".npy", ".npz")
+PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".ckpt", ".joblib")
 KNOWN = ("curves.png", "batch.png")
 CODE = "loading a pickle can run code; not opened. Delete it, unless it is your own"
 
@@ -137,7 +136,7 @@ def _check(found: Verification, folder: Path, names: list[str], shown_as: str | 
     if HISTORY in names:
         attempt(HISTORY, lambda: _history(folder))
     else:
-        found.add(HISTORY, "note", "not there; a model needs it not")
+        found.add(HISTORY, "note", "not there, and not needed to load the model")
     _rest(found, folder, [name for name in names if name not in (SETTINGS, WEIGHTS, HISTORY)], shown_as is None)
 
 
@@ -167,10 +166,11 @@ def _history(folder: Path) -> str:
     try:
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))
         for number, row in enumerate(rows, start=2):
-            if missing := [column for column in HISTORY_COLUMNS if not row.get(column)]:
+            if missing := [column for column in HISTORY_COLUMNS if row.get(column) is None]:
                 raise UserError(f"{file}: line {number} has no {missing[0]}; get the export anew")
-            if any(math.isnan(float(row[column])) for column in ("epoch", "valid_loss")):
-                raise ValueError(f"line {number} has no number")
+            int(row["epoch"])
+            for column in HISTORY_COLUMNS[2:]:
+                float(row[column] or "nan")  # pandas writes nothing for what is not a number
     except (ValueError, csv.Error) as error:
         raise UserError(f"{file}: damaged: {shown(error, 120)}; get the export anew") from None
     return f"{len(rows)} epoch{'' if len(rows) == 1 else 's'}"
