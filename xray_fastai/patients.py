@@ -27,14 +27,14 @@ json.dump([m and next((group for group in m.groups() if group), m.group()) for m
 """
 
 
-def patient_of(name: str) -> str | None:
-    """The patient of a name in the Kaggle collection's manner: the first group that matched; else None."""
-    match = KAGGLE_PATIENT.search(name)
-    return match and next(group for group in match.groups() if group)
+def patient_of(name: str, pattern: re.Pattern = KAGGLE_PATIENT) -> str | None:
+    """The patient that a file name holds: the pattern's first group that matched, or all that matched; else None."""
+    match = pattern.search(name)
+    return match and next((group for group in match.groups() if group), match.group())
 
 
 def patients_of(names: Sequence[str], pattern: str | None = None) -> list[str | None]:
-    """The patient of each file name: the pattern's first group that matched, or all that matched; else None.
+    """`patient_of` each file name.
 
     Args:
         names: of the files, without their folders.
