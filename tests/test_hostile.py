@@ -1,6 +1,7 @@
 """Broken exports, and those made to do harm: each is refused in one line, by `verify` and by what would use it."""
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -10,18 +11,23 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load, save
 
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import load_learner, verify
 from xray_fastai.bundle import sha256
-from xray_fastai.errors import UserError
+from xray_fastai.config import FitConfig
+from xray_fastai.errors import ImageError, UserError
+from xray_fastai.images import open_image
 from xray_fastai.patients import patients_of
 
 SETTINGS, WEIGHTS = "model.json", "model.safetensors"
@@ -575,3 +581,57 @@ def test_a_report_of_others_files_ends(copy, run, tmp_path):
     result = run("evaluate", "--model", copy, "--data", data)
     assert result.exit_code == 0, result.output
     assert "history.csv: not readable" in (copy / "report.html").read_text()
+
+
+def test_an_image_that_would_do_harm(run, export, tmp_path):
+    """A pipe, PostScript under a harmless name, and a few bytes that become gigabytes: rows with an error."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.png")
+    (folder / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    Image.new("1", (10_000, 5_000)).save(folder / "bomb.png")
+    assert (folder / "bomb.png").stat().st_size < 20_000
+    with (folder / "sparse.png").open("wb") as stream:
+        stream.truncate(600_000_000)
+    started = time.perf_counter()
+    result = run("predict", folder, "--model", export, "--output", tmp_path / "rows.csv")
+    assert result.exit_code == 1 and time.perf_counter() - started < 30
+    errors = {Path(row.path).name: row.error for row in pd.read_csv(tmp_path / "rows.csv").itertuples()}
+    assert "a pipe or a device" in errors["pipe.png"] and "not an image" in errors["script.png"]
+    assert "10000 x 5000 pixels" in errors["bomb.png"] and "600,000,000 bytes" in errors["sparse.png"]
+
+
+def test_a_tiff_of_many_directories_takes_no_time():
+    """Counting them takes Pillow time as their square: over a minute for these."""
+    stream = io.BytesIO()
+    Image.new("L", (4, 4)).save(stream, "TIFF")
+    content = bytearray(stream.getvalue())
+    (at,) = struct.unpack("<I", content[4:8])
+    (entries,) = struct.unpack("<H", content[at : at + 2])
+    end = at + 2 + 12 * entries
+    directory = bytes(content[at:end])
+    struct.pack_into("<I", content, end, len(content))
+    content += b"".join(
+        directory + struct.pack("<I", len(content) + (i + 1) * (len(directory) + 4)) for i in range(99_999)
+    )
+    content += directory + bytes(4)
+    started = time.perf_counter()
+    with pytest.raises(ImageError, match="several frames"):
+        open_image(bytes(content))
+    assert time.perf_counter() - started < 5
+
+
+def test_settings_from_python_are_as_json_has_them():
+    """What is written at the end of a fit has to be what can be read."""
+    config = FitConfig(data=Path("x"), epochs=np.int64(3), patience=5.0, lr=1)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert [config.data, config.epochs, config.patience, config.lr] == ["x", 3, 5, 1.0]
+    assert type(config.epochs) is int and type(config.patience) is int
+    for wrong in ({"epochs": 2.5}, {"data": 3}, {"skip_bad": 1}, {"size": "64"}, {"size": 5000}, {"data": "a\x1b"}):
+        with pytest.raises(UserError, match=f"--{next(iter(wrong)).replace('_', '-')} "):
+            FitConfig(**wrong)
+
+
+def test_a_class_that_no_export_can_hold(run, refused, tmp_path):
+    draw_collection(tmp_path, {"train/NORMAL": 2, "train/\x1b[2Jx": 2})
+    refused(run("fit", "--data", tmp_path), "the class folder \\x1b[2Jx holds the unprintable character")
