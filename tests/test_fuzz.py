@@ -20,7 +20,8 @@ from PIL import Image
 from tests.conftest import settings_of
 from xray_fastai.dataset import labelled_images
 from xray_fastai.errors import ImageError, UserError
-from xray_fastai.images import check_image, open_image
+from xray_fastai.facts import examine
+from xray_fastai.images import open_image
 from xray_fastai.report import write_report
 from xray_fastai.schema import parse
 from xray_fastai.text import UNPRINTABLE
@@ -258,6 +259,6 @@ def test_spoiled_images(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "spoiled"
     file.write_bytes(content)
     try:
-        check_image(file, size)
+        examine(file)
     except ImageError as error:
         assert str(error).startswith(f"{file}: ")

@@ -126,7 +126,7 @@ def _find_splits(data: str | Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _listed(root: Path, split: str) -> pd.DataFrame:
-    """All files of a split, whatever they are: as `dataset.read_split`, with `hidden` and without `patient`; label "": in no class."""
+    """All files of a split, as `dataset.read_split`, but `hidden` for `patient`; label "": in none."""
     rows, base = [], root / split
 
     def refuse(error: OSError) -> None:
