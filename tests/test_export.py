@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import settings_of
 from xray_fastai import load_learner
-from xray_fastai.bundle import reserve
 from xray_fastai.errors import UserError
+from xray_fastai.runs import reserve
 
 PREDICT = """
 import json, sys, warnings

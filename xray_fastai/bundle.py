@@ -8,8 +8,8 @@
                   batch.png           training images as the network saw them
                   report.html         all of it for people: opens anywhere, loads nothing
 
-While a run is under way its folder is `.<run>.partial`: made exclusively, so two fits never share it, and renamed at
-the end, so that what has the run's name is complete.
+While a run is under way its folder has another name (`runs.py`), so what has the run's name is complete. The export of
+an interrupted fit also holds `checkpoint/`, to go on from.
 """
 
 import contextlib
@@ -18,13 +18,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from datetime import datetime
-from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xray_fastai.errors import ImageError, UserError
+from xray_fastai.errors import ImageError, UserError, reason
 from xray_fastai.received import read_received
+from xray_fastai.runs import Reservation
 from xray_fastai.schema import FORMAT, LIMIT, SETTINGS, WEIGHTS, parse, warn
 
 if TYPE_CHECKING:
@@ -33,76 +32,17 @@ if TYPE_CHECKING:
 PICKLE = "learner.pkl"
 
 
-class Reservation:
-    """A run's folder while it is being made."""
-
-    def __init__(self, exports: Path, name: str):
-        self.final = exports / name
-        self.partial = exports / f".{name}.partial"
-
-    def publish(self) -> Path:
-        """Give the folder its final name; where something took that meanwhile, the next that is free (`<run>-2`)."""
-        others = (self.final.with_name(f"{self.final.name}-{i}") for i in count(2))
-        self.final = next(path for path in chain([self.final], others) if not path.exists())
-        os.rename(self.partial, self.final)
-        return self.final
-
-
-@contextlib.contextmanager
-def reserve(exports: str | Path, name: str | None) -> Iterator[Reservation]:
-    """Hold a run's name while it is being made; what was not published is removed at the end.
-
-    Args:
-        exports: the folder that holds the runs; made where it is missing.
-        name: of the run; None takes the date and time.
-
-    Raises:
-        UserError: the name is taken, or the folder can't be written to.
-    """
-    exports = Path(exports)
-    try:
-        exports.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--exports {exports}: can't be made ({error.strerror}); give another folder") from None
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    names = [name] if name else [stamp, *(f"{stamp}-{i}" for i in range(2, 100))]
-    for candidate in names:
-        run = Reservation(exports, candidate)
-        if run.final.exists():
-            fault = f"--name {candidate}: {run.final} is there already; give another name"
-            continue
-        try:
-            run.partial.mkdir()
-        except FileExistsError:
-            fault = f"--name {candidate}: {run.partial} belongs to a fit that runs, or crashed; remove it if it crashed"
-            continue
-        except OSError as error:
-            raise UserError(
-                f"--exports {exports}: can't be written to ({error.strerror}); give another folder"
-            ) from None
-        break
-    else:
-        raise UserError(fault)
-    try:
-        yield run
-    except BaseException:
-        shutil.rmtree(run.partial, ignore_errors=True)
-        raise
-    if not run.final.exists():
-        shutil.rmtree(run.partial, ignore_errors=True)
-
-
 def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: list[dict]) -> Path:
     """Write all files of an export, then give the folder its name.
 
     Args:
-        run: from `reserve`.
+        run: from `runs.reserve`.
         learn: on any device; it is moved to the CPU.
         model: what goes into `model.json`; format and weights are added here.
         history: a row an epoch.
 
     Raises:
-        UserError: the disk is full or the folder can't be written to; nothing is left behind.
+        UserError: the disk is full or the folder can't be written to; no half export is left behind.
     """
     import pandas as pd
     import torch
@@ -128,14 +68,17 @@ def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: li
             plot_batch(images, [learn.dls.vocab[i] for i in targets], folder / "batch.png")
         write_report(folder, name=run.final.name)
         learn.export(folder.resolve() / PICKLE)
-        for file in folder.iterdir():
+        for file in filter(Path.is_file, folder.iterdir()):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-        return run.publish()
+        return run.publish(keep_checkpoint=model["status"] == "interrupted")
     except (OSError, SafetensorError, RuntimeError, UserError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        with contextlib.suppress(OSError):  # the checkpoint alone stays
+            for file in filter(Path.is_file, folder.iterdir()):
+                file.unlink()
         raise UserError(
-            f"{run.final}: the export could not be written ({reason}); free space or give another --exports folder"
+            f"{run.final}: the export could not be written ({reason(error)}); "
+            "free space, or see that the folder is there and can be written to"
         ) from None
 
 

@@ -3,8 +3,6 @@
 import contextlib
 import io
 import math
-import os
-import signal
 import sys
 import time
 
@@ -20,6 +18,14 @@ from fastai.vision.all import (
 )
 
 HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
+
+
+def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU, which further training leaves alone."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 class Autocast(Callback):
@@ -94,7 +100,7 @@ class Schedule(TrackerCallback):
 class BestWeights(TrackerCallback):
     """Keep the weights of the best epoch of all phases, and its validation outputs; put them back at the end.
 
-    fastai's `SaveModelCallback` writes over its file in place; here nothing is written before the export.
+    fastai's `SaveModelCallback` writes over its file in place; here they are in memory, and in checkpoints.
     """
 
     order = TrackerCallback.order + 1
@@ -120,7 +126,7 @@ class BestWeights(TrackerCallback):
         super().after_epoch()
         if self.new_best:
             self.row = self.history[-1]
-            self.state = {name: t.detach().to("cpu", copy=True) for name, t in self.model.state_dict().items()}
+            self.state = copied(self.model.state_dict())
             self.logits, self.targets = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
 
     def after_fit(self):
@@ -158,38 +164,6 @@ class StopOnNonFiniteLoss(Callback):
         if not torch.isfinite(self.loss):
             part = "training" if self.training else "validation"
             self.where = f"epoch {self.epoch + 1}, {part} batch {self.iter + 1}"
-            raise CancelFitException
-
-
-class StopOnSignal(Callback):
-    """Stop after the batch at Ctrl-C or SIGTERM; a second Ctrl-C stops at once. Used as a context around the fit.
-
-    Loading processes are forked while it holds, so that a Ctrl-C, which reaches them too, doesn't break them.
-    """
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    received: int | None = None
-
-    def __enter__(self):
-        self.before, self.process = {}, os.getpid()
-        with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
-            for number in self.signals:
-                self.before[number] = signal.signal(number, self.receive)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number, _frame):
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.received is None and os.getpid() == self.process:  # the loading processes hear it too
-            os.write(2, b"\nStopping after this batch, then exporting the best weights; Ctrl-C again gives up.\n")
-        self.received = number
-
-    def after_batch(self):
-        if self.received is not None:
             raise CancelFitException
 
 

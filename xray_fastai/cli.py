@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 
 from xray_fastai import __version__
 from xray_fastai.config import ARCHITECTURES, DEVICES, HELP, PRECISIONS, FitConfig
@@ -39,11 +40,12 @@ def command(function: Callable) -> Callable:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            print(f"Error: {error}", file=sys.stderr)
+            print("; ".join([f"Error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            print("\nStopped; nothing was written.", file=sys.stderr)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            what = "; ".join(getattr(stop, "__notes__", ["nothing was written."]))
+            print(f"\nStopped; {what}", file=sys.stderr)
+            raise typer.Exit(143 if type(stop).__name__ == "Terminated" else 130) from None
         except typer.Exit:
             raise
         except BrokenPipeError:  # nobody reads standard output any more
@@ -89,9 +91,19 @@ def _choice(name: str, choices: tuple[str, ...]):
     return _option(name, callback=check, metavar="|".join(choices) if len(choices) < 5 else "NAME")
 
 
-@app.command()
+class ResumeCommand(typer.core.TyperCommand):
+    """`--resume` may stand without the name of a run; typer has no options whose value may be left out."""
+
+    def parse_args(self, ctx, args):
+        ahead = [*args[1:], "-"]
+        newest = [arg == "--resume" and follower.startswith("-") for arg, follower in zip(args, ahead, strict=True)]
+        return super().parse_args(ctx, [f"{a}=" if alone else a for a, alone in zip(args, newest, strict=True)])
+
+
+@app.command(cls=ResumeCommand)
 @command
 def fit(
+    ctx: typer.Context,
     data: Annotated[str | None, _option("data", metavar="DIR")] = FitConfig.data,
     epochs: Annotated[int, _option("epochs", min=1)] = FitConfig.epochs,
     freeze_epochs: Annotated[int | None, _option("freeze_epochs", min=0)] = FitConfig.freeze_epochs,
@@ -115,17 +127,32 @@ def fit(
     workers: Annotated[int | None, _option("workers", min=0)] = FitConfig.workers,
     name: Annotated[str | None, _option("name", metavar="RUN")] = FitConfig.name,
     exports: Annotated[str, _option("exports", metavar="DIR")] = FitConfig.exports,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="[RUN]",
+            help="Go on with a fit that crashed or was interrupted, with its settings; without RUN, with the newest. "
+            "Only --data, --device, --workers, --exports and --open may be given beside it.",
+        ),
+    ] = None,
     open: Annotated[bool, typer.Option("--open", help="Show report.html in the browser at the end.")] = False,
 ) -> None:
     """Train on split folders (or, without data, on the built-in rehearsal) and write exports/RUN."""
-    config = FitConfig(**{option: value for option, value in locals().items() if option != "open"})
+    settings = {option: value for option, value in locals().items() if option in HELP}
+    if resume is None:
+        settings = {"config": FitConfig(**settings)}
+    else:  # those that stand on the command line
+        settings = {k: v for k, v in settings.items() if ctx.get_parameter_source(k).name == "COMMANDLINE"}
     from xray_fastai.training import fit as run
 
-    result = run(config)
+    result = run(**settings, resume=False if resume is None else resume or True)
     if open:
         _open(result.path / "report.html")
     if result.error:
-        raise UserError(f"{result.error}; the best weights so far are in {result.path}; try a lower --lr than {lr:g}")
+        raise UserError(
+            f"{result.error}; the best weights so far are in {result.path}; try a lower --lr than {result.config.lr:g}"
+        )
     if result.signal:
         print("Interrupted: the best weights so far were exported.", file=sys.stderr)
         raise typer.Exit(128 + result.signal)

@@ -1,5 +1,7 @@
 """What is told to the user in one line instead of a traceback."""
 
+import re
+
 
 class UserError(Exception):
     """Something that the user can put right: the text names the file or option, what is wrong, and what to do."""
@@ -15,3 +17,10 @@ class UserError(Exception):
 
 class ImageError(UserError):
     """A file that can't be read as one X-ray image."""
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be written or read, as the operating system words it ("No space left on device")."""
+    text = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    told = re.search(r"I/O error: (.*) \(os error \d+\)", text)  # as safetensors words it
+    return told[1] if told else text

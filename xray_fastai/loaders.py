@@ -71,11 +71,17 @@ def xray_block(classes: Sequence[str], size: int, augment: bool = True) -> DataB
 
 
 def make_loaders(
-    table: pd.DataFrame, classes: Sequence[str], size: int, batch_size: int, device: torch.device, workers: int
+    table: pd.DataFrame,
+    classes: Sequence[str],
+    size: int,
+    batch_size: int,
+    device: torch.device,
+    workers: int,
+    valid_batch_size: int | None = None,
 ) -> DataLoaders:
     """Training (shuffled, augmented) and validation loaders of a table with columns `path`, `label`, `is_valid`."""
     return xray_block(classes, size).dataloaders(
-        table, bs=batch_size, val_bs=batch_size, num_workers=workers, device=device, path=Path(".")
+        table, bs=batch_size, val_bs=valid_batch_size or batch_size, num_workers=workers, device=device, path=Path(".")
     )
 
 

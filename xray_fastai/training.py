@@ -1,26 +1,30 @@
-"""A fit from split folders to an export: frozen phase, unfrozen phase, early stopping, best weights."""
+"""A fit from split folders to an export: frozen phase, unfrozen phase, early stopping, best weights, checkpoints."""
 
-import importlib.metadata
-import platform
+import gc
 import time
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xray_fastai import __version__, bundle
+from xray_fastai import bundle
 from xray_fastai.audit import fit_notes
 from xray_fastai.config import FitConfig
-from xray_fastai.dataset import Collection, file_key, read_collection
+from xray_fastai.dataset import read_collection
 from xray_fastai.errors import UserError
+from xray_fastai.plan import Plan, announce, fingerprint, make_plan
+from xray_fastai.record import DISCLAIMER, model_record
+from xray_fastai.runs import CHECKPOINT, SETTINGS, Reservation, Unfinished, reopen, reserve, unfinished
 
 if TYPE_CHECKING:
     from fastai.vision.all import Learner
 
-    from xray_fastai.callbacks import EpochLog
+    from xray_fastai.callbacks import BestWeights, EpochLog
+    from xray_fastai.checkpoint import Checkpoints, Saved
+    from xray_fastai.signals import StopOnSignal
+    from xray_fastai.trainingstate import Progress
 
-DISCLAIMER = "For research and teaching. It is no medical device; never diagnose by it."
-LIBRARIES = ("torch", "torchvision", "fastai", "numpy", "pillow", "scikit-learn", "safetensors")
+CHANGEABLE = ("data", "device", "workers", "exports")
+"""Settings that may differ when a fit is gone on with. `data` is checked to hold the same images."""
 
 
 @dataclass
@@ -30,144 +34,197 @@ class Result:
     path: Path  # the export
     status: str  # complete, interrupted or diverged
     history: list[dict] = field(repr=False)
+    config: FitConfig = field(repr=False)
     signal: int | None = None  # the one that interrupted it
     error: str | None = None  # why it diverged
 
 
-def fit(config: FitConfig | None = None, **settings) -> Result:
+def fit(config: FitConfig | None = None, *, resume: bool | str | Path = False, **settings) -> Result:
     """Train a classifier and export it; what is done is printed as it goes.
 
     Args:
         config: the settings; or give them by name, as in `fit(data="chest_xray", epochs=5)`.
+        resume: go on with the unfinished run of this name (True: the newest) and its settings; of others, only
+            `CHANGEABLE` may be given.
         **settings: fields of `FitConfig`.
 
     Raises:
-        UserError: bad input, by name; nothing is left behind.
+        UserError: bad input, by name; nothing is left behind but a checkpoint that `resume` takes.
     """
-    config = FitConfig(**settings) if config is None else config
     started = time.perf_counter()
-    with bundle.reserve(config.exports, config.name) as run:
-        config, data = read_collection(config)
-        data.notes.extend(fit_notes(data))
-        return _fit(config, data, run, started)
+    from xray_fastai.signals import sigterm_raises
+
+    with sigterm_raises():
+        if resume is False:
+            config = FitConfig(**settings) if config is None else config
+            with reserve(config.exports, config.name) as run:
+                return _fit(config, run, None, started)
+        if config is not None:
+            defaults = FitConfig()
+            given = {f.name: getattr(config, f.name) for f in fields(config)}
+            settings = {k: v for k, v in given.items() if v != getattr(defaults, k)} | settings
+        name = None if resume is True else str(resume)
+        with reopen(settings.get("exports", FitConfig.exports), name) as (run, found):
+            return _fit(_settings(found, run, settings), run, found, started)
 
 
-def _fit(config: FitConfig, data: Collection, run: bundle.Reservation, started: float) -> Result:
-    from fastai.vision.all import ProgressCallback, set_seed
+def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
+    """The settings that an unfinished fit began with, and of those given the ones that may change."""
+    from xray_fastai.checkpoint import kept_settings
 
-    from xray_fastai.calibration import Calibration, calibrate
-    from xray_fastai.callbacks import BestWeights, EarlyStopping, EpochLog, StopOnNonFiniteLoss, StopOnSignal
-    from xray_fastai.device import choose_device, choose_precision, describe, precision_callbacks
-    from xray_fastai.learner import build_learner, class_weight_values, parameter_counts, set_temperature
-    from xray_fastai.loaders import default_workers, make_loaders
-    from xray_fastai.weights import pretrained_state
-
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
-    config = config.with_choices(workers=default_workers(device))
-    pretrained = None if config.weights == "none" else pretrained_state(config.arch, config.weights)
-    class_weights = class_weight_values(config, data.train.label, data.classes)
-    batch_size = min(config.batch_size, len(data.train))
-    set_seed(config.seed, reproducible=device.type == "cpu")
-    dls = make_loaders(data.table, data.classes, config.size, batch_size, device, config.workers)
-    learn = build_learner(dls, config.arch, dropout=config.dropout, class_weights=class_weights, pretrained=pretrained)
-    learn.remove_cb(ProgressCallback)  # `EpochLog` shows the progress
-    learn.freeze()
-    total, head = parameter_counts(learn)
-
-    origin = "none: from scratch" if pretrained is None else pretrained[1]
-    shown = class_weights or [1] * len(data.classes)
-    weighed = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(data.classes, shown, strict=True))
-    phases = [("frozen", config.freeze_epochs), ("unfrozen", config.epochs)]
-    if pretrained is None or config.freeze_epochs == 0:
-        phases = phases[1:]
-    _announce(data)
-    print(f"network       {config.arch}, {config.size} x {config.size} px, weights {origin}")
-    print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")
-    loading = f"{config.workers} loading processes" if config.workers else "images loaded in the same process"
-    print(f"device        {describe(device)}, precision {precision}, {loading}")
-    print(f"loss weights  {weighed}")
-    if batch_size < config.batch_size:
-        print(f"batch size    {batch_size}, all training images, instead of {config.batch_size}")
-    if pretrained is None:
-        print("frozen phase  skipped: without pretrained weights the backbone's features are random")
-
-    history: list[dict] = []
-    best = BestWeights(history)
-    ends: list[str] = []
-    with StopOnSignal() as stop:
-        for name, epochs in phases:
-            log, early, finite = EpochLog(history, name), EarlyStopping(patience=config.patience), StopOnNonFiniteLoss()
-            callbacks = [log, best, early, finite, stop, *precision_callbacks(precision, device)]
-            try:
-                _train_phase(learn, config, name, epochs, pretrained is not None, callbacks, log)
-            except RuntimeError:  # a SIGTERM to the whole job ends torch's loading processes at once
-                if stop.received is None:
-                    raise
-                best.restore()
-            if stop.received is not None:
-                ends.append("an interruption")
-                break
-            if finite.where:
-                ends.append(f"the loss was not finite at {finite.where}")
-                break
-            ends.append("early stopping" if early.stopped else "reaching its last epoch")
-    error = f"{name} phase: {ends[-1]}" if finite.where else None
-    if error and best.row is None:
-        raise UserError(f"{error}; no epoch was completed, so nothing is exported; try a lower --lr than {config.lr:g}")
-    # of more than two classes the most probable is called, so there is no threshold
-    positive = data.classes.index(data.positive) if data.positive and len(data.classes) == 2 else None
-    calibration = Calibration(threshold=None if positive is None else 0.5)
-    if best.row is not None:
-        outputs = best.logits.float().cpu().numpy(), best.targets.cpu().numpy()
-        calibration = calibrate(*outputs, positive, config.target_sensitivity)
-    set_temperature(learn, calibration.temperature)
-    status = "diverged" if error else "interrupted" if stop.received is not None else "complete"
-    model = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "status": status,
-        "disclaimer": DISCLAIMER,
-        "architecture": config.arch,
-        "classes": data.classes,
-        "positive": data.positive,
-        "dropout": config.dropout,
-        "class_weights": class_weights,
-        "preprocessing": {
-            "size": config.size,
-            "channels": "grey",
-            "resize": "whole image, bilinear",
-            "scale": "imagenet",
-        },
-        "temperature": calibration.temperature,
-        "threshold": calibration.threshold,
-        "calibration": calibration.note,
-        "data": _summary(data),
-        "settings": config.to_dict(),
-        "training": {
-            "device": describe(device),
-            "precision": precision,
-            "weights": origin,
-            "parameters": {"total": total, "frozen_phase": head},
-            "seconds": round(time.perf_counter() - started, 1),
-            "phases": _phases(history, phases, ends),
-        },
-        "best": best.row,
-        "versions": {"xray-fastai": __version__, "python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
-    path = bundle.write(run, learn, model, history)
-    _conclude(path, model)
-    return Result(path, status, history, stop.received, error)
+    try:
+        config = FitConfig(**kept_settings(found.checkpoint)["settings"])
+    except (KeyError, TypeError) as error:
+        path = found.checkpoint / SETTINGS
+        raise UserError(f"{path}: not of this version ({error}); start anew, and delete {found.path}") from None
+    given = given | {"exports": str(run.exports)}
+    if changed := [k for k, v in given.items() if k not in CHANGEABLE and v != getattr(config, k)]:
+        told = ", ".join(f"--{option.replace('_', '-')}" for option in changed)
+        raise UserError(
+            f"{told}: can't change when --resume goes on with {found.name}; leave it out, or start a new fit"
+        )
+    return replace(config, **{k: v for k, v in given.items() if k in CHANGEABLE})
 
 
-def _train_phase(
-    learn: "Learner", config: FitConfig, name: str, epochs: int, pretrained: bool, callbacks: list, log: "EpochLog"
-) -> None:
+def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started: float) -> Result:
+    from xray_fastai.checkpoint import Checkpoints, check_space
+    from xray_fastai.learner import parameter_counts
+    from xray_fastai.signals import StopOnSignal
+
+    checkpoints = Checkpoints(run)
+    saved = origin = None
+    if found is None:
+        _name_leftovers(run)
+        checkpoints.keep({"settings": config.to_dict()})
+    config, data = read_collection(config)
+    data.notes.extend(fit_notes(data))
+    images = fingerprint(data)
+    if found is not None:
+        saved, origin = _read_checkpoint(found, checkpoints, images, config)
+    plan = make_plan(config, data, origin)
+    progress = _progress(plan, saved, started)
+    learn = plan.learner(progress.batches)
+    plan = replace(plan, parameters=parameter_counts(learn))
+    announce(plan)
+    if found is not None:
+        checkpoints.take_over(found.checkpoint)
+        _say_where(found, run, plan, saved)
+    checkpoints.keep({"settings": config.to_dict(), "data": images, "origin": plan.origin})
+    check_space(run.partial, learn.model)
+    with checkpoints, StopOnSignal() as stop:
+        learn, progress, best, error = _train_within_memory(plan, learn, progress, checkpoints, stop, saved)
+        checkpoints.wait()
+    return _export(plan, run, learn, progress, best, stop, error)
+
+
+def _train_within_memory(
+    plan: Plan,
+    learn: "Learner",
+    progress: "Progress",
+    checkpoints: "Checkpoints",
+    stop: "StopOnSignal",
+    saved: "Saved | None",
+) -> tuple["Learner", "Progress", "BestWeights", str | None]:
+    """`_train`; where memory is short, again from the last checkpoint with smaller batches."""
+    import torch
+
+    from xray_fastai.memory import is_out_of_memory, smaller
+
+    while True:
+        try:
+            return learn, progress, *_train(plan, learn, progress, checkpoints, stop, saved)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            part = "train" if learn.training else "valid"
+        # out of the `except`, whose error holds the frames that hold the tensors
+        checkpoints.wait()
+        at_once = progress.batches[part]
+        batches = progress.batches | {part: smaller(plan.batch_size if part == "train" else at_once, at_once)}
+        if not batches[part]:
+            raise UserError(
+                f"--device {plan.config.device}: out of memory on {plan.device_name} even with one image at once; "
+                f"try a --size below {plan.config.size} or a smaller --arch than {plan.config.arch}"
+            )
+        del learn
+        gc.collect()
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+        saved, _ = checkpoints.load()
+        progress = replace(_progress(plan, saved, progress.started), batches=batches)
+        learn = plan.learner(batches)
+        told = f"{batches[part]} images at once instead of {at_once}"
+        if part == "train":
+            told += f", the gradients of {plan.batch_size} summed up for a step"
+        where = f"after {_place(plan, saved)}" if saved else "from the beginning"
+        print(
+            f"\nout of memory in {'training' if part == 'train' else 'validation'}: {told}; going on {where}",
+            flush=True,
+        )
+
+
+def _train(
+    plan: Plan,
+    learn: "Learner",
+    progress: "Progress",
+    checkpoints: "Checkpoints",
+    stop: "StopOnSignal",
+    saved: "Saved | None",
+) -> tuple["BestWeights", str | None]:
+    """Train the phases that are not done yet; the best weights, which the model has then, and why the fit diverged."""
+    from xray_fastai.callbacks import BestWeights, EarlyStopping, EpochLog, StopOnNonFiniteLoss
+    from xray_fastai.device import precision_callbacks
+    from xray_fastai.memory import AccumulateGradients
+    from xray_fastai.trainingstate import (
+        RestoreCheckpoint,
+        SaveCheckpoint,
+        restore_best,
+        restore_model,
+        save_between_phases,
+    )
+
+    best = BestWeights(progress.history)
+    within = saved is not None and saved.state["epoch"] > 0
+    if saved is not None:
+        restore_best(best, saved)
+        if not within:
+            restore_model(learn, saved)
+    for name, epochs in plan.phases[len(progress.ends) :]:
+        log, early = EpochLog(progress.history, name), EarlyStopping(patience=plan.config.patience)
+        finite = StopOnNonFiniteLoss()
+        save = SaveCheckpoint(checkpoints, progress, best, frozen=name == "frozen")
+        callbacks = [log, best, early, finite, stop, save, *precision_callbacks(plan.precision, plan.device)]
+        if within:
+            callbacks.append(RestoreCheckpoint(saved))
+            within = False
+        if progress.batches["train"] < plan.batch_size:
+            callbacks.append(AccumulateGradients(plan.batch_size))
+        try:
+            _train_phase(learn, plan, name, epochs, callbacks, log)
+        except RuntimeError:  # a SIGTERM to the whole job ends torch's loading processes at once
+            if stop.received is None:
+                raise
+            best.restore()
+        if checkpoints.failed:
+            checkpoints.wait()
+        if stop.received is not None:
+            progress.ends.append("an interruption")
+            break
+        if finite.where:
+            progress.ends.append(f"the loss was not finite at {finite.where}")
+            return best, f"{name} phase: {progress.ends[-1]}"
+        progress.ends.append("early stopping" if early.stopped else "reaching its last epoch")
+        save_between_phases(checkpoints, learn, progress, best)
+    return best, None
+
+
+def _train_phase(learn: "Learner", plan: Plan, name: str, epochs: int, callbacks: list, log: "EpochLog") -> None:
     from fastai.callback.channelslast import ChannelsLast
 
     from xray_fastai.callbacks import Schedule
     from xray_fastai.learner import FrozenBody
 
+    config = plan.config
     callbacks = [*callbacks, Schedule(patience=max(1, config.patience // 2)), ChannelsLast()]
     if name == "frozen":
         learn.freeze()
@@ -175,7 +232,7 @@ def _train_phase(
     else:
         learn.unfreeze()
     # as fastai's fine_tune: half the peak rate once unfrozen, a hundredth of that for the first layers
-    lr = slice(config.lr / 200, config.lr / 2) if pretrained and name == "unfrozen" else config.lr
+    lr = slice(config.lr / 200, config.lr / 2) if plan.fine_tunes and name == "unfrozen" else config.lr
     try:
         with learn.no_logging():  # `log` prints the rows
             learn.fit(epochs, lr=lr, cbs=callbacks, reset_opt=True)
@@ -183,45 +240,91 @@ def _train_phase(
         log.close()
 
 
-def _phases(history: list[dict], phases: list[tuple[str, int]], ends: list[str]) -> list[dict]:
-    told = []
-    for (name, _), end in zip(phases, ends, strict=False):
-        rows = [row for row in history if row["phase"] == name]
-        best = min(rows, key=lambda row: row["valid_loss"])["epoch"] if rows else None
-        told.append({"name": name, "epochs": len(rows), "best_epoch": best, "end": end})
-    return told
+def _export(
+    plan: Plan,
+    run: Reservation,
+    learn: "Learner",
+    progress: "Progress",
+    best: "BestWeights",
+    stop: "StopOnSignal",
+    error: str | None,
+) -> Result:
+    from xray_fastai.calibration import Calibration, calibrate
+    from xray_fastai.learner import set_temperature
 
-
-def _summary(data: Collection) -> dict:
-    """What `model.json` says of the images."""
-    return {
-        "name": data.name,
-        "rehearsal": data.rehearsal,
-        "train": data.train.label.value_counts().sort_index().to_dict(),
-        "valid": data.valid.label.value_counts().sort_index().to_dict(),
-        "patients": {"train": int(data.train.patient.nunique()), "valid": int(data.valid.patient.nunique())},
-        "notes": data.notes,
-        "valid_files": sorted(file_key(file) for file in data.valid.file),
-    }
-
-
-def _announce(data: Collection) -> None:
-    if data.rehearsal:
-        print(
-            "REHEARSAL on X-rays that this program draws itself: the model will know nothing of patients.\n"
-            "For the real collection, get 'Chest X-Ray Images (Pneumonia)' (Kaggle, or\n"
-            "doi:10.17632/rscbjbr9sj), unpack it here, or give its folder by --data.\n"
+    data, history = plan.data, progress.history
+    if error and best.row is None:
+        raise UserError(
+            f"{error}; no epoch was completed, so nothing is exported; try a lower --lr than {plan.config.lr:g}"
         )
-    print(f"data          {data.name}")
-    for title, table in [("training", data.train), ("validation", data.valid)]:
-        counts = ", ".join(f"{count:,} {label}" for label, count in table.label.value_counts().sort_index().items())
-        print(f"{title:<14}{len(table):,} images of {table.patient.nunique():,} patients: {counts}")
-    for note in (*data.notes, *data.skipped):
-        print(f"              {note}")
-    print(f"classes       {', '.join(data.classes)}" + (f"; to detect: {data.positive}" if data.positive else ""))
+    # of more than two classes the most probable is called, so there is no threshold
+    positive = data.classes.index(data.positive) if data.positive and len(data.classes) == 2 else None
+    calibration = Calibration(threshold=None if positive is None else 0.5)
+    if best.row is not None:
+        outputs = best.logits.float().cpu().numpy(), best.targets.cpu().numpy()
+        calibration = calibrate(*outputs, positive, plan.config.target_sensitivity)
+    set_temperature(learn, calibration.temperature)
+    status = "diverged" if error else "interrupted" if stop.received is not None else "complete"
+    model = model_record(plan, status, history, progress.ends, best.row, calibration, progress.elapsed)
+    path = bundle.write(run, learn, model, history)
+    _conclude(path, model, run)
+    return Result(path, status, history, plan.config, stop.received, error)
 
 
-def _conclude(path: Path, model: dict) -> None:
+def _progress(plan: Plan, saved: "Saved | None", started: float) -> "Progress":
+    from xray_fastai.trainingstate import Progress
+
+    if saved is None:
+        return Progress({"train": plan.batch_size, "valid": plan.batch_size}, started=started)
+    state = saved.state
+    return Progress(state["batches"], [*state["history"]], [*state["ends"]], state["seconds"], started)
+
+
+def _read_checkpoint(
+    found: Unfinished, checkpoints: "Checkpoints", images: dict, config: FitConfig
+) -> tuple["Saved | None", str | None]:
+    """The newest checkpoint of an unfinished fit, where it has one, and the origin of its weights.
+
+    Raises:
+        UserError: the images are not the same any more, or the checkpoints are damaged.
+    """
+    from xray_fastai.checkpoint import kept_settings
+
+    kept = kept_settings(found.checkpoint)
+    then = kept.get("data", images)
+    if then != images:
+        counts = [f"{told['train']} to train on and {told['valid']} to validate on" for told in (then, images)]
+        how = f"{counts[0]} then, {counts[1]} now" if counts[0] != counts[1] else "a name, label or content changed"
+        raise UserError(
+            f"--data {config.data}: not the images that {found.name} was trained on ({how}); bring them back, or give "
+            "their folder by --data, or start a new fit"
+        )
+    saved, faults = checkpoints.load(found.checkpoint)
+    for fault in faults:
+        print(f"{fault}; going on from the checkpoint before it")
+    return saved, kept["origin"] if saved else None
+
+
+def _place(plan: Plan, saved: "Saved") -> str:
+    """Where a checkpoint is, for people."""
+    phase, epoch = saved.state["phase"], saved.state["epoch"]
+    return f"{plan.phases[phase][0]} epoch {epoch}" if epoch else f"the {plan.phases[phase - 1][0]} phase"
+
+
+def _say_where(found: Unfinished, run: Reservation, plan: Plan, saved: "Saved | None") -> None:
+    where = f"after {_place(plan, saved)}" if saved else "from the beginning: no epoch had been completed"
+    renamed = "" if run.name == found.name else f", as {run.name}"
+    print(f"going on      with {found.name} {where}{renamed}")
+
+
+def _name_leftovers(run: Reservation) -> None:
+    for old in unfinished(run.exports):
+        if old.path.name.startswith("."):
+            way = f"go on with it by '{Reservation(run.exports, old.name).resume_command}', or " if old.usable else ""
+            print(f"unfinished    {old}; {way}delete it")
+
+
+def _conclude(path: Path, model: dict, run: Reservation) -> None:
     print()
     for phase in model["training"]["phases"]:
         epochs = f"{phase['epochs']} epoch{'' if phase['epochs'] == 1 else 's'}"
@@ -237,5 +340,8 @@ def _conclude(path: Path, model: dict) -> None:
     print(f"temperature {model['temperature']:.3f}{threshold} ({model['calibration']})")
     print(f"export: {path}")
     print(f"report: {path / 'report.html'}")
+    if model["status"] == "interrupted":
+        size = sum(file.stat().st_size for file in (path / CHECKPOINT).iterdir()) / 1e6
+        print(f"go on:  {run.resume_command} (that needs {path / CHECKPOINT}, {size:,.0f} MB; delete it otherwise)")
     print(f"next: xray-fastai evaluate --model {path}\n      xray-fastai interpret --model {path}")
     print(DISCLAIMER)

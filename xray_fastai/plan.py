@@ -1,0 +1,133 @@
+"""What a fit settles before it trains: device, precision, pretrained weights, class weights, phases."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xray_fastai.config import FitConfig
+from xray_fastai.dataset import Collection
+
+if TYPE_CHECKING:
+    import torch
+    from fastai.vision.all import Learner
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The fixed facts of a fit."""
+
+    config: FitConfig  # nothing in it is left to choose
+    data: Collection
+    device: "torch.device"
+    device_name: str
+    precision: str
+    origin: str  # of the weights that training starts from, for people
+    pretrained: tuple[dict, str] | None  # None also where a checkpoint has the weights
+    class_weights: list[float] | None
+    phases: list[tuple[str, int]]  # name, epochs at most
+    batch_size: int
+    parameters: tuple[int, int] = (0, 0)  # all, and those that train in the frozen phase
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether training starts from pretrained weights."""
+        return self.origin != FROM_SCRATCH
+
+    def learner(self, batches: dict[str, int]) -> "Learner":
+        """A new learner, the same each time; `batches` are the images at once in "train" and "valid"."""
+        from fastai.vision.all import ProgressCallback, set_seed
+
+        from xray_fastai.learner import build_learner
+        from xray_fastai.loaders import make_loaders
+
+        config, classes = self.config, self.data.classes
+        set_seed(config.seed, reproducible=self.device.type == "cpu")
+        dls = make_loaders(
+            self.data.table, classes, config.size, batches["train"], self.device, config.workers, batches["valid"]
+        )
+        learn = build_learner(
+            dls, config.arch, dropout=config.dropout, class_weights=self.class_weights, pretrained=self.pretrained
+        )
+        learn.remove_cb(ProgressCallback)  # `EpochLog` shows the progress
+        learn.freeze()
+        return learn
+
+
+FROM_SCRATCH = "none: from scratch"
+
+
+def make_plan(config: FitConfig, data: Collection, origin: str | None = None) -> Plan:
+    """Settle all that `config` left open, and read the pretrained weights.
+
+    Args:
+        config: as `read_collection` gave it back.
+        data: the images.
+        origin: of the weights in a checkpoint, in place of reading pretrained ones.
+
+    Raises:
+        UserError: a device, precision or weights that are not to be had here.
+    """
+    from xray_fastai.device import choose_device, choose_precision, describe
+    from xray_fastai.learner import class_weight_values
+    from xray_fastai.loaders import default_workers
+    from xray_fastai.weights import pretrained_state
+
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    config = config.with_choices(workers=default_workers(device))
+    pretrained = None
+    if origin is None and config.weights != "none":
+        pretrained = pretrained_state(config.arch, config.weights)
+    if origin is None:
+        origin = FROM_SCRATCH if pretrained is None else pretrained[1]
+    phases = [("frozen", config.freeze_epochs), ("unfrozen", config.epochs)]
+    return Plan(
+        config=config,
+        data=data,
+        device=device,
+        device_name=describe(device),
+        precision=precision,
+        origin=origin,
+        pretrained=pretrained,
+        class_weights=class_weight_values(config, data.train.label, data.classes),
+        phases=phases[1:] if origin == FROM_SCRATCH or config.freeze_epochs == 0 else phases,
+        batch_size=min(config.batch_size, len(data.train)),
+    )
+
+
+def fingerprint(data: Collection) -> dict:
+    """What tells these images, and their split, from others: counts, and a SHA-256 over names, labels and contents."""
+    told = hashlib.sha256()
+    for row in data.table[["file", "label", "patient", "digest", "is_valid"]].itertuples(index=False):
+        told.update(repr(tuple(map(str, row))).encode())
+    return {"train": len(data.train), "valid": len(data.valid), "sha256": told.hexdigest()}
+
+
+def announce(plan: Plan) -> None:
+    """Say what will be trained, on what."""
+    config, data = plan.config, plan.data
+    if data.rehearsal:
+        print(
+            "REHEARSAL on X-rays that this program draws itself: the model will know nothing of patients.\n"
+            "For the real collection, get 'Chest X-Ray Images (Pneumonia)' (Kaggle, or\n"
+            "doi:10.17632/rscbjbr9sj), unpack it here, or give its folder by --data.\n"
+        )
+    print(f"data          {data.name}")
+    for title, table in [("training", data.train), ("validation", data.valid)]:
+        counts = ", ".join(f"{count:,} {label}" for label, count in table.label.value_counts().sort_index().items())
+        print(f"{title:<14}{len(table):,} images of {table.patient.nunique():,} patients: {counts}")
+    for note in (*data.notes, *data.skipped):
+        print(f"              {note}")
+    print(f"classes       {', '.join(data.classes)}" + (f"; to detect: {data.positive}" if data.positive else ""))
+    total, head = plan.parameters
+    print(f"network       {config.arch}, {config.size} x {config.size} px, weights {plan.origin}")
+    print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")
+    loading = f"{config.workers} loading processes" if config.workers else "images loaded in the same process"
+    print(f"device        {plan.device_name}, precision {plan.precision}, {loading}")
+    weights = plan.class_weights or [1] * len(data.classes)
+    weighed = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(data.classes, weights, strict=True))
+    print(f"loss weights  {weighed}")
+    if plan.batch_size < config.batch_size:
+        print(f"batch size    {plan.batch_size}, all training images, instead of {config.batch_size}")
+    if not plan.fine_tunes:
+        print("frozen phase  skipped: without pretrained weights the backbone's features are random")
