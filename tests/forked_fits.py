@@ -1,26 +1,29 @@
-"""Fits in forked children of one process that has imported everything and computed nothing: half a second less each.
+"""Fits, each in a forked child of one process that has imported everything and computed nothing: seconds less each.
 
-Reads a JSON list of jobs on standard input, `{"fit": {keywords of fit}, "kill": "module:function@n"}`, and writes one
-of results. With "kill", the child sends itself SIGKILL as it enters that function for the n-th time; `module:Class.method`
-goes too. A thread's kill ends the whole child.
+Reads a job a line on standard input, and writes a result a line. A job is the keywords of `fit`, and what goes wrong:
+
+    {"fit": {...}, "do": "kill", "at": "module:function@n"}
+
+does that as the child enters the function (or `module:Class.method`) for the n-th time: `kill` and `terminate` send
+itself SIGKILL and SIGTERM, `vanish` takes the folder of exports away. `starve` runs out of memory wherever the function
+(a method that gets a batch) sees more than n images. "limit" is the size in bytes that no file can pass.
 """
 
-import contextlib
 import importlib
-import io
 import json
 import os
+import resource
 import signal
 import sys
 import traceback
 
-MODULES = (
-    "bundle callbacks calibration checkpoint curves device learner loaders memory report runs signals trainingstate"
-)
+MODULES = "bundle calibration curves device learner loaders memory report signals trainingstate training"
 
 
-def kill_at(where: str) -> None:
-    path, _, nth = where.partition("@")
+def arrange(what: str, where: str) -> None:
+    import torch
+
+    path, _, n = where.partition("@")
     module, _, name = path.partition(":")
     owner = importlib.import_module(module)
     *outer, name = name.split(".")
@@ -28,30 +31,37 @@ def kill_at(where: str) -> None:
         owner = getattr(owner, part)
     original, calls = getattr(owner, name), 0
 
-    def counted(*args, **kwargs):
+    def arranged(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == int(nth):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "starve":
+            if len(args[1]) > int(n):
+                raise torch.OutOfMemoryError("no memory, for a test")
+        elif calls == int(n):
+            if what == "vanish":
+                os.rename("exports", "vanished")
+            else:
+                os.kill(os.getpid(), {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}[what])
         return original(*args, **kwargs)
 
-    setattr(owner, name, counted)
+    setattr(owner, name, arranged)
 
 
-def child(job: dict, output: int) -> None:
+def child(job: dict) -> None:
     from xray_fastai import fit
 
-    told, code = io.StringIO(), 0
-    with contextlib.redirect_stdout(told):
-        try:
-            if "kill" in job:
-                kill_at(job["kill"])
-            fit(**job["fit"])
-        except BaseException:
-            traceback.print_exc(file=told)
-            code = 1
-    os.write(output, told.getvalue().encode())
-    os._exit(code)
+    try:
+        if "do" in job:
+            arrange(job["do"], job["at"])
+        if "limit" in job:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+        fit(**job["fit"])
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main() -> None:
@@ -60,17 +70,18 @@ def main() -> None:
 
     for name in MODULES.split():
         importlib.import_module(f"xray_fastai.{name}")
-    results = []
-    for job in json.load(sys.stdin):
+    for line in sys.stdin:
         reader, writer = os.pipe()
         if (pid := os.fork()) == 0:
             os.close(reader)
-            child(job, writer)
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            sys.stdout.reconfigure(line_buffering=True)
+            child(json.loads(line))
         os.close(writer)
         with os.fdopen(reader) as stream:
             told = stream.read()
-        results.append({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "output": told})
-    json.dump(results, sys.stdout)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "output": told}), flush=True)
 
 
 if __name__ == "__main__":

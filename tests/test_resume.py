@@ -1,94 +1,316 @@
 """A fit that was killed, interrupted or starved goes on to what it would have given, and loses nothing on the way."""
 
-import errno
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from safetensors.torch import load_file
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from xray_fastai import checkpoint, fit, load_learner
-from xray_fastai.errors import UserError
+from tests.test_fit import history_of
+from xray_fastai import load_learner
+from xray_fastai.runs import reserve
 
-FITS = Path(__file__).with_name("forked_fits.py")
-COUNTS = {"train/NORMAL": 16, "train/PNEUMONIA": 24}  # 36 to train on: four batches; 4 to validate on: one
-BATCH = "xray_fastai.callbacks:StopOnNonFiniteLoss.after_batch"  # five an epoch, the fifth in validation
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+
+BATCH = "xray_fastai.callbacks:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth in validation
+END = "xray_fastai.trainingstate:save_between_phases@1"
+# The longer it trains, the worse it gets: the frozen phase is stopped early, after the rate was cut, and has the best
+# epoch; the unfrozen phase ends with its last.
+SETTINGS = {
+    "data": "data", "valid": "folder", "arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu",
+    "freeze_epochs": 20, "epochs": 2, "patience": 3, "lr": 0.2,
+}  # fmt: skip
+
+
+class Fits:
+    """Runs fits in forked children (`forked_fits.py`), all on one collection whose validation labels are swapped.
+
+    Pretrained weights are random ones, in a file where torch hub has ImageNet's.
+    """
+
+    def __init__(self, root: Path):
+        self.root, self.exports = root, root / "exports"
+        counts = {"train/NORMAL": 16, "train/PNEUMONIA": 24, "val/NORMAL": 4, "val/PNEUMONIA": 4}
+        val = draw_collection(root / "data", counts) / "val"
+        for name, other in [("NORMAL", "other"), ("PNEUMONIA", "NORMAL"), ("other", "PNEUMONIA")]:
+            (val / name).rename(val / other)
+        hub = root / "hub" / "checkpoints"
+        hub.mkdir(parents=True)
+        torch.manual_seed(0)
+        torch.save(torchvision.models.resnet18(weights=None).state_dict(), hub / "resnet18-f37072fd.pth")
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("forked_fits.py")], cwd=root, text=True,
+            env=os.environ | {"TORCH_HOME": str(root), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def __call__(self, code: int = 0, do: dict | None = None, **settings) -> str:
+        """What a fit wrote on the terminal; its exit code is checked."""
+        print(json.dumps({"fit": settings} | (do or {})), file=self.process.stdin, flush=True)
+        result = json.loads(self.process.stdout.readline())
+        assert result["code"] == code, result["output"]
+        return result["output"]
 
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
-    """Run fits, each in a forked child; all on the same images, from a file of random weights in torch hub's cache."""
-    root = tmp_path_factory.mktemp("fits")
-    draw_collection(root / "data", COUNTS)
-    hub = root / "hub" / "checkpoints"
-    hub.mkdir(parents=True)
-    torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), hub / "resnet18-f37072fd.pth")
-    environment = os.environ | {"TORCH_HOME": str(root), "OMP_NUM_THREADS": "1"}
-
-    def fits(*jobs):
-        done = subprocess.run(
-            [sys.executable, FITS], input=json.dumps(jobs), capture_output=True, text=True, env=environment, cwd=root
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    fits.exports = root / "exports"
-    return fits
+    fits = Fits(tmp_path_factory.mktemp("fits"))
+    yield fits
+    fits.process.stdin.close()
+    fits.process.wait()
 
 
-SETTINGS = {
-    "data": "data", "arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu",
-    "patience": 2, "lr": 0.05, "freeze_epochs": 6,
-}  # fmt: skip
+@pytest.fixture(scope="module")
+def whole(fits):
+    """The export of a fit that nothing happened to."""
+    fits(**SETTINGS, name="whole")
+    return fits.exports / "whole"
 
 
-@pytest.mark.parametrize(
-    ("epochs", "best", "moments"),
-    [
-        # each phase ends by early stopping, after the rate was cut; the best epoch is of the second
-        pytest.param(6, ("unfrozen", 3), {
-            "before anything was kept but the settings": "xray_fastai.training:read_collection@1",
-            "in the first epoch": f"{BATCH}@3",
-            "while the second checkpoint is written": "xray_fastai.checkpoint:checked@4",
-            "before a checkpoint has its name": "os:replace@7",
-            "in the validation of the fourth epoch": f"{BATCH}@10",
-            "between the phases, before that is kept": "xray_fastai.trainingstate:save_between_phases@1",
-        }, id="frozen"),
-        # the second phase ends with its last epoch, and the best epoch is of the first
-        pytest.param(2, ("frozen", 3), {
-            "between the phases, once that is kept": "xray_fastai.callbacks:Schedule.before_fit@2",
-            "while old files are removed": "pathlib:Path.unlink@1",
-            "in the last epoch": f"{BATCH}@4",
-            "before the end is kept": "xray_fastai.trainingstate:save_between_phases@1",
-            "while the export is written": "xray_fastai.curves:plot_curves@1",
-        }, id="unfrozen"),
-    ],
-)  # fmt: skip
-def test_killed_again_and_again_it_ends_as_if_nothing_had_been(epochs, best, moments, fits):
-    whole, name = f"whole{epochs}", f"killed{epochs}"
-    killed = [{"fit": {"resume": name}, "kill": moment} for moment in moments.values()]
-    killed[0]["fit"] = SETTINGS | {"epochs": epochs, "name": name}
-    results = fits({"fit": SETTINGS | {"epochs": epochs, "name": whole}}, *killed, {"fit": {"resume": name}})
-    assert [result["code"] for result in results] == [0, *[-signal.SIGKILL] * len(moments), 0], results[-1]["output"]
-    a, b = fits.exports / whole, fits.exports / name
+@pytest.fixture(scope="module")
+def killed(fits):
+    """What is left of a fit that was killed in its fourth epoch: two checkpoints of the frozen phase."""
+    fits(-signal.SIGKILL, {"do": "kill", "at": f"{BATCH}@23"}, **SETTINGS, name="crashed")
+    return (fits.exports / ".crashed.partial").rename(fits.root / ".crashed.partial")
+
+
+@pytest.fixture
+def crashed(killed, fits, monkeypatch):
+    """The same, to be changed, in a folder of exports of its own."""
+    exports = Path("exports")
+    shutil.copytree(killed, exports / ".crashed.partial", copy_function=os.link)
+    (Path("data")).symlink_to(fits.root / "data")
+    monkeypatch.setenv("TORCH_HOME", str(fits.root))
+    return exports
+
+
+def going_on(output: str) -> str:
+    return re.search(r"^going on +with (.*)$", output, re.M)[1]
+
+
+def same(a: Path, b: Path) -> None:
+    """Two exports of the same history and weights, bit for bit, and of what follows from them."""
     assert (a / "history.csv").read_bytes() == (b / "history.csv").read_bytes()
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     models = [settings_of(path) for path in (a, b)]
-    assert (models[0]["best"]["phase"], models[0]["best"]["epoch"]) == best
     for key in ("status", "best", "temperature", "threshold", "calibration", "data"):
         assert models[0][key] == models[1][key]
     assert models[0]["training"]["phases"] == models[1]["training"]["phases"]
     assert sorted(path.name for path in a.iterdir()) == sorted(path.name for path in b.iterdir())
-    assert not list(fits.exports.glob(".*"))
+
+
+KILLED = [  # when, where that is in a process that goes on from the kill before, and what it says it goes on from
+    ("before anything was kept but the settings", "xray_fastai.training:read_collection@1", None),
+    ("in the first epoch", f"{BATCH}@3", "from the beginning: no epoch had been completed"),
+    (
+        "while the second checkpoint is written",
+        "xray_fastai.checkpoint:checked@5",
+        "from the beginning: no epoch had been completed",
+    ),
+    ("before a checkpoint has its name", "os:replace@4", "after frozen epoch 1"),
+    ("in the validation of the fourth epoch", f"{BATCH}@18", "after frozen epoch 1"),
+    ("between the phases, before that is kept", END, "after frozen epoch 3"),
+    ("in the next phase", f"{BATCH}@11", "after frozen epoch 3"),
+    ("while old files are removed", "pathlib:Path.unlink@1", "after the frozen phase"),
+    ("in the last epoch", f"{BATCH}@9", "after the frozen phase"),
+    ("before the end is kept", END, "after unfrozen epoch 1"),
+    ("while the export is written", "xray_fastai.curves:plot_curves@1", "after unfrozen epoch 1"),
+]
+
+
+def test_killed_again_and_again_it_ends_as_if_nothing_had_been(fits, whole):
+    for when, where, place in KILLED:
+        settings = {"resume": "killed"} if place else SETTINGS | {"name": "killed"}
+        output = fits(-signal.SIGKILL, {"do": "kill", "at": where}, **settings)
+        assert place is None or going_on(output) == f"killed {place}", when
+    assert going_on(fits(resume="killed")) == "killed after the unfrozen phase"
+    same(whole, fits.exports / "killed")
+    assert not list(fits.exports.glob(".killed*"))
+    model = settings_of(whole)
+    assert [phase["end"] for phase in model["training"]["phases"]] == ["early stopping", "reaching its last epoch"]
+    assert model["best"]["phase"] == "frozen"
+    rates = [float(row["lr"]) for row in history_of(whole) if row["phase"] == "frozen"]
+    assert rates[-1] < rates[-2] < rates[0]  # it was cut
+
+
+def test_terminated_and_gone_on_with_it_is_the_same_under_another_name(fits, whole):
+    """As a cluster does that needs its machine back; the interrupted export is one to work with meanwhile."""
+    at = {"do": "terminate", "at": f"{BATCH}@27"}  # in the unfrozen phase's first epoch
+    output = fits(**{"do": at} | SETTINGS, name="preempted")
+    path = fits.exports / "preempted"
+    assert re.search(r"^go on:  xray-fastai fit --resume preempted \(.*/checkpoint, \d+ MB; delete", output, re.M)
+    assert settings_of(path)["status"] == "interrupted"
+    load_learner(path)
+    output = fits(resume="preempted")
+    assert going_on(output) == "preempted after the frozen phase, as preempted-2"
+    same(whole, fits.exports / "preempted-2")
+    assert not (path / "checkpoint").exists()
+    seconds = [settings_of(export)["training"]["seconds"] for export in (path, fits.exports / "preempted-2")]
+    assert seconds[1] > seconds[0] / 2  # the frozen phase of the first process counts
+
+
+def test_a_disk_that_fills_up_at_a_checkpoint(fits, whole):
+    """A limit on the size of files stands for the full disk: Adam's averages of all layers don't fit."""
+    output = fits(1, {"limit": 60_000_000}, **SETTINGS, name="full")
+    (line,) = [line for line in output.splitlines() if "UserError" in line]
+    assert "exports/.full.partial: a checkpoint could not be written (File too large); free space" in line
+    assert "go on by 'xray-fastai fit --resume full', or delete exports/.full.partial" in output
+    assert not list(fits.exports.glob(".full.partial/checkpoint/*.tmp"))
+    assert going_on(fits(resume="full")) == "full after the frozen phase"
+    same(whole, fits.exports / "full")
+
+
+def test_a_folder_that_vanishes(fits, whole):
+    at = {"do": "vanish", "at": f"{BATCH}@9"}  # in the second epoch
+    output = fits(1, at, **SETTINGS, name="gone")
+    assert "exports/.gone.partial: a checkpoint could not be written (No such file or directory)" in output
+    assert "fit --resume gone" in output
+    (fits.root / "vanished").rename(fits.exports)
+    assert going_on(fits(resume="gone")) == "gone after frozen epoch 1"
+    same(whole, fits.exports / "gone")
+
+
+def test_out_of_memory_the_batch_is_halved(fits):
+    at = {"do": "starve", "at": "xray_fastai.learner:CalibratedCrossEntropy.__call__@3"}
+    output = fits(**{"do": at} | SETTINGS | {"freeze_epochs": 1, "epochs": 1}, name="starved")
+    assert re.findall(r"^out of memory in (.*)$", output, re.M) == [
+        "training: 4 images at once instead of 8, the gradients of 8 summed up for a step; going on from the beginning",
+        "training: 2 images at once instead of 4, the gradients of 8 summed up for a step; going on from the beginning",
+        "validation: 4 images at once instead of 8; going on from the beginning",
+        "validation: 2 images at once instead of 4; going on from the beginning",
+    ]
+    model = settings_of(fits.exports / "starved")
+    assert model["status"] == "complete" and model["settings"]["batch_size"] == 8
+
+
+def test_out_of_memory_with_one_image_is_told(fits):
+    at = {"do": "starve", "at": "xray_fastai.learner:CalibratedCrossEntropy.__call__@0"}
+    output = fits(**{"do": at} | SETTINGS, code=1, name="starved-out")
+    assert "out of memory on cpu (1 threads) even with one image at once; try a --size below 32" in output
+    assert not list(fits.exports.glob(".starved*"))
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0]], ids=["alike", "weighted"])
+def test_parts_of_a_batch_give_its_step(weights):
+    """A network without batch norm; the last of the 22 images make no batch of eight."""
+    from fastai.vision.all import SGD, DataLoader, DataLoaders, Learner
+
+    from xray_fastai.learner import CalibratedCrossEntropy
+    from xray_fastai.memory import AccumulateGradients, smaller
+
+    torch.manual_seed(0)
+    images, targets = torch.randn(22, 5), torch.arange(22) % 3 % 2
+    items = list(zip(images, targets, strict=True))
+    start = torch.nn.Linear(5, 2).state_dict()
+    ends = []
+    for at_once in (8, 4, 2, 1):
+        dls = DataLoaders(DataLoader(items, bs=at_once), DataLoader(items, bs=8), device=torch.device("cpu"))
+        network = torch.nn.Linear(5, 2)
+        network.load_state_dict(start)
+        loss = CalibratedCrossEntropy(weight=None if weights is None else torch.tensor(weights))
+        learn = Learner(dls, network, loss_func=loss, opt_func=SGD, wd=0)
+        if at_once == 8:
+            dls.train.drop_last = True
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(3, lr=0.5, cbs=[] if at_once == 8 else AccumulateGradients(8))
+        ends.append(torch.cat([network.weight.flatten(), network.bias]).detach())
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-5, atol=1e-6)
+    assert [smaller(80, n) for n in (80, 40, 20, 10, 5, 1)] == [40, 20, 10, 5, 2, 0]
+    assert smaller(36, 9) == 4 and smaller(97, 97) == 1
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()  # it is a link to what others need
+    path.write_bytes(content)
+
+
+def test_the_newest_run_and_its_last_whole_checkpoint_are_gone_on_with(crashed, run):
+    """From where the same images are now; without the name of a run."""
+    checkpoint = shutil.copytree(crashed / ".crashed.partial", crashed / ".newer.partial") / "checkpoint"
+    os.utime(checkpoint / "settings.json")
+    damage(checkpoint / "00003.head.safetensors")
+    Path("data").rename("moved")
+    result = run("fit", "--resume", "--data", "moved")
+    assert result.exit_code == 0, result.output
+    assert "00003.json: damaged (00003.head.safetensors is not as it was written); going on from" in result.stdout
+    assert going_on(result.stdout) == "newer after frozen epoch 2"
+    assert sorted(path.name for path in crashed.iterdir()) == [".crashed.partial", "newer"]
+    assert settings_of(crashed / "newer")["settings"]["data"] == "moved"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--resume", "crashed", "--epochs", 5, "--lr", 1], ["--epochs, --lr: can't change"]),
+        (["--resume", "nosuch"], ["--resume nosuch: no such run in exports", "unfinished there: crashed"]),
+        (["--resume", "done"], ["--resume done: exports/done is finished", "unfinished in exports: crashed"]),
+        (["--resume", "--exports", "other"], ["--resume: no unfinished run in other"]),
+        (["--resume", "empty"], ["exports/.empty.partial stopped before anything was kept", "delete it"]),
+        (["--name", "crashed"], ["exports/.crashed.partial", "go on with it by 'xray-fastai fit --resume crashed'"]),
+        (["--resume", "crashed", "--data", "other"], ["--data other: no such folder"]),
+    ],
+)
+def test_what_can_not_be_gone_on_with_is_told(args, words, crashed, run, refused):
+    (crashed / "done").mkdir()
+    (crashed / ".empty.partial").mkdir()
+    refused(run("fit", *args), *words)
+    assert sorted(path.name for path in crashed.glob("*")) == [".crashed.partial", ".empty.partial", "done"]
+
+
+def test_images_that_changed_are_told(crashed, run, refused):
+    shutil.copytree("data", "changed")
+    run_it = ["fit", "--resume", "crashed", "--data", "changed"]
+    image = sorted(Path("changed/train/NORMAL").iterdir())[0]
+    image.unlink()
+    refused(run(*run_it), "not the images that crashed was trained on", "40 to train on and 8 to", "39 to train on")
+    shutil.copy(sorted(Path("changed/train/NORMAL").iterdir())[0], image)
+    refused(run(*run_it), "not the images", "a name, label or content changed")
+
+
+@pytest.mark.parametrize("suffix", ["json", "optimizer.safetensors", "head.safetensors"])
+def test_damaged_checkpoints_are_refused(suffix, crashed, run, refused):
+    folder = crashed / ".crashed.partial" / "checkpoint"
+    assert len(list(folder.glob(f"[0-9]*.{suffix}"))) == (3 if suffix == "head.safetensors" else 2)
+    for path in folder.glob(f"[0-9]*.{suffix}"):
+        damage(path)
+    refused(run("fit", "--resume", "crashed"), "damaged", "no other is whole", "delete exports/.crashed.partial")
+    assert folder.is_dir()
+
+
+def test_a_checkpoint_that_would_run_code_is_not_unpickled(crashed, run, refused):
+    folder = crashed / ".crashed.partial" / "checkpoint"
+    for path in folder.iterdir():
+        path.unlink()
+        path.write_bytes(b"cbuiltins\nexit\n(I7\ntR.")
+    refused(run("fit", "--resume", "crashed"), "settings.json: damaged", "delete exports/.crashed.partial")
+
+
+def test_a_run_that_another_fit_is_at_is_left_alone(crashed, run, refused):
+    link = crashed / ".crashed.partial"
+    with reserve("exports", "other") as other:
+        shutil.copytree(link / "checkpoint", other.checkpoint, copy_function=os.link)
+        refused(run("fit", "--resume", "other"), "--resume other: another fit is at it now")
+        refused(run("fit", "--name", "other"), "--name other", "belongs to a fit that runs now")
+        other.resumable = True
+        result = run("fit", "--data", "nowhere")
+        assert "unfinished    exports/.crashed.partial of 2" in result.stdout and "other" not in result.stdout
+        assert "go on with it by 'xray-fastai fit --resume crashed', or delete it" in result.stdout
+
+
+def test_too_little_space_is_told_before_training(fits, crashed, run, refused, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000_000))
+    result = run("fit", "--data", "data", *QUICK, "--valid", "folder", "--name", "big")
+    refused(result, "exports: 100 MB are free", "need 330 MB", "--exports")
+    assert [path.name for path in crashed.iterdir()] == [".crashed.partial"]

@@ -33,7 +33,7 @@ class AccumulateGradients(GradientAccumulation):
     """
 
     def before_train(self):
-        self.count, self.weight = 0, 0.0
+        self.count, self.total = 0, 0.0
 
     def after_loss(self):
         targets, weights = self.yb[0], self.loss_func.func.weight
@@ -42,12 +42,12 @@ class AccumulateGradients(GradientAccumulation):
         self.learn.loss_grad = self.loss_grad * (self.part / self.n_acc)
 
     def before_step(self):
-        self.count, self.weight = self.count + len(self.yb[0]), self.weight + self.part
+        self.count, self.total = self.count + len(self.yb[0]), self.total + self.part
         if self.count < self.n_acc:
             raise CancelBatchException
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, self.n_acc / self.weight)
-        self.count, self.weight = 0, 0.0
+        torch._foreach_mul_(gradients, self.n_acc / self.total)
+        self.count, self.total = 0, 0.0
 
     def after_train(self):
         self.opt.zero_grad()
