@@ -1,6 +1,7 @@
 """Each mistake gets one line that names it and says what to do, exit code 1, and leaves no export behind."""
 
 import os
+import re
 import resource
 import shutil
 import sys
@@ -196,15 +197,35 @@ def test_exports_without_permission(refuse, collection, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limit there")
-@pytest.mark.parametrize("limit", [1_000_000, 44_800_000], ids=["weights", "pickle"])
-def test_a_disk_that_fills_up_while_exporting(limit, start, collection, tmp_path):
-    """A file-size limit stands for the full disk: the weights don't fit, or only the pickle doesn't."""
+def test_a_disk_that_fills_up_before_an_epoch_is_kept(start, collection, tmp_path):
+    """A file-size limit stands for the full disk."""
+    _, line = limited(1_000_000, start, collection, tmp_path)
+    assert "exports/.full.partial: a checkpoint could not be written (File too large); free space" in line
+    assert not list((tmp_path / "exports").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limit there")
+def test_a_disk_that_fills_up_while_exporting(start, collection, tmp_path):
+    """The weights fit, as they do into a checkpoint, but the pickle doesn't; it goes on where there is space."""
+    trained, line = limited(44_800_000, start, collection, tmp_path)
+    assert "exports/full: the export could not be written (a file could not be written to its end); free" in line
+    assert "go on by 'xray-fastai fit --resume full', or delete exports/.full.partial" in line
+    assert [path.name for path in (tmp_path / "exports" / ".full.partial").iterdir()] == ["checkpoint"]
+    process = start("fit", "--resume", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert re.search(r"^going on +with full after the unfrozen phase$", out, re.M)
+    assert [line for line in trained.splitlines() if line.startswith("unfrozen ")] and "\nunfrozen   " not in out
+    assert [path.name for path in (tmp_path / "exports").iterdir()] == ["full"]
+
+
+def limited(limit, start, collection, tmp_path):
+    """What a fit that can't write larger files says, and in one line that it failed."""
     process = start(
         "fit", "--data", collection, *map(str, [*QUICK, *FIT]), "--name", "full", cwd=tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     (line,) = err.strip().splitlines()
-    assert "exports/full: the export could not be written" in line and "free space" in line
-    assert not list((tmp_path / "exports").iterdir())
+    return out, line

@@ -21,8 +21,8 @@ from xray_fastai.inference import Model
 from xray_fastai.interpretation import XrayInterpretation, interpret
 from xray_fastai.learner import build_learner
 from xray_fastai.loaders import empty_loaders
+from xray_fastai.record import DISCLAIMER
 from xray_fastai.sheet import LIMIT, Cell, draw_sheet, shorten
-from xray_fastai.training import DISCLAIMER
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from xray_fastai.cli import app
 from xray_fastai.errors import UserError
 from xray_fastai.inference import open_model, predict_stream
 from xray_fastai.prediction import predict
-from xray_fastai.training import DISCLAIMER
+from xray_fastai.record import DISCLAIMER
 
 COLUMNS = ["path", "prediction", "p_NORMAL", "p_PNEUMONIA", "threshold", "error"]
 

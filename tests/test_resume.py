@@ -112,7 +112,7 @@ KILLED = [  # when, where that is in a process that goes on from the kill before
     ("in the first epoch", f"{BATCH}@3", "from the beginning: no epoch had been completed"),
     (
         "while the second checkpoint is written",
-        "xray_fastai.checkpoint:checked@5",
+        "xray_fastai.durable:checked@5",
         "from the beginning: no epoch had been completed",
     ),
     ("before a checkpoint has its name", "os:replace@4", "after frozen epoch 1"),

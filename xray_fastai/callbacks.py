@@ -131,12 +131,12 @@ class BestWeights(TrackerCallback):
 
     def after_fit(self):
         super().after_fit()
-        self.restore()
+        self.restore(self.model)
 
-    def restore(self):
+    def restore(self, model: torch.nn.Module):
         "Put the best weights into the model, where an epoch was completed."
         if self.row is not None:
-            self.model.load_state_dict(self.state)
+            model.load_state_dict(self.state)
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -22,5 +22,7 @@ class ImageError(UserError):
 def reason(error: Exception) -> str:
     """Why a file could not be written or read, as the operating system words it ("No space left on device")."""
     text = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    if "inline_container" in text:  # torch.save, which does not say why
+        return "a file could not be written to its end"
     told = re.search(r"I/O error: (.*) \(os error \d+\)", text)  # as safetensors words it
     return told[1] if told else text

@@ -27,10 +27,10 @@ from xray_fastai.dataset import labelled_images
 from xray_fastai.device import describe
 from xray_fastai.errors import UserError
 from xray_fastai.inference import Model, open_model, predict_all
+from xray_fastai.record import DISCLAIMER
 from xray_fastai.report import write_report
 from xray_fastai.sheet import BATCH, LIMIT, draw_sheet, make_cells, shorten
 from xray_fastai.terminal import track
-from xray_fastai.training import DISCLAIMER
 
 FORMAT = 1
 """The layout of `summary.json`."""

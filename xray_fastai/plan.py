@@ -101,33 +101,3 @@ def fingerprint(data: Collection) -> dict:
     for row in data.table[["file", "label", "patient", "digest", "is_valid"]].itertuples(index=False):
         told.update(repr(tuple(map(str, row))).encode())
     return {"train": len(data.train), "valid": len(data.valid), "sha256": told.hexdigest()}
-
-
-def announce(plan: Plan) -> None:
-    """Say what will be trained, on what."""
-    config, data = plan.config, plan.data
-    if data.rehearsal:
-        print(
-            "REHEARSAL on X-rays that this program draws itself: the model will know nothing of patients.\n"
-            "For the real collection, get 'Chest X-Ray Images (Pneumonia)' (Kaggle, or\n"
-            "doi:10.17632/rscbjbr9sj), unpack it here, or give its folder by --data.\n"
-        )
-    print(f"data          {data.name}")
-    for title, table in [("training", data.train), ("validation", data.valid)]:
-        counts = ", ".join(f"{count:,} {label}" for label, count in table.label.value_counts().sort_index().items())
-        print(f"{title:<14}{len(table):,} images of {table.patient.nunique():,} patients: {counts}")
-    for note in (*data.notes, *data.skipped):
-        print(f"              {note}")
-    print(f"classes       {', '.join(data.classes)}" + (f"; to detect: {data.positive}" if data.positive else ""))
-    total, head = plan.parameters
-    print(f"network       {config.arch}, {config.size} x {config.size} px, weights {plan.origin}")
-    print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")
-    loading = f"{config.workers} loading processes" if config.workers else "images loaded in the same process"
-    print(f"device        {plan.device_name}, precision {plan.precision}, {loading}")
-    weights = plan.class_weights or [1] * len(data.classes)
-    weighed = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(data.classes, weights, strict=True))
-    print(f"loss weights  {weighed}")
-    if plan.batch_size < config.batch_size:
-        print(f"batch size    {plan.batch_size}, all training images, instead of {config.batch_size}")
-    if not plan.fine_tunes:
-        print("frozen phase  skipped: without pretrained weights the backbone's features are random")

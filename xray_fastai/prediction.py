@@ -90,7 +90,7 @@ def predict_command(
             continued.
         SystemExit: 130 on Ctrl-C, once it was said what stands; 141 where nobody reads standard output any more.
     """
-    from xray_fastai.training import DISCLAIMER
+    from xray_fastai.record import DISCLAIMER
 
     if output is not None:
         RowFile.check(output, resume)

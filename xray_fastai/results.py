@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from xray_fastai.plots import FILES
-from xray_fastai.training import DISCLAIMER
+from xray_fastai.record import DISCLAIMER
 
 WIDTH = 80
 TITLES = {

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xray_fastai import bundle
+from xray_fastai.announcements import announce, conclude, name_leftovers, place, say_where
 from xray_fastai.audit import fit_notes
 from xray_fastai.config import FitConfig
 from xray_fastai.dataset import read_collection
 from xray_fastai.errors import UserError
-from xray_fastai.plan import Plan, announce, fingerprint, make_plan
-from xray_fastai.record import DISCLAIMER, model_record
-from xray_fastai.runs import CHECKPOINT, SETTINGS, Reservation, Unfinished, reopen, reserve, unfinished
+from xray_fastai.plan import Plan, fingerprint, make_plan
+from xray_fastai.record import model_record
+from xray_fastai.runs import SETTINGS, Reservation, Unfinished, reopen, reserve
 
 if TYPE_CHECKING:
     from fastai.vision.all import Learner
@@ -94,7 +95,7 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started:
     checkpoints = Checkpoints(run)
     saved = origin = None
     if found is None:
-        _name_leftovers(run)
+        name_leftovers(run)
         checkpoints.keep({"settings": config.to_dict()})
     config, data = read_collection(config)
     data.notes.extend(fit_notes(data))
@@ -108,7 +109,7 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started:
     announce(plan)
     if found is not None:
         checkpoints.take_over(found.checkpoint)
-        _say_where(found, run, plan, saved)
+        say_where(found, run, plan, saved)
     checkpoints.keep({"settings": config.to_dict(), "data": images, "origin": plan.origin})
     check_space(run.partial, learn.model)
     with checkpoints, StopOnSignal() as stop:
@@ -156,7 +157,7 @@ def _train_within_memory(
         told = f"{batches[part]} images at once instead of {at_once}"
         if part == "train":
             told += f", the gradients of {plan.batch_size} summed up for a step"
-        where = f"after {_place(plan, saved)}" if saved else "from the beginning"
+        where = f"after {place(plan, saved)}" if saved else "from the beginning"
         print(
             f"\nout of memory in {'training' if part == 'train' else 'validation'}: {told}; going on {where}",
             flush=True,
@@ -204,7 +205,7 @@ def _train(
         except RuntimeError:  # a SIGTERM to the whole job ends torch's loading processes at once
             if stop.received is None:
                 raise
-            best.restore()
+            best.restore(learn.model)
         if checkpoints.failed:
             checkpoints.wait()
         if stop.received is not None:
@@ -267,7 +268,7 @@ def _export(
     status = "diverged" if error else "interrupted" if stop.received is not None else "complete"
     model = model_record(plan, status, history, progress.ends, best.row, calibration, progress.elapsed)
     path = bundle.write(run, learn, model, history)
-    _conclude(path, model, run)
+    conclude(path, model, run)
     return Result(path, status, history, plan.config, stop.received, error)
 
 
@@ -303,45 +304,3 @@ def _read_checkpoint(
     for fault in faults:
         print(f"{fault}; going on from the checkpoint before it")
     return saved, kept["origin"] if saved else None
-
-
-def _place(plan: Plan, saved: "Saved") -> str:
-    """Where a checkpoint is, for people."""
-    phase, epoch = saved.state["phase"], saved.state["epoch"]
-    return f"{plan.phases[phase][0]} epoch {epoch}" if epoch else f"the {plan.phases[phase - 1][0]} phase"
-
-
-def _say_where(found: Unfinished, run: Reservation, plan: Plan, saved: "Saved | None") -> None:
-    where = f"after {_place(plan, saved)}" if saved else "from the beginning: no epoch had been completed"
-    renamed = "" if run.name == found.name else f", as {run.name}"
-    print(f"going on      with {found.name} {where}{renamed}")
-
-
-def _name_leftovers(run: Reservation) -> None:
-    for old in unfinished(run.exports):
-        if old.path.name.startswith("."):
-            way = f"go on with it by '{Reservation(run.exports, old.name).resume_command}', or " if old.usable else ""
-            print(f"unfinished    {old}; {way}delete it")
-
-
-def _conclude(path: Path, model: dict, run: Reservation) -> None:
-    print()
-    for phase in model["training"]["phases"]:
-        epochs = f"{phase['epochs']} epoch{'' if phase['epochs'] == 1 else 's'}"
-        print(f"{phase['name']} phase: {epochs}, the best {phase['best_epoch']}; ended by {phase['end']}")
-    if best := model["best"]:
-        print(
-            f"best weights: {best['phase']} epoch {best['epoch']}, validation loss {best['valid_loss']:.4f}, "
-            f"accuracy {best['accuracy']:.3f}, AUC {best['roc_auc']:.3f}"
-        )
-    else:
-        print("no epoch was completed: the weights are those of the moment")
-    threshold = "" if model["threshold"] is None else f", decision threshold {model['threshold']:.3f}"
-    print(f"temperature {model['temperature']:.3f}{threshold} ({model['calibration']})")
-    print(f"export: {path}")
-    print(f"report: {path / 'report.html'}")
-    if model["status"] == "interrupted":
-        size = sum(file.stat().st_size for file in (path / CHECKPOINT).iterdir()) / 1e6
-        print(f"go on:  {run.resume_command} (that needs {path / CHECKPOINT}, {size:,.0f} MB; delete it otherwise)")
-    print(f"next: xray-fastai evaluate --model {path}\n      xray-fastai interpret --model {path}")
-    print(DISCLAIMER)
