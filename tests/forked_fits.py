@@ -5,8 +5,9 @@ Reads a job a line on standard input, and writes a result a line. A job is the k
     {"fit": {...}, "do": "kill", "at": "module:function@n"}
 
 does that as the child enters the function (or `module:Class.method`) for the n-th time: `kill` and `terminate` send
-itself SIGKILL and SIGTERM, `vanish` takes the folder of exports away. `starve` runs out of memory wherever the function
-(a method that gets a batch) sees more than n images. "limit" is the size in bytes that no file can pass.
+itself SIGKILL and SIGTERM, `vanish` takes the folder of exports away. `starve` runs out of memory from the n-th time on,
+wherever the function, a method that gets a batch, sees more than "most" images. "limit" is the size in bytes that no
+file can pass.
 """
 
 import importlib
@@ -20,7 +21,7 @@ import traceback
 MODULES = "bundle calibration curves device learner loaders memory report signals trainingstate training"
 
 
-def arrange(what: str, where: str) -> None:
+def arrange(what: str, where: str, most: int = 0) -> None:
     import torch
 
     path, _, n = where.partition("@")
@@ -35,7 +36,7 @@ def arrange(what: str, where: str) -> None:
         nonlocal calls
         calls += 1
         if what == "starve":
-            if len(args[1]) > int(n):
+            if calls >= int(n) and len(args[1]) > most:
                 raise torch.OutOfMemoryError("no memory, for a test")
         elif calls == int(n):
             if what == "vanish":
@@ -52,7 +53,7 @@ def child(job: dict) -> None:
 
     try:
         if "do" in job:
-            arrange(job["do"], job["at"])
+            arrange(job["do"], job["at"], job.get("most", 0))
         if "limit" in job:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
         fit(**job["fit"])

@@ -21,6 +21,7 @@ from xray_fastai.runs import reserve
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
 BATCH = "xray_fastai.callbacks:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth in validation
+LOSS = "xray_fastai.learner:CalibratedCrossEntropy.__call__"
 END = "xray_fastai.trainingstate:save_between_phases@1"
 # The longer it trains, the worse it gets: the frozen phase is stopped early, after the rate was cut, and has the best
 # epoch; the unfrozen phase ends with its last.
@@ -179,20 +180,21 @@ def test_a_folder_that_vanishes(fits, whole):
 
 
 def test_out_of_memory_the_batch_is_halved(fits):
-    at = {"do": "starve", "at": "xray_fastai.learner:CalibratedCrossEntropy.__call__@3"}
-    output = fits(**{"do": at} | SETTINGS | {"freeze_epochs": 1, "epochs": 1}, name="starved")
+    at = {"do": "starve", "at": f"{LOSS}@8", "most": 7}  # in the second epoch's second batch
+    output = fits(**{"do": at} | SETTINGS | {"freeze_epochs": 2, "epochs": 1}, name="starved")
     assert re.findall(r"^out of memory in (.*)$", output, re.M) == [
-        "training: 4 images at once instead of 8, the gradients of 8 summed up for a step; going on from the beginning",
-        "training: 2 images at once instead of 4, the gradients of 8 summed up for a step; going on from the beginning",
-        "validation: 4 images at once instead of 8; going on from the beginning",
-        "validation: 2 images at once instead of 4; going on from the beginning",
+        "training: 4 images at once instead of 8, the gradients of 8 summed up for a step; "
+        "going on after frozen epoch 1",
+        "validation: 4 images at once instead of 8; going on after frozen epoch 1",
     ]
     model = settings_of(fits.exports / "starved")
     assert model["status"] == "complete" and model["settings"]["batch_size"] == 8
+    history = history_of(fits.exports / "starved")
+    assert [(row["phase"], row["epoch"]) for row in history] == [("frozen", "1"), ("frozen", "2"), ("unfrozen", "1")]
 
 
 def test_out_of_memory_with_one_image_is_told(fits):
-    at = {"do": "starve", "at": "xray_fastai.learner:CalibratedCrossEntropy.__call__@0"}
+    at = {"do": "starve", "at": f"{LOSS}@1"}
     output = fits(**{"do": at} | SETTINGS, code=1, name="starved-out")
     assert "out of memory on cpu (1 threads) even with one image at once; try a --size below 32" in output
     assert not list(fits.exports.glob(".starved*"))

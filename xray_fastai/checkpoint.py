@@ -14,7 +14,6 @@ last; it names its files with size and CRC-32. The newest checkpoint and the one
 import os
 import shutil
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +72,6 @@ class Checkpoints:
         self.number = 0  # of the newest checkpoint
         self.files: dict[str, dict] = {}  # those of the newest checkpoint: name -> size, CRC-32
         self.best: dict[str, Any] | None = None  # row, weights (files), outputs (file), as in the newest checkpoint
-        self.seconds: list[float] = []  # what each checkpoint took, from beginning to end
-        self.waited = 0.0  # seconds that training stood still for them
 
     def __enter__(self):
         return self
@@ -123,7 +120,6 @@ class Checkpoints:
         Raises:
             UserError: the one before could not be written.
         """
-        began = time.perf_counter()
         self.wait()
         self.number += 1
         new: Parts = {}
@@ -151,7 +147,6 @@ class Checkpoints:
             target=self._write, args=(self.number, manifest, new, files, earlier), name="checkpoint"
         )
         self.thread.start()
-        self.waited += time.perf_counter() - began
 
     def join(self) -> None:
         """Let what was started end."""
@@ -178,7 +173,6 @@ class Checkpoints:
         )
 
     def _write(self, number: int, manifest: dict, new: Parts, files: dict[str, dict], earlier: set[str]) -> None:
-        began = time.perf_counter()
         try:
             for stale in self.folder.iterdir():  # what the newest checkpoint doesn't need; that one stays till the next
                 if stale.name not in earlier | {SETTINGS, f"{number - 1:05}.json"}:
@@ -192,7 +186,6 @@ class Checkpoints:
             with suppress(OSError):
                 for half in self.folder.glob("*.tmp"):
                     half.unlink()
-        self.seconds.append(time.perf_counter() - began)
 
     def load(self, folder: Path | None = None) -> tuple[Saved | None, list[str]]:
         """The newest checkpoint that is whole, and what is wrong with each newer one; None where none was written.
