@@ -147,7 +147,8 @@ def _train_within_memory(
                 f"--device {plan.config.device}: out of memory on {plan.device_name} even with one image at once; "
                 f"try a --size below {plan.config.size} or a smaller --arch than {plan.config.arch}"
             )
-        del learn
+        learn.model.cpu()  # what calls this still holds the learner
+        learn.opt = None
         gc.collect()
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()
