@@ -150,6 +150,7 @@ def test_terminated_and_gone_on_with_it_is_the_same_under_another_name(fits, who
     assert re.search(r"^go on:  xray-fastai fit --resume preempted \(.*/checkpoint, \d+ MB; delete", output, re.M)
     assert settings_of(path)["status"] == "interrupted"
     load_learner(path)
+    assert len({file.stat().st_mode for file in (path / "checkpoint").iterdir()}) == 1
     output = fits(resume="preempted")
     assert going_on(output) == "preempted after the frozen phase, as preempted-2"
     same(whole, fits.exports / "preempted-2")
@@ -241,6 +242,7 @@ def test_the_newest_run_and_its_last_whole_checkpoint_are_gone_on_with(crashed, 
     """From where the same images are now; without the name of a run."""
     checkpoint = shutil.copytree(crashed / ".crashed.partial", crashed / ".newer.partial") / "checkpoint"
     os.utime(checkpoint / "settings.json")
+    (crashed / ".gone.lock").touch()
     damage(checkpoint / "00003.head.safetensors")
     Path("data").rename("moved")
     result = run("fit", "--resume", "--data", "moved")

@@ -15,8 +15,10 @@ from xray_fastai.runs import sync_folder
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     """Write a `.safetensors` file under its final name only once it is on the disk; its size and CRC-32."""
     half = path.with_name(f"{path.name}.tmp")
-    half.touch()  # safetensors would make it readable by its owner alone
+    half.touch()
+    mode = half.stat().st_mode  # safetensors makes it readable by its owner alone
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half)
+    half.chmod(mode)
     known = checked(half)
     _settle(half, path)
     return known

@@ -184,6 +184,9 @@ def unfinished(exports: str | Path) -> list[Unfinished]:
     """What fits that are not running any more left in a folder, the newest first."""
     exports = Path(exports)
     found = []
+    for path in exports.glob(".*.lock"):  # of a fit that was killed while it went on with an interrupted one
+        if not path.with_suffix(".partial").exists() and (lock := _acquire(path, timeout=0)) is not None:
+            _release(lock)
     for path in exports.glob(".*.partial"):
         run = Reservation(exports, path.name[1 : -len(".partial")])
         # without a checkpoint, it may also be an evaluation that is being written: `.<name>.<process>.partial`
