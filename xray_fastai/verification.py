@@ -21,7 +21,7 @@ HISTORY_BYTES = 5_000_000
 UNPACKED = 1_000_000_000
 """Bytes that one file of an archive may become while it is looked at."""
 PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".ckpt", ".joblib")
-KNOWN = ("curves.png", "batch.png")
+KNOWN = ("curves.png", "batch.png", "checkpoint")
 CODE = "loading a pickle can run code; not opened. Delete it, unless it is your own"
 
 
