@@ -13,6 +13,9 @@ from typer.testing import CliRunner
 
 from xray_fastai.cli import app
 
+# torch comes later: tests run side by side, one process a core, and torch's threads would get into each other's way
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # small, and without loading processes: seconds instead of minutes
 QUICK = ["--arch", "resnet18", "--size", "32", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
 
