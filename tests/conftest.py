@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from xray_fastai.cli import app
 
 # torch comes later: tests run side by side, one process a core, and torch's threads would get into each other's way
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# where the tests themselves are a background job, Ctrl-C is ignored, and so it would be in the commands they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # small, and without loading processes: seconds instead of minutes
 QUICK = ["--arch", "resnet18", "--size", "32", "--batch-size", "8", "--workers", "0", "--device", "cpu"]

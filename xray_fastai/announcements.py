@@ -32,6 +32,8 @@ def announce(plan: Plan) -> None:
     print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")
     loading = f"{config.workers} loading processes" if config.workers else "images loaded in the same process"
     print(f"device        {plan.device_name}, precision {plan.precision}, {loading}")
+    seen = "histogram equalised" if config.contrast == "equalize" else "grey values as they are"
+    print(f"images        {seen}, augmentation {config.augment}, learning rate {config.lr:g}, {config.schedule}")
     weights = plan.class_weights or [1] * len(data.classes)
     weighed = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(data.classes, weights, strict=True))
     print(f"loss weights  {weighed}")
@@ -64,6 +66,8 @@ def name_leftovers(run: Reservation) -> None:
 
 def conclude(path: Path, model: dict, run: Reservation) -> None:
     """Say how a fit ended; `model` is its `model.json`."""
+    from xray_fastai.groups import Group
+
     print()
     for phase in model["training"]["phases"]:
         epochs = f"{phase['epochs']} epoch{'' if phase['epochs'] == 1 else 's'}"
@@ -75,6 +79,16 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
         )
     else:
         print("no epoch was completed: the weights are those of the moment")
+    if model["worst_group"]:
+        worst = Group(**model["worst_group"])
+        share = f"the {worst.name} tenth of each class, {worst.images} images"
+        parted = worst.parts_from(best["roc_auc"])
+        print(
+            f"{'WARNING, ' if parted else ''}worst group: {share}: AUC {worst.roc_auc:.3f} "
+            f"({worst.low:.3f} to {worst.high:.3f})"
+        )
+        if parted:
+            print("  images that were taken differently may fare as badly: test on some before you trust the model")
     threshold = "" if model["threshold"] is None else f", decision threshold {model['threshold']:.3f}"
     print(f"temperature {model['temperature']:.3f}{threshold} ({model['calibration']})")
     print(f"export: {path}")

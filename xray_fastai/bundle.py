@@ -183,7 +183,8 @@ def rebuild(folder: Path, model: dict[str, Any]) -> "Learner":
     from xray_fastai.loaders import empty_loaders
     from xray_fastai.tensors import read_tensors
 
-    dls = empty_loaders(model["classes"], model["preprocessing"]["size"])
+    seen = model["preprocessing"]
+    dls = empty_loaders(model["classes"], seen["size"], seen.get("contrast", "none"))
     arch = model["architecture"]
     with torch.device("meta"):  # no memory, and no time for random weights: ResNet50 loads in 0.2 s instead of 0.3 s
         learn = build_learner(dls, arch, dropout=model["dropout"], class_weights=model["class_weights"])

@@ -13,7 +13,17 @@ import typer
 import typer.core
 
 from xray_fastai import __version__
-from xray_fastai.config import ARCHITECTURES, DEVICES, HELP, PRECISIONS, FitConfig
+from xray_fastai.config import (
+    ARCHITECTURES,
+    AUGMENTATIONS,
+    CONTRASTS,
+    DEVICES,
+    HELP,
+    PRECISIONS,
+    RECIPES,
+    SCHEDULES,
+    FitConfig,
+)
 from xray_fastai.errors import UserError
 
 app = typer.Typer(
@@ -83,8 +93,8 @@ def _option(name: str, **kwargs):
 
 
 def _choice(name: str, choices: tuple[str, ...]):
-    def check(value: str) -> str:
-        if value not in choices:
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in choices:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.")
         return value
 
@@ -113,7 +123,13 @@ def fit(
     size: Annotated[int | None, _option("size", min=32)] = FitConfig.size,
     arch: Annotated[str, _choice("arch", ARCHITECTURES)] = FitConfig.arch,
     weights: Annotated[str | None, _option("weights", metavar="imagenet|none|FILE")] = FitConfig.weights,
-    class_weights: Annotated[str, _option("class_weights", metavar="balanced|none|LIST")] = FitConfig.class_weights,
+    recipe: Annotated[str, _choice("recipe", tuple(RECIPES))] = FitConfig.recipe,
+    contrast: Annotated[str | None, _choice("contrast", CONTRASTS)] = FitConfig.contrast,
+    augment: Annotated[str | None, _choice("augment", AUGMENTATIONS)] = FitConfig.augment,
+    schedule: Annotated[str | None, _choice("schedule", SCHEDULES)] = FitConfig.schedule,
+    class_weights: Annotated[
+        str | None, _option("class_weights", metavar="balanced|none|LIST")
+    ] = FitConfig.class_weights,
     dropout: Annotated[float, _option("dropout")] = FitConfig.dropout,
     valid: Annotated[str, _option("valid", metavar="auto|folder|FRACTION")] = FitConfig.valid,
     positive: Annotated[str | None, _option("positive", metavar="CLASS")] = FitConfig.positive,

@@ -43,8 +43,9 @@ class Plan:
         config, classes = self.config, self.data.classes
         set_seed(config.seed, reproducible=self.device.type == "cpu")
         dls = make_loaders(
-            self.data.table, classes, config.size, batches["train"], self.device, config.workers, batches["valid"]
-        )
+            self.data.table, classes, config.size, batches["train"], self.device, config.workers, batches["valid"],
+            augment=config.augment, contrast=config.contrast,
+        )  # fmt: skip
         learn = build_learner(
             dls, config.arch, dropout=config.dropout, class_weights=self.class_weights, pretrained=self.pretrained
         )

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from xray_fastai.dataset import Collection, file_key
 
 if TYPE_CHECKING:
     from xray_fastai.calibration import Calibration
+    from xray_fastai.groups import Group
     from xray_fastai.plan import Plan
 
 DISCLAIMER = "For research and teaching. It is no medical device; never diagnose by it."
@@ -23,6 +25,7 @@ def model_record(
     ends: list[str],
     best: dict | None,
     calibration: "Calibration",
+    worst: "Group | None",
     seconds: float,
 ) -> dict[str, Any]:
     """The content of `model.json`, but for what `bundle.write` adds.
@@ -34,6 +37,7 @@ def model_record(
         ends: what ended each phase.
         best: the row of the epoch whose weights are exported.
         calibration: as settled on the validation split.
+        worst: the validation images that the model does worst on.
         seconds: that the fit took, in all its processes.
     """
     config, data = plan.config, plan.data
@@ -50,6 +54,7 @@ def model_record(
             "size": config.size,
             "channels": "grey",
             "resize": "whole image, bilinear",
+            "contrast": config.contrast,
             "scale": "imagenet",
         },
         "temperature": calibration.temperature,
@@ -66,6 +71,7 @@ def model_record(
             "phases": _phases(history, plan.phases, ends),
         },
         "best": best,
+        "worst_group": None if worst is None else asdict(worst),
         "versions": {"xray-fastai": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from xray_fastai.config import ARCHITECTURES, LARGEST, MOST_CLASSES, SMALLEST, FitConfig, class_fault
+from xray_fastai.config import ARCHITECTURES, CONTRASTS, LARGEST, MOST_CLASSES, SMALLEST, FitConfig, class_fault
 from xray_fastai.errors import UserError
 from xray_fastai.received import read_received
 from xray_fastai.text import fault_of, shown
@@ -93,6 +93,7 @@ class Preprocessing(Part):
     size: Annotated[int, Field(ge=SMALLEST, le=LARGEST)]
     channels: Literal["grey"]
     resize: Literal["whole image, bilinear"]
+    contrast: Literal[CONTRASTS] = "none"  # what exports had before there was a choice
     scale: Literal["imagenet"]
 
 
@@ -140,6 +141,14 @@ class Epoch(Part):
     accuracy: float
     roc_auc: float
     lr: float
+
+
+class WorstGroup(Part):
+    name: Text
+    images: Count
+    roc_auc: float
+    low: float
+    high: float
 
 
 class Weights(Part):
@@ -192,6 +201,7 @@ class Export(Part):
     settings: Settings
     training: Training
     best: Epoch | None
+    worst_group: WorstGroup | None = None
     versions: Annotated[dict[Text, Text], BeforeValidator(_few)]
     weights: Weights
 

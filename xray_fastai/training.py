@@ -1,5 +1,6 @@
 """A fit from split folders to an export: frozen phase, unfrozen phase, early stopping, best weights, checkpoints."""
 
+import contextlib
 import gc
 import time
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +12,7 @@ from xray_fastai.announcements import announce, conclude, name_leftovers, place,
 from xray_fastai.audit import fit_notes
 from xray_fastai.config import FitConfig
 from xray_fastai.dataset import read_collection
-from xray_fastai.errors import UserError
+from xray_fastai.errors import ImageError, UserError
 from xray_fastai.plan import Plan, fingerprint, make_plan
 from xray_fastai.record import model_record
 from xray_fastai.runs import SETTINGS, Reservation, Unfinished, reopen, reserve
@@ -97,7 +98,7 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started:
     if found is None:
         name_leftovers(run)
         checkpoints.keep({"settings": config.to_dict()})
-    config, data = read_collection(config)
+    config, data = read_collection(config.with_recipe())
     data.notes.extend(fit_notes(data))
     images = fingerprint(data)
     if found is not None:
@@ -227,14 +228,19 @@ def _train_phase(learn: "Learner", plan: Plan, name: str, epochs: int, callbacks
     from xray_fastai.learner import FrozenBody
 
     config = plan.config
-    callbacks = [*callbacks, Schedule(patience=max(1, config.patience // 2)), ChannelsLast()]
+    callbacks = [*callbacks, ChannelsLast()]
+    if config.schedule == "adaptive":
+        callbacks.append(Schedule(patience=max(1, config.patience // 2)))
     if name == "frozen":
         learn.freeze()
         callbacks.append(FrozenBody())
     else:
         learn.unfreeze()
-    # as fastai's fine_tune: half the peak rate once unfrozen, a hundredth of that for the first layers
-    lr = slice(config.lr / 200, config.lr / 2) if plan.fine_tunes and name == "unfrozen" else config.lr
+    lr = config.lr
+    if plan.fine_tunes and name == "unfrozen" and config.schedule == "adaptive":
+        lr = slice(
+            lr / 200, lr / 2
+        )  # as fastai's fine_tune: half the peak rate, a hundredth of it for the first layers
     try:
         with learn.no_logging():  # `log` prints the rows
             learn.fit(epochs, lr=lr, cbs=callbacks, reset_opt=True)
@@ -251,7 +257,10 @@ def _export(
     stop: "StopOnSignal",
     error: str | None,
 ) -> Result:
+    from scipy.special import softmax
+
     from xray_fastai.calibration import Calibration, calibrate
+    from xray_fastai.groups import appearance, worst_group
     from xray_fastai.learner import set_temperature
 
     data, history = plan.data, progress.history
@@ -267,7 +276,13 @@ def _export(
         calibration = calibrate(*outputs, positive, plan.config.target_sensitivity)
     set_temperature(learn, calibration.temperature)
     status = "diverged" if error else "interrupted" if stop.received is not None else "complete"
-    model = model_record(plan, status, history, progress.ends, best.row, calibration, progress.elapsed)
+    worst = None
+    if best.row is not None and positive is not None:
+        with contextlib.suppress(ImageError):  # the images may be gone by now; the export is not to be lost for that
+            scores = softmax(outputs[0] / calibration.temperature, axis=1)[:, positive]
+            looks, positives = appearance(list(data.valid.path)), (data.valid.label == data.positive).to_numpy()
+            worst = worst_group(looks, positives, data.valid.patient.to_numpy(), scores)
+    model = model_record(plan, status, history, progress.ends, best.row, calibration, worst, progress.elapsed)
     path = bundle.write(run, learn, model, history)
     conclude(path, model, run)
     return Result(path, status, history, plan.config, stop.received, error)

@@ -64,6 +64,7 @@ class SaveCheckpoint(Callback):
             "counters": {
                 name: {attr: getattr(getattr(self.learn, name), attr) for attr in attrs}
                 for name, attrs in COUNTERS.items()
+                if hasattr(self.learn, name)  # a constant rate has no schedule
             },
             "smooth_loss": [self.recorder.smooth_loss.count, self.recorder.smooth_loss.val.item()],
             "scaler": self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else {},

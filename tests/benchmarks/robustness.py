@@ -1,0 +1,114 @@
+"""How an export holds up on validation images that were made worse on purpose.
+
+    python -m tests.benchmarks.robustness EXPORT [EXPORT ...]
+
+As ImageNet-C does (Hendrycks & Dietterich, Benchmarking neural network robustness to common corruptions and
+perturbations, ICLR 2019): each corruption at five strengths, judged by the ROC AUC and by the balanced accuracy at the
+export's own threshold. The last line is one curve: the mean over the corruptions at each strength. Strength 0 is the
+image as it is.
+"""
+
+import io
+import sys
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from xray_fastai.dataset import labelled_images
+from xray_fastai.images import open_image
+from xray_fastai.inference import open_model, predict_all
+
+# -----------------------------------------------------------------------------
+SIDE = 224  # px, at which images are made worse; the network's size comes after that
+STRENGTHS = (1, 2, 3, 4, 5)
+# -----------------------------------------------------------------------------
+
+
+def darker(image: Image.Image, s: int) -> Image.Image:
+    return image.point([round(255 * (v / 255) ** (1 + 0.3 * s)) for v in range(256)])
+
+
+def brighter(image: Image.Image, s: int) -> Image.Image:
+    return image.point([round(255 * (v / 255) ** (1 / (1 + 0.3 * s))) for v in range(256)])
+
+
+def flatter(image: Image.Image, s: int) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(1 - 0.15 * s)
+
+
+def blurred(image: Image.Image, s: int) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(0.6 * s))
+
+
+def sharpened(image: Image.Image, s: int) -> Image.Image:
+    return image.filter(ImageFilter.UnsharpMask(radius=2, percent=60 * s, threshold=0))
+
+
+def noisy(image: Image.Image, s: int) -> Image.Image:
+    pixels = np.asarray(image, float)
+    return Image.fromarray((pixels + np.random.default_rng(0).normal(0, 5 * s, pixels.shape)).clip(0, 255).astype("u1"))
+
+
+def jpeg(image: Image.Image, s: int) -> Image.Image:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=(50, 30, 20, 12, 6)[s - 1])
+    return Image.open(stream).convert("L")
+
+
+def cropped(image: Image.Image, s: int) -> Image.Image:
+    margin = 6 * s
+    return image.crop((margin, margin, SIDE - margin, SIDE - margin)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+
+
+def bordered(image: Image.Image, s: int) -> Image.Image:
+    canvas, inner = Image.new("L", (SIDE, SIDE)), SIDE - 12 * s
+    canvas.paste(image.resize((inner, inner), Image.Resampling.BILINEAR), (6 * s, 6 * s))
+    return canvas
+
+
+def marked(image: Image.Image, s: int) -> Image.Image:
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    for i in range(s):
+        draw.text((8, 8 + 30 * i), "R AP", fill=255, font_size=12 + 4 * s)
+    return image
+
+
+CORRUPTIONS = (darker, brighter, flatter, blurred, sharpened, noisy, jpeg, cropped, bordered, marked)
+
+
+def main(exports: list[str]) -> None:
+    for export in exports:
+        model = open_model(export, "cpu")
+        table = labelled_images(model.settings, None, "valid")
+        images = [open_image(path, SIDE) for path in table.path]
+        positive = model.classes.index(model.positive)
+        truth = table.label.eq(model.positive).to_numpy()
+
+        def judge(images: list[Image.Image]) -> tuple[float, float]:
+            p = model.probabilities(predict_all(model, images))  # noqa: B023
+            return (
+                roc_auc_score(truth, p[:, positive]),  # noqa: B023
+                balanced_accuracy_score(truth, model.decide(p) == positive),  # noqa: B023
+            )
+
+        clean = judge(images)
+        rows = {
+            (corrupt.__name__, metric): [clean[i], *(value[i] for value in values)]
+            for corrupt in CORRUPTIONS
+            for values in [[judge([corrupt(image, s) for image in images]) for s in STRENGTHS]]
+            for i, metric in enumerate(("AUC", "balanced"))
+        }
+        shown = pd.DataFrame(rows, index=[0, *STRENGTHS]).T
+        print(f"\n{export}: {len(images)} validation images")
+        print(shown.to_string(float_format="{:.3f}".format))
+        print("mean")
+        print(shown.groupby(level=1).mean().to_string(float_format="{:.3f}".format))
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
+    main(sys.argv[1:])

@@ -1,0 +1,101 @@
+"""What images go through before the network, by recipe; and the validation images that a model does worst on."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageOps
+
+from tests.conftest import QUICK, settings_of
+from xray_fastai import fit, load_learner, predict
+from xray_fastai.groups import appearance, worst_group
+from xray_fastai.images import open_image
+
+FIT = {"arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu", "weights": "none"}
+
+
+def brighter(image: Image.Image) -> Image.Image:
+    """As by another exposure, or window; no two grey values become one."""
+    return image.point([(v + 40) if v < 200 else min(255, 240 + (v - 200) // 4) for v in range(256)])
+
+
+def test_exposure_changes_nothing_where_images_are_equalised(collection, tmp_path, run):
+    image = open_image(next((collection / "train" / "NORMAL").iterdir())).point(lambda v: v // 2)
+    found = {}
+    for contrast in ("equalize", "none"):
+        result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--contrast", contrast,
+                     "--exports", tmp_path, "--name", contrast)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        rows = predict([image, brighter(image)], tmp_path / contrast)
+        found[contrast] = abs(rows.p_PNEUMONIA[0] - rows.p_PNEUMONIA[1])
+    assert found["equalize"] < 1e-6 < 1e-3 < found["none"]
+
+
+def test_the_network_gets_what_pillow_equalises(export, an_image):
+    learn = load_learner(export)
+    image = open_image(an_image, 32)
+    (batch,) = learn.dls.test_dl([image], bs=1).one_batch()
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    seen = batch[0].permute(1, 2, 0).numpy() * std + mean  # (32, 32, 3)
+    assert np.allclose(seen, np.asarray(ImageOps.equalize(image))[..., None] / 255, atol=1e-5)
+
+
+def test_an_export_from_before_there_was_a_choice_sees_images_as_they_are(export, tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes())
+    model = settings_of(export)
+    for part, key in [("preprocessing", "contrast"), ("settings", "contrast"), ("settings", "recipe")]:
+        del model[part][key]
+    (old / "model.json").write_text(json.dumps(model))
+    image = Image.fromarray(np.full((32, 32), 90, np.uint8))
+    (batch,) = load_learner(old).dls.test_dl([image], bs=1).one_batch()
+    assert np.isclose(float(batch[0, 0].min()), (90 / 255 - 0.485) / 0.229, atol=1e-4)
+
+
+def test_plain_is_the_work_that_this_one_follows(collection, tmp_path):
+    fit(**FIT, data=collection, epochs=1, exports=tmp_path, name="plain", recipe="plain")
+    model = settings_of(tmp_path / "plain")
+    assert model["class_weights"] == [3, 1] and model["preprocessing"]["contrast"] == "none"
+    assert {model["settings"][name] for name in ("contrast", "augment")} == {"none"}
+    history = pd.read_csv(tmp_path / "plain" / "history.csv")
+    assert history.lr.tolist() == [2e-3]  # constant: neither warmed up nor brought down
+
+
+def test_what_is_given_wins_over_the_recipe(collection, tmp_path):
+    fit(**FIT, data=collection, epochs=1, exports=tmp_path, name="mixed", recipe="plain", augment="light")
+    settings = settings_of(tmp_path / "mixed")["settings"]
+    assert settings["augment"] == "light" and settings["contrast"] == "none"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--recipe", "best"), ("--contrast", "more"), ("--augment", "wild")])
+def test_a_choice_that_there_is_not(run, option, value):
+    result = run("fit", option, value)
+    assert result.exit_code == 2 and value in result.stderr
+
+
+def shaded(tmp_path, count: int) -> list[str]:
+    """Images from dark to bright, of one contrast and sharpness."""
+    rng, paths = np.random.default_rng(0), []
+    for i in range(count):
+        pixels = (60 + 120 * i / count + rng.normal(0, 10, (64, 64))).clip(0, 255)
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(pixels.astype(np.uint8)).save(paths[-1])
+    return paths
+
+
+def test_the_group_that_a_model_fails_on_is_named(tmp_path):
+    paths = shaded(tmp_path, 400)
+    positives = np.arange(400) % 2 == 1
+    scores = np.where(positives, 0.9, 0.1) + np.random.default_rng(1).uniform(-0.1, 0.1, 400)
+    scores[:40] = 1 - scores[:40]  # the darkest tenth of each class is called the other
+    worst = worst_group(appearance(paths), positives, np.arange(400), scores)
+    assert worst.name == "darkest" and worst.images == 40 and worst.roc_auc < 0.05 and worst.parts_from(0.9)
+    sound = worst_group(appearance(paths), positives, np.arange(400), np.where(positives, 0.9, 0.1))
+    assert sound.roc_auc == 1 and not sound.parts_from(1.0)
+
+
+def test_too_few_images_make_no_group(tmp_path):
+    positives = np.arange(60) % 2 == 1
+    assert worst_group(appearance(shaded(tmp_path, 60)), positives, np.arange(60), positives.astype(float)) is None
