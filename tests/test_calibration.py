@@ -22,12 +22,17 @@ def test_the_temperature_undoes_a_scale(outputs, scale):
     assert fit_temperature(logits * scale, targets) == pytest.approx(scale, rel=0.1)
 
 
-def test_youdens_threshold_is_the_best_of_the_roc_curve(outputs):
+def test_youdens_threshold_is_as_good_as_the_best_but_for_chance(outputs):
     logits, targets = outputs
-    scores = logits[:, 1]
+    scores = 1 / (1 + np.exp(-logits[:, 1] - 1))  # the best is at 0.73
     threshold = choose_threshold(scores, targets == 1)
-    fpr, tpr, _ = roc_curve(targets, scores)
-    assert 2 * balanced_accuracy_score(targets, scores >= threshold) - 1 == pytest.approx((tpr - fpr).max())
+    fpr, tpr, thresholds = roc_curve(targets, scores)
+    best = (tpr - fpr).argmax()
+    n = np.bincount(targets)
+    error = np.sqrt(tpr[best] * (1 - tpr[best]) / n[1] + fpr[best] * (1 - fpr[best]) / n[0])
+    j = 2 * balanced_accuracy_score(targets, scores >= threshold) - 1
+    assert (tpr - fpr).max() - error <= j + 1e-9
+    assert 0.5 < threshold < thresholds[best]  # nearer to 0.5 than the best one
 
 
 @pytest.mark.parametrize("target", [0.5, 0.9, 0.95, 1.0])

@@ -56,18 +56,21 @@ def fit(config: FitConfig | None = None, *, resume: bool | str | Path = False, *
     started = time.perf_counter()
     from xray_fastai.signals import sigterm_raises
 
-    with sigterm_raises():
-        if resume is False:
-            config = FitConfig(**settings) if config is None else config
-            with reserve(config.exports, config.name) as run:
-                return _fit(config, run, None, started)
-        if config is not None:
-            defaults = FitConfig()
-            given = {f.name: getattr(config, f.name) for f in fields(config)}
-            settings = {k: v for k, v in given.items() if v != getattr(defaults, k)} | settings
-        name = None if resume is True else str(resume)
-        with reopen(settings.get("exports", FitConfig.exports), name) as (run, found):
-            return _fit(_settings(found, run, settings), run, found, started)
+    try:
+        with sigterm_raises():
+            if resume is False:
+                config = FitConfig(**settings) if config is None else config
+                with reserve(config.exports, config.name) as run:
+                    return _fit(config, run, None, started)
+            if config is not None:
+                defaults = FitConfig()
+                given = {f.name: getattr(config, f.name) for f in fields(config)}
+                settings = {k: v for k, v in given.items() if v != getattr(defaults, k)} | settings
+            name = None if resume is True else str(resume)
+            with reopen(settings.get("exports", FitConfig.exports), name) as (run, found):
+                return _fit(_settings(found, run, settings), run, found, started)
+    finally:
+        gc.collect()  # a learner and its callbacks hold each other: ResNet18 and its optimiser are 220 MB a fit
 
 
 def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
