@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image, ImageOps
+import torch
+from fastai.vision.all import TensorImageBW
+from PIL import Image
 
 from tests.conftest import QUICK, settings_of
 from xray_fastai import fit, load_learner, predict
 from xray_fastai.groups import appearance, worst_group
 from xray_fastai.images import open_image
+from xray_fastai.loaders import Equalize
 
 FIT = {"arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu", "weights": "none"}
 
@@ -21,7 +24,7 @@ def brighter(image: Image.Image) -> Image.Image:
 
 
 def test_exposure_changes_nothing_where_images_are_equalised(collection, tmp_path, run):
-    image = open_image(next((collection / "train" / "NORMAL").iterdir())).point(lambda v: v // 2)
+    image = open_image(next((collection / "train" / "NORMAL").iterdir())).point(lambda v: 20 + v // 2)
     found = {}
     for contrast in ("equalize", "none"):
         result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--contrast", contrast,
@@ -32,13 +35,24 @@ def test_exposure_changes_nothing_where_images_are_equalised(collection, tmp_pat
     assert found["equalize"] < 1e-6 < 1e-3 < found["none"]
 
 
-def test_the_network_gets_what_pillow_equalises(export, an_image):
+def test_the_network_gets_grey_values_by_their_rank(export, an_image):
     learn = load_learner(export)
     image = open_image(an_image, 32)
     (batch,) = learn.dls.test_dl([image], bs=1).one_batch()
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     seen = batch[0].permute(1, 2, 0).numpy() * std + mean  # (32, 32, 3)
-    assert np.allclose(seen, np.asarray(ImageOps.equalize(image))[..., None] / 255, atol=1e-5)
+    values = np.asarray(image)
+    shown = np.sort(values[values >= 8])
+    share = np.where(values < 8, 0, np.searchsorted(shown, values, side="right") / len(shown))
+    assert np.allclose(seen, np.round(255 * share)[..., None] / 255, atol=1e-5)
+
+
+def test_a_black_border_changes_nothing_beside_it():
+    image = torch.randint(8, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    bordered = torch.nn.functional.pad(image, (5, 5, 5, 5))
+    equalized = Equalize()(TensorImageBW(bordered))
+    assert torch.equal(equalized[..., 5:-5, 5:-5], Equalize()(TensorImageBW(image)))
+    assert not equalized[..., :5].any()
 
 
 def test_an_export_from_before_there_was_a_choice_sees_images_as_they_are(export, tmp_path):

@@ -23,7 +23,6 @@ from fastai.vision.all import (
     imagenet_stats,
 )
 from PIL import Image
-from torchvision.transforms.v2.functional import equalize
 
 from xray_fastai.images import open_image
 
@@ -37,14 +36,22 @@ class XrayImage(PILImageBW):
 class Equalize(Transform):
     """Spread the grey values of each image evenly over 0 to 255 (Gonzalez & Woods, Digital Image Processing, 3.3.1).
 
-    What only rescales grey values (exposure, window, gamma) then changes nothing, in training as in use. Takes eight
-    bits (B, 1, S, S), and gives what Pillow's `ImageOps.equalize` gives.
+    What only rescales grey values (exposure, window, gamma) then changes nothing, in training as in use. What is black
+    is not counted, so that a black border doesn't either. Takes and gives eight bits (B, 1, S, S).
     """
 
     order = IntToFloatTensor.order - 1
+    black = 8  # grey values below stay, as part of no picture: a border, or the air beside a body
 
     def encodes(self, x: TensorImage):
-        return equalize(x)
+        values = x.as_subclass(torch.Tensor).flatten(1).long()  # (B, S * S)
+        counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(
+            1, values, torch.ones_like(values, dtype=torch.float32)
+        )
+        counts[:, : self.black] = 0
+        below = counts.cumsum(1)  # (B, 256)
+        table = (255 * below / below[:, -1:].clamp_min(1)).round()
+        return table.gather(1, values).view(x.shape).to(torch.uint8)
 
 
 class OpenXray(Transform):

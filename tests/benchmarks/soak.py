@@ -44,18 +44,23 @@ def predict_many(export: Path, images: list[Path], folder: Path, count: int) -> 
     command = ["predict", str(many), "--model", str(export), "--output", str(rows)]
     start = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "xray_fastai", *command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
+    peak = 0.0
+    while child.poll() is None:  # ru_maxrss would tell of this process, which the child was forked from
+        with contextlib.suppress(OSError, IndexError):
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            peak = max(peak, int(status.split("VmHWM:")[1].split()[0]) / 1e3)
+        time.sleep(0.1)
     seconds = time.perf_counter() - start
     with rows.open(newline="") as stream:
         found = list(csv.DictReader(stream))
     bad = sum(bool(row["error"]) for row in found)
     print(
         f"predict {count:>7,} files: {len(found):,} rows, {bad:,} of them errors, exit code "
-        f"{os.waitstatus_to_exitcode(status)}, {usage.ru_maxrss / 1e3:.0f} MB at most, {count / seconds:.0f} files/s",
+        f"{child.returncode}, {peak:.0f} MB at most, {count / seconds:.0f} files/s",
         flush=True,
     )
     assert len(found) == count and bad == count // 100
-    return usage.ru_maxrss / 1e3
+    return peak
 
 
 def main() -> None:
