@@ -36,8 +36,9 @@ class XrayImage(PILImageBW):
 class Equalize(Transform):
     """Spread the grey values of each image evenly over 0 to 255 (Gonzalez & Woods, Digital Image Processing, 3.3.1).
 
-    What only rescales grey values (exposure, window, gamma) then changes nothing, in training as in use. What is black
-    is not counted, so that a black border doesn't either. Takes and gives eight bits (B, 1, S, S).
+    What only rescales grey values (exposure, window, gamma) then changes nothing, in training as in use, as long as no
+    two values become one and none becomes black. What is black is not counted, so that a black border changes nothing
+    beside it. Takes and gives eight bits (B, 1, S, S).
     """
 
     order = IntToFloatTensor.order - 1
@@ -74,7 +75,7 @@ AUGMENT: dict[str, dict] = {
     "strong": {"max_rotate": 15.0, "min_zoom": 0.85, "max_zoom": 1.2},
 }
 """By option, what training images vary by besides brightness and contrast. No flips: the heart has its side, and on
-images unlike those trained on they cost 0.03 of AUC."""
+images unlike those trained on they cost 0.03 of AUC (one seed, ResNet18 at 64 px)."""
 
 
 def xray_block(classes: Sequence[str], size: int, *, augment: str = "none", contrast: str = "none") -> DataBlock:

@@ -241,9 +241,8 @@ def _train_phase(learn: "Learner", plan: Plan, name: str, epochs: int, callbacks
         learn.unfreeze()
     lr = config.lr
     if plan.fine_tunes and name == "unfrozen" and config.schedule == "adaptive":
-        lr = slice(
-            lr / 200, lr / 2
-        )  # as fastai's fine_tune: half the peak rate, a hundredth of it for the first layers
+        # as fastai's fine_tune: half the peak rate, a hundredth of it for the first layers
+        lr = slice(lr / 200, lr / 2)
     try:
         with learn.no_logging():  # `log` prints the rows
             learn.fit(epochs, lr=lr, cbs=callbacks, reset_opt=True)
