@@ -13,6 +13,7 @@ from tests.conftest import QUICK, settings_of
 from xray_fastai import fit, load_learner, predict
 from xray_fastai.groups import appearance, worst_group
 from xray_fastai.images import open_image
+from xray_fastai.learner import settle_batch_norm
 from xray_fastai.loaders import Equalize
 
 FIT = {"arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu", "weights": "none"}
@@ -113,3 +114,10 @@ def test_the_group_that_a_model_fails_on_is_named(tmp_path):
 def test_too_few_images_make_no_group(tmp_path):
     positives = np.arange(60) % 2 == 1
     assert worst_group(appearance(shaded(tmp_path, 60)), positives, np.arange(60), positives.astype(float)) is None
+
+
+@pytest.mark.parametrize(("images", "momentum"), [(160, 0.5), (400, 0.4), (4000, 0.1)])
+def test_batch_norm_follows_within_half_an_epoch(images, momentum):
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+    settle_batch_norm(model, images // 80)
+    assert model[1].momentum == momentum

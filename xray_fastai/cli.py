@@ -178,6 +178,7 @@ Export = Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="
 Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="[default: the folder that fit used]")]
 Device = Annotated[str, _choice("device", DEVICES)]
 Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Write there, not into the export.")]
+Tta = Annotated[bool, typer.Option("--tta", help="Test-time augmentation: the mean over five views of an image.")]
 Open = Annotated[bool, typer.Option("--open", help="Show report.html in the browser.")]
 
 
@@ -197,6 +198,7 @@ def evaluate(
         str, typer.Option(metavar="auto|T", help="Decision threshold: auto is the one that fit chose.")
     ] = "auto",
     uncalibrated: Annotated[bool, typer.Option("--uncalibrated", help="Without the temperature.")] = False,
+    tta: Tta = False,
     output: Output = None,
     device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
@@ -205,7 +207,9 @@ def evaluate(
     """How good a model is: metrics with 95 % intervals, a table of predictions and plots."""
     from xray_fastai.evaluation import evaluate as run
 
-    result = run(model, data, split, threshold, uncalibrated=uncalibrated, output=output, device=device)
+    result = run(
+        model, data, split, threshold, uncalibrated=uncalibrated, tta=tta, output=output, device=device
+    )  # fmt: skip
     print(result.to_json() if json else result)
     if open:
         _open(result.path.parent / "report.html")
@@ -249,6 +253,7 @@ def predict(
     recursive: Annotated[bool, typer.Option("--recursive", help="Folders with what is below them.")] = False,
     threshold: Annotated[float | None, typer.Option(min=0, max=1, help="[default: the one that fit chose]")] = None,
     uncalibrated: Annotated[bool, typer.Option("--uncalibrated", help="Without the temperature.")] = False,
+    tta: Tta = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
     device: Device = "auto",
 ) -> None:
@@ -257,7 +262,7 @@ def predict(
 
     bad = run(
         paths, model, output=output, resume=resume, heatmaps=heatmaps, recursive=recursive, threshold=threshold,
-        uncalibrated=uncalibrated, batch_size=batch_size, device=device,
+        uncalibrated=uncalibrated, tta=tta, batch_size=batch_size, device=device,
     )  # fmt: skip
     if bad:
         raise typer.Exit(1)

@@ -17,6 +17,7 @@ from xray_fastai.inference import Model, open_model, predict_all
 from xray_fastai.metrics import RESAMPLES, Interval, Measured, Scored, measure
 from xray_fastai.report import write_report
 from xray_fastai.results import Evaluation
+from xray_fastai.tta import Views
 
 FORMAT = 1
 """The layout of `metrics.json`."""
@@ -36,6 +37,7 @@ def evaluate(
     threshold: str | float = "auto",
     *,
     uncalibrated: bool = False,
+    tta: bool = False,
     output: str | Path | None = None,
     device: str = "auto",
 ) -> Evaluation:
@@ -47,6 +49,7 @@ def evaluate(
         split: test, valid (the images that `fit` validated on) or train.
         threshold: from which probability on an image is called positive; auto is the one that `fit` chose.
         uncalibrated: leave out the temperature. The threshold that `fit` chose is then moved with it.
+        tta: test-time augmentation (`xray_fastai.tta`): the mean over five views of each image.
         output: the folder to write `evaluation-<split>/` into instead of the export.
         device: auto, cpu, cuda or mps.
 
@@ -63,16 +66,18 @@ def evaluate(
     thresholds = _operating_points(opened, given, uncalibrated)
     final = Path(opened.path if output is None else output) / f"evaluation-{split}"
     with replaced(final, METRICS) as folder:
-        logits = predict_all(opened, table.path)
+        views = Views() if tta else None
+        logits = predict_all(opened, table.path, views)
         probabilities = opened.probabilities(logits, not uncalibrated)
         truth = np.array([opened.classes.index(label) for label in table.label])
         positive = opened.classes.index(opened.positive) if len(opened.classes) == 2 else None
         scored = Scored(truth, probabilities, pd.factorize(table.patient)[0], positive)
         called = {name: opened.decide(probabilities, at) for name, at in thresholds.items()}
         measured = measure(scored, called)
-        summary = _summary(opened, data, split, uncalibrated, thresholds, scored, called, measured)
+        summary = _summary(opened, data, split, uncalibrated, thresholds, scored, called, measured) | {"tta": tta}
         predictions = _predictions(opened.classes, table, scored, called["chosen"])
-        result = Evaluation(final, summary, predictions, _about(opened, summary, given))
+        about = _about(opened, summary, given) | ({} if views is None else {"tta": str(views)})
+        result = Evaluation(final, summary, predictions, about)
         (folder / METRICS).write_text(result.to_json() + "\n", encoding="utf-8")
         # a file name may hold bytes that are no text
         predictions.to_csv(folder / PREDICTIONS, index=False, encoding="utf-8", errors="backslashreplace")

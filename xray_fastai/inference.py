@@ -22,6 +22,7 @@ from xray_fastai.device import choose_device
 from xray_fastai.errors import ImageError, UserError
 from xray_fastai.images import EXTENSIONS, open_image
 from xray_fastai.terminal import track
+from xray_fastai.tta import Views
 
 Source = str | Path | bytes | Image.Image | np.ndarray
 """What `images.open_image` takes."""
@@ -132,8 +133,12 @@ class Batch:
             yield source, next(logits) if error is None else None, error
 
 
-def predict_batches(model: Model, sources: Iterable[Source], batch_size: int = 32) -> Iterator[Batch]:
+def predict_batches(
+    model: Model, sources: Iterable[Source], batch_size: int = 32, views: Views | None = None
+) -> Iterator[Batch]:
     """Predict sources in their order, decoding ahead of the network; memory doesn't grow with their number.
+
+    With `views`, by test-time augmentation.
 
     Raises:
         UserError: a batch does not fit into the device's memory.
@@ -163,7 +168,9 @@ def predict_batches(model: Model, sources: Iterable[Source], batch_size: int = 3
             decoded = [future.result() for _, future in taken]
             good = [image for image in decoded if not isinstance(image, str)]
             images = torch.stack(good) if good else torch.empty(0, 1, model.size, model.size, dtype=torch.uint8)
-            logits = model.logits(images).numpy() if good else np.empty((0, len(model.classes)), np.float32)
+            logits = np.empty((0, len(model.classes)), np.float32)
+            if good:
+                logits = (views.mean(model.logits, images) if views else model.logits(images)).numpy()
             errors = [image if isinstance(image, str) else None for image in decoded]
             yield Batch([source for source, _ in taken], errors, images, logits)
     except torch.OutOfMemoryError:
@@ -175,26 +182,26 @@ def predict_batches(model: Model, sources: Iterable[Source], batch_size: int = 3
 
 
 def predict_stream(
-    model: Model, sources: Iterable[Source], batch_size: int = 32
+    model: Model, sources: Iterable[Source], batch_size: int = 32, views: Views | None = None
 ) -> Iterator[tuple[Source, np.ndarray | None, str | None]]:
     """As `predict_batches`, a source at a time.
 
     Yields:
         The source; its logits (classes,), or None; what is wrong with the file, or None.
     """
-    with closing(predict_batches(model, sources, batch_size)) as batches:
+    with closing(predict_batches(model, sources, batch_size, views)) as batches:
         for batch in batches:
             yield from batch.outputs()
 
 
-def predict_all(model: Model, paths: Sequence[str]) -> np.ndarray:
+def predict_all(model: Model, paths: Sequence[str], views: Views | None = None) -> np.ndarray:
     """Logits (N, classes) of files all of which are wanted, with a progress bar on a terminal.
 
     Raises:
         UserError: one can't be read; the first by name, and how many there are.
     """
     logits, errors = [], []
-    for _, output, error in track(predict_stream(model, paths), "predicting", len(paths)):
+    for _, output, error in track(predict_stream(model, paths, views=views), "predicting", len(paths)):
         logits.append(output)
         if error:
             errors.append(error)

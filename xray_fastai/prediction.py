@@ -22,6 +22,7 @@ from xray_fastai.images import open_image
 from xray_fastai.inference import Batch, Model, Source, check_folder, image_sources, open_model, predict_batches
 from xray_fastai.rowfile import Row, RowFile, count_of
 from xray_fastai.terminal import SHOWN, Table, progress_bar
+from xray_fastai.tta import Views
 
 SAME = 1e-3
 """An image's probabilities by one model differ by less than this, whatever the device."""
@@ -34,6 +35,7 @@ def predict(
     recursive: bool = False,
     threshold: float | None = None,
     uncalibrated: bool = False,
+    tta: bool = False,
     batch_size: int = 32,
     device: str = "auto",
 ) -> pd.DataFrame:
@@ -46,6 +48,7 @@ def predict(
         threshold: the probability of the class to detect from which an image is called that; None: the export's own.
         uncalibrated: probabilities without the temperature. The export's own threshold moves with them, so that it
             makes the same decisions.
+        tta: test-time augmentation (`xray_fastai.tta`): the mean over five views of each image.
         batch_size: images at once; what comes out is the same.
         device: auto, cpu, cuda or mps; a model that is open stays where it is.
 
@@ -59,8 +62,8 @@ def predict(
     paths = [paths] if picture or isinstance(paths, (str, bytes, os.PathLike, Image.Image)) else list(paths)
     _check_folders(paths, recursive)
     model = model if isinstance(model, Model) else open_model(model, device)
-    rows = _Rows(model, threshold, uncalibrated)
-    with closing(predict_batches(model, image_sources(paths, recursive), batch_size)) as batches:
+    rows = _Rows(model, threshold, uncalibrated, tta)
+    with closing(predict_batches(model, image_sources(paths, recursive), batch_size, rows.views)) as batches:
         return pd.DataFrame([row for batch in batches for row in rows(batch)], columns=rows.columns)
 
 
@@ -74,6 +77,7 @@ def predict_command(
     recursive: bool = False,
     threshold: float | None = None,
     uncalibrated: bool = False,
+    tta: bool = False,
     batch_size: int = 32,
     device: str = "auto",
 ) -> int:
@@ -98,7 +102,7 @@ def predict_command(
         raise UserError("--resume: give the file to continue by --output")
     _check_folders(paths, recursive, heatmaps)
     opened = open_model(model, device)
-    rows = _Rows(opened, threshold, uncalibrated)
+    rows = _Rows(opened, threshold, uncalibrated, tta)
     maps = None if heatmaps is None else _HeatMaps(heatmaps, opened)
     sources = image_sources(chain.from_iterable(_standard_input() if p == "-" else [p] for p in paths), recursive)
     bar = progress_bar(None if "-" in paths else lambda: sum(1 for _ in image_sources(paths, recursive)))
@@ -143,7 +147,7 @@ def _run(
         if calls:
             print(f"{'continued':<14}after {count_of(calls.total(), 'row')} of {file.path}", flush=True)
     before, start = calls.total(), time.perf_counter()
-    with closing(predict_batches(model, sources, batch_size)) as batches, bar as advance:
+    with closing(predict_batches(model, sources, batch_size, rows.views)) as batches, bar as advance:
         for batch in batches:
             found = rows(batch, calls.total())
             if maps is not None:
@@ -154,6 +158,8 @@ def _run(
                 advance(calls.total())
     seconds, new = time.perf_counter() - start, calls.total() - before
     print(f"\n{'predicted':<14}{count_of(new, 'file')} in {seconds:.1f} s, {new / seconds:.0f} images/s")
+    if rows.views is not None:
+        print(f"{'tta':<14}{rows.views}")
     print(f"{'called':<14}{', '.join(f'{calls[name]:,} {name}' for name in model.classes)}; errors: {calls[None]:,}")
     if file is not None:
         print(f"{'written':<14}{file.path}, {count_of(file.rows, 'row')}")
@@ -169,8 +175,10 @@ class _Rows:
         model: Model,
         threshold: float | None,  # None: the export's own
         uncalibrated: bool,
+        tta: bool,
     ):
         self.model, self.calibrated = model, not uncalibrated
+        self.views = Views() if tta else None
         if threshold is not None and len(model.classes) != 2:
             raise UserError(f"--threshold {threshold:g}: of {len(model.classes)} classes the most probable is called")
         if threshold is not None and not 0 <= threshold <= 1:
@@ -296,7 +304,7 @@ def _skip_done(file: RowFile, sources: Iterator[Source], rows: _Rows) -> Counter
         calls[row["prediction"]] += 1
         last = row if row["error"] is None else last
     if last is not None:
-        (batch,) = predict_batches(rows.model, [last["path"]], 1)
+        (batch,) = predict_batches(rows.model, [last["path"]], 1, rows.views)
         (again,) = rows(batch)
         names = [name for name in rows.columns if name.startswith("p_")]
         if again["error"] is None and max(abs(again[name] - last[name]) for name in names) > SAME:

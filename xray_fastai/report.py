@@ -169,6 +169,7 @@ def _evaluation(told: dict) -> dict[str, Any]:
     return {
         **{key: told[key] for key in ("split", "data", "images", "patients", "counts", "calibrated", "temperature")},
         **{key: told[key] for key in ("positive", "intervals")},
+        "tta": told.get("tta", False),
         "points": [
             {"label": _point(key, point["threshold"]), "confusion": point["confusion"]} for key, point in points.items()
         ],
