@@ -32,6 +32,7 @@ def announce(plan: Plan) -> None:
     print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")
     loading = f"{config.workers} loading processes" if config.workers else "images loaded in the same process"
     print(f"device        {plan.device_name}, precision {plan.precision}, {loading}")
+    print(f"decoded       {plan.cache_note}")
     seen = "histogram equalised" if config.contrast == "equalize" else "grey values as they are"
     print(f"images        {seen}, augmentation {config.augment}, learning rate {config.lr:g}, {config.schedule}")
     weights = plan.class_weights or [1] * len(data.classes)

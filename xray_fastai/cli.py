@@ -141,6 +141,7 @@ def fit(
     device: Annotated[str, _choice("device", DEVICES)] = FitConfig.device,
     precision: Annotated[str, _choice("precision", PRECISIONS)] = FitConfig.precision,
     workers: Annotated[int | None, _option("workers", min=0)] = FitConfig.workers,
+    cache: Annotated[bool, typer.Option("--cache/--no-cache", help=HELP["cache"])] = FitConfig.cache,
     name: Annotated[str | None, _option("name", metavar="RUN")] = FitConfig.name,
     exports: Annotated[str, _option("exports", metavar="DIR")] = FitConfig.exports,
     resume: Annotated[
@@ -149,7 +150,7 @@ def fit(
             "--resume",
             metavar="[RUN]",
             help="Go on with a fit that crashed or was interrupted, with its settings; without RUN, with the newest. "
-            "Only --data, --device, --workers, --exports and --open may be given beside it.",
+            "Only --data, --device, --workers, --no-cache, --exports and --open may be given beside it.",
         ),
     ] = None,
     open: Annotated[bool, typer.Option("--open", help="Show report.html in the browser at the end.")] = False,
@@ -330,3 +331,16 @@ def phantom(
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror})") from None
     print(f"{images} synthetic X-rays in {folder}; next: xray-fastai fit --data {folder}")
+
+
+@data_app.command()
+@command
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete them.")] = False,
+) -> None:
+    """The decoded images that fits keep in the user's cache folder: how many files, where, how large."""
+    from xray_fastai import pixelcache
+
+    files = pixelcache.kept()
+    size = pixelcache.clear() if clear else sum(file.stat().st_size for file in files)
+    print(f"{pixelcache.folder()}: {pixelcache.told(size)} in {len(files)} files" + (", deleted" if clear else ""))

@@ -91,6 +91,7 @@ class FitConfig:
     device: str = _setting("auto", f"{', '.join(DEVICES)}.")
     precision: str = _setting("auto", f"{', '.join(PRECISIONS)}.")
     workers: int | None = _setting(None, "Processes that load images. [default: by device and cores]")
+    cache: bool = _setting(True, "Keep decoded images in the user's cache folder, for later epochs and fits.")
     name: str | None = _setting(None, "Name of the run. [default: date and time]")
     exports: str = _setting("exports", "Folder that the run's folder is written into.")
 

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from xray_fastai import pixelcache
 from xray_fastai.errors import UserError
 
 DRAWING = 1  # counts the changes of what is drawn, so that a cache is never of an older drawing
@@ -248,7 +249,7 @@ def cached() -> Path:
     Raises:
         UserError: the cache folder can't be written to.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xray-fastai"
+    cache = pixelcache.folder()
     folder = cache / f"phantom-{DRAWING}"
     if folder.is_dir():
         return folder

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from fastai.vision.all import Learner
 
+    from xray_fastai.pixelcache import PixelCache
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,6 +27,8 @@ class Plan:
     pretrained: tuple[dict, str] | None  # None also where a checkpoint has the weights
     class_weights: list[float] | None
     phases: list[tuple[str, int]]  # name, epochs at most
+    cache: "PixelCache | None"  # of decoded images
+    cache_note: str  # where it is, or why there is none
     batch_size: int
     parameters: tuple[int, int] = (0, 0)  # all, and those that train in the frozen phase
 
@@ -44,7 +48,7 @@ class Plan:
         set_seed(config.seed, reproducible=self.device.type == "cpu")
         dls = make_loaders(
             self.data.table, classes, config.size, batches["train"], self.device, config.workers, batches["valid"],
-            augment=config.augment, contrast=config.contrast,
+            augment=config.augment, contrast=config.contrast, cache=self.cache,
         )  # fmt: skip
         learn = build_learner(
             dls, config.arch, dropout=config.dropout, class_weights=self.class_weights, pretrained=self.pretrained
@@ -83,9 +87,12 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
     if origin is None:
         origin = FROM_SCRATCH if pretrained is None else pretrained[1]
     phases = [("frozen", config.freeze_epochs), ("unfrozen", config.epochs)]
+    cache, note = _pixel_cache(config, data)
     return Plan(
         config=config,
         data=data,
+        cache=cache,
+        cache_note=note,
         device=device,
         device_name=describe(device),
         precision=precision,
@@ -95,6 +102,19 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
         phases=phases[1:] if origin == FROM_SCRATCH or config.freeze_epochs == 0 else phases,
         batch_size=min(config.batch_size, len(data.train)),
     )
+
+
+def _pixel_cache(config: FitConfig, data: Collection) -> tuple["PixelCache | None", str]:
+    """The cache for the images of a fit, and what to say of it."""
+    from xray_fastai.pixelcache import PixelCache
+
+    if not config.cache:
+        return None, "none: each image is decoded in each epoch"
+    try:
+        cache = PixelCache(list(data.table.path), config.size)
+    except OSError as error:
+        return None, f"none: {error.filename or 'the cache folder'}: {error.strerror}; XDG_CACHE_HOME names another"
+    return cache, str(cache)
 
 
 def fingerprint(data: Collection) -> dict:

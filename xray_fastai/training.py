@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xray_fastai.signals import StopOnSignal
     from xray_fastai.trainingstate import Progress
 
-CHANGEABLE = ("data", "device", "workers", "exports")
+CHANGEABLE = ("data", "device", "workers", "cache", "exports")
 """Settings that may differ when a fit is gone on with. `data` is checked to hold the same images."""
 
 

@@ -1,0 +1,120 @@
+"""The cache of decoded images: the same fit, fewer decodings; stale, damaged, shared, cleared, or not to be had."""
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import QUICK
+from xray_fastai import loaders, pixelcache
+from xray_fastai.images import open_image
+from xray_fastai.pixelcache import PixelCache
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The files that loaders decode, as often as they do."""
+    seen = []
+
+    def counted(source, size):
+        if isinstance(source, str):
+            seen.append(source)
+        return open_image(source, size)
+
+    monkeypatch.setattr(loaders, "open_image", counted)
+    return seen
+
+
+@pytest.fixture
+def fit(run, collection, decoded):
+    """Fit two epochs; what was printed, the history, and how many files were decoded."""
+
+    def fit(name, *options):
+        decoded.clear()
+        result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", name, *options)
+        assert result.exit_code == 0, result.output
+        return result.output, (Path("exports") / name / "history.csv").read_text(), len(decoded)
+
+    return fit
+
+
+def test_a_file_is_decoded_once_and_the_fit_is_the_same(fit, run, collection):
+    images = sum(1 for _ in collection.glob("tra*/*/*")) + sum(1 for _ in collection.glob("val/*/*"))
+    _, plain, often = fit("plain", "--no-cache")
+    assert often > images and not pixelcache.kept()
+
+    output, first, once = fit("first")
+    (file,) = pixelcache.kept()
+    assert f"{file}, " in output.replace("\n", "") and first == plain and once <= images
+    _, second, none = fit("second")
+    assert second == plain and none == 0
+    for export in ("first", "second"):
+        assert b".pixels" not in (Path("exports") / export / "learner.pkl").read_bytes()
+
+    content = bytearray(file.read_bytes())
+    content[4 * images + 5 * 32 * 32] ^= 255  # a pixel of the sixth image
+    file.write_bytes(content)
+    _, mended, one = fit("mended")
+    assert mended == plain and one == 1
+
+    changed = next((collection / "train" / "NORMAL").iterdir())
+    Image.open(changed).rotate(180).save(changed, quality=95)
+    _, other, all_again = fit("changed")
+    assert other != plain and all_again == once
+    (new,) = pixelcache.kept()
+    assert new != file
+
+    told = run("data", "cache")
+    assert told.exit_code == 0 and "in 1 files" in told.output and str(new.parent) in told.output
+    assert "deleted" in run("data", "cache", "--clear").output and not pixelcache.kept()
+
+
+def test_two_at_once(tmp_path):
+    rng, paths = np.random.default_rng(0), [str(tmp_path / f"{i}.png") for i in range(50)]
+    images = dict(zip(paths, rng.integers(0, 256, (50, 32, 32), dtype=np.uint8), strict=True))
+    for path, image in images.items():
+        Image.fromarray(image).save(path)
+    with ThreadPoolExecutor(8) as pool:
+        caches = list(pool.map(lambda _: PixelCache(paths, 32), range(8)))
+        assert len({cache.path for cache in caches}) == 1 and len(pixelcache.kept()) == 1
+
+        def use(cache):
+            for path in rng.permutation(paths):
+                found = cache.get(path)
+                assert found is None or np.array_equal(found, images[path])
+                cache.put(path, images[path])
+
+        list(pool.map(use, caches))
+    assert all(np.array_equal(PixelCache(paths[::-1], 32).get(path), image) for path, image in images.items())
+    assert PixelCache(paths, 32).get(str(tmp_path / "another.png")) is None
+
+
+def test_where_no_cache_can_be(fit, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        output, history, _ = fit("full")
+    assert "No space left on device" in output and not pixelcache.kept()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    output, same, _ = fit("nowhere")
+    assert "none: " in output and same == history
+
+
+def test_what_is_long_unused_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(pixelcache, "UNUSED_DAYS", 0)
+    path = tmp_path / "an.png"
+    Image.new("L", (32, 32)).save(path)
+    small, large = (PixelCache([str(path)], size) for size in (32, 64))
+    assert pixelcache.kept() == [large.path] != [small.path]
