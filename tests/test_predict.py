@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import gradcam, load_learner, prediction
 from xray_fastai.cli import app
+from xray_fastai.device import cpu_has_bf16
 from xray_fastai.errors import UserError
 from xray_fastai.inference import open_model, predict_stream
 from xray_fastai.prediction import predict
@@ -41,7 +42,7 @@ def files(images):
 
 @pytest.fixture(scope="session")
 def model(export):
-    return open_model(export, "cpu")
+    return open_model(export, "cpu", "fp32")
 
 
 @pytest.fixture
@@ -73,9 +74,23 @@ def test_the_same_as_learn_predict_in_any_batch_and_order(batch_size, export, fi
     some = random.Random(batch_size).sample(files, 12)
     with learn.no_bar():
         expected = [learn.predict(path)[2].tolist() for path in some]
-    table = predict(some, export, batch_size=batch_size, device="cpu")
+    table = predict(some, export, batch_size=batch_size, device="cpu", precision="fp32")
     assert table.path.tolist() == some
     np.testing.assert_allclose(table[["p_NORMAL", "p_PNEUMONIA"]].to_numpy(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU does not compute in bf16")
+def test_bf16_where_it_was_trained_so(model, export, files, run):
+    fast = open_model(export, "cpu")
+    assert settings_of(export)["training"]["precision"] == fast.precision == "bf16"
+    exact, found = (np.stack([logits for _, logits, _ in predict_stream(m, files)]) for m in (model, fast))
+    spread = exact.std(axis=0).max()
+    assert 0 < np.abs(found - exact).max() < 0.1 * spread
+    batched = np.stack([logits for _, logits, _ in predict_stream(fast, files, batch_size=1)])
+    assert np.abs(found - batched).max() < 0.1 * spread
+    for command in (["predict", files[0]], ["evaluate", "--data", export.parent / "moved", "--split", "train"]):
+        said = {p: run(*command, "--model", export, "--precision", p).output for p in ("auto", "fp32")}
+        assert "precision bf16" in said["auto"] and "precision fp32" in said["fp32"]
 
 
 def test_an_image_is_called_at_the_threshold(model, files):

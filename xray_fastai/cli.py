@@ -19,6 +19,7 @@ from xray_fastai.config import (
     CONTRASTS,
     DEVICES,
     HELP,
+    INFERENCE_PRECISIONS,
     PRECISIONS,
     RECIPES,
     SCHEDULES,
@@ -178,6 +179,12 @@ def fit(
 Export = Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="[default: the newest in ./exports]")]
 Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="[default: the folder that fit used]")]
 Device = Annotated[str, _choice("device", DEVICES)]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision", metavar="|".join(INFERENCE_PRECISIONS), help="auto: bf16 where the model was trained in it."
+    ),
+]
 Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Write there, not into the export.")]
 Tta = Annotated[bool, typer.Option("--tta", help="Test-time augmentation: the mean over five views of an image.")]
 Open = Annotated[bool, typer.Option("--open", help="Show report.html in the browser.")]
@@ -202,6 +209,7 @@ def evaluate(
     tta: Tta = False,
     output: Output = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
     open: Open = False,
 ) -> None:
@@ -209,7 +217,8 @@ def evaluate(
     from xray_fastai.evaluation import evaluate as run
 
     result = run(
-        model, data, split, threshold, uncalibrated=uncalibrated, tta=tta, output=output, device=device
+        model, data, split, threshold, uncalibrated=uncalibrated, tta=tta, output=output, device=device,
+        precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:
@@ -257,13 +266,14 @@ def predict(
     tta: Tta = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
     device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """What a model says of new images. Exit code 1 where a file could not be read."""
     from xray_fastai.prediction import predict_command as run
 
     bad = run(
         paths, model, output=output, resume=resume, heatmaps=heatmaps, recursive=recursive, threshold=threshold,
-        uncalibrated=uncalibrated, tta=tta, batch_size=batch_size, device=device,
+        uncalibrated=uncalibrated, tta=tta, batch_size=batch_size, device=device, precision=precision,
     )  # fmt: skip
     if bad:
         raise typer.Exit(1)

@@ -18,6 +18,7 @@ from xray_fastai.text import fault_of, shown
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny", "efficientnet_b0")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+INFERENCE_PRECISIONS = ("auto", "fp32", "bf16")
 CONTRASTS = ("equalize", "none")
 AUGMENTATIONS = ("strong", "light", "none")
 SCHEDULES = ("adaptive", "constant")

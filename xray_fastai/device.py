@@ -59,4 +59,5 @@ def describe(device: torch.device) -> str:
     """A device as a person knows it: the GPU's name, or the CPU and its threads."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} thread{'s' if threads > 1 else ''})" if device.type == "cpu" else device.type

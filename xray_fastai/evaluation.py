@@ -12,6 +12,7 @@ from sklearn.metrics import confusion_matrix
 from xray_fastai import plots
 from xray_fastai.bundle import replaced
 from xray_fastai.dataset import labelled_images
+from xray_fastai.device import describe
 from xray_fastai.errors import UserError
 from xray_fastai.inference import Model, open_model, predict_all
 from xray_fastai.metrics import RESAMPLES, Interval, Measured, Scored, measure
@@ -40,6 +41,7 @@ def evaluate(
     tta: bool = False,
     output: str | Path | None = None,
     device: str = "auto",
+    precision: str = "auto",
 ) -> Evaluation:
     """Metrics with 95 % intervals, predictions and plots, written to `evaluation-<split>/` in the export.
 
@@ -52,6 +54,7 @@ def evaluate(
         tta: test-time augmentation (`xray_fastai.tta`): the mean over five views of each image.
         output: the folder to write `evaluation-<split>/` into instead of the export.
         device: auto, cpu, cuda or mps.
+        precision: auto, fp32 or bf16 (`inference.open_model`).
 
     Raises:
         UserError: no export, no such images, one that can't be read, or nowhere to write to; by name.
@@ -59,7 +62,7 @@ def evaluate(
     if split not in SPLITS:
         raise UserError(f"--split {split}: choose one of {', '.join(SPLITS)}")
     given = _threshold(threshold)
-    opened = open_model(model, device)
+    opened = open_model(model, device, precision)
     table = labelled_images(opened.settings, data, split)
     if table.empty:
         raise UserError(f"--split {split}: no image is left in it without those that fit validated on")
@@ -168,6 +171,7 @@ def _about(model: Model, summary: dict[str, Any], given: float | None) -> dict[s
     counts = ", ".join(f"{c} {n:,}{' (positive)' if c == positive else ''}" for c, n in summary["counts"].items())
     about = {
         "model": f"{model.path}: {summary['architecture']}",
+        "device": f"{describe(model.learn.dls.device)}, precision {model.precision}",
         "data": f"{summary['data']}, split {summary['split']}: {summary['images']:,} images, "
         f"{summary['patients']:,} patients",
         "classes": counts,

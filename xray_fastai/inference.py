@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from PIL import Image
 from scipy.special import expit, logit, softmax
 
 from xray_fastai import bundle
+from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.dataset import is_hidden
-from xray_fastai.device import choose_device
+from xray_fastai.device import choose_device, choose_precision
 from xray_fastai.errors import ImageError, UserError
 from xray_fastai.images import EXTENSIONS, open_image
 from xray_fastai.terminal import track
@@ -35,6 +37,7 @@ class Model:
     path: Path
     settings: dict[str, Any]  # model.json
     learn: Learner
+    precision: str = "fp32"  # of `outputs`: fp32 or bf16
 
     @property
     def classes(self) -> list[str]:
@@ -81,10 +84,28 @@ class Model:
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Outputs (B, classes) of eight-bit images (B, 1, size, size), on the CPU, in fp32."""
-        batch = TensorImageBW(images.to(self.learn.dls.device))
-        (batch,) = self.learn.dls.valid.after_batch((batch,))
         with torch.inference_mode(), _full_precision():
-            return self.learn.model(batch).as_subclass(torch.Tensor).float().cpu()
+            return self.learn.model(self._prepared(images)).as_subclass(torch.Tensor).float().cpu()
+
+    def outputs(self, images: torch.Tensor) -> torch.Tensor:
+        """As `logits`, in the model's `precision`."""
+        if self.precision == "fp32":
+            return self.logits(images)
+        with torch.inference_mode():
+            batch = self._prepared(images).as_subclass(torch.Tensor)
+            return self._folded(batch.to(torch.bfloat16, memory_format=torch.channels_last)).float().cpu()
+
+    def _prepared(self, images: torch.Tensor) -> torch.Tensor:
+        """Eight-bit images (B, 1, size, size) as the network takes them: (B, 3, size, size), on its device."""
+        (batch,) = self.learn.dls.valid.after_batch((TensorImageBW(images.to(self.learn.dls.device)),))
+        return batch
+
+    @cached_property
+    def _folded(self) -> torch.nn.Module:
+        """A copy of the network in bf16, with batch norm folded into the convolutions before it."""
+        from torch.fx.experimental.optimization import fuse
+
+        return fuse(self.learn.model).to(torch.bfloat16, memory_format=torch.channels_last)
 
 
 def newest_export(exports: str | Path = "exports") -> Path:
@@ -99,22 +120,28 @@ def newest_export(exports: str | Path = "exports") -> Path:
     return max(found, key=lambda path: (path / bundle.SETTINGS).stat().st_mtime)
 
 
-def open_model(path: str | Path | None = None, device: str = "auto") -> Model:
+def open_model(path: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Model:
     """An export from its safe files, on a device.
 
     Args:
         path: its folder; None takes the newest in ./exports.
         device: auto, cpu, cuda or mps.
+        precision: fp32, bf16, or auto: bf16 where the model was trained in it, and the device computes in it.
 
     Raises:
-        UserError: no export, a damaged one, or no such device.
+        UserError: no export, a damaged one, or no such device or precision.
     """
+    if precision not in INFERENCE_PRECISIONS:
+        raise UserError(f"--precision {precision}: choose one of {', '.join(INFERENCE_PRECISIONS)}")
     path = newest_export() if path is None else Path(path)
     settings, learn = bundle.load(path)
     place = choose_device(device)
     learn.dls.to(place)
     learn.model.to(place).eval()
-    return Model(path, settings, learn)
+    if precision == "auto":
+        trained_so = settings["training"]["precision"] == "bf16"
+        precision = "bf16" if trained_so and choose_precision("auto", place) == "bf16" else "fp32"
+    return Model(path, settings, learn, choose_precision(precision, place))
 
 
 @dataclass(frozen=True)
@@ -170,7 +197,7 @@ def predict_batches(
             images = torch.stack(good) if good else torch.empty(0, 1, model.size, model.size, dtype=torch.uint8)
             logits = np.empty((0, len(model.classes)), np.float32)
             if good:
-                logits = (views.mean(model.logits, images) if views else model.logits(images)).numpy()
+                logits = (views.mean(model.outputs, images) if views else model.outputs(images)).numpy()
             errors = [image if isinstance(image, str) else None for image in decoded]
             yield Batch([source for source, _ in taken], errors, images, logits)
     except torch.OutOfMemoryError:

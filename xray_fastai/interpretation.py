@@ -156,7 +156,7 @@ def interpret(
         raise UserError(f"--top {top}: give 1 or more")
     if only_errors and confident:
         raise UserError("--confident: shows images called rightly, --only-errors those called wrongly; give one")
-    model = open_model(model, device)
+    model = open_model(model, device, "fp32")
     if label is not None and label not in model.classes:
         raise UserError(f"--class {label}: no such class; the classes are {', '.join(model.classes)}")
     images = labelled_images(model.settings, data, split)

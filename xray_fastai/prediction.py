@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from xray_fastai.device import describe
 from xray_fastai.errors import UserError
 from xray_fastai.images import open_image
 from xray_fastai.inference import Batch, Model, Source, check_folder, image_sources, open_model, predict_batches
@@ -24,8 +25,8 @@ from xray_fastai.rowfile import Row, RowFile, count_of
 from xray_fastai.terminal import SHOWN, Table, progress_bar
 from xray_fastai.tta import Views
 
-SAME = 1e-3
-"""An image's probabilities by one model differ by less than this, whatever the device."""
+SAME = {"fp32": 1e-3, "bf16": 0.05}
+"""By precision: an image's probabilities by one model differ by less, whatever the device and the batch."""
 
 
 def predict(
@@ -38,6 +39,7 @@ def predict(
     tta: bool = False,
     batch_size: int = 32,
     device: str = "auto",
+    precision: str = "auto",
 ) -> pd.DataFrame:
     """Predict images; one that can't be read becomes a row with its error.
 
@@ -51,6 +53,7 @@ def predict(
         tta: test-time augmentation (`xray_fastai.tta`): the mean over five views of each image.
         batch_size: images at once; what comes out is the same.
         device: auto, cpu, cuda or mps; a model that is open stays where it is.
+        precision: auto, fp32 or bf16 (`inference.open_model`).
 
     Returns:
         A row an image, in the order of `paths`; the `path` of an image that has none is `image N`, from 0.
@@ -61,7 +64,7 @@ def predict(
     picture = isinstance(paths, np.ndarray) and paths.ndim in (2, 3)
     paths = [paths] if picture or isinstance(paths, (str, bytes, os.PathLike, Image.Image)) else list(paths)
     _check_folders(paths, recursive)
-    model = model if isinstance(model, Model) else open_model(model, device)
+    model = model if isinstance(model, Model) else open_model(model, device, precision)
     rows = _Rows(model, threshold, uncalibrated, tta)
     with closing(predict_batches(model, image_sources(paths, recursive), batch_size, rows.views)) as batches:
         return pd.DataFrame([row for batch in batches for row in rows(batch)], columns=rows.columns)
@@ -80,6 +83,7 @@ def predict_command(
     tta: bool = False,
     batch_size: int = 32,
     device: str = "auto",
+    precision: str = "auto",
 ) -> int:
     """Predict onto the terminal, or into `output` (.csv or .jsonl); `-` is a list of paths on standard input.
 
@@ -101,7 +105,7 @@ def predict_command(
     elif resume:
         raise UserError("--resume: give the file to continue by --output")
     _check_folders(paths, recursive, heatmaps)
-    opened = open_model(model, device)
+    opened = open_model(model, device, precision)
     rows = _Rows(opened, threshold, uncalibrated, tta)
     maps = None if heatmaps is None else _HeatMaps(heatmaps, opened)
     sources = image_sources(chain.from_iterable(_standard_input() if p == "-" else [p] for p in paths), recursive)
@@ -109,6 +113,7 @@ def predict_command(
     try:
         print(DISCLAIMER)
         print(f"{'model':<14}{opened.path}" + (" (the newest in ./exports)" if model is None else ""))
+        print(f"{'device':<14}{describe(opened.learn.dls.device)}, precision {opened.precision}")
         print(rows, flush=True)
         with nullcontext() if output is None else RowFile(output, rows.columns, resume) as file:
             try:
@@ -307,7 +312,7 @@ def _skip_done(file: RowFile, sources: Iterator[Source], rows: _Rows) -> Counter
         (batch,) = predict_batches(rows.model, [last["path"]], 1, rows.views)
         (again,) = rows(batch)
         names = [name for name in rows.columns if name.startswith("p_")]
-        if again["error"] is None and max(abs(again[name] - last[name]) for name in names) > SAME:
+        if again["error"] is None and max(abs(again[name] - last[name]) for name in names) > SAME[rows.model.precision]:
             raise UserError(
                 f"--resume: another model gave the rows in {file.path}, or the images changed since (by {last['path']})"
             )
