@@ -281,6 +281,21 @@ def predict(
 
 @app.command()
 @command
+def serve(
+    model: Export = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="To listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    device: Device = "auto",
+    open: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+) -> None:
+    """A page to drop images on, and POST /predict for programs. Ctrl-C ends it."""
+    from xray_fastai.server import serve as run
+
+    run(model, host, port, device=device, open=open)
+
+
+@app.command()
+@command
 def verify(
     export: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export's folder, or a .zip of one.")],
 ) -> None:
