@@ -61,8 +61,9 @@ def describe_api() -> dict[str, Any]:
                     "parameters": [heatmap],
                     "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}},
                     "responses": {
-                        "200": _answer("A prediction a file; a file that can't be read has its error.", "Predictions"),
-                        "422": _answer("None of the files can be read; each has its error.", "Predictions"),
+                        "200": _answer(
+                            "A prediction a file, or the error of a file that can't be read.", "Predictions"
+                        ),
                         **refusals,
                     },
                 }

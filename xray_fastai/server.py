@@ -1,6 +1,7 @@
 """`xray-fastai serve`: a page to drop images on and an API, by Starlette and uvicorn, until it is stopped."""
 
 import errno
+import logging
 import os
 import socket
 import webbrowser
@@ -45,12 +46,15 @@ def serve(
     with sigterm_raises(), listen(host, port) as listener:
         opened = open_model(model, device)
         desk = Desk(opened)
+        if "XRAY_FASTAI_DEBUG" not in os.environ:
+            logging.disable()  # what libraries log may tell of what was sent
         try:
             _run(desk, listener, host, newest=model is None, show=open)
         except KeyboardInterrupt:
             print("\nStopped.", flush=True)
         finally:
             desk.close()
+            logging.disable(logging.NOTSET)
 
 
 def _run(desk: Desk, listener: socket.socket, host: str, newest: bool, show: bool) -> None:
@@ -81,7 +85,6 @@ def _run(desk: Desk, listener: socket.socket, host: str, newest: bool, show: boo
         ws="none",
         lifespan="off",
         access_log=False,
-        log_level="info" if "XRAY_FASTAI_DEBUG" in os.environ else "critical",
         proxy_headers=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,

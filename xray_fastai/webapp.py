@@ -12,7 +12,6 @@ from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -116,8 +115,7 @@ class Desk:
             return Response(status_code=400)
         finally:
             self.requests -= 1
-        status = 200 if any(one.error is None for one in found) else 422
-        return _json(Predictions(predictions=found, model=self.facts), status)
+        return _json(Predictions(predictions=found, model=self.facts))
 
     async def look_at(self, name, file, heatmap: bool) -> Prediction:
         if file.size > MAX_FILE:
@@ -135,7 +133,7 @@ class Desk:
         self.thread.shutdown(cancel_futures=True)
 
 
-def create_app(desk: Desk, names: set[str]) -> Starlette:
+def create_app(desk: Desk, names: set[str]) -> ASGIApp:
     """The application.
 
     Args:
@@ -145,15 +143,15 @@ def create_app(desk: Desk, names: set[str]) -> Starlette:
     page = Response(_render(desk.facts), media_type="text/html")
     parts = {f"/{name}": Response(_read(name), media_type=kind) for name, kind in PAGE.items()}
     fixed = {"/": page, **parts, "/openapi.json": JSONResponse(describe_api())}
-    return Starlette(
+    app = Starlette(
         routes=[
             *(Route(path, response, methods=["GET"]) for path, response in fixed.items()),
             Route("/predict", desk.predict, methods=["POST"]),
             Route("/health", desk.health),
         ],
-        middleware=[Middleware(Guard, names=names)],
         exception_handlers={HTTPException: _refuse, Exception: _unexpected},
     )
+    return Guard(app, names)
 
 
 def _read(name: str) -> str:

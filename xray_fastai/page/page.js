@@ -65,7 +65,12 @@ async function work(mine) {
   if (mine === round) running -= 1;
 }
 
-const failed = (file, why) => ({ file: file.name, prediction: null, threshold: null, error: `${file.name}: ${why}` });
+const failed = (file, why, threshold = null) => ({
+  file: file.name,
+  prediction: null,
+  threshold,
+  error: `${file.name}: ${why}`,
+});
 
 async function ask(file, signal) {
   if (file.size > maxFile) {
@@ -87,7 +92,10 @@ async function ask(file, signal) {
         continue;
       }
       const answer = await response.json();
-      return answer.predictions ? answer.predictions[0] : failed(file, answer.error);
+      if (!answer.predictions) return failed(file, answer.error);
+      const result = answer.predictions[0];
+      if (result.error) return failed(file, result.error.replace(`${result.file}: `, ""), result.threshold);
+      return { ...result, file: file.name }; // on its way, quotation marks in the name became %22
     } catch {
       if (signal.aborted) return null;
       return failed(file, "no answer from the server; is it still running?");
@@ -120,8 +128,7 @@ function show(job) {
 }
 
 const reason = (job) => {
-  const start = `${job.file.name}: `;
-  const text = job.result.error.startsWith(start) ? job.result.error.slice(start.length) : job.result.error;
+  const text = job.result.error.slice(`${job.file.name}: `.length);
   return text.charAt(0).toUpperCase() + text.slice(1);
 };
 
@@ -145,7 +152,7 @@ function pictures(job) {
     one(
       result.heatmap,
       result.heatmap ? `Heat map of ${job.file.name}: what spoke for ${result.prediction}` : result.note,
-      `Heat map: what spoke for ${result.prediction}`,
+      `Heat map for ${result.prediction}`,
     ),
   ];
 }
@@ -173,7 +180,7 @@ function score(result) {
   let why = `The most probable class is called; probabilities ${kind}.`;
   if (decided) {
     const side = result.prediction === positive ? "at or above" : "below";
-    why = `Called ${result.prediction}: ${side} the threshold of ${significant(result.threshold)}; ${kind}.`;
+    why = `Called ${result.prediction}: ${side} the threshold of ${significant(result.threshold)} (the mark); ${kind}.`;
   }
   return make("div", "score", ...parts, make("p", "why", why));
 }

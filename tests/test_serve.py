@@ -1,0 +1,467 @@
+"""The server, started by the command line and asked over HTTP; its page, in a browser as a person uses it."""
+
+import asyncio
+import csv
+import io
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+from xray_fastai import uploads
+from xray_fastai.inference import open_model
+from xray_fastai.prediction import predict
+from xray_fastai.record import DISCLAIMER
+from xray_fastai.webapp import MAX_REQUESTS, Desk, create_app
+
+BROKEN = b"\xff\xd8\xff\xe0 no JPEG after all"
+
+
+def address_of(process):
+    """Where a server that was started listens, once it does; and all that it said until then."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("page"):
+            address = line.split()[1]
+        if "Ctrl-C" in line:
+            return address, said
+    pytest.fail(said + process.stderr.read())
+
+
+def stop(process, number):
+    """End a server; it ends well, and says nothing of errors."""
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "") and said.endswith("Stopped.\n"), said + errors
+
+
+def no_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # to write one byte into any file is an error
+
+
+@pytest.fixture(scope="module")
+def server(export, start):
+    """The address of a server on a free port; it could not write to a disk if it wanted to."""
+    process = start("serve", "--model", export, "--port", 0, "--device", "cpu", preexec_fn=no_disk)
+    yield address_of(process)[0]
+    stop(process, signal.SIGINT)
+
+
+@pytest.fixture(scope="session")
+def photos(export):
+    return sorted((export.parent / "moved" / "train").glob("*/*"))
+
+
+def send(server, *files, heatmap=False, **kwargs):
+    parts = [("file", (file.name, file.read_bytes()) if hasattr(file, "name") else file) for file in files]
+    return requests.post(f"{server}/predict?heatmap={str(heatmap).lower()}", files=parts, timeout=60, **kwargs)
+
+
+def noise(width, height, kind="PNG"):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width), np.uint8)).save(stream, kind)
+    return stream.getvalue()
+
+
+# the API
+
+
+def test_as_predict_says(server, export, photos):
+    some = photos[::5]
+    answer = send(server, *some)
+    assert answer.status_code == 200
+    found, table = answer.json(), predict(some, export, device="cpu")
+    assert [one["file"] for one in found["predictions"]] == [path.name for path in some]
+    for one, row in zip(found["predictions"], table.to_dict("records"), strict=True):
+        assert one["prediction"] == row["prediction"] and one["threshold"] == row["threshold"]
+        assert one["probabilities"] == pytest.approx({n: row[f"p_{n}"] for n in ("NORMAL", "PNEUMONIA")}, abs=1e-6)
+        assert one["error"] is None and one["image"] is None and one["heatmap"] is None
+    assert found["model"]["name"] == "small" and found["disclaimer"] == DISCLAIMER
+
+
+def test_a_bad_file_has_its_error_and_the_others_their_prediction(server, photos):
+    bad = [("broken.jpeg", BROKEN), ("empty.dcm", b""), ("notes.txt", b"hello"), ("two words ü.png", BROKEN)]
+    answer = send(server, photos[0], *bad)
+    found = answer.json()["predictions"]
+    assert answer.status_code == 200 and found[0]["prediction"] and found[0]["error"] is None
+    for (name, _), one in zip(bad, found[1:], strict=True):
+        assert one["file"] == name and one["error"].startswith(f"{name}: ") and one["prediction"] is None
+    assert "empty (0 bytes)" in found[2]["error"] and "not an image" in found[3]["error"]
+
+
+def test_too_many_pixels_and_too_large_a_file(server):
+    wide = io.BytesIO()
+    Image.new("1", (30_000, 2_000)).save(wide, "PNG")
+    found = send(server, ("wide.png", wide.getvalue()), ("large.bmp", bytes(51_000_000))).json()["predictions"]
+    assert "30000 x 2000 pixels" in found[0]["error"]
+    assert "51 MB; at most 50 MB" in found[1]["error"]
+
+
+def test_large_files_stay_in_memory(server):
+    assert len(noise(2500, 2000, "BMP")) > 2_000_000  # starlette alone would put it into the temporary files
+    (one,) = send(server, ("large.bmp", noise(2500, 2000, "BMP"))).json()["predictions"]
+    assert one["error"] is None and one["prediction"]
+
+
+def test_refused_requests(server, photos):
+    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    assert b" 413 " in raw(server, f"{head}Content-Length: 200000000\r\n\r\n")
+    endless = f"{head}Transfer-Encoding: chunked\r\n\r\n".encode()
+    part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    chunk = b"100000\r\n" + bytes(0x100000) + b"\r\n"
+    assert b" 413 " in raw(server, endless, b"%x\r\n%b\r\n" % (len(part), part), *[chunk] * 96)
+
+    many = send(server, *[("a.png", b"x")] * (uploads.MAX_FILES + 1))
+    assert many.status_code == 400 and str(uploads.MAX_FILES) in many.json()["error"]
+    text = requests.post(f"{server}/predict", data=photos[0].read_bytes(), headers={"Content-Type": "image/jpeg"})
+    assert text.status_code == 415 and "multipart/form-data" in text.json()["error"]
+    head = {"Content-Type": "multipart/form-data"}
+    for answer in (
+        requests.post(f"{server}/predict", files={"file": (None, "no file")}),
+        requests.post(f"{server}/predict", data=b"nonsense", headers=head),
+        requests.post(
+            f"{server}/predict", data=b"nonsense", headers={"Content-Type": "multipart/form-data; boundary=x"}
+        ),
+        requests.post(f"{server}/predict?heatmap=maybe", files={"file": BROKEN}),
+    ):
+        assert answer.status_code == 400 and answer.json()["error"]
+    assert requests.get(f"{server}/predict").status_code == 405
+    assert requests.get(f"{server}/../etc/passwd").status_code == 404
+    assert send(server, photos[0]).status_code == 200
+
+
+def raw(server, *parts):
+    """What the server answers to these bytes, which need not be a whole request."""
+    with connect(server) as connection:
+        for part in parts:
+            connection.sendall(part.encode() if isinstance(part, str) else part)
+        return connection.recv(1000)
+
+
+def connect(server):
+    host, port = server.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.example", "[::", ""])
+def test_a_name_that_is_not_this_machine_s_is_refused(server, host):
+    answer = raw(server, f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n")
+    assert b" 421 " in answer.splitlines()[0]
+
+
+def test_other_sites_may_not_send(server, photos):
+    port = server.rpartition(":")[2]
+    foreign = ["http://evil.example", "null", f"http://localhost:{int(port) - 1}", f"http://evil.example:{port}"]
+    for headers in [*({"Origin": origin} for origin in foreign), {"Sec-Fetch-Site": "cross-site"}]:
+        answer = send(server, photos[0], headers=headers)
+        assert answer.status_code == 403 and "another site" in answer.json()["error"]
+        assert "access-control-allow-origin" not in answer.headers
+    assert send(server, photos[0], headers={"Origin": server}).status_code == 200
+    tunnel = {"Host": "localhost:9999", "Origin": "http://localhost:9999"}
+    assert send(server, photos[0], headers=tunnel).status_code == 200
+
+
+def test_headers_of_every_answer(server, photos):
+    answers = [requests.get(f"{server}{path}") for path in ("/", "/page.js", "/health", "/nowhere")]
+    answers += [send(server, photos[0]), send(server, photos[0], headers={"Origin": "null"})]
+    for answer in answers:
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy and "http" not in policy
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert "server" not in answer.headers
+
+
+def test_busy_beyond_its_bound_but_the_page_answers(server, photos):
+    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    waiting = [connect(server) for _ in range(MAX_REQUESTS)]
+    for connection in waiting:
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n--x".encode())
+    wait_for(lambda: send(server, photos[0]).status_code == 503)
+    busy = send(server, photos[0])
+    assert busy.status_code == 503 and int(busy.headers["retry-after"]) > 0 and "busy" in busy.json()["error"]
+    assert requests.get(f"{server}/health", timeout=5).json()["status"] == "ok"
+    for connection in waiting:
+        connection.close()
+    assert wait_for(lambda: send(server, photos[0]).status_code == 200)
+
+
+def wait_for(found, seconds=20):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if result := found():
+            return result
+        time.sleep(0.05)
+    pytest.fail(f"not within {seconds} s")
+
+
+def test_the_page_answers_while_the_network_computes(server):
+    done = {}
+
+    def look():
+        done["status"] = send(server, *[("a.png", noise(1200, 1000))] * 16, heatmap=True).status_code
+        done["predicted"] = time.monotonic()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    time.sleep(0.3)
+    assert requests.get(f"{server}/health", timeout=30).ok
+    answered = time.monotonic()
+    thread.join()
+    assert done["status"] == 200 and answered < done["predicted"]
+
+
+def test_a_slow_upload_is_given_up(export, monkeypatch):
+    monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 0.1)
+    desk, said = Desk(open_model(export, "cpu")), []
+    headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": headers}
+
+    async def receive():
+        await asyncio.sleep(30)
+
+    async def collect(message):
+        said.append(message)
+
+    asyncio.run(create_app(desk, {"localhost"})(scope, receive, collect))
+    desk.close()
+    assert said[0]["status"] == 408 and desk.requests == 0
+
+
+def test_openapi(server, photos):
+    document = requests.get(f"{server}/openapi.json").json()
+    assert document["openapi"].startswith("3.1") and DISCLAIMER in document["info"]["description"]
+    schemas = document["components"]["schemas"]
+    references = set(re.findall(r'"\$ref": ?"([^"]+)"', requests.get(f"{server}/openapi.json").text))
+    assert references and all(ref.removeprefix("#/components/schemas/") in schemas for ref in references)
+
+    def fits(value, schema):
+        schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        kinds = [one.get("type") for one in schema.get("anyOf", [schema])]
+        names = {dict: "object", list: "array", str: "string", float: "number", bool: "boolean", type(None): "null"}
+        kind = "integer" if type(value) is int else names[type(value)]
+        assert kind in kinds or (kind == "integer" and "number" in kinds), (value, schema)
+        if "properties" in schema:
+            assert set(value) == set(schema["properties"])
+            for name, part in schema["properties"].items():
+                fits(value[name], part)
+        for part in value if isinstance(value, list) else ():
+            fits(part, schema["items"])
+
+    def schema_of(path, method, status):
+        answers = document["paths"][path][method]["responses"]
+        return answers[status]["content"]["application/json"]["schema"]
+
+    for heatmap in (False, True):
+        answer = send(server, photos[0], ("broken.png", BROKEN), heatmap=heatmap)
+        fits(answer.json(), schema_of("/predict", "post", "200"))
+    fits(requests.get(f"{server}/health").json(), schema_of("/health", "get", "200"))
+    fits(send(server, photos[0], headers={"Origin": "null"}).json(), schema_of("/predict", "post", "403"))
+    form = document["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["properties"]["file"]["maxItems"] == uploads.MAX_FILES
+
+
+# the command
+
+
+def test_what_can_t_be_served_is_said_in_one_line(run, refused, export, tmp_path, server):
+    port = server.rpartition(":")[2]
+    refused(run("serve", "--model", export, "--port", port), f"--port {port}", "in use", "--port 0")
+    refused(run("serve", "--model", export, "--host", "no.such.invalid"), "--host no.such.invalid")
+    refused(run("serve", "--model", export, "--host", "192.0.2.7", "--port", 0), "--host 192.0.2.7")
+    refused(run("serve", "--model", tmp_path, "--port", 0), tmp_path)
+    refused(run("serve", "--port", 0), "no export in it", "--model")
+    assert run("serve", "--port", 70000).exit_code == 2
+
+
+def test_to_others_with_a_warning_until_sigterm(run, export, photos):
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    address, found = f"http://127.0.0.1:{port}", {}
+
+    def ask():
+        with connect(address) as idle:  # one that is connected does not keep the server from its end
+            found["own name"] = requests.get(address, headers={"Host": socket.gethostname()}).status_code
+            found["other"] = requests.get(address, headers={"Host": "evil.example"}).status_code
+            os.kill(os.getpid(), signal.SIGTERM)
+            found["end"] = idle.recv(10)
+
+    asking = threading.Thread(target=lambda: wait_for(lambda: reachable(address)) and ask())
+    asking.start()
+    result = run("serve", "--model", export, "--host", "0.0.0.0", "--port", port, "--device", "cpu")
+    asking.join()
+    assert found == {"own name": 200, "other": 421, "end": b""}
+    assert result.exit_code == 0 and result.stderr == "" and result.stdout.endswith("Stopped.\n"), result.output
+    lines = {line[:14].strip(): line[14:] for line in result.stdout.splitlines()}
+    assert lines["warning"].startswith("other machines reach this too; there is no login")
+    assert lines["model"] == str(export) and lines["device"].startswith("cpu (") and "fp32" in lines["device"]
+    assert result.stdout.startswith(DISCLAIMER)
+
+
+def reachable(address):
+    try:
+        return requests.get(f"{address}/health", timeout=20).ok
+    except requests.ConnectionError:
+        return False
+
+
+# the page
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no browser is here: install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page; at the end nothing went wrong in it, and it asked no other server for anything."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page, wrong, asked = context.new_page(), [], []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(server)
+    yield page
+    context.close()
+    assert not wrong
+    assert all(url.startswith((f"{server}/", "data:image/", f"blob:{server}/")) for url in asked), asked
+
+
+def drop(page, *paths):
+    """Files from the desktop, as the browser takes them from the system."""
+    box = page.locator("#drop").bounding_box()
+    where = {"x": box["x"] + 20, "y": box["y"] + 20}
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    devtools = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
+
+
+def done(page, number):
+    page.locator("#status", has_text=re.compile(f"^{number} files? done")).wait_for(timeout=30_000)
+
+
+def test_drop_a_file_and_see_the_result(page, photos, export):
+    drop(page, photos[-1])
+    done(page, 1)
+    row = predict(photos[-1], export, device="cpu").iloc[0]
+    card = page.locator(".card")
+    assert row.prediction in card.locator(".call").inner_text() and photos[-1].name in card.inner_text()
+    assert f"{row.p_PNEUMONIA:.3f}" in card.inner_text() and f"{row.threshold:.4g}" in card.inner_text()
+    assert "not calibrated" in card.inner_text()
+    assert f"{photos[-1].name}: {row.prediction}" in page.locator("[role=status]").inner_text()
+    assert page.get_by_text(DISCLAIMER).first.is_visible()
+    assert card.locator("img").first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 40
+    assert "one cell for the whole image" in card.inner_text()  # of a network that sees 32 pixels
+
+
+def test_drop_a_broken_one_and_see_the_message(page, photos, tmp_path):
+    (tmp_path / "broken.jpeg").write_bytes(BROKEN)
+    drop(page, tmp_path / "broken.jpeg")
+    done(page, 1)
+    assert "Broken image" in page.locator(".card.bad").inner_text()
+    assert "not read" in page.locator("[role=status]").inner_text()
+    drop(page, photos[0])  # and the page goes on
+    done(page, 2)
+    assert page.locator("#counts").inner_text().endswith("1 not read")
+
+
+def test_several_at_once_by_the_file_input_and_their_table(page, photos, export, tmp_path):
+    names = ["=1+1.jpeg", "<img src=x onerror=alert(1)>.jpeg", 'a "quoted", name.jpeg', "scan without extension"]
+    for name, photo in zip(names, photos[::10], strict=True):
+        shutil.copy(photo, tmp_path / name)
+    (tmp_path / "@broken.png").write_bytes(BROKEN)
+    paths = [tmp_path / name for name in [*names, "@broken.png"]]
+    chooser = page.get_by_label("Choose files")
+    assert chooser.get_attribute("accept") is None  # DICOM files often have no extension
+    chooser.set_input_files(paths)
+    done(page, 5)
+    assert page.locator(".card h3").all_inner_texts() == [path.name for path in paths]
+    assert page.locator("tbody th").all_inner_texts() == [path.name for path in paths]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download table").click()
+    rows = list(csv.DictReader(io.StringIO(download.value.path().read_text(encoding="utf-8"), newline="")))
+    table = predict(paths, export, device="cpu")
+    assert list(rows[0]) == list(table.columns)
+    assert [row["path"] for row in rows] == ["'=1+1.jpeg", *names[1:], "'@broken.png"]
+    for row, expected in zip(rows, table.to_dict("records"), strict=True):
+        assert float(row["threshold"]) == expected["threshold"]
+        if row["error"]:
+            assert row["error"].startswith("'@broken.png: ") and not row["prediction"] and not row["p_NORMAL"]
+        else:
+            assert row["prediction"] == expected["prediction"]
+            assert float(row["p_PNEUMONIA"]) == pytest.approx(expected["p_PNEUMONIA"], abs=1e-6)
+    page.get_by_role("button", name="Clear").click()
+    assert page.locator(".card").count() == 0 and not page.locator("#results").is_visible()
+
+
+def test_a_folder_by_drop(page, photos, tmp_path):
+    (tmp_path / "all" / "below").mkdir(parents=True)
+    for name in ("b.jpeg", "below/a.jpeg", ".hidden"):
+        shutil.copy(photos[0], tmp_path / "all" / name)
+    drop(page, tmp_path / "all")
+    done(page, 2)
+    assert page.locator(".card h3").all_inner_texts() == ["b.jpeg", "a.jpeg"]
+
+
+def test_by_keyboard_alone(page, photos):
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent").startswith("Skip")
+    page.keyboard.press("Tab")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(photos[0])
+    done(page, 1)
+    button = page.get_by_role("button", name="Enlarge")
+    button.focus()
+    page.keyboard.press("Enter")
+    assert page.get_by_role("dialog", name=photos[0].name).is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("dialog").is_visible()
+    assert button.evaluate("button => button === document.activeElement")
+
+
+def test_on_a_phone_and_in_the_dark(page, photos, tmp_path):
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    page.set_viewport_size({"width": 360, "height": 740})
+    shutil.copy(photos[0], long := tmp_path / f"{'unbroken_' * 12}.jpeg")
+    drop(page, long, photos[1])
+    done(page, 2)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_busy_server_is_asked_again(browser, server, photos):
+    page = browser.new_page()
+    page.goto(server)
+    answers = [503, 503]
+    page.route(
+        "**/predict",
+        lambda route: (
+            route.fulfill(status=answers.pop(), headers={"Retry-After": "0.1"}) if answers else route.continue_()
+        ),
+    )
+    drop(page, photos[0])
+    done(page, 1)
+    assert not answers and page.locator(".card.bad").count() == 0
+    page.close()
