@@ -123,9 +123,9 @@ def answer(model: Model, name: str, content: bytes, heatmap: bool = True) -> Pre
         found.image = _uri(picture)
         (cam,) = grad_cam(model, batch.images, [called])  # (h, w)
         if cam.size == 1:
-            found.note = f"no heat map: {model.size} pixels leave one cell for the whole image"
+            found.note = f"No heat map: {model.size} pixels leave one cell for the whole image"
         elif not cam.any():
-            found.note = f"no heat map: no place speaks for {found.prediction} more than another"
+            found.note = f"No heat map: no place speaks for {found.prediction} more than another"
         else:
             found.heatmap = _uri(overlay(picture, cam))
     return found

@@ -177,10 +177,10 @@ function score(result) {
     parts.push(make("div", "line", make("span", "", label), make("strong", "", shown(p))), track);
   }
   const kind = document.body.dataset.calibrated === "true" ? "calibrated" : "not calibrated";
-  let why = `The most probable class is called; probabilities ${kind}.`;
+  let why = `The most probable class is called. Probabilities: ${kind}.`;
   if (decided) {
     const side = result.prediction === positive ? "at or above" : "below";
-    why = `Called ${result.prediction}: ${side} the threshold of ${significant(result.threshold)} (the mark); ${kind}.`;
+    why = `Called ${result.prediction}: ${side} the threshold of ${significant(result.threshold)} (the mark). Probability: ${kind}.`;
   }
   return make("div", "score", ...parts, make("p", "why", why));
 }
