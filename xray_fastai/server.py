@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import webbrowser
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -49,8 +50,8 @@ def serve(
         if "XRAY_FASTAI_DEBUG" not in os.environ:
             logging.disable()  # what libraries log may tell of what was sent
         try:
-            _run(desk, listener, host, newest=model is None, show=open)
-        except KeyboardInterrupt:
+            with suppress(KeyboardInterrupt):  # uvicorn ended well, and tells of the signal once more
+                _run(desk, listener, host, newest=model is None, show=open)
             print("\nStopped.", flush=True)
         finally:
             desk.close()
