@@ -80,7 +80,7 @@ def test_as_predict_says(server, export, photos):
     some = photos[::5]
     answer = send(server, *some)
     assert answer.status_code == 200
-    found, table = answer.json(), predict(some, export, device="cpu")
+    found, table = answer.json(), predict(some, export, device="cpu", precision="fp32")
     assert [one["file"] for one in found["predictions"]] == [path.name for path in some]
     for one, row in zip(found["predictions"], table.to_dict("records"), strict=True):
         assert one["prediction"] == row["prediction"] and one["threshold"] == row["threshold"]
@@ -360,7 +360,7 @@ def done(page, number):
 def test_drop_a_file_and_see_the_result(page, photos, export):
     drop(page, photos[-1])
     done(page, 1)
-    row = predict(photos[-1], export, device="cpu").iloc[0]
+    row = predict(photos[-1], export, device="cpu", precision="fp32").iloc[0]
     card = page.locator(".card")
     assert row.prediction in card.locator(".call").inner_text() and photos[-1].name in card.inner_text()
     assert f"{row.p_PNEUMONIA:.3f}" in card.inner_text() and f"{row.threshold:.4g}" in card.inner_text()
@@ -397,7 +397,7 @@ def test_several_at_once_by_the_file_input_and_their_table(page, photos, export,
     with page.expect_download() as download:
         page.get_by_role("button", name="Download table").click()
     rows = list(csv.DictReader(io.StringIO(download.value.path().read_text(encoding="utf-8"), newline="")))
-    table = predict(paths, export, device="cpu")
+    table = predict(paths, export, device="cpu", precision="fp32")
     assert list(rows[0]) == list(table.columns)
     assert [row["path"] for row in rows] == ["'=1+1.jpeg", *names[1:], "'@broken.png"]
     for row, expected in zip(rows, table.to_dict("records"), strict=True):

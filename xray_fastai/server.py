@@ -45,7 +45,7 @@ def serve(
         UserError: no export, a damaged one, no such device, or an address or port that can't be listened on.
     """
     with sigterm_raises(), listen(host, port) as listener:
-        opened = open_model(model, device)
+        opened = open_model(model, device, "fp32")
         desk = Desk(opened)
         if "XRAY_FASTAI_DEBUG" not in os.environ:
             logging.disable()  # what libraries log may tell of what was sent
