@@ -17,8 +17,8 @@ def announce(plan: Plan) -> None:
     if data.rehearsal:
         print(
             "REHEARSAL on X-rays that this program draws itself: the model will know nothing of patients.\n"
-            "For the real collection, get 'Chest X-Ray Images (Pneumonia)' (Kaggle, or\n"
-            "doi:10.17632/rscbjbr9sj), unpack it here, or give its folder by --data.\n"
+            "For the real collection (1.2 GB, doi:10.17632/rscbjbr9sj): xray-fastai data download;\n"
+            "for images of your own, give their folder by --data.\n"
         )
     print(f"data          {data.name}")
     for title, table in [("training", data.train), ("validation", data.valid)]:

@@ -1,4 +1,4 @@
-"""A .zip of an export, as it is sent around: looked at before anything of it is unpacked, and that no more than needed.
+"""A .zip from others is looked at before anything of it is unpacked; of an export's, no more than needed is.
 
 `zipfile` reads the whole list of names before it answers, so that list's size is bounded first (APPNOTE.TXT 6.3.10,
 4.3.16: the end of the archive tells it).
@@ -40,7 +40,7 @@ def unpack(archive: Path, folder: Path, wanted: Sequence[str], limit: int) -> tu
     """
     try:
         with archive.open("rb") as stream:
-            _check_end(archive, stream)
+            check_end(archive, stream, NAMES)
             with zipfile.ZipFile(stream) as opened:
                 return _unpack(archive, opened, folder, wanted, limit)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError, RuntimeError) as error:
@@ -49,8 +49,12 @@ def unpack(archive: Path, folder: Path, wanted: Sequence[str], limit: int) -> tu
         raise UserError(f"{archive}: can't be read or unpacked ({error.strerror or error})") from None
 
 
-def _check_end(archive: Path, stream: BinaryIO) -> None:
-    """See that the list of names can be read: where `zipfile` will look for its size, that is small."""
+def check_end(archive: Path, stream: BinaryIO, most: int) -> None:
+    """See that the list of names can be read: where `zipfile` will look for its size, that is at most so many bytes.
+
+    Raises:
+        UserError: it is larger, or there is none.
+    """
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - 66_000))
     tail = stream.read()
@@ -62,8 +66,8 @@ def _check_end(archive: Path, stream: BinaryIO) -> None:
         int.from_bytes(tail[at + 10 : at + 12], "little"),
         int.from_bytes(tail[at + 12 : at + 16], "little"),
     )
-    if names > NAMES or entries == 0xFFFF or tail[max(0, at - 20) :][:4] == b"PK\6\7":
-        raise UserError(f"{archive}: lists more files than an export has; don't unpack it")
+    if names > most or entries == 0xFFFF or tail[max(0, at - 20) :][:4] == b"PK\6\7":
+        raise UserError(f"{archive}: lists more files than such an archive has; don't unpack it")
     stream.seek(0)
 
 
@@ -72,7 +76,7 @@ def _unpack(
 ) -> tuple[str, list[str]]:
     entries = opened.infolist()
     for entry in entries:
-        if fault := _fault(entry):
+        if fault := entry_fault(entry):
             raise UserError(f"{archive}: {shown(entry.orig_filename)}: {fault}; don't unpack it")
     if sum(entry.file_size for entry in entries) > BYTES:
         raise UserError(f"{archive}: becomes more than {BYTES:,} bytes; don't unpack it")
@@ -104,7 +108,7 @@ def _extract(archive: Path, opened: zipfile.ZipFile, entry: zipfile.ZipInfo, pat
             raise UserError(f"{archive}: {entry.filename}: more than the {limit:,} bytes that it may have")
 
 
-def _fault(entry: zipfile.ZipInfo) -> str | None:
+def entry_fault(entry: zipfile.ZipInfo) -> str | None:
     """What is wrong with an entry, before it is opened."""
     name = entry.orig_filename  # `filename` ends at a zero byte, and has slashes for backslashes on Windows
     kind = stat.S_IFMT(entry.external_attr >> 16)
@@ -117,7 +121,7 @@ def _fault(entry: zipfile.ZipInfo) -> str | None:
     if entry.flag_bits & 0x1:
         return "encrypted"
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return f"packed by method {entry.compress_type}, which an export is not"
+        return f"packed by method {entry.compress_type}; plain and deflated files are taken"
     if entry.file_size > max(SMALL, RATIO * entry.compress_size):
         return f"a bomb: {entry.compress_size:,} bytes that become {entry.file_size:,}"
     return None

@@ -35,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Data sets: check one, draw a synthetic one.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets: get the public one, check one, draw a synthetic one.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 DEBUG = "XRAY_FASTAI_DEBUG"
@@ -335,6 +335,24 @@ def check(
             print(f"{'':9}{shlex.join(['xray-fastai', 'fit', *options, '--exclude', str(fix)])}")
     if not result.ok:
         raise typer.Exit(1)
+
+
+@data_app.command()
+@command
+def download(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet, or empty.")] = Path(
+        "chest_xray"
+    ),
+    url: Annotated[str | None, typer.Option(metavar="URL", help="Another address of the archive.")] = None,
+    archive: Annotated[Path | None, typer.Option(metavar="FILE", help="Unpack a .zip that is here already.")] = None,
+) -> None:
+    """Get the public collection (5,856 X-rays, 1.2 GB, CC BY 4.0) into DIR/{train,test}/{NORMAL,PNEUMONIA}.
+
+    A download that broke off is gone on with by the same command.
+    """
+    from xray_fastai.collection import obtain
+
+    print(obtain(folder, url, archive))
 
 
 @data_app.command()

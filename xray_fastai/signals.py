@@ -1,32 +1,10 @@
-"""Ctrl-C and SIGTERM: before training they stop at once and leave nothing; in training, after the batch."""
+"""Ctrl-C and SIGTERM in training: it stops after the batch."""
 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
 
 from fastai.vision.all import Callback, CancelFitException
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where Ctrl-C would raise a `KeyboardInterrupt`."""
-
-
-@contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Have SIGTERM raise `Terminated`, so that what is half done is cleaned up."""
-
-    def terminate(_number, _frame):
-        raise Terminated
-
-    before = None
-    with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
-        before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 class StopOnSignal(Callback):

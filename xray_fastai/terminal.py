@@ -80,6 +80,19 @@ def progress_bar(total: Callable[[], int] | None) -> Iterator[Callable[[int], No
         bar.stop()
 
 
+@contextmanager
+def transfer_bar(total: int | None, done: int) -> Iterator[Callable[[int], None]]:
+    "A bar of bytes on standard error, where that is a terminal; is told of each that came after the first `done`."
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = [BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
+    hidden = not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda count: bar.advance(task, count)
+
+
 def track(steps: Iterable[Step], what: str, total: int) -> Iterator[Step]:
     "The steps, with a bar where standard error is a terminal."
     from rich.console import Console

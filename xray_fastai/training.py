@@ -54,7 +54,7 @@ def fit(config: FitConfig | None = None, *, resume: bool | str | Path = False, *
         UserError: bad input, by name; nothing is left behind but a checkpoint that `resume` takes.
     """
     started = time.perf_counter()
-    from xray_fastai.signals import sigterm_raises
+    from xray_fastai.termination import sigterm_raises
 
     try:
         with sigterm_raises():
