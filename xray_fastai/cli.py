@@ -93,13 +93,17 @@ def _option(name: str, **kwargs):
     return typer.Option(f"--{name.replace('_', '-')}", help=HELP[name], **kwargs)
 
 
-def _choice(name: str, choices: tuple[str, ...]):
+def _one_of(*choices: str) -> Callable:
     def check(value: str | None) -> str | None:
         if value is not None and value not in choices:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.")
         return value
 
-    return _option(name, callback=check, metavar="|".join(choices) if len(choices) < 5 else "NAME")
+    return check
+
+
+def _choice(name: str, choices: tuple[str, ...]):
+    return _option(name, callback=_one_of(*choices), metavar="|".join(choices) if len(choices) < 5 else "NAME")
 
 
 class ResumeCommand(typer.core.TyperCommand):
@@ -306,6 +310,19 @@ def verify(
     print(found)
     if not found.ok:
         raise UserError(found.faults[0])
+
+
+@app.command()
+@command
+def export(
+    export: Annotated[Path | None, typer.Argument(metavar="EXPORT", help="[default: the newest in ./exports]")] = None,
+    format: Annotated[str, typer.Option(metavar="onnx", callback=_one_of("onnx"), help="Of the file.")] = "onnx",
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: RUN.onnx in this folder]")] = None,
+) -> None:
+    """An export as one file for other runtimes: preprocessing, network, temperature and softmax in one graph."""
+    from xray_fastai.onnx_export import export_onnx
+
+    print(export_onnx(export, output))
 
 
 @data_app.command()

@@ -9,6 +9,7 @@ Kermany, Goldbaum, Cai et al., Identifying Medical Diagnoses and Treatable Disea
 
 import contextlib
 import os
+import shlex
 import shutil
 import stat
 import zipfile
@@ -95,7 +96,9 @@ class Obtained:
             *lines,
             f"{'licence':<14}{LICENCE}",
             f"{'citation':<14}{CITATION}",
-            f"{'written':<14}{self.folder}; next: xray-fastai data check {self.folder}",
+            f"{'written':<14}{self.folder}",
+            f"next: xray-fastai data check {shlex.quote(str(self.folder))}",
+            f"      xray-fastai fit --data {shlex.quote(str(self.folder))}",
         ])  # fmt: skip
 
 
@@ -218,6 +221,7 @@ def _unpack(archive: Path, folder: Path, as_published: bool = False) -> Obtained
                 told = shown("; ".join(found.differences), 200)
                 raise UserError(f"{archive}: not as published: {told}; to take it as it is, give it by --archive")
             _check_free(folder, sum(entry.file_size for entry in images.values()), "to unpack the images")
+            print(f"{'unpacking':<14}{count_of(len(images), 'image')}", flush=True)
             steps = [(entry, unpacked / path) for path, entry in images.items()]
             steps += [(entry, None) for entry in others]
             for entry, path in track(steps, "unpacking", len(steps)):

@@ -35,26 +35,34 @@ class XrayImage(PILImageBW):
     _show_args = {"cmap": "gray"}  # noqa: RUF012
 
 
-class Equalize(Transform):
+BLACK = 8
+"""Grey values below are part of no picture: a border, or the air beside a body."""
+
+
+def equalize(images: torch.Tensor) -> torch.Tensor:
     """Spread the grey values of each image evenly over 0 to 255 (Gonzalez & Woods, Digital Image Processing, 3.3.1).
 
     What only rescales grey values (exposure, window, gamma) then changes nothing, in training as in use, as long as no
     two values become one and none becomes black. What is black is not counted, so that a black border changes nothing
-    beside it. Takes and gives eight bits (B, 1, S, S).
+    beside it. Takes and gives eight bits (B, 1, S, S). An ONNX file has it as a part of its graph, for any B.
     """
+    values = images.flatten(1).long()  # (B, S * S)
+    counts = torch.zeros(images.shape[0], 256, device=images.device).scatter_add_(
+        1, values, torch.ones_like(values, dtype=torch.float32)
+    )
+    counts[:, :BLACK] = 0
+    below = counts.cumsum(1)  # (B, 256)
+    table = (255 * below / below[:, -1:].clamp_min(1)).round()
+    return table.gather(1, values).view(images.shape).to(torch.uint8)
+
+
+class Equalize(Transform):
+    "`equalize` a batch, before it becomes floats."
 
     order = IntToFloatTensor.order - 1
-    black = 8  # grey values below stay, as part of no picture: a border, or the air beside a body
 
     def encodes(self, x: TensorImage):
-        values = x.as_subclass(torch.Tensor).flatten(1).long()  # (B, S * S)
-        counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(
-            1, values, torch.ones_like(values, dtype=torch.float32)
-        )
-        counts[:, : self.black] = 0
-        below = counts.cumsum(1)  # (B, 256)
-        table = (255 * below / below[:, -1:].clamp_min(1)).round()
-        return table.gather(1, values).view(x.shape).to(torch.uint8)
+        return equalize(x.as_subclass(torch.Tensor))
 
 
 class OpenXray(Transform):

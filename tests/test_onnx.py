@@ -1,0 +1,189 @@
+"""An ONNX file says what `predict` says, where there is no torch; and is not written where it would not."""
+
+import ast
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import settings_of
+from xray_fastai import onnx_export
+from xray_fastai.inference import Model
+from xray_fastai.learner import build_learner
+from xray_fastai.loaders import empty_loaders
+from xray_fastai.prediction import predict
+from xray_fastai.record import DISCLAIMER
+
+SNIPPET = """
+import json
+import numpy as np, onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession("rehearsal.onnx")
+told = session.get_modelmeta().custom_metadata_map  # classes, positive, threshold, size and more
+size = int(told["size"])
+image = Image.open("image.jpeg")
+image.draft("L", (size, size))  # a large JPEG at reduced scale, as `predict` decodes it
+image = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
+(p,) = session.run(None, {"images": np.array(image)[None, None]})[0]  # (classes,)
+print(dict(zip(json.loads(told["classes"]), p)), told.get("positive"), "from", told.get("threshold"))
+"""
+"""The README's."""
+
+
+@pytest.fixture(scope="module")
+def written(export, run, tmp_path_factory):
+    """The small export as ONNX, and what was said."""
+    output = tmp_path_factory.mktemp("onnx") / "small.onnx"
+    result = run("export", export, "--format", "onnx", "--output", output)
+    assert result.exit_code == 0, result.output
+    return output, result.stdout
+
+
+@pytest.fixture
+def written_before(written, monkeypatch):
+    """For what comes after the file was written: that takes a second each time."""
+    monkeypatch.setattr(onnx_export, "_write", lambda model, path, versions: shutil.copy(written[0], path))
+
+
+@pytest.fixture
+def files(an_image):
+    """Images of several kinds, sizes and codings."""
+    rng, made = np.random.default_rng(0), []
+    xray = Image.open(an_image).convert("L")
+    for name, picture in {
+        "as-it-is.png": xray,
+        "colour.png": Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8)),
+        "dark.png": xray.point(lambda grey: grey // 4),
+        "black.png": Image.new("L", (32, 32)),
+        "small.jpeg": xray,
+        "large.jpeg": xray.resize((400, 500)),  # decoded at an eighth of its size
+        "large.png": xray.resize((400, 500)),
+    }.items():
+        picture.save(name)
+        made.append(name)
+    return made
+
+
+def test_the_readmes_lines_say_what_predict_says(written, export, files, capsys):
+    output, _ = written
+    table = predict(files, export, device="cpu")
+    for row in table.itertuples():
+        names = {}
+        exec(SNIPPET.replace("rehearsal.onnx", str(output)).replace("image.jpeg", row.path), names)
+        assert names["p"] == pytest.approx([row.p_NORMAL, row.p_PNEUMONIA], abs=1e-5)
+        assert float(names["told"]["threshold"]) == row.threshold and names["told"]["positive"] == "PNEUMONIA"
+    assert table.p_PNEUMONIA.max() - table.p_PNEUMONIA.min() > 0.1  # else all would agree with all
+    assert "'NORMAL': " in capsys.readouterr().out
+
+
+def test_the_readmes_lines_need_no_torch():
+    imported = [node for node in ast.walk(ast.parse(SNIPPET)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {getattr(node, "module", None) or name.name for node in imported for name in node.names}
+    assert modules == {"json", "numpy", "onnxruntime", "PIL"}
+
+
+def test_any_number_of_images_at_once(written, export):
+    output, _ = written
+    session = onnxruntime.InferenceSession(output)
+    (given,), (got,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape) == ("images", "tensor(uint8)", ["N", 1, 32, 32])
+    assert (got.name, got.shape) == ("probabilities", ["N", 2])
+    images = np.random.default_rng(0).integers(0, 256, (11, 1, 32, 32), np.uint8)
+    (together,) = session.run(None, {"images": images})
+    alone = [session.run(None, {"images": image[None]})[0][0] for image in images]
+    assert together == pytest.approx(np.array(alone), abs=1e-6)
+    assert together.sum(axis=1) == pytest.approx(np.ones(11), abs=1e-6)
+
+
+def test_the_file_tells_what_it_is(written, export):
+    output, said = written
+    model, file = settings_of(export), onnx.load(output)
+    told = {entry.key: entry.value for entry in file.metadata_props}
+    assert json.loads(told["classes"]) == model["classes"] and told["positive"] == model["positive"]
+    assert float(told["threshold"]) == model["threshold"] and float(told["temperature"]) == model["temperature"]
+    assert told["weights_sha256"] == model["weights"]["sha256"] and told["export"] == "small"
+    assert json.loads(told["preprocessing"]) == model["preprocessing"]
+    assert json.loads(told["versions"]) == model["versions"]
+    assert json.loads(told["exported_by"])["onnx"] == onnx.__version__
+    assert told["disclaimer"] == file.doc_string == DISCLAIMER
+    assert str(export.parent) not in json.dumps(told)
+    assert "32 images in onnxruntime" in said and "resnet18, 32 x 32 px" in said
+
+
+def test_the_newest_export_by_its_name_in_this_folder(written_before, export, run):
+    shutil.copytree(export, "exports/first")
+    result = run("export")
+    assert result.exit_code == 0, result.output
+    assert Path("first.onnx").is_file() and sorted(path.name for path in Path().iterdir()) == ["exports", "first.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "contrast"), [("densenet121", "none"), ("convnext_tiny", "equalize"), ("efficientnet_b0", "none")]
+)
+def test_other_networks(architecture, contrast, export):
+    settings = settings_of(export)
+    settings |= {"architecture": architecture, "preprocessing": settings["preprocessing"] | {"contrast": contrast}}
+    learn = build_learner(empty_loaders(settings["classes"], 32, contrast), architecture)
+    learn.model.eval()
+    images = torch.from_numpy(onnx_export._varied(32))
+    logits = Model(export, settings, learn).logits(images).numpy()
+    learn.model[1][-1].weight.data /= np.ptp(logits[:, 1] - logits[:, 0]) / 4  # else all have the same probabilities
+    model = Model(export, settings, learn)
+    assert np.ptp(model.probabilities(model.logits(images).numpy())[:, 0]) > 0.3
+    onnx_export._write(model, Path("a.onnx"), {})
+    assert onnx_export._difference(model, Path("a.onnx"), onnxruntime) < 1e-5
+
+
+# what is refused
+
+
+def test_what_differs_from_torch_is_not_written(written_before, export, run, refused, monkeypatch):
+    honest = Model.probabilities
+    monkeypatch.setattr(Model, "probabilities", lambda *args: honest(*args) + np.array([2e-4, 0]))
+    refused(run("export", export), "small.onnx: not written", "differs from torch's by 0.0002")
+    monkeypatch.setattr(Model, "probabilities", lambda *args: honest(*args) * np.nan)
+    refused(run("export", export), "small.onnx: not written", "differs from torch's by nan")
+    assert not list(Path().iterdir())
+
+
+def test_what_onnxruntime_does_not_take_is_not_written(written_before, export, run, refused, monkeypatch):
+    write = onnx_export._write
+
+    def spoil(model, path, versions):
+        write(model, path, versions)
+        path.write_bytes(path.read_bytes()[:10_000])
+
+    monkeypatch.setattr(onnx_export, "_write", spoil)
+    refused(run("export", export), "does not run what was written")
+    assert not list(Path().iterdir())
+
+
+def test_stopped_it_leaves_nothing(written_before, export, run, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnx_export, "_difference", stop)
+    result = run("export", export)
+    assert result.exit_code == 130 and "nothing was written" in result.stderr
+    assert not list(Path().iterdir())
+
+
+def test_bad_input(export, run, refused, monkeypatch):
+    Path("there.onnx").write_text("mine")
+    refused(run("export", export, "--output", "there.onnx"), "--output there.onnx: is there already")
+    assert Path("there.onnx").read_text() == "mine"
+    refused(run("export", export, "--output", "none/a.onnx"), "--output none/a.onnx: there is no folder none")
+    refused(run("export", "none"), "none: not an export")
+    refused(run("export"), "exports: no export in it")
+    assert run("export", export, "--format", "tflite").exit_code == 2
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    refused(run("export", export), 'pip install "xray-fastai[onnx]"')
+    assert [path.name for path in Path().iterdir()] == ["there.onnx"]

@@ -1,0 +1,237 @@
+"""An export becomes one ONNX file that runs without torch: decoded and resized grey values in, probabilities out.
+
+Input `images`: eight-bit grey values (N, 1, size, size), as `images.open_image(file, size)` gives them. Output
+`probabilities`: (N, classes), calibrated, float32. In between, in the graph, is all that `predict` does: histogram
+equalisation where the export has it, scaling, ImageNet's normalisation to three channels, the network, temperature and
+softmax. N is free. The file's metadata holds what else is needed to use and to trust it, as text, or as JSON where
+`model.json` has a list or an object.
+"""
+
+import contextlib
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from xray_fastai import __version__
+from xray_fastai.errors import UserError, reason
+from xray_fastai.text import shown
+
+if TYPE_CHECKING:
+    import torch
+
+    from xray_fastai.inference import Model
+
+OPSET = 18
+"""ONNX 1.13 of December 2022, so that runtimes from onnxruntime 1.14 on read it; ScatterElements adds from 16 on."""
+IMAGES, TOLERANCE = 32, 1e-4
+"""How many images are compared, and by how much a probability may differ from torch's. With onnxruntime 1.32 it was
+1e-6 at most: each of the seven architectures at 64 px, ResNet50 also at 224 px, after an epoch of training."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and how it was checked."""
+
+    path: Path
+    model: "Model"
+    difference: float  # the largest of a probability from torch's
+
+    def __str__(self) -> str:
+        model, size = self.model, self.model.size
+        return "\n".join(
+            [
+                f"{'model':<14}{model.path}: {model.settings['architecture']}, {size} x {size} px",
+                f"{'input':<14}images: eight-bit grey values (N, 1, {size}, {size}), decoded and resized, nothing else",
+                f"{'output':<14}probabilities: (N, {len(model.classes)}), calibrated: {', '.join(model.classes)}",
+                f"{'checked':<14}{IMAGES} images in onnxruntime: probabilities within {self.difference:.1e} of torch's",
+                f"{'written':<14}{self.path}, {self.path.stat().st_size / 1e6:.1f} MB",
+            ]
+        )
+
+
+def export_onnx(export: str | Path | None = None, output: str | Path | None = None) -> Exported:
+    """Write an export as ONNX, whole or not at all, once it gives the probabilities that torch gives.
+
+    Args:
+        export: its folder; None takes the newest in ./exports.
+        output: the file, not there yet; None is <run>.onnx in the current folder.
+
+    Raises:
+        UserError: the extra `onnx` is not installed, no export, a damaged one, the file is there already or can't be
+            written, or what it gives in onnxruntime differs from torch.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f'{error.name} is not installed; pip install "xray-fastai[onnx]"') from None
+    from xray_fastai.inference import newest_export, open_model
+    from xray_fastai.termination import sigterm_raises
+
+    export = newest_export() if export is None else Path(export)
+    output = Path(f"{export.resolve().name}.onnx") if output is None else Path(output)
+    if output.exists() or output.is_symlink():
+        raise UserError(f"--output {output}: is there already; give another name, or remove it first")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or give another name")
+    model = open_model(export, "cpu")
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    with sigterm_raises():
+        try:
+            _write(model, partial, {"onnx": onnx.__version__})
+            difference = _difference(model, partial, onnxruntime)
+            if not difference <= TOLERANCE:
+                raise UserError(
+                    f"{output}: not written: in onnxruntime {onnxruntime.__version__} a probability differs from "
+                    f"torch's by {difference:.2g}, more than {TOLERANCE:g}; try another version of either"
+                )
+            with partial.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            os.replace(partial, output)
+        except OSError as error:
+            raise UserError(f"--output {output}: can't be written ({reason(error)}); give another name") from None
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    return Exported(output, model, difference)
+
+
+def _write(model: "Model", path: Path, versions: dict[str, str]) -> None:
+    import onnx
+    import torch
+
+    images = torch.zeros(2, 1, model.size, model.size, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        # It warns that it is the older of torch's two exporters. The newer one needs onnxscript, too; this one has no
+        # part in how a network of convolutions without control flow is written, and what it wrote is checked.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _graph(model),
+            (images,),
+            path,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_axes={"images": {0: "N"}, "probabilities": {0: "N"}},
+        )
+    written = onnx.load(path)
+    written.producer_name, written.producer_version = "xray-fastai", __version__
+    written.doc_string = model.settings["disclaimer"]
+    onnx.helper.set_model_props(written, _metadata(model, versions))
+    onnx.checker.check_model(written, full_check=True)
+    onnx.save(written, path)
+
+
+def _graph(model: "Model") -> "torch.nn.Module":
+    """From eight-bit images (N, 1, size, size) to probabilities (N, classes)."""
+    import torch
+    from fastai.vision.all import imagenet_stats
+
+    from xray_fastai.loaders import equalize
+
+    equalizes = model.settings["preprocessing"]["contrast"] == "equalize"
+
+    class Graph(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = model.learn.model
+            for name, values in zip(("mean", "std"), imagenet_stats, strict=True):
+                self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if equalizes:
+                images = equalize(images)
+            images = (images.float() / 255 - self.mean) / self.std  # (N, 3, size, size)
+            return torch.softmax(self.network(images) / model.temperature, dim=1)
+
+    return Graph().eval()
+
+
+def _metadata(model: "Model", versions: dict[str, str]) -> dict[str, str]:
+    import torch
+
+    told = model.settings
+    values = {
+        "export": model.path.resolve().name,
+        "disclaimer": told["disclaimer"],
+        "architecture": told["architecture"],
+        "classes": model.classes,
+        "positive": model.positive,
+        "threshold": model.threshold,
+        "temperature": model.temperature,
+        "calibration": told["calibration"],
+        "size": model.size,
+        "preprocessing": told["preprocessing"],
+        "rehearsal": told["data"]["rehearsal"],
+        "created": told["created"],
+        "weights_sha256": told["weights"]["sha256"],
+        "versions": told["versions"],  # of the fit
+        "exported_by": {"xray-fastai": __version__, "torch": torch.__version__, **versions},
+    }
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def _difference(model: "Model", path: Path, onnxruntime) -> float:
+    """The largest difference of a probability from torch's, over batches of several sizes; NaN where one is not finite.
+
+    Raises:
+        UserError: onnxruntime does not take the file.
+    """
+    import torch
+
+    images = _varied(model.size)  # (IMAGES, 1, size, size)
+    most = max(2, 8 * 224**2 // model.size**2)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    largest = 0.0
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        for batch in np.split(images, [1, *range(3, IMAGES, most)]):
+            (ours,) = session.run(["probabilities"], {"images": batch})
+            theirs = model.probabilities(model.logits(torch.from_numpy(batch)).numpy())
+            largest = np.maximum(largest, np.abs(ours - theirs).max())  # keeps NaN
+    except Exception as error:  # onnxruntime's have no class of their own above them
+        if not type(error).__module__.startswith("onnxruntime."):
+            raise
+        raise UserError(
+            f"onnxruntime {onnxruntime.__version__}: does not run what was written ({shown(error, 200)}); try another "
+            "version of it"
+        ) from None
+    return float(largest)
+
+
+def _varied(size: int) -> np.ndarray:
+    """Images of many kinds (IMAGES, 1, size, size): drawn X-rays, noise, gradients, blank ones, borders."""
+    from xray_fastai.phantom import draw
+
+    rng, side = np.random.default_rng(0), min(size, 256)
+    drawn = [
+        np.asarray(draw(rng, disease, side).resize((size, size), Image.Resampling.BILINEAR))
+        for disease in 6 * [None, "bacteria", "virus"]
+    ]
+    ramp = np.linspace(0, 255, size).astype(np.uint8)
+    bordered = drawn[0].copy()
+    bordered[:, : size // 4] = 0
+    others = [
+        *(np.full((size, size), grey, np.uint8) for grey in (0, 7, 8, 128, 255)),
+        np.tile(ramp, (size, 1)),
+        np.tile(ramp[:, None], (1, size)),
+        bordered,
+        *(
+            rng.integers(low, high, (size, size), np.uint8, endpoint=True)
+            for low, high in [(0, 255), (0, 15), (90, 95)]
+        ),
+        *(rng.normal(128, spread, (size, size)).clip(0, 255).astype(np.uint8) for spread in (5, 30, 80)),
+    ]
+    return np.stack([*drawn, *others])[:, None]
