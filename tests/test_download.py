@@ -297,6 +297,20 @@ def test_it_gives_up_in_the_end_and_goes_on_the_next_time(get, host, refused):
     assert host.ranges_asked() == ["bytes=60000-"] and "going on" in result.stdout
 
 
+@pytest.mark.parametrize("note", ["other", "damaged", "missing"])
+def test_what_is_here_of_an_unknown_file_is_not_gone_on_with(note, get, run, host):
+    host.plan = [closes(60_000), 404]
+    assert get().exit_code == 1
+    host.asked.clear()
+    if note == "damaged":
+        Path(f"{PART}.json").write_text('{"url": 3}')
+    elif note == "missing":
+        Path(f"{PART}.json").unlink()
+    url = f"{host.url}?other" if note == "other" else host.url
+    assert run("data", "download", "--url", url).exit_code == 0 and whole()
+    assert host.ranges_asked() == [None]
+
+
 def test_a_stall_before_the_answer(get, host, monkeypatch):
     monkeypatch.setattr(download, "STALL", 1)
     host.plan = [lambda host, _: host.released.wait(60)]
