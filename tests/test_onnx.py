@@ -30,7 +30,7 @@ session = onnxruntime.InferenceSession("rehearsal.onnx")
 told = session.get_modelmeta().custom_metadata_map  # classes, positive, threshold, size and more
 size = int(told["size"])
 image = Image.open("image.jpeg")
-image.draft("L", (size, size))  # a large JPEG at reduced scale, as `predict` decodes it
+image.draft("L", (2 * size, 2 * size))  # a large JPEG at reduced scale, as `predict` decodes it
 image = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
 (p,) = session.run(None, {"images": np.array(image)[None, None]})[0]  # (classes,)
 print(dict(zip(json.loads(told["classes"]), p)), told.get("positive"), "from", told.get("threshold"))
@@ -74,7 +74,7 @@ def files(an_image):
 
 def test_the_readmes_lines_say_what_predict_says(written, export, files, capsys):
     output, _ = written
-    table = predict(files, export, device="cpu")
+    table = predict(files, export, device="cpu", precision="fp32")
     for row in table.itertuples():
         names = {}
         exec(SNIPPET.replace("rehearsal.onnx", str(output)).replace("image.jpeg", row.path), names)
