@@ -1,27 +1,15 @@
 """Test-time augmentation: the mean over views of an image, in `predict` and `evaluate`, and its price."""
 
 import json
-import shutil
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 
-from tests.conftest import settings_of
 from xray_fastai.images import open_image
 from xray_fastai.inference import open_model
 from xray_fastai.prediction import predict
 from xray_fastai.tta import VIEWS, view
-
-
-@pytest.fixture(scope="module")
-def soft(export, tmp_path_factory):
-    """The small export, with probabilities that are not all next to 0 or 1."""
-    copy = tmp_path_factory.mktemp("soft") / "export"
-    shutil.copytree(export, copy)
-    (copy / "model.json").write_text(json.dumps(settings_of(export) | {"temperature": 20.0}))
-    return copy
 
 
 def test_views_are_of_the_same_image():
@@ -33,30 +21,32 @@ def test_views_are_of_the_same_image():
     assert quarter.std(1).max() == 0 and abs(abs(quarter[:, 0].diff()).mean() - 8) < 0.1
 
 
-def test_the_mean_of_the_logits_of_all_views(run, export, soft, tmp_path):
+def test_the_mean_of_the_logits_of_all_views(run, export, tmp_path):
     files = sorted((export.parent / "moved" / "train").glob("*/[!.]*"))[:6]
-    model = open_model(soft, "cpu", "fp32")
+    model = open_model(export, "cpu", "fp32")
     images = torch.stack([torch.from_numpy(np.array(open_image(f, model.size)))[None] for f in files])
     expected = torch.stack([model.logits(view(images, *how)) for how in VIEWS]).mean(0).numpy()
     got = predict(files, model, tta=True)
     assert np.allclose(got.p_PNEUMONIA, model.probabilities(expected)[:, 1], atol=1e-5)
     assert not np.allclose(got.p_PNEUMONIA, predict(files, model).p_PNEUMONIA, atol=1e-4)
 
-    result = run("predict", *files, "--tta", "--output", tmp_path / "rows.csv", "--model", soft, "--precision", "fp32")
+    result = run(
+        "predict", *files, "--tta", "--output", tmp_path / "rows.csv", "--model", export, "--precision", "fp32"
+    )
     assert result.exit_code == 0 and "mean of 5 views an image" in result.output and "s instead of" in result.output
     assert np.allclose(pd.read_csv(tmp_path / "rows.csv").p_PNEUMONIA, got.p_PNEUMONIA, atol=1e-6)
     again = run(
-        "predict", *files, "--output", tmp_path / "rows.csv", "--resume", "--model", soft, "--precision", "fp32"
+        "predict", *files, "--output", tmp_path / "rows.csv", "--resume", "--model", export, "--precision", "fp32"
     )
     assert again.exit_code == 1 and "another model gave the rows" in again.output  # without --tta
 
 
-def test_evaluate(run, export, soft, tmp_path):
-    options = ["--data", export.parent / "moved", "--split", "train", "--output", tmp_path, "--model", soft]
+def test_evaluate(run, export, tmp_path):
+    options = ["--data", export.parent / "moved", "--split", "train", "--output", tmp_path, "--model", export]
     result = run("evaluate", *options, "--tta")
     assert result.exit_code == 0 and "mean of 5 views an image" in result.output
     folder = tmp_path / "evaluation-train"
     assert json.loads((folder / "metrics.json").read_text())["tta"] is True
     assert "by test-time augmentation" in (tmp_path / "report.html").read_text()
     table = pd.read_csv(folder / "predictions.csv")
-    assert np.allclose(table.p_PNEUMONIA, predict(table.path, soft, tta=True).p_PNEUMONIA, atol=1e-6)
+    assert np.allclose(table.p_PNEUMONIA, predict(table.path, export, tta=True).p_PNEUMONIA, atol=1e-6)
