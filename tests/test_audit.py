@@ -316,7 +316,7 @@ def test_stray_files_are_told_apart(data):
     (folder / "Thumbs.db").write_bytes(b"x")
     (folder / ".DS_Store").write_bytes(b"x")
     (folder / "notes.txt").write_text("x")
-    (folder / "scan.dcm").write_bytes(bytes(128) + b"DICM" + bytes(50))
+    (folder / "scan.ima").write_bytes(bytes(128) + b"DICM" + bytes(50))
     Image.open(images(folder)[0]).save(folder / "scan.gif")
     shutil.copy(images(folder)[0], data / "train" / "outside.jpeg")
     findings, audit = found(data)
@@ -324,8 +324,8 @@ def test_stray_files_are_told_apart(data):
     assert files(findings["system-file"]) == ["train/NORMAL/.DS_Store", "train/NORMAL/Thumbs.db"]
     assert files(findings["no-image"]) == ["train/NORMAL/notes.txt"]
     unread = {file.name: file.detail for file in findings["not-read"].files}
-    assert unread.keys() == {"train/NORMAL/scan.dcm", "train/NORMAL/scan.gif", "train/outside.jpeg"}
-    assert "DICOM" in unread["train/NORMAL/scan.dcm"]
+    assert unread.keys() == {"train/NORMAL/scan.ima", "train/NORMAL/scan.gif", "train/outside.jpeg"}
+    assert "DICOM" in unread["train/NORMAL/scan.ima"]
 
 
 @pytest.mark.parametrize("argument", ["nowhere", "a-file", "empty"])

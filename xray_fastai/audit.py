@@ -24,8 +24,8 @@ from xray_fastai.duplicates import same_image
 from xray_fastai.errors import UserError
 from xray_fastai.facts import examine_all
 from xray_fastai.findings import SPLITS, Audit
-from xray_fastai.images import EXTENSIONS
-from xray_fastai.patients import patients_of
+from xray_fastai.images import is_image_file
+from xray_fastai.patients import numbered, patients_in
 from xray_fastai.rowfile import count_of
 from xray_fastai.shortcuts import find_shortcuts
 from xray_fastai.splits import ENOUGH_TO_VALIDATE
@@ -58,10 +58,9 @@ def check_data(data: str | Path | None = None, patient_pattern: str | None = Non
     else:
         root, splits = _find_splits(data)
     listed = pd.concat([_listed(root, split) for split in splits], ignore_index=True)
-    patients = patients_of([Path(file).name for file in listed.file], patient_pattern)
-    listed["patient"] = [patient or file for patient, file in zip(patients, listed.file, strict=True)]
-    is_image = listed.file.map(lambda name: name.lower().endswith(EXTENSIONS)) & ~listed.hidden & (listed.label != "")
+    is_image = ~listed.hidden & (listed.label != "") & listed.path.map(is_image_file)
     table = listed[is_image].drop(columns="hidden").reset_index(drop=True)
+    table = numbered(table.assign(patient=patients_in(table, patient_pattern)))
     found = list(track(examine_all(table.path), "reading", len(table)))
     images = with_facts(table, found)
     images["image"] = same_image(images)

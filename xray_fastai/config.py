@@ -84,7 +84,8 @@ class FitConfig:
         None, "Put the decision threshold where validation reaches this sensitivity. [default: Youden's J]"
     )
     patient_pattern: str | None = _setting(
-        None, "Regular expression that finds the patient in a file name. [default: the Kaggle names]"
+        None,
+        "Regular expression that finds the patient in a file name. [default: PatientID in DICOM, the Kaggle names]",
     )
     skip_bad: bool = _setting(False, "Go on without images that can't be read.")
     exclude: str | None = _setting(None, "A list of files to leave out, as data check --fix writes it.")

@@ -18,8 +18,8 @@ from xray_fastai.duplicates import same_image
 from xray_fastai.errors import ImageError, UserError
 from xray_fastai.facts import Facts, examine_all
 from xray_fastai.fixlist import read_list
-from xray_fastai.images import EXTENSIONS
-from xray_fastai.patients import patients_of
+from xray_fastai.images import EXTENSIONS, is_image_file
+from xray_fastai.patients import numbered, patients_in
 from xray_fastai.rowfile import count_of
 from xray_fastai.splits import assign_validation
 from xray_fastai.terminal import track
@@ -85,7 +85,7 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     val = None
     if config.valid == "folder" or (config.valid == "auto" and (root / "val").is_dir()):
         val = read_split(root, "val", classes, config.patient_pattern)
-    table = pd.concat([train, val], ignore_index=True)
+    table = numbered(pd.concat([train, val], ignore_index=True))
     listed = []
     if config.exclude is not None:
         table, listed = leave_out(table, root, config.exclude)
@@ -129,14 +129,14 @@ def _find_root(data: Path, split: str) -> Path:
 
 
 def find_images(folder: Path) -> list[str]:
-    """Image files below a folder, at any depth, as sorted relative paths; hidden files and other types are left out."""
+    """Image files (`images.is_image_file`) below a folder, at any depth, as sorted relative paths, but hidden ones."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         found += [
             os.path.relpath(os.path.join(parent, name), folder)
             for name in files
-            if not is_hidden(name) and name.lower().endswith(EXTENSIONS)
+            if not is_hidden(name) and is_image_file(os.path.join(parent, name))
         ]
     return sorted(Path(name).as_posix() for name in found)
 
@@ -159,12 +159,13 @@ def read_split(
         root: the folder that holds the split's folder.
         split: train, val or test.
         classes: the classes that must be there, and no other; None takes the folders that there are, two or more.
-        patient_pattern: regular expression that finds the patient in a file name; None is the Kaggle names'.
+        patient_pattern: regular expression that finds the patient in a file name; None is PatientID of DICOM files,
+            and the Kaggle names'.
         partial: some of `classes` may be missing or empty, as in a split to evaluate on.
 
     Returns:
-        A data frame, an image a row: `path`, `file` (relative to `root`), `label`, `split`, `patient`. A name without a
-        patient makes the file a patient of its own.
+        A data frame, an image a row: `path`, `file` (relative to `root`), `label`, `split`, `patient` (as
+        `patients.patients_in`, to be `numbered` once all splits are there).
 
     Raises:
         UserError: the split or a class is missing or empty, or there is a class too few or too many.
@@ -199,8 +200,7 @@ def read_split(
     if not rows:
         raise UserError(f"{folder}: no image in it (looked for {' '.join(EXTENSIONS)})")
     table = pd.DataFrame(rows, columns=["path", "file", "label", "split"])
-    found = patients_of([Path(file).name for file in table.file], patient_pattern)
-    return table.assign(patient=[patient or file for patient, file in zip(found, table.file, strict=True)])
+    return table.assign(patient=patients_in(table, patient_pattern))
 
 
 def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.DataFrame, list[str]]:
@@ -312,12 +312,12 @@ def labelled_images(model: dict[str, Any], data: str | Path | None, split: str) 
         root = find_root(model["settings"]["data"], "train" if split == "valid" else split)
     pattern = model["settings"]["patient_pattern"]
     if split == "test":
-        return read_split(root, "test", model["classes"], pattern, partial=True)
+        return numbered(read_split(root, "test", model["classes"], pattern, partial=True))
     keys = set(model["data"]["valid_files"])
     parts = [read_split(root, "train", model["classes"], pattern, partial=True)]
     if split == "valid" and (root / "val").is_dir():
         parts.append(read_split(root, "val", model["classes"], pattern, partial=True))
-    table = pd.concat(parts, ignore_index=True)
+    table = numbered(pd.concat(parts, ignore_index=True))
     validated = table.file.map(file_key).isin(keys)
     if split == "train":
         return table[~validated].reset_index(drop=True)

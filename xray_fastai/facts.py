@@ -1,7 +1,6 @@
 """One look at an image file: decoded to its end, and what its header and its pixels tell of it."""
 
 import hashlib
-import io
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xray_fastai.dicom import FORMAT as DICOM
 from xray_fastai.duplicates import perceptual_hash
 from xray_fastai.errors import ImageError
-from xray_fastai.images import FORMATS, MAX_PIXELS, check_file, open_image
+from xray_fastai.images import MAX_PIXELS, check_file, open_file, open_image
 
 SIZE = 112
 """Side in pixels that images are decoded for: enough for the hash, and half of 224, which JPEGs give at once."""
@@ -32,8 +32,8 @@ class Facts:
 
     digest: str  # MD5 of the content, in hexadecimal
     bytes: int
-    format: str  # as Pillow names it, by the content: JPEG, PNG, ...
-    mode: str  # likewise: L, RGB, I;16, ...
+    format: str  # as Pillow names it, by the content: JPEG, PNG, ...; or DICOM
+    mode: str  # likewise: L, RGB, I;16, ...; or DICOM's photometric interpretation: MONOCHROME1, ...
     width: int  # in pixels, upright
     height: int
     quality: float  # of a JPEG, on libjpeg's scale from 0 to 100; NaN for other formats
@@ -62,9 +62,11 @@ def examine(path: Path | str) -> Facts:
         raise ImageError(f"{path}: the file is empty (0 bytes)")
     try:
         try:
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image = open_file(content, "image")
             told = _header(image)
             _decode_in_colour(image)
+        except ImageError:
+            raise
         except Exception as error:
             open_image(content, SIZE)  # says what is wrong
             raise ImageError(f"image: broken header ({type(error).__name__})") from None
@@ -103,7 +105,7 @@ def _header(image: Image.Image) -> dict[str, Any]:
     width, height = image.size[::-1] if orientation in TURNED_SIDEWAYS else image.size
     return {
         "format": image.format,
-        "mode": image.mode,
+        "mode": image.info["photometric"] if image.format == DICOM else image.mode,
         "width": width,
         "height": height,
         "quality": _quality(image),

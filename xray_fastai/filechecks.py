@@ -1,15 +1,17 @@
 """What is odd about single files: unreadable, blank, coloured, turned, named for what they are not, or never read."""
 
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 from PIL import Image
 
+from xray_fastai import dicom
 from xray_fastai.duplicates import FLAT
 from xray_fastai.errors import ImageError
 from xray_fastai.facts import Facts
 from xray_fastai.findings import File, Finding
-from xray_fastai.images import EXTENSIONS
+from xray_fastai.images import EXTENSIONS, has_no_extension
 from xray_fastai.rowfile import count_of
 
 SUFFIXES = {
@@ -18,6 +20,7 @@ SUFFIXES = {
     "BMP": (".bmp",),
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
+    "DICOM": dicom.EXTENSIONS,
 }
 TINY, LONG = 64, 3.0  # pixels a side; longer side by shorter
 
@@ -69,6 +72,8 @@ def ways_of_opening(images: pd.DataFrame) -> list[Finding]:
         "of CMYK": mode == "CMYK",
         "with transparency, laid on black": images.transparent,
         "of one bit": mode == "1",
+        "of DICOM": images.format == dicom.FORMAT,
+        "inverted, by MONOCHROME1": mode == "MONOCHROME1",
     }.items():
         if which.any():
             ways[name] = int(which.sum())
@@ -85,7 +90,7 @@ def ways_of_opening(images: pd.DataFrame) -> list[Finding]:
     wrong = [
         File(row.file, f"holds {row.format}")
         for row in images.itertuples()
-        if not row.file.lower().endswith(SUFFIXES.get(row.format, ()))
+        if not row.file.lower().endswith(SUFFIXES.get(row.format, ())) and not has_no_extension(Path(row.file).name)
     ]
     if wrong:
         text = f"{count_of(len(wrong), 'file')} whose name does not fit the content"
@@ -123,10 +128,9 @@ def other_files(others: pd.DataFrame) -> list[Finding]:
 
 def _content(path: str) -> str | None:
     """What kind of image a file holds by its first bytes; None is none."""
+    if dicom.has_mark(path):
+        return None if Path(path).name.upper() == "DICOMDIR" else dicom.FORMAT
     try:
-        with open(path, "rb") as stream:
-            if stream.read(132)[128:] == b"DICM":
-                return "DICOM"
         with Image.open(path) as image:
             return image.format
     except Exception:  # Pillow's readers raise whatever a strange header leads them to

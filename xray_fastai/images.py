@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
+from xray_fastai import dicom
 from xray_fastai.errors import ImageError
 
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp", *dicom.EXTENSIONS)
 GAP = 2
 """JPEGs are decoded at no less than this times the wanted size, and resized from there (Pillow's `reducing_gap`). On 50
 originals at 224 px: 71 images/s, 99 % of the grey values within 1 of full decoding's, the worst 29 off; decoded at no
@@ -52,7 +53,7 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
         elif isinstance(source, (str, Path, bytes)):
             if not isinstance(source, bytes):
                 check_file(source)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+            image = open_file(source, name)
         else:
             image = _from_array(np.asarray(source))
         return _to_grey(image, name, size)
@@ -67,12 +68,53 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
     except UnidentifiedImageError:
         if isinstance(source, (str, Path)) and Path(source).stat().st_size == 0:
             raise ImageError(f"{name}: the file is empty (0 bytes)") from None
+        if name.lower().endswith(dicom.EXTENSIONS):
+            raise ImageError(f"{name}: no DICOM file (the mark DICM is missing behind its first 128 bytes)") from None
         raise ImageError(f"{name}: not an image (readable are {', '.join(EXTENSIONS)})") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; no X-ray is that large") from None
     except Exception as error:  # Pillow's decoders raise whatever a broken stream leads them to
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageError(f"{name}: broken image ({text})") from None
+
+
+def open_file(source: Path | str | bytes, name: str) -> Image.Image:
+    """Open a file or its bytes as what its content is, whatever its name: DICOM, or one of Pillow's `FORMATS`.
+
+    Raises:
+        ImageError: as `dicom.open_dicom`.
+        Exception: as `Image.open`.
+    """
+    if dicom.has_mark(source):
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        return dicom.open_dicom(content, name, MAX_PIXELS)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+
+
+def size_of(path: Path | str) -> tuple[int, int]:
+    """Width and height in pixels of a readable file, upright."""
+    if dicom.has_mark(path):
+        return dicom.size_of(path)
+    with Image.open(path, formats=FORMATS) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap width and height
+        return image.size[::-1] if turned else image.size
+
+
+def may_be_image(name: str) -> bool:
+    """Whether a file's name allows that it is an image: it has one of `EXTENSIONS`, or none, as many DICOM files."""
+    return name.lower().endswith(EXTENSIONS) or has_no_extension(name)
+
+
+def has_no_extension(name: str) -> bool:
+    """Digits are none: DICOM files are often called by an identifier such as 1.2.840.10008.1. A DICOMDIR is a list."""
+    extension = os.path.splitext(name)[1]
+    return (not extension or extension[1:].isdigit()) and name.upper() != "DICOMDIR"
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a file is taken for an image when a folder is listed: by its extension; without one, if it is DICOM."""
+    name = os.path.basename(path)
+    return name.lower().endswith(EXTENSIONS) or (has_no_extension(name) and dicom.has_mark(path))
 
 
 def check_file(path: Path | str) -> None:

@@ -22,7 +22,7 @@ from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.dataset import is_hidden
 from xray_fastai.device import choose_device, choose_precision
 from xray_fastai.errors import ImageError, UserError
-from xray_fastai.images import EXTENSIONS, open_image
+from xray_fastai.images import EXTENSIONS, is_image_file, may_be_image, open_image
 from xray_fastai.terminal import track
 from xray_fastai.tta import Views
 
@@ -275,12 +275,11 @@ def _images_in(folder: str, recursive: bool, above: frozenset[str] = frozenset()
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                wanted = entry.name.lower().endswith(EXTENSIONS)
-                if is_hidden(entry.name) or not (wanted or recursive):
+                if is_hidden(entry.name) or not (recursive or may_be_image(entry.name)):
                     continue
                 if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                     folders.append(entry.name)
-                elif wanted:
+                elif is_image_file(entry.path):
                     images.append(entry.name)
     except OSError:
         yield folder  # told of as a file that can't be read

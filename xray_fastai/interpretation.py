@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import ClassificationInterpretation, DataLoader, Learner
-from PIL import Image
 
 from xray_fastai.bundle import replaced
 from xray_fastai.causes import suspicious_causes
 from xray_fastai.dataset import labelled_images
 from xray_fastai.device import describe
 from xray_fastai.errors import UserError
+from xray_fastai.images import size_of
 from xray_fastai.inference import Model, open_model, predict_all
 from xray_fastai.record import DISCLAIMER
 from xray_fastai.report import write_report
@@ -209,14 +209,8 @@ def _losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def _sizes(paths: Iterable[str]) -> np.ndarray:
     """Widths and heights in pixels (N, 2), as the images are shown."""
-
-    def size(path: str) -> tuple[int, int]:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap width and height
-            return image.size[::-1] if turned else image.size
-
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return np.array(list(pool.map(size, paths)))
+        return np.array(list(pool.map(size_of, paths)))
 
 
 def _select(

@@ -19,7 +19,7 @@ from PIL import Image
 
 from xray_fastai.device import describe
 from xray_fastai.errors import UserError
-from xray_fastai.images import open_image
+from xray_fastai.images import has_no_extension, open_image
 from xray_fastai.inference import Batch, Model, Source, check_folder, image_sources, open_model, predict_batches
 from xray_fastai.rowfile import Row, RowFile, count_of
 from xray_fastai.terminal import SHOWN, Table, progress_bar
@@ -243,7 +243,7 @@ class _HeatMaps:
         targets = [self.model.classes.index(row["prediction"]) for _, row in read]
         maps = grad_cam(self.model, batch.images, targets=np.array(targets))  # (readable, h, w)
         for (source, row), cam in zip(read, maps, strict=True):
-            self._save(overlay(open_image(source), cam), Path(row["path"]).stem)
+            self._save(overlay(open_image(source), cam), _stem(row["path"]))
 
     def _save(self, picture: Image.Image, stem: str) -> None:
         for number in count(self.taken.get(stem, 0) + 1):
@@ -259,6 +259,12 @@ class _HeatMaps:
                     path.unlink()
                 raise UserError(f"--heatmaps {path}: can't be written ({error.strerror or error})") from None
             return
+
+
+def _stem(path: str) -> str:
+    """A file's name without its extension; 1.2.840 has none."""
+    name = Path(path).name
+    return name if has_no_extension(name) else Path(path).stem
 
 
 def _name_of(source: Source, number: int) -> str:

@@ -7,8 +7,10 @@ import pandas as pd
 
 from xray_fastai.causes import CAUSE
 from xray_fastai.dataset import class_folders
+from xray_fastai.dicom import FORMAT as DICOM
 from xray_fastai.findings import File, Finding
 from xray_fastai.images import EXTENSIONS
+from xray_fastai.patients import is_numbered
 from xray_fastai.rowfile import count_of
 from xray_fastai.shortcuts import Shortcut
 from xray_fastai.splits import ENOUGH_TO_VALIDATE
@@ -125,11 +127,12 @@ def patients(images: pd.DataFrame, patient_pattern: str | None) -> list[Finding]
     named = images[images.patient != images.file]
     if len(named) < len(images):
         few = len(images) - len(named)
+        where = "names or DICOM headers" if (images.format == DICOM).any() else "names"
         findings.append(
             Finding(
                 "warning" if few == len(images) else "remark",
                 "no-patient",
-                f"no patient in the names of {few:,} of {len(images):,} images: each counts as a patient of its own",
+                f"no patient in the {where} of {few:,} of {len(images):,} images: each counts as a patient of its own",
                 "if the names hold the patient, say how by --patient-pattern, here and in fit; else images of one "
                 "patient may be both trained and measured on",
             )
@@ -139,7 +142,7 @@ def patients(images: pd.DataFrame, patient_pattern: str | None) -> list[Finding]
         causes = rows.file.map(lambda file: match.group(1) if (match := CAUSE.search(Path(file).name)) else "")
         by_split = rows.split.groupby(causes.to_numpy()).nunique()
         where = ", ".join(f"{n:,} in {split}/" for split, n in rows.split.value_counts().items())
-        if patient_pattern is None and "" not in by_split.index and by_split.max() == 1:
+        if patient_pattern is None and not is_numbered(patient) and "" not in by_split.index and by_split.max() == 1:
             numbers += [File(file, f"{patient}: {where}") for file in rows.file[:1]]
         else:
             left = sorted(set(rows.split), key=KEPT_FIRST.index)[0]

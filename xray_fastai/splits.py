@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from xray_fastai.errors import UserError
+from xray_fastai.patients import is_numbered
 
 ENOUGH_TO_VALIDATE = 50
 """Images of each class from which `val/` is used as it stands."""
@@ -45,8 +46,10 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
     groups = patient_groups(table)
     least = pd.Series(groups).groupby(table.label.to_numpy()).nunique()
     if least.min() < 2:
+        by_header = table.patient[table.label == least.idxmin()].map(is_numbered).any()
+        names = " (by PatientID; if that is not so, --patient-pattern tells them by file names)" if by_header else ""
         raise UserError(
-            f"train/{least.idxmin()}: all images are of one patient, so none can be held out to validate on; "
+            f"train/{least.idxmin()}: all images are of one patient{names}, so none can be held out to validate on; "
             "add patients, or give a validation split in val/ and --valid folder"
         )
     share = Fraction(fraction).limit_denominator(20)

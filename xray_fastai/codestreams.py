@@ -1,0 +1,73 @@
+"""What a compressed image says of its size, looked at before a decoder takes memory for it or stops at its torn end.
+
+A decoder believes what it decodes: a JPEG of a hundred bytes may claim 65,535 x 65,535 pixels. And libjpeg gives grey
+where a JPEG, or a JPEG-LS, was cut off, without a word. Formats: JPEG, ITU-T T.81, B.2; JPEG-LS, ITU-T T.87, C.2; JPEG
+2000, ITU-T T.800, A.5; DICOM's RLE, PS3.5, annex G.
+"""
+
+from xray_fastai.errors import ImageError
+
+ALONE = {0x01, *range(0xD0, 0xD9)}  # JPEG's markers without a segment
+FRAMES = {0xF7, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those that open a frame, and tell its size
+CUT = "its pixel data are cut short"
+
+
+def check_jpeg(stream: bytes, shape: tuple[int, int, int]) -> None:
+    """See that a JPEG or JPEG-LS is as large as the header says, and has an end.
+
+    Args:
+        stream: from its first byte; zeros and 0xFF may fill it up.
+        shape: height, width and samples a pixel, by the DICOM header.
+
+    Raises:
+        ImageError: it is not; the text names no file.
+    """
+    at = 2
+    while stream[:2] == b"\xff\xd8" and at + 10 <= len(stream) and stream[at] == 0xFF:
+        kind = stream[at + 1]
+        if kind in FRAMES:
+            height, width = (int.from_bytes(stream[i : i + 2], "big") for i in (at + 5, at + 7))
+            _check_shape((height, width, stream[at + 9]), shape)
+            if not stream.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
+                raise ImageError(CUT)
+            return
+        if kind == 0xFF:  # before a marker there may be more of them
+            at += 1
+        else:
+            at += 2 if kind in ALONE else 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    raise ImageError("its pixel data are no JPEG, though the header says so")
+
+
+def check_jpeg2000(stream: bytes, shape: tuple[int, int, int]) -> None:
+    """See that a JPEG 2000 is as large as the header says; its decoder knows where it ends.
+
+    Args and errors are those of `check_jpeg`.
+    """
+    start = stream.find(b"\xff\x4f\xff\x51")  # after the boxes of a JP2 file, which some programs write
+    if start < 0 or len(stream) < start + 42:
+        raise ImageError("its pixel data are no JPEG 2000, though the header says so")
+    x, y, x0, y0 = (int.from_bytes(stream[i : i + 4], "big") for i in range(start + 8, start + 24, 4))
+    _check_shape((y - y0, x - x0, int.from_bytes(stream[start + 40 : start + 42], "big")), shape)
+
+
+def check_rle(stream: bytes, shape: tuple[int, int, int]) -> None:
+    """See that no segment becomes more bytes than there are pixels, but for one that fills it up.
+
+    Args and errors are those of `check_jpeg`.
+    """
+    pixels, header = shape[0] * shape[1], [int.from_bytes(stream[i : i + 4], "little") for i in range(0, 64, 4)]
+    starts = header[1 : 1 + min(header[0], 15)]
+    for start, end in zip(starts, [*starts[1:], len(stream)], strict=True):
+        at, length = start, 0
+        while at < end - 1 and length <= pixels + 1:
+            count = stream[at]
+            at += 2 if count > 128 else 1 if count == 128 else count + 2
+            length += 257 - count if count > 128 else 0 if count == 128 else count + 1
+        if length > pixels + 1:
+            raise ImageError("its pixel data hold more pixels than its header says")
+
+
+def _check_shape(told: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
+    if told != shape:
+        by_pixels, by_header = (f"{width} x {height} x {samples}" for height, width, samples in (told, shape))
+        raise ImageError(f"its pixel data are {by_pixels}, its header says {by_header} (width, height, samples)")
