@@ -8,7 +8,7 @@ where a JPEG, or a JPEG-LS, was cut off, without a word. Formats: JPEG, ITU-T T.
 from xray_fastai.errors import ImageError
 
 ALONE = {0x01, *range(0xD0, 0xD9)}  # JPEG's markers without a segment
-FRAMES = {0xF7, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those that open a frame, and tell its size
+FRAMES = {0xF7, 0xDE, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those that tell the size of a frame, or of several
 CUT = "its pixel data are cut short"
 
 
@@ -43,8 +43,12 @@ def check_jpeg2000(stream: bytes, shape: tuple[int, int, int]) -> None:
 
     Args and errors are those of `check_jpeg`.
     """
-    start = stream.find(b"\xff\x4f\xff\x51")  # after the boxes of a JP2 file, which some programs write
-    if start < 0 or len(stream) < start + 42:
+    start = 0
+    if stream[4:8] == b"jP  ":  # the boxes of a JP2 file, which some programs write although DICOM has none
+        while stream[start + 4 : start + 8] not in (b"jp2c", b""):
+            start += max(8, int.from_bytes(stream[start : start + 4], "big"))
+        start += 8
+    if stream[start : start + 4] != b"\xff\x4f\xff\x51" or len(stream) < start + 42:
         raise ImageError("its pixel data are no JPEG 2000, though the header says so")
     x, y, x0, y0 = (int.from_bytes(stream[i : i + 4], "big") for i in range(start + 8, start + 24, 4))
     _check_shape((y - y0, x - x0, int.from_bytes(stream[start + 40 : start + 42], "big")), shape)

@@ -11,7 +11,7 @@ from xray_fastai.duplicates import FLAT
 from xray_fastai.errors import ImageError
 from xray_fastai.facts import Facts
 from xray_fastai.findings import File, Finding
-from xray_fastai.images import EXTENSIONS, has_no_extension
+from xray_fastai.images import EXTENSIONS, FORMATS, check_file, has_no_extension
 from xray_fastai.rowfile import count_of
 
 SUFFIXES = {
@@ -131,7 +131,8 @@ def _content(path: str) -> str | None:
     if dicom.has_mark(path):
         return None if Path(path).name.upper() == "DICOMDIR" else dicom.FORMAT
     try:
-        with Image.open(path) as image:
+        check_file(path)  # to open a pipe may take for ever
+        with Image.open(path, formats=FORMATS) as image:
             return image.format
     except Exception:  # Pillow's readers raise whatever a strange header leads them to
         return None

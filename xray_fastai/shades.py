@@ -58,6 +58,8 @@ def _shades(values: np.ndarray, present: np.ndarray, header: "Dataset") -> np.nd
         for item in header.get(keyword, [])[:1]:
             _widen(item)
     x = apply_modality_lut(values, header)
+    if not np.isfinite(x).all() or (len(x) > 1 and x.min() == x.max()):
+        raise ImageError("its slope and intercept, or its modality LUT, make no picture of its values")
     with np.errstate(all="ignore"):
         if header.get("VOILUTSequence"):
             entries, first, _ = header.VOILUTSequence[0].LUTDescriptor
@@ -75,7 +77,7 @@ def _shades(values: np.ndarray, present: np.ndarray, header: "Dataset") -> np.nd
             return np.full(len(values), 0.5)
         shades = ((np.asarray(x, np.float64) - black) / (float(white) - black)).clip(0, 1)
     if np.isnan(shades).any():
-        raise ImageError("its window, or the slope and intercept of its values, make no picture")
+        raise ImageError("its window makes no picture of its values")
     return shades
 
 
