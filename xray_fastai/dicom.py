@@ -267,7 +267,7 @@ def _decode(header: "Dataset") -> tuple[np.ndarray, str]:
         stream = get_frame(header.PixelData, 0, number_of_frames=1)
         check = check_rle if syntax == uid.RLELossless else check_jpeg
         (check_jpeg2000 if syntax in uid.JPEG2000TransferSyntaxes else check)(stream, shape)
-    # Pillow's JPEG tells of a torn end; of 800 broken RLE streams, pylibjpeg-rle ended the process by one
+    # Pillow's JPEG tells of a torn end; pylibjpeg-rle panics on some broken streams, past any `except Exception`
     plugin = {uid.JPEGBaseline8Bit: "pillow", uid.RLELossless: "pydicom"}.get(syntax, "")
     try:
         pixels, told = decoder.as_array(header, index=0, decoding_plugin=plugin, number_of_frames=1)
