@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xray_fastai import distributed
 from xray_fastai.plan import Plan
 from xray_fastai.record import DISCLAIMER
 from xray_fastai.runs import CHECKPOINT, Reservation, Unfinished, unfinished
@@ -38,6 +39,8 @@ def announce(plan: Plan) -> None:
     weights = plan.class_weights or [1] * len(data.classes)
     weighed = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(data.classes, weights, strict=True))
     print(f"loss weights  {weighed}")
+    if (processes := distributed.world_size()) > 1:
+        print(f"processes     {processes}, {plan.batch_size // processes} images each of a batch of {plan.batch_size}")
     if plan.batch_size < config.batch_size:
         print(f"batch size    {plan.batch_size}, all training images, instead of {config.batch_size}")
     if not plan.fine_tunes:

@@ -120,7 +120,7 @@ class BestWeights(TrackerCallback):
 
     def after_batch(self):
         if not self.training:
-            self.outputs.append((to_detach(self.pred), to_detach(self.yb[0])))
+            self.outputs.append((to_detach(self.pred, gather=False), to_detach(self.yb[0], gather=False)))
 
     def after_epoch(self):
         super().after_epoch()

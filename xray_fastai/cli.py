@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 import typer.core
 
-from xray_fastai import __version__
+from xray_fastai import __version__, distributed
 from xray_fastai.config import (
     ARCHITECTURES,
     AUGMENTATIONS,
@@ -49,13 +49,14 @@ def command(function: Callable) -> Callable:
         if DEBUG not in os.environ:
             warnings.simplefilter("ignore")  # the libraries' notes to developers
         try:
+            distributed.check_command(function.__name__)
             return function(*args, **kwargs)
         except UserError as error:
-            print("; ".join([f"Error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+            distributed.tell("; ".join([f"Error: {error}", *getattr(error, "__notes__", [])]))
             raise typer.Exit(1) from None
         except KeyboardInterrupt as stop:
             what = "; ".join(getattr(stop, "__notes__", ["nothing was written."]))
-            print(f"\nStopped; {what}", file=sys.stderr)
+            distributed.tell(f"\nStopped; {what}")
             raise typer.Exit(143 if type(stop).__name__ == "Terminated" else 130) from None
         except typer.Exit:
             raise
@@ -64,12 +65,12 @@ def command(function: Callable) -> Callable:
             raise typer.Exit(141) from None
         except Exception as error:
             if DEBUG in os.environ:
+                sys.stderr = sys.__stderr__ if distributed.rank() else sys.stderr
                 raise
             text = str(error).splitlines()[0] if str(error) else ""
-            print(
+            distributed.tell(
                 f"Error: unexpected {type(error).__name__}: {text}. This is a bug in xray-fastai: please report it "
-                f"with what {DEBUG}=1 shows.",
-                file=sys.stderr,
+                f"with what {DEBUG}=1 shows."
             )
             raise typer.Exit(1) from None
 
@@ -86,7 +87,7 @@ def _version(wanted: bool) -> None:
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
 ) -> None:
-    pass
+    distributed.hush()
 
 
 def _option(name: str, **kwargs):
@@ -169,7 +170,7 @@ def fit(
     from xray_fastai.training import fit as run
 
     result = run(**settings, resume=False if resume is None else resume or True)
-    if open:
+    if open and distributed.rank() == 0:
         _open(result.path / "report.html")
     if result.error:
         raise UserError(
@@ -273,7 +274,7 @@ def predict(
     precision: Precision = "auto",
 ) -> None:
     """What a model says of new images. Exit code 1 where a file could not be read."""
-    from xray_fastai.prediction import predict_command as run
+    from xray_fastai.shards import predict_command as run
 
     bad = run(
         paths, model, output=output, resume=resume, heatmaps=heatmaps, recursive=recursive, threshold=threshold,

@@ -6,14 +6,15 @@ import torch
 from fastai.vision.all import Callback, MixedPrecision
 
 from xray_fastai.callbacks import Autocast
+from xray_fastai.distributed import own_device
 from xray_fastai.errors import UserError
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device named, or with `auto` the GPU where there is one.
+    """The device named, or with `auto` the GPU where there is one; of several processes each has its own.
 
     Raises:
-        UserError: the machine, or this build of torch, has no such device.
+        UserError: the machine, or this build of torch, has no such device, or too few.
     """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if wanted == "auto":
@@ -21,7 +22,7 @@ def choose_device(wanted: str) -> torch.device:
     if not there[wanted]:
         found = ", ".join(name for name, here in there.items() if here)
         raise UserError(f"--device {wanted}: torch finds none on this machine (there is {found}); or leave it to auto")
-    return torch.device(wanted)
+    return own_device(torch.device(wanted))
 
 
 def cpu_has_bf16() -> bool:

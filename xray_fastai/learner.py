@@ -79,6 +79,11 @@ class CalibratedCrossEntropy(CrossEntropyLossFlat):
     def activation(self, x):
         return super().activation(x / self.temperature)
 
+    def total_weight(self, targets: torch.Tensor) -> torch.Tensor:
+        "What the loss of a batch divides by: the sum of its images' weights."
+        weight = self.func.weight
+        return targets.new_tensor(len(targets), dtype=torch.float32) if weight is None else weight[targets.long()].sum()
+
 
 def settle_batch_norm(model: nn.Module, steps: int) -> None:
     """Have batch norm's running statistics follow within half an epoch.

@@ -25,6 +25,7 @@ from fastai.vision.all import (
 )
 from PIL import Image
 
+from xray_fastai.distributed import local_world_size
 from xray_fastai.images import open_image
 from xray_fastai.pixelcache import PixelCache
 
@@ -169,4 +170,5 @@ def default_workers(device: torch.device) -> int:
     """
     if device.type == "cpu":
         return 0
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(1, cores // local_world_size()))

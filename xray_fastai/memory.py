@@ -36,8 +36,7 @@ class AccumulateGradients(GradientAccumulation):
         self.count, self.total = 0, 0.0
 
     def after_loss(self):
-        targets, weights = self.yb[0], self.loss_func.func.weight
-        self.part = float(len(targets) if weights is None else weights[targets.long()].sum())
+        self.part = float(self.loss_func.total_weight(self.yb[0]))
         # in the order of one, where half precision is at ease; `before_step` mends the rest
         self.learn.loss_grad = self.loss_grad * (self.part / self.n_acc)
 

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from xray_fastai import distributed
 from xray_fastai.config import FitConfig
 from xray_fastai.dataset import Collection
 
@@ -71,14 +72,15 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
         origin: of the weights in a checkpoint, in place of reading pretrained ones.
 
     Raises:
-        UserError: a device, precision or weights that are not to be had here.
+        UserError: a device, precision or weights that are not to be had here, or a batch that several processes can't
+            share.
     """
     from xray_fastai.device import choose_device, choose_precision, describe
     from xray_fastai.learner import class_weight_values
     from xray_fastai.loaders import default_workers
     from xray_fastai.weights import pretrained_state
 
-    device = choose_device(config.device)
+    device, processes = choose_device(config.device), distributed.world_size()
     precision = choose_precision(config.precision, device)
     config = config.with_choices(workers=default_workers(device))
     pretrained = None
@@ -94,13 +96,13 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
         cache=cache,
         cache_note=note,
         device=device,
-        device_name=describe(device),
+        device_name=describe(device) + (f", {processes} processes" if processes > 1 else ""),
         precision=precision,
         origin=origin,
         pretrained=pretrained,
         class_weights=class_weight_values(config, data.train.label, data.classes),
         phases=phases[1:] if origin == FROM_SCRATCH or config.freeze_epochs == 0 else phases,
-        batch_size=min(config.batch_size, len(data.train)),
+        batch_size=distributed.batch_size(config.batch_size, len(data.train)),
     )
 
 

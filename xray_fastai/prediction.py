@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from xray_fastai import shards
 from xray_fastai.device import describe
 from xray_fastai.errors import UserError
 from xray_fastai.images import has_no_extension, open_image
@@ -152,7 +153,8 @@ def _run(
         if calls:
             print(f"{'continued':<14}after {count_of(calls.total(), 'row')} of {file.path}", flush=True)
     before, start = calls.total(), time.perf_counter()
-    with closing(predict_batches(model, sources, batch_size, rows.views)) as batches, bar as advance:
+    shared = shards.predict_batches(model, sources, batch_size, rows.views, pictures=maps is not None)
+    with closing(shared) as batches, bar as advance:
         for batch in batches:
             found = rows(batch, calls.total())
             if maps is not None:

@@ -6,6 +6,10 @@ import signal
 
 from fastai.vision.all import Callback, CancelFitException
 
+from xray_fastai import distributed
+
+STOPPING = b"\nStopping after this batch, then exporting the best weights; Ctrl-C again gives up.\n"
+
 
 class StopOnSignal(Callback):
     """Stop after the batch at Ctrl-C or SIGTERM; a second Ctrl-C stops at once. Used as a context around the fit.
@@ -14,7 +18,8 @@ class StopOnSignal(Callback):
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
-    received: int | None = None
+    heard: int | None = None  # by this process
+    received: int | None = None  # that the fit ends for; several processes agree on it in `due`
 
     def __enter__(self):
         self.before, self.process = {}, os.getpid()
@@ -23,17 +28,29 @@ class StopOnSignal(Callback):
                 self.before[number] = signal.signal(number, self.receive)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        # torchrun and a cluster's scheduler may both send it, and torchrun also when another process has failed
+        once = distributed.world_size() > 1 and (kind is not None or self.received is not None)
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if once else handler)
 
     def receive(self, number, _frame):
-        if self.received == number == signal.SIGINT:
+        if self.heard == number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received is None and os.getpid() == self.process:  # the loading processes hear it too
-            os.write(2, b"\nStopping after this batch, then exporting the best weights; Ctrl-C again gives up.\n")
-        self.received = number
+        if distributed.world_size() == 1:
+            if self.heard is None and os.getpid() == self.process:  # the loading processes hear it too
+                os.write(2, STOPPING)
+            self.received = number
+        self.heard = number
+
+    def due(self) -> bool:
+        """Whether to stop here; of several processes all stop at the same place, whichever of them heard the signal."""
+        if distributed.world_size() > 1 and self.received is None:
+            self.received = distributed.any_of(self.heard)
+            if self.received is not None and distributed.rank() == 0:
+                os.write(2, STOPPING)
+        return self.received is not None
 
     def after_batch(self):
-        if self.received is not None:
+        if self.due():
             raise CancelFitException

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xray_fastai import bundle
+from xray_fastai import bundle, distributed
 from xray_fastai.announcements import announce, conclude, name_leftovers, place, say_where
 from xray_fastai.audit import fit_notes
 from xray_fastai.config import FitConfig
@@ -52,12 +52,17 @@ def fit(config: FitConfig | None = None, *, resume: bool | str | Path = False, *
 
     Raises:
         UserError: bad input, by name; nothing is left behind but a checkpoint that `resume` takes.
+
+    Where torchrun has started several processes, each calls this alike and gets the same result (`distributed`).
     """
     started = time.perf_counter()
     from xray_fastai.termination import sigterm_raises
 
+    distributed.check_installed()
     try:
-        with sigterm_raises():
+        with distributed.session() as first, sigterm_raises():
+            if not first:
+                return _follow(started)
             if resume is False:
                 config = FitConfig(**settings) if config is None else config
                 with reserve(config.exports, config.name) as run:
@@ -116,21 +121,43 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started:
         say_where(found, run, plan, saved)
     checkpoints.keep({"settings": config.to_dict(), "data": images, "origin": plan.origin})
     check_space(run.partial, learn.model)
+    chosen = replace(plan.config, device=plan.device.type, precision=plan.precision)
+    distributed.share((chosen, data, plan.origin, saved))
     with checkpoints, StopOnSignal() as stop:
         learn, progress, best, error = _train_within_memory(plan, learn, progress, checkpoints, stop, saved)
         checkpoints.wait()
-    return _export(plan, run, learn, progress, best, stop, error)
+    return distributed.share(_export(plan, run, learn, progress, best, stop, error))
+
+
+def _follow(started: float) -> Result:
+    """`_fit` in a process that trains with others and is not the first of them: it reads and writes no more than it
+    must. The first one's weights come as training starts."""
+    from xray_fastai.phantom import cached
+    from xray_fastai.signals import StopOnSignal
+
+    config, data, origin, saved = distributed.share()
+    if data.rehearsal:
+        cached()  # this machine may not have it yet
+    plan = make_plan(config, data, origin)
+    progress = _progress(plan, saved, started)
+    learn = plan.learner(progress.batches)
+    with StopOnSignal() as stop:
+        _train_within_memory(plan, learn, progress, None, stop, saved)
+    return distributed.share()
 
 
 def _train_within_memory(
     plan: Plan,
     learn: "Learner",
     progress: "Progress",
-    checkpoints: "Checkpoints",
+    checkpoints: "Checkpoints | None",
     stop: "StopOnSignal",
     saved: "Saved | None",
 ) -> tuple["Learner", "Progress", "BestWeights", str | None]:
-    """`_train`; where memory is short, again from the last checkpoint with smaller batches."""
+    """`_train`; where memory is short, again from the last checkpoint with smaller batches.
+
+    Several processes could not all go back: what one was short of, the others have done.
+    """
     import torch
 
     from xray_fastai.memory import is_out_of_memory, smaller
@@ -141,6 +168,12 @@ def _train_within_memory(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            if (processes := distributed.world_size()) > 1:
+                raise UserError(
+                    f"--batch-size {plan.config.batch_size}: out of memory on {plan.device}, with "
+                    f"{plan.batch_size // processes} images at once in each of {processes} processes; give a smaller "
+                    "one, or more processes"
+                ) from None
             part = "train" if learn.training else "valid"
         # out of the `except`, whose error holds the frames that hold the tensors
         checkpoints.wait()
@@ -173,7 +206,7 @@ def _train(
     plan: Plan,
     learn: "Learner",
     progress: "Progress",
-    checkpoints: "Checkpoints",
+    checkpoints: "Checkpoints | None",  # None where another process writes them
     stop: "StopOnSignal",
     saved: "Saved | None",
 ) -> tuple["BestWeights", str | None]:
@@ -198,8 +231,13 @@ def _train(
     for name, epochs in plan.phases[len(progress.ends) :]:
         log, early = EpochLog(progress.history, name), EarlyStopping(patience=plan.config.patience)
         finite = StopOnNonFiniteLoss()
-        save = SaveCheckpoint(checkpoints, progress, best, frozen=name == "frozen")
-        callbacks = [log, best, early, finite, stop, save, *precision_callbacks(plan.precision, plan.device)]
+        callbacks = [log, best, early, finite, stop, *precision_callbacks(plan.precision, plan.device)]
+        if checkpoints is not None:
+            callbacks.append(SaveCheckpoint(checkpoints, progress, best, frozen=name == "frozen"))
+        if distributed.world_size() > 1:
+            from xray_fastai.dataparallel import TrainTogether
+
+            callbacks.append(TrainTogether(plan.device, (plan.config.seed, len(progress.ends))))
         if within:
             callbacks.append(RestoreCheckpoint(saved))
             within = False
@@ -208,19 +246,20 @@ def _train(
         try:
             _train_phase(learn, plan, name, epochs, callbacks, log)
         except RuntimeError:  # a SIGTERM to the whole job ends torch's loading processes at once
-            if stop.received is None:
+            if stop.received is None or distributed.world_size() > 1:
                 raise
             best.restore(learn.model)
-        if checkpoints.failed:
+        if checkpoints is not None and checkpoints.failed:
             checkpoints.wait()
-        if stop.received is not None:
+        if stop.due():
             progress.ends.append("an interruption")
             break
         if finite.where:
             progress.ends.append(f"the loss was not finite at {finite.where}")
             return best, f"{name} phase: {progress.ends[-1]}"
         progress.ends.append("early stopping" if early.stopped else "reaching its last epoch")
-        save_between_phases(checkpoints, learn, progress, best)
+        if checkpoints is not None:
+            save_between_phases(checkpoints, learn, progress, best)
     return best, None
 
 
@@ -293,10 +332,13 @@ def _export(
 def _progress(plan: Plan, saved: "Saved | None", started: float) -> "Progress":
     from xray_fastai.trainingstate import Progress
 
+    batches = {"train": plan.batch_size, "valid": plan.batch_size}
     if saved is None:
-        return Progress({"train": plan.batch_size, "valid": plan.batch_size}, started=started)
+        return Progress(batches, started=started)
     state = saved.state
-    return Progress(state["batches"], [*state["history"]], [*state["ends"]], state["seconds"], started)
+    if distributed.world_size() == 1:  # what one process had no memory for, several may
+        batches = state["batches"]
+    return Progress(batches, [*state["history"]], [*state["ends"]], state["seconds"], started)
 
 
 def _read_checkpoint(

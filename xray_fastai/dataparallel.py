@@ -1,0 +1,140 @@
+"""Training in several processes as one process would train: DistributedDataParallel through fastai and Accelerate.
+
+The batch size is that of all processes together. Each loads and puts through its network its own part of every batch;
+gradients, losses, batch norm and validation outputs are those of the whole batch. So what is recorded and decided is
+the same in all processes, by the same code as in one, and but for augmentation and dropout what one process gives.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+from itertools import accumulate, pairwise
+from signal import SIG_IGN, SIGTERM, signal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedDataParallelKwargs
+from fastai.distributed import DistributedDL, DistributedTrainer
+from fastai.vision.all import DataLoader, L, set_seed, to_detach
+
+from xray_fastai.batchnorm import sync_batch_norm
+from xray_fastai.distributed import rank, share, world_size
+
+
+class SharedLoader(DistributedDL):
+    """A loader's batches, of each of which every process loads its part: n-ths that differ by one image at most.
+
+    fastai's gives each process an n-th of the epoch, whose batches together are none of the loader's, and pads it; here
+    only a process that has no image of a last batch gets one, which `gathered` drops.
+    """
+
+    def __init__(
+        self,
+        dl: DataLoader,  # as one process would have it
+    ):
+        super().__init__(dl, rank(), world_size(), device=dl.device)
+        self.bs = -(-dl.bs // self.world_size)
+
+    def __len__(self):
+        return len(self.dl)
+
+    def _broadcast(self, t, rank):
+        "fastai's moves them to a GPU, for NCCL."
+        return share(t)
+
+    def get_idxs(self):
+        idxs = self._broadcast(list(self.dl.get_idxs()), 0)
+        self.n = len(self.dl) * self.dl.bs if self.dl.drop_last else len(idxs)
+        own = []
+        for first in range(0, self.n, self.dl.bs):
+            batch = idxs[first : min(first + self.dl.bs, self.n)]
+            start, end = list(pairwise(accumulate(self._shares(len(batch)), initial=0)))[self.rank]
+            own += batch[start:end] or batch[:1]
+        return own
+
+    def _shares(self, images: int) -> list[int]:
+        return [images // self.world_size + (r < images % self.world_size) for r in range(self.world_size)]
+
+    def shares(self, number: int) -> list[int]:
+        "How many images of a batch, numbered from 0, each process has."
+        return self._shares(min(self.dl.bs, self.n - number * self.dl.bs))
+
+    def create_batches(self, samps):
+        dl = copy(self.dl)
+        dl.bs, dl.drop_last = self.bs, False
+        return dl.create_batches(samps)
+
+    def to_detach(self, b, cpu=True, gather=True):
+        return to_detach(b, cpu, gather=False)  # what metrics are given is gathered already
+
+    def wif(self):
+        "A loading process lives until its own process is done with it, whoever sends SIGTERM to the whole job."
+        signal(SIGTERM, SIG_IGN)
+
+
+class TrainTogether(DistributedTrainer):
+    """fastai's, so that a step, a loss and an epoch are those of one process with the whole batch.
+
+    The learner's model stays what it was: only forward passes in training go through the `DistributedDataParallel` that
+    is around it, which spreads the first process's weights as it is made, and averages gradients.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        seed: Sequence[int],  # of this fit and phase
+    ):
+        how = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are equal: they come of the whole batch
+        super().__init__(cpu=device.type == "cpu", kwargs_handlers=[how])
+        self.device, self.seed = device, seed
+
+    def before_fit(self):
+        self.whole = self.model
+        self.norms = sync_batch_norm(self.whole, self.device)
+        self.spread = self.accelerator.prepare(self.whole)
+
+    def after_fit(self):
+        for parent, name, norm in self.norms:
+            setattr(parent, name, norm)
+        self.learn.model, self.spread = self.whole, None
+        self.accelerator.free_memory()
+
+    def _wrap_dl(self, dl):
+        return dl if isinstance(dl, SharedLoader) else SharedLoader(dl)
+
+    def before_epoch(self):
+        # what the first draws is what one process would; a checkpoint, which it writes, need not know of the others
+        if rank():
+            set_seed(int(np.random.SeedSequence([*self.seed, self.epoch, rank()]).generate_state(1)[0]))
+
+    def before_batch(self):
+        if self.training:
+            self.learn.model = self.spread
+
+    def after_pred(self):
+        self.learn.model = self.whole
+        if not self.training:
+            shares = self.dl.shares(self.iter)
+            self.learn.pred, self.learn.yb = gathered(self.pred, shares), (gathered(self.yb[0], shares),)
+
+    def after_loss(self):
+        """The loss of the whole batch, sum(w * l) / sum(w), which is no plain average of its parts' losses; and a loss
+        of this part whose gradient, averaged over the processes, is that of the whole."""
+        if self.training:
+            weight = self.loss_func.total_weight(self.yb[0])
+            sums = torch.stack([self.loss.detach() * weight, weight]).as_subclass(torch.Tensor)
+            dist.all_reduce(sums)
+            self.learn.loss_grad = self.loss_grad * (world_size() * weight / sums[1])
+            self.learn.loss = sums[0] / sums[1]
+
+    def after_epoch(self):
+        self.recorder.log = L(share(list(self.recorder.log)))  # machines that differ may round differently
+
+
+def gathered(part: torch.Tensor, shares: Sequence[int]) -> torch.Tensor:
+    """A batch (B, ...) from each process's part (rows, ...), of which its share counts."""
+    padded = part.new_zeros(max(shares), *part.shape[1:]).as_subclass(torch.Tensor)
+    padded[: shares[rank()]] = part[: shares[rank()]]
+    parts = [torch.empty_like(padded) for _ in shares]
+    dist.all_gather(parts, padded)
+    return torch.cat([rows[:n] for rows, n in zip(parts, shares, strict=True)]).as_subclass(type(part))

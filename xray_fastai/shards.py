@@ -1,0 +1,81 @@
+"""Prediction in several processes: each predicts every n-th batch, and the first writes them all in order.
+
+Batches are those of one process, so that what is written is too. It grows as it goes, on the first process's machine;
+after an interruption, any number of processes can go on with it.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+from xray_fastai import distributed
+from xray_fastai.errors import UserError
+
+if TYPE_CHECKING:
+    from xray_fastai.inference import Batch, Model, Source
+
+ROUNDS = 256
+"""Batches of each process whose names are handed out at once; between two such blocks nothing is decoded ahead."""
+
+
+def predict_command(paths: list[str], model=None, **options) -> int:
+    """`prediction.predict_command`, by all processes that there are; in each the same number comes back."""
+    with distributed.session() as first:
+        if first:
+            from xray_fastai.prediction import predict_command
+
+            return distributed.share(predict_command(paths, model, **options))
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process says when it is over
+        _follow(options["batch_size"], options["device"], options["heatmaps"] is not None)
+        return distributed.share()
+
+
+def predict_batches(
+    model: "Model",
+    sources: Iterator["Source"],
+    batch_size: int,
+    pictures: bool,  # whether the batches that come back need their images
+) -> Iterator["Batch"]:
+    """As `inference.predict_batches`, in the first process, of what all of them predict."""
+    from xray_fastai.inference import predict_batches
+
+    if distributed.world_size() == 1:
+        yield from predict_batches(model, sources, batch_size)
+        return
+    distributed.share((model.path, model.settings))
+    yield from _in_turns(model, iter(sources), batch_size, pictures)
+
+
+def _follow(batch_size: int, device: str, pictures: bool) -> None:
+    """The part of a process that is not the first."""
+    from xray_fastai.inference import open_model
+
+    path, settings = distributed.share()
+    model = open_model(path, device)
+    if model.settings != settings:
+        raise UserError(f"{path}: on this machine not the export that it is on the first; give all the same")
+    for _ in _in_turns(model, iter(()), batch_size, pictures):
+        pass
+
+
+def _in_turns(model: "Model", sources: Iterator["Source"], batch_size: int, pictures: bool) -> Iterator["Batch"]:
+    import torch.distributed as dist
+
+    from xray_fastai.inference import predict_batches
+
+    world, first = distributed.world_size(), distributed.rank() == 0
+    while names := distributed.share(list(islice(sources, ROUNDS * world * batch_size)) if first else None):
+        chunks = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
+        own = chain.from_iterable(chunks[distributed.rank() :: world])
+        with closing(predict_batches(model, own, batch_size)) as batches:
+            for _ in range(0, len(chunks), world):
+                batch = next(batches, None)  # None: no chunk is left for this process
+                if batch is not None and not pictures:
+                    batch = replace(batch, images=batch.images[:0].clone())
+                turn = [None] * world if first else None
+                dist.gather_object(batch, turn)
+                yield from (batch for batch in turn or () if batch is not None)
