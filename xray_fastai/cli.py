@@ -59,6 +59,7 @@ def command(function: Callable) -> Callable:
             distributed.tell(f"\nStopped; {what}")
             raise typer.Exit(143 if type(stop).__name__ == "Terminated" else 130) from None
         except typer.Exit:
+            distributed.finish()
             raise
         except BrokenPipeError:  # nobody reads standard output any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more at its end
@@ -111,7 +112,7 @@ class ResumeCommand(typer.core.TyperCommand):
     """`--resume` may stand without the name of a run; typer has no options whose value may be left out."""
 
     def parse_args(self, ctx, args):
-        ahead = [*args[1:], "-"]
+        ahead = [*args, "-"][1:]
         newest = [arg == "--resume" and follower.startswith("-") for arg, follower in zip(args, ahead, strict=True)]
         return super().parse_args(ctx, [f"{a}=" if alone else a for a, alone in zip(args, newest, strict=True)])
 
@@ -177,7 +178,7 @@ def fit(
             f"{result.error}; the best weights so far are in {result.path}; try a lower --lr than {result.config.lr:g}"
         )
     if result.signal:
-        print("Interrupted: the best weights so far were exported.", file=sys.stderr)
+        distributed.tell("Interrupted: the best weights so far were exported.")
         raise typer.Exit(128 + result.signal)
 
 

@@ -135,13 +135,16 @@ def session() -> Iterator[bool]:
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield rank() == 0
     except SystemExit:
+        finish()
         _claim()  # it was said why
         raise
     except BaseException as error:
-        _ignore_sigterm()  # torchrun sends it to all when one has ended: this one is about to end by itself
+        finish()
         if not _is_of_another(error):
             raise
-        lost = UserError(f"another process of the {world_size()} ended, or can't be reached ({_first_line(error)})")
+        lost = UserError(
+            f"another of the {world_size()} processes ended, or can't be reached any more; see what torchrun says of it"
+        )
         for note in getattr(error, "__notes__", []):
             lost.add_note(note)
         raise lost from None
@@ -182,12 +185,19 @@ def tell(text: str) -> None:
     if world_size() == 1:
         print(text, file=sys.stderr)
         return
-    _ignore_sigterm()
+    finish()
     if rank():
         time.sleep(GRACE)
         text += f" [process {rank() + 1} of {world_size()}, on {socket.gethostname()}]"
     if _claim():
-        print(text, file=sys.__stderr__, flush=True)
+        print(text, file=sys.__stderr__ if rank() else sys.stderr, flush=True)
+
+
+def finish() -> None:
+    """Let this process end by itself: torchrun sends all a SIGTERM when one has ended."""
+    if world_size() > 1:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _claim() -> bool:
@@ -224,13 +234,3 @@ def _is_of_another(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
-
-
-def _first_line(error: BaseException) -> str:
-    """What gloo says of a connection, without the place in its source."""
-    return reason(error).rpartition("] ")[2] if reason(error).startswith("[") else reason(error)
-
-
-def _ignore_sigterm() -> None:
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)

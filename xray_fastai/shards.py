@@ -16,6 +16,7 @@ from xray_fastai.errors import UserError
 
 if TYPE_CHECKING:
     from xray_fastai.inference import Batch, Model, Source
+    from xray_fastai.tta import Views
 
 ROUNDS = 256
 """Batches of each process whose names are handed out at once; between two such blocks nothing is decoded ahead."""
@@ -30,7 +31,7 @@ def predict_command(paths: list[str], model=None, **options) -> int:
             return distributed.share(predict_command(paths, model, **options))
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process says when it is over
-        _follow(options["batch_size"], options["device"], options["heatmaps"] is not None)
+        _follow(options["device"])
         return distributed.share()
 
 
@@ -38,31 +39,36 @@ def predict_batches(
     model: "Model",
     sources: Iterator["Source"],
     batch_size: int,
+    views: "Views | None" = None,
+    *,
     pictures: bool,  # whether the batches that come back need their images
 ) -> Iterator["Batch"]:
     """As `inference.predict_batches`, in the first process, of what all of them predict."""
     from xray_fastai.inference import predict_batches
 
     if distributed.world_size() == 1:
-        yield from predict_batches(model, sources, batch_size)
+        yield from predict_batches(model, sources, batch_size, views)
         return
-    distributed.share((model.path, model.settings))
-    yield from _in_turns(model, iter(sources), batch_size, pictures)
+    distributed.share((model.path, model.settings, model.precision))
+    distributed.share((batch_size, views, pictures))
+    yield from _in_turns(model, iter(sources), batch_size, views, pictures)
 
 
-def _follow(batch_size: int, device: str, pictures: bool) -> None:
+def _follow(device: str) -> None:
     """The part of a process that is not the first."""
     from xray_fastai.inference import open_model
 
-    path, settings = distributed.share()
-    model = open_model(path, device)
+    path, settings, precision = distributed.share()
+    model = open_model(path, device, precision)
     if model.settings != settings:
         raise UserError(f"{path}: on this machine not the export that it is on the first; give all the same")
-    for _ in _in_turns(model, iter(()), batch_size, pictures):
+    for _ in _in_turns(model, iter(()), *distributed.share()):
         pass
 
 
-def _in_turns(model: "Model", sources: Iterator["Source"], batch_size: int, pictures: bool) -> Iterator["Batch"]:
+def _in_turns(
+    model: "Model", sources: Iterator["Source"], batch_size: int, views: "Views | None", pictures: bool
+) -> Iterator["Batch"]:
     import torch.distributed as dist
 
     from xray_fastai.inference import predict_batches
@@ -71,7 +77,7 @@ def _in_turns(model: "Model", sources: Iterator["Source"], batch_size: int, pict
     while names := distributed.share(list(islice(sources, ROUNDS * world * batch_size)) if first else None):
         chunks = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
         own = chain.from_iterable(chunks[distributed.rank() :: world])
-        with closing(predict_batches(model, own, batch_size)) as batches:
+        with closing(predict_batches(model, own, batch_size, views)) as batches:
             for _ in range(0, len(chunks), world):
                 batch = next(batches, None)  # None: no chunk is left for this process
                 if batch is not None and not pictures:

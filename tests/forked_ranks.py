@@ -1,0 +1,79 @@
+"""Commands in two processes each, as torchrun would start them: forked from one that has imported everything.
+
+Reads a job a line on standard input, and writes a result a line. A job is a command line, and what goes wrong in one of
+the processes, as `forked_fits` arranges it:
+
+    {"args": ["fit", ...], "rank": 1, "do": "kill", "at": "module:function@n"}
+
+When one fails, the others get a SIGTERM, as torchrun does it.
+"""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+
+from tests.forked_fits import MODULES, arrange
+
+SIZE = 2
+
+
+def child(job: dict, rank: int, port: int) -> None:
+    from xray_fastai.cli import app
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    code = 70
+    try:
+        if rank == job.get("rank"):
+            arrange(job["do"], job["at"], job.get("most", 0))
+        app(job["args"], prog_name="xray-fastai")
+    except SystemExit as stop:
+        code = stop.code or 0
+    sys.__stdout__.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    import matplotlib.pyplot  # noqa: F401
+    import torch.distributed as dist
+    from fastai.callback.channelslast import ChannelsLast  # noqa: F401
+
+    for name in [*MODULES.split(), "dataparallel"]:
+        importlib.import_module(f"xray_fastai.{name}")
+    for line in sys.stdin:
+        reader, writer = os.pipe()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ranks = {}
+        for rank in range(SIZE):
+            if (pid := os.fork()) == 0:
+                os.close(reader)
+                os.dup2(writer, 1)
+                os.dup2(writer, 2)
+                sys.stdout.reconfigure(line_buffering=True)
+                child(json.loads(line), rank, port)
+            ranks[pid] = rank
+        os.close(writer)
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # as torchrun's own
+        told = []
+        listener = threading.Thread(target=lambda end=reader, told=told: told.append(os.fdopen(end).read()))
+        listener.start()
+        codes = {}
+        while ranks.keys() - codes:
+            pid, status = os.wait()
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid]:
+                for other in ranks.keys() - codes:
+                    os.kill(other, signal.SIGTERM)
+        listener.join()
+        del store
+        print(json.dumps({"codes": [codes[pid] for pid in ranks], "output": told[0]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
