@@ -8,6 +8,7 @@ ends; torchrun ends the others, and a wait for one that is gone fails at once. W
 here imports torch or changes anything.
 """
 
+import atexit
 import contextlib
 import importlib.util
 import os
@@ -225,6 +226,15 @@ def _join() -> None:
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"the {world_size()} processes do not find each other at {where} ({reason(error)})") from None
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Part from the others, as NCCL wants it; not where one may be gone, for which this would wait."""
+    import torch.distributed as dist
+
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # `finish`
+        dist.destroy_process_group()
 
 
 def _is_of_another(error: BaseException) -> bool:
