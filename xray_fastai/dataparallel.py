@@ -5,6 +5,7 @@ gradients, losses, batch norm and validation outputs are those of the whole batc
 the same in all processes, by the same code as in one, and but for augmentation and dropout what one process gives.
 """
 
+import os
 from collections.abc import Sequence
 from copy import copy
 from itertools import accumulate, pairwise
@@ -13,7 +14,7 @@ from signal import SIG_IGN, SIGTERM, signal
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, check_cuda_p2p_ib_support
 from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.vision.all import DataLoader, L, set_seed, to_detach
 
@@ -84,6 +85,8 @@ class TrainTogether(DistributedTrainer):
         device: torch.device,
         seed: Sequence[int],  # of this fit and phase
     ):
+        if device.type == "cuda" and not check_cuda_p2p_ib_support():  # some GeForce GPUs; as `accelerate launch` does
+            os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
         how = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are equal: they come of the whole batch
         super().__init__(cpu=device.type == "cpu", kwargs_handlers=[how])
         self.device, self.seed = device, seed

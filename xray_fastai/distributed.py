@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import socket
 import sys
@@ -21,9 +22,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from xray_fastai.errors import UserError, reason
+from xray_fastai.text import shown
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store
 
 T = TypeVar("T")
 
@@ -33,6 +36,8 @@ PATIENCE = timedelta(minutes=30)
 """How long a process waits for another that lives but doesn't answer; the first may be reading a large data set."""
 GRACE = 1.0
 """Seconds that the others leave to the first to tell an error that all of them have."""
+
+_store: "Store | None" = None
 
 
 def world_size() -> int:
@@ -143,8 +148,12 @@ def session() -> Iterator[bool]:
         finish()
         if not _is_of_another(error):
             raise
+        if rank() and not _store_answers():  # the torchrun of the first process has ended as well, and tells
+            raise SystemExit(1) from None
+        why = re.sub(r"^.*\.cc:\d+\] ", "", str(error), flags=re.DOTALL)  # where in gloo's source it was seen
         lost = UserError(
-            f"another of the {world_size()} processes ended, or can't be reached any more; see what torchrun says of it"
+            f"another of the {world_size()} processes ended, or can't be reached any more; see what torchrun says of "
+            f"it ({shown(why, 100)})"
         )
         for note in getattr(error, "__notes__", []):
             lost.add_note(note)
@@ -190,7 +199,7 @@ def tell(text: str) -> None:
     if rank():
         time.sleep(GRACE)
         text += f" [process {rank() + 1} of {world_size()}, on {socket.gethostname()}]"
-    if _claim():
+    if _claim() is not False:  # where nobody can say, better told twice than not
         print(text, file=sys.__stderr__ if rank() else sys.stderr, flush=True)
 
 
@@ -201,28 +210,42 @@ def finish() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _claim() -> bool:
-    """Whether this process is the first that ends early; asked of torchrun's own store, which outlives them all."""
+def _claim() -> bool | None:
+    """Whether this process is the first that ends early; None where there is nobody to ask any more."""
     try:
-        import torch.distributed as dist
-
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
         attempt = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
-        return store.add("/".join(["xray-fastai", *attempt]), 1) == 1
-    except (ImportError, OSError, RuntimeError):  # nobody to ask any more: better told twice than not
-        return True
+        return (_store or _open_store()).add("/".join(["xray-fastai", *attempt]), 1) == 1
+    except (ImportError, OSError, RuntimeError):
+        return None
+
+
+def _store_answers() -> bool:
+    time.sleep(GRACE)
+    try:
+        return _store is not None and _store.num_keys() > 0
+    except RuntimeError:
+        return False
+
+
+def _open_store() -> "Store":
+    """torchrun's own, which on a machine outlives the processes."""
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
 
 
 def _join() -> None:
     import torch
     import torch.distributed as dist
 
+    global _store
     if dist.is_initialized():
         return
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
+        _store = _open_store()
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"the {world_size()} processes do not find each other at {where} ({reason(error)})") from None
