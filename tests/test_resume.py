@@ -197,7 +197,7 @@ def test_out_of_memory_the_batch_is_halved(fits):
 def test_out_of_memory_with_one_image_is_told(fits):
     at = {"do": "starve", "at": f"{LOSS}@1"}
     output = fits(**{"do": at} | SETTINGS, code=1, name="starved-out")
-    assert "out of memory on cpu (1 threads) even with one image at once; try a --size below 32" in output
+    assert "out of memory on cpu (1 thread) even with one image at once; try a --size below 32" in output
     assert not list(fits.exports.glob(".starved*"))
 
 
