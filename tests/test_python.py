@@ -17,11 +17,11 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_evaluate_interpret_and_predict_agree(export, tmp_path):
-    """The same images, the same probabilities, whichever way they are asked for."""
+    """The same images and precision, the same probabilities, whichever way they are asked for."""
     data = draw_collection(tmp_path / "data", {"test/NORMAL": 6, "test/PNEUMONIA": 6})
-    evaluated = xray_fastai.evaluate(export, data, output=tmp_path).predictions.set_index("path")
+    evaluated = xray_fastai.evaluate(export, data, output=tmp_path, precision="fp32").predictions.set_index("path")
     looked = xray_fastai.interpret(export, data, "test", top=2, output=tmp_path).table.set_index("path")
-    predicted = xray_fastai.predict(list(evaluated.index), export).set_index("path")
+    predicted = xray_fastai.predict(list(evaluated.index), export, precision="fp32").set_index("path")
     for table in (looked.loc[evaluated.index], predicted):
         assert (table.prediction == evaluated.prediction).all()
         assert table.p_PNEUMONIA.tolist() == pytest.approx(evaluated.p_PNEUMONIA.tolist(), abs=1e-5)
