@@ -78,8 +78,9 @@ def whole(fits):
 
 @pytest.fixture(scope="module")
 def killed(fits):
-    """What is left of a fit that was killed in its fourth epoch: two checkpoints of the frozen phase."""
-    fits(-signal.SIGKILL, {"do": "kill", "at": f"{BATCH}@23"}, **SETTINGS, name="crashed")
+    """What is left of a fit that was killed after its fourth epoch: two checkpoints of the frozen phase."""
+    at = "xray_fastai.checkpoint:Checkpoints._write@4"  # those before it are on the disk
+    fits(-signal.SIGKILL, {"do": "kill", "at": at}, **SETTINGS, name="crashed")
     return (fits.exports / ".crashed.partial").rename(fits.root / ".crashed.partial")
 
 
@@ -192,6 +193,16 @@ def test_out_of_memory_the_batch_is_halved(fits):
     assert model["status"] == "complete" and model["settings"]["batch_size"] == 8
     history = history_of(fits.exports / "starved")
     assert [(row["phase"], row["epoch"]) for row in history] == [("frozen", "1"), ("frozen", "2"), ("unfrozen", "1")]
+
+
+def test_out_of_memory_while_features_are_computed_the_batch_is_halved(fits):
+    at = {"do": "starve", "at": "torch.nn:Flatten.forward@2", "most": 7}  # in the second batch
+    output = fits(**{"do": at} | SETTINGS | {"freeze_epochs": 2, "epochs": 1}, name="starved-early")
+    assert re.findall(r"^out of memory in (.*)$", output, re.M) == [
+        "training: 4 images at once instead of 8, the gradients of 8 summed up for a step; going on from the beginning",
+        "validation: 4 images at once instead of 8; going on from the beginning",
+    ]
+    assert settings_of(fits.exports / "starved-early")["status"] == "complete"
 
 
 def test_out_of_memory_with_one_image_is_told(fits):

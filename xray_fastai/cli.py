@@ -63,6 +63,7 @@ def fit(
     data: Annotated[str | None, option("data", metavar="DIR")] = FitConfig.data,
     epochs: Annotated[int, option("epochs", min=1)] = FitConfig.epochs,
     freeze_epochs: Annotated[int | None, option("freeze_epochs", min=0)] = FitConfig.freeze_epochs,
+    frozen_views: Annotated[int, option("frozen_views", min=0)] = FitConfig.frozen_views,
     patience: Annotated[int, option("patience", min=1)] = FitConfig.patience,
     batch_size: Annotated[int, option("batch_size", min=1)] = FitConfig.batch_size,
     lr: Annotated[float, option("lr")] = FitConfig.lr,

@@ -58,6 +58,9 @@ class FitConfig:
     )
     epochs: int = _setting(100, "Epochs at most, in each phase.")
     freeze_epochs: int | None = _setting(None, "Epochs at most with the backbone frozen. [default: as --epochs]")
+    frozen_views: int = _setting(
+        4, "Augmented views of an image that the frozen phase takes in turn; 0: a new one each epoch, which takes long."
+    )
     patience: int = _setting(20, "Stop a phase after this many epochs without a better validation loss.")
     batch_size: int = _setting(80, "Images a step.")
     lr: float = _setting(2e-3, "Peak learning rate of the head; earlier layers get less when unfrozen.")
@@ -106,7 +109,7 @@ class FitConfig:
                 raise _refused(option, value, f"give {least} or more")
         if self.size is not None and self.size > LARGEST:
             raise _refused("size", self.size, f"give {LARGEST} or less")
-        for option in ("freeze_epochs", "workers"):
+        for option in ("freeze_epochs", "frozen_views", "workers"):
             value = getattr(self, option)
             if value is not None and value < 0:
                 raise _refused(option, value, "give 0 or more")

@@ -211,6 +211,8 @@ def _train(
     saved: "Saved | None",
 ) -> tuple["BestWeights", str | None]:
     """Train the phases that are not done yet; the best weights, which the model has then, and why the fit diverged."""
+    from fastai.vision.all import CancelFitException
+
     from xray_fastai.callbacks import BestWeights, EarlyStopping, EpochLog, StopOnNonFiniteLoss
     from xray_fastai.device import precision_callbacks
     from xray_fastai.memory import AccumulateGradients
@@ -226,8 +228,7 @@ def _train(
     within = saved is not None and saved.state["epoch"] > 0
     if saved is not None:
         restore_best(best, saved)
-        if not within:
-            restore_model(learn, saved)
+        restore_model(learn, saved)
     for name, epochs in plan.phases[len(progress.ends) :]:
         log, early = EpochLog(progress.history, name), EarlyStopping(patience=plan.config.patience)
         finite = StopOnNonFiniteLoss()
@@ -244,8 +245,9 @@ def _train(
         if progress.batches["train"] < plan.batch_size:
             callbacks.append(AccumulateGradients(plan.batch_size))
         try:
-            _train_phase(learn, plan, name, epochs, callbacks, log)
-        except RuntimeError:  # a SIGTERM to the whole job ends torch's loading processes at once
+            folder = None if checkpoints is None else checkpoints.run.partial
+            _train_phase(learn, plan, name, epochs, callbacks, log, stop, folder)
+        except (RuntimeError, CancelFitException):  # a SIGTERM to the whole job ends torch's loading processes at once
             if stop.received is None or distributed.world_size() > 1:
                 raise
             best.restore(learn.model)
@@ -263,9 +265,19 @@ def _train(
     return best, None
 
 
-def _train_phase(learn: "Learner", plan: Plan, name: str, epochs: int, callbacks: list, log: "EpochLog") -> None:
+def _train_phase(
+    learn: "Learner",
+    plan: Plan,
+    name: str,
+    epochs: int,
+    callbacks: list,
+    log: "EpochLog",
+    stop: "StopOnSignal",
+    folder: Path | None,
+) -> None:
     from fastai.callback.channelslast import ChannelsLast
 
+    from xray_fastai import features
     from xray_fastai.callbacks import Schedule
     from xray_fastai.learner import FrozenBody
 
@@ -273,9 +285,12 @@ def _train_phase(learn: "Learner", plan: Plan, name: str, epochs: int, callbacks
     callbacks = [*callbacks, ChannelsLast()]
     if config.schedule == "adaptive":
         callbacks.append(Schedule(patience=max(1, config.patience // 2)))
+    computed = contextlib.nullcontext([])
     if name == "frozen":
         learn.freeze()
         callbacks.append(FrozenBody())
+        if views := features.views(plan, epochs):
+            computed = features.instead_of_images(learn, plan, views, folder, stop)
     else:
         learn.unfreeze()
     lr = config.lr
@@ -283,8 +298,8 @@ def _train_phase(learn: "Learner", plan: Plan, name: str, epochs: int, callbacks
         # as fastai's fine_tune: half the peak rate, a hundredth of it for the first layers
         lr = slice(lr / 200, lr / 2)
     try:
-        with learn.no_logging():  # `log` prints the rows
-            learn.fit(epochs, lr=lr, cbs=callbacks, reset_opt=True)
+        with computed as more, learn.no_logging():  # `log` prints the rows
+            learn.fit(epochs, lr=lr, cbs=[*callbacks, *more], reset_opt=True)
     finally:
         log.close()
 

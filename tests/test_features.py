@@ -1,0 +1,132 @@
+"""The frozen phase on features that were computed once: the same training as with the backbone in every epoch."""
+
+import csv
+import signal
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+
+from tests.conftest import QUICK, draw_collection, settings_of
+from xray_fastai import features, load_learner
+from xray_fastai.config import ARCHITECTURES
+from xray_fastai.learner import build_learner
+from xray_fastai.loaders import make_loaders
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    counts = {"train/NORMAL": 16, "train/PNEUMONIA": 22, "val/NORMAL": 5, "val/PNEUMONIA": 6}
+    return draw_collection(tmp_path_factory.mktemp("features") / "data", counts)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random ones, with batch norm as training leaves it: neither 0 nor 1."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None)
+    for part in network.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.2)
+            part.running_var.uniform_(0.5, 2)
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def frozen(data, weights, run):
+    """Fits of three frozen epochs and one more; the history and the output of each."""
+
+    def frozen(name, *args):
+        args = ["--data", data, "--valid", "folder", *QUICK, "--weights", weights, "--freeze-epochs", 3, *args]
+        result = run("fit", *args, "--precision", "fp32", "--epochs", 1, "--name", name)
+        assert result.exit_code == 0, result.output
+        with Path("exports", name, "history.csv").open() as stream:
+            rows = [{key: float(row[key]) for key in ("train_loss", "valid_loss")} for row in csv.DictReader(stream)]
+        return rows, result.stdout
+
+    return frozen
+
+
+def test_it_is_the_training_of_a_backbone_that_runs_every_epoch(frozen):
+    """Batch for batch, dropout included; and what comes after it is the same, too."""
+    alike = ["--augment", "none"]
+    once, told = frozen("once", *alike)
+    every, told_every = frozen("every", *alike, "--frozen-views", 0)
+    assert "features of 38 training images and of 11 validation images\ncomputed in" in told
+    assert "features of" not in told_every
+    assert len(once) == 4
+    for a, b in zip(once, every, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+    weights = [load_learner(f"exports/{name}").model.state_dict() for name in ("once", "every")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_views_differ_and_a_file_on_the_disk_gives_what_memory_gives(frozen, monkeypatch):
+    made, folders, loader = [], [], features.FeatureLoader
+    monkeypatch.setattr(features, "FeatureLoader", lambda *args: made.append(args[0]) or loader(*args))
+    in_memory, told = frozen("memory", "--frozen-views", 3)
+    assert "features of 38 training images, 3 views each, and of 11 validation images" in told
+    monkeypatch.setattr(features, "IN_MEMORY", 0)
+    monkeypatch.setattr(features, "check_space", lambda folder, model: folders.extend(folder.iterdir()))
+    mapped, _ = frozen("mapped", "--frozen-views", 3)
+    assert mapped == in_memory
+    assert [path.name for path in folders] == ["checkpoint"]  # the file has no name: no crash leaves it behind
+    train, valid = made[:2]
+    assert train.shape == (3, 38, 512) and valid.shape == (1, 11, 512)
+    assert all((train[i] != train[j]).any(dim=1).all() for i, j in [(0, 1), (0, 2), (1, 2)])
+
+
+def test_features_that_the_disk_has_no_room_for_are_told(data, weights, run, refused, monkeypatch):
+    usage = features.shutil.disk_usage(".")
+    monkeypatch.setattr(features, "IN_MEMORY", 0)
+    args = ["fit", "--data", data, "--valid", "folder", *QUICK, "--weights", weights, "--precision", "fp32"]
+
+    def nearly_full(folder):  # once checkpoints and export were seen to fit
+        monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+
+    monkeypatch.setattr(features, "_compute", _after(nearly_full, features._compute))
+    refused(run(*args), "0 MB are free", "the features of the images take 0 MB", "fewer --frozen-views")
+    assert not list(Path("exports").iterdir())
+
+
+def _after(first, then):
+    def both(*args):
+        first(args)
+        return then(*args)
+
+    return both
+
+
+def test_ctrl_c_while_features_are_computed_ends_as_in_a_first_epoch(data, weights, run, monkeypatch):
+    monkeypatch.setattr(features, "_compute", _after(lambda _: signal.raise_signal(signal.SIGINT), features._compute))
+    args = ["fit", "--data", data, "--valid", "folder", *QUICK, "--weights", weights, "--name", "stopped"]
+    result = run(*args)
+    assert result.exit_code == 130, result.output
+    assert "computed in" not in result.stdout
+    assert settings_of(Path("exports/stopped"))["status"] == "interrupted"
+    load_learner("exports/stopped")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_body_with_batch_norm_folded_in_gives_the_same(arch):
+    """What each architecture's head gets: pooled features, and the same logits from them."""
+    blank = np.zeros((3, 40, 40), np.uint8)
+    table = pd.DataFrame({"path": list(blank), "label": ["a", "b", "a"], "is_valid": [False, False, True]})
+    learn = build_learner(make_loaders(table, ["a", "b"], 32, 2, torch.device("cpu"), 0), arch)
+    for part in learn.model.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.2)
+            part.running_var.uniform_(0.5, 2)
+    model, x = learn.model.eval(), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        pooled = features.pooling(model)(x)
+        assert pooled.shape == (2, model[1][-1].in_features)
+        logits = features.HeadAlone(*model)(pooled[..., None, None])
+        torch.testing.assert_close(logits, model(x), rtol=1e-3, atol=1e-4)
+    assert list(features.HeadAlone(*model).state_dict()) == list(model.state_dict())
