@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torchvision
 from fastai.vision.all import (
-    Adam,
     Callback,
     CrossEntropyLossFlat,
     DataLoaders,
@@ -23,6 +22,7 @@ from fastai.vision.all import (
 from torch import nn
 
 from xray_fastai.config import FitConfig
+from xray_fastai.optimizer import FusedAdam
 from xray_fastai.weights import load_backbone
 
 
@@ -159,7 +159,7 @@ def build_learner(
         custom_head=head,
         splitter=splitter,
         loss_func=CalibratedCrossEntropy(weight=weight),
-        opt_func=Adam,
+        opt_func=FusedAdam,
         metrics=[accuracy, RocAucBinary() if classes == 2 else RocAuc()],
         train_bn=False,
     )

@@ -1,0 +1,97 @@
+"""The frozen phase: ours, plain fastai's, and the forward passes that it can't do without.
+
+    XRAY_DATA=chest_xray python -m tests.benchmarks.frozen
+
+ours    `fit`'s frozen phase of EPOCHS epochs: features of each training image in some augmented views and of the
+        validation images, and the epochs on them, with checkpoints
+plain   a frozen `vision_learner`, `fit(EPOCHS)`; PLAIN epochs are measured, and the time is taken EPOCHS / PLAIN times
+limit   the forward passes that ours needs, of one batch kept in memory: views x training + validation images through
+        the same backbone (batch norm folded in, best precision, channels last)
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torchvision
+
+from tests.benchmarks.measuring import (
+    DEVICE,
+    about_the_machine,
+    autocast,
+    median,
+    now,
+    plain_learner,
+    random_weights,
+    real_fit,
+    rounds,
+    some_images,
+)
+from xray_fastai.config import FitConfig
+from xray_fastai.features import pooling
+from xray_fastai.learner import ARCHITECTURES
+
+# -----------------------------------------------------------------------------
+ARCH = os.environ.get("ARCH", "resnet50")
+SIZE = int(os.environ.get("SIZE", "224"))
+BATCH = int(os.environ.get("BATCH", "32"))
+IMAGES = int(os.environ.get("IMAGES", "256"))  # an eighth of them to validate on
+EPOCHS = int(os.environ.get("EPOCHS", "20"))
+PLAIN = int(os.environ.get("PLAIN", "1"))
+VIEWS = int(os.environ.get("VIEWS", FitConfig.frozen_views))
+REPEATS = int(os.environ.get("REPEATS", "3"))
+# -----------------------------------------------------------------------------
+
+
+def forward_rate(steps: int = 4) -> float:
+    """Images a second through the backbone and the pooling."""
+    made = ARCHITECTURES[ARCH]
+    layers = made.layers(torchvision.models.get_model(ARCH, weights=None))
+    network = pooling(
+        torch.nn.Sequential(torch.nn.Sequential(*layers), torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1)))
+    )
+    network.to(DEVICE)
+    batch = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), autocast():
+        network(batch)
+        start = now()
+        for _ in range(steps):
+            network(batch)
+        return steps * BATCH / (now() - start)
+
+
+def main() -> None:
+    print(f"{ARCH}, {SIZE} px, batch {BATCH}, {EPOCHS} epochs, {VIEWS} views; {about_the_machine()}")
+    times = {"plain": [], "ours": [], "limit": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = some_images(folder / "data", IMAGES - IMAGES // 8, IMAGES // 8)
+        weights, counts = random_weights(folder, ARCH), []
+
+        def count(learn, _plan):
+            counts[:] = [loader.n for loader in learn.dls.loaders]
+            return []
+
+        for _ in rounds(REPEATS):
+            learn = plain_learner(data, ARCH, SIZE, BATCH)
+            learn.freeze()
+            with learn.no_bar(), learn.no_logging():
+                start = now()
+                learn.fit(PLAIN)
+                times["plain"].append((now() - start) * EPOCHS / PLAIN)
+            del learn
+            settings = {"arch": ARCH, "size": SIZE, "batch_size": BATCH, "weights": str(weights), "frozen_views": VIEWS}
+            settings |= {"freeze_epochs": EPOCHS, "epochs": 1, "patience": EPOCHS}
+            times["ours"].append(real_fit(data, count, "frozen", **settings))
+            train, valid = counts
+            times["limit"].append((min(VIEWS, EPOCHS) * train + valid) / forward_rate())
+    print(f"\n{train} training and {valid} validation images; medians of {REPEATS}")
+    seconds = {name: median(values) for name, values in times.items()}
+    print(f"{'':<8}{'seconds':>9}{'plain / it':>12}{'it / limit':>12}")
+    for name, value in seconds.items():
+        print(f"{name:<8}{value:>9.2f}{seconds['plain'] / value:>12.1f}{value / seconds['limit']:>12.2f}")
+
+
+if __name__ == "__main__":
+    main()

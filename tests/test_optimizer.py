@@ -1,0 +1,34 @@
+"""The fused step is fastai's Adam."""
+
+import pytest
+import torch
+from fastai.vision.all import Adam, L
+from torch import nn
+
+from xray_fastai.optimizer import FusedAdam
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_it_steps_as_fastais_does(layout):
+    """Two groups with rates of their own, one parameter without decay and one without a gradient; rates that change."""
+    ends = []
+    for made in (Adam, FusedAdam):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        network.to(memory_format=layout)
+        optimizer = made([L(network[:2].parameters()), L(network[3].parameters())], lr=1e-2)
+        optimizer.set_hypers(lr=[1e-3, 1e-2], wd=0.1)
+        optimizer.state[network[1].weight]["do_wd"] = False
+        for step in range(12):
+            optimizer.hypers[1]["lr"] = 1e-2 / (1 + step)
+            for parameter in [*network[:2].parameters(), network[3].weight]:
+                parameter.grad = torch.randn_like(parameter) * 10.0 ** -(step % 6)
+            optimizer.step()
+        ends.append((network.state_dict(), [dict(state) for *_, state, _ in optimizer.all_params()]))
+    (expected, states), (found, own) = ends
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+    assert own[-1] == {} and states[-1] == {}  # the bias of the last layer has no gradient
+    for a, b in zip(own[:-1], states[:-1], strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"] == 12
+        torch.testing.assert_close(a["sqr_avg"], b["sqr_avg"], rtol=1e-5, atol=1e-9)
