@@ -3,9 +3,9 @@
     XRAY_DATA=chest_xray python -m tests.benchmarks.start
 
 For the first three the yardstick is `import fastai.vision.all`, the limit `import typer`. (To refuse an option takes
-typer itself longer: since 0.29 it has pydantic read them. So there is a row of typer alone.) For the fit the limit is to
-import torch and fastai and to decode each file once, at JPEG's reduced scale, on all cores, as `fit` has to in order to
-name the first that is broken. Seconds of whole processes.
+typer itself longer: since 0.29 it has pydantic read them. So there is a row of typer alone.) For the fit the limit is
+to import torch and fastai and to decode each file once, at JPEG's reduced scale, on all cores, as `fit` has to in order
+to name the first that is broken. Seconds of whole processes.
 """
 
 import os
