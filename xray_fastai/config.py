@@ -59,7 +59,7 @@ class FitConfig:
     epochs: int = _setting(100, "Epochs at most, in each phase.")
     freeze_epochs: int | None = _setting(None, "Epochs at most with the backbone frozen. [default: as --epochs]")
     frozen_views: int = _setting(
-        4, "Augmented views of an image that the frozen phase takes in turn; 0: a new one each epoch, which takes long."
+        2, "Augmented views of an image that the frozen phase takes in turn; 0: a new one each epoch, which takes long."
     )
     patience: int = _setting(20, "Stop a phase after this many epochs without a better validation loss.")
     batch_size: int = _setting(80, "Images a step.")

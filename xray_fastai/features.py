@@ -5,6 +5,15 @@ once, and each training image once for each of a few augmented views, which the 
 e % V. Without augmentation there is one view, and history and weights are those of a backbone that runs every epoch,
 but for the rounding of batch norm that is folded into the convolutions and of batches put together otherwise.
 
+How many views? On real images the best validation loss of a frozen phase hardly depends on it (ResNet18 at
+64 px pretrained on the phantom, 40 epochs; mean and standard deviation over draws of the views):
+
+    views                          1                2                4                8    40, a new one each epoch
+    1,080 images   0.4222 +- 0.0034 0.4255 +- 0.0041 0.4245 +- 0.0014 0.4255 +- 0.0013           0.4268 +- 0.0029
+      200 images   0.5221 +- 0.0024 0.5215 +- 0.0013 0.5219 +- 0.0017 0.5219 +- 0.0009           0.5217 +- 0.0003
+
+while the time is that of as many passes. So the default is two: the augmentation is seen, at a fraction of its cost.
+
 With `DistributedDataParallel` (more than one process) the backbone runs every epoch: each process would need the
 features of all images.
 """
