@@ -13,7 +13,7 @@ import numpy as np
 from fastai.vision.all import PILImage, Resize, ResizeMethod
 from PIL import Image
 
-from tests.benchmarks.table import rates, show
+from tests.benchmarks.measuring import rates, show
 from xray_fastai.images import open_image
 from xray_fastai.phantom import draw
 
