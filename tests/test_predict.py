@@ -361,7 +361,7 @@ def _other_probability(content):
         (lambda content: content + b"a,b\n", "row 5 of out.csv does not have the columns"),
         (lambda content: content + content.splitlines()[1] + b"\n", "row 5 of out.csv is", ),
         (lambda content: content.replace(b"train1.jpeg", b"train9.jpeg"), "but that input is"),
-        (_other_probability, "another model gave the rows"),
+        (_other_probability, "another model (or --precision, or --tta) gave the rows"),
     ],
     ids=["class", "text", "columns", "too many", "path", "model"],
 )  # fmt: skip
@@ -405,7 +405,8 @@ def wait_for(process, condition, seconds=60):
 
 def test_ctrl_c_leaves_whole_rows(start, says, export, files):
     process = start(
-        "predict", "-", "--model", export, "--device", "cpu", "--batch-size", 4, "--output", "out.csv", stdin=-1,
+        "predict", "-", "--model", export, "--device", "cpu", "--precision", "fp32", "--batch-size", 4,
+        "--output", "out.csv", stdin=-1,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
     process.stdin.write("\n".join(files))

@@ -322,6 +322,7 @@ def _skip_done(file: RowFile, sources: Iterator[Source], rows: _Rows) -> Counter
         names = [name for name in rows.columns if name.startswith("p_")]
         if again["error"] is None and max(abs(again[name] - last[name]) for name in names) > SAME[rows.model.precision]:
             raise UserError(
-                f"--resume: another model gave the rows in {file.path}, or the images changed since (by {last['path']})"
+                f"--resume: another model (or --precision, or --tta) gave the rows in {file.path}, or the images "
+                f"changed since (by {last['path']})"
             )
     return calls
