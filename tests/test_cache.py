@@ -4,6 +4,7 @@ import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,6 +107,10 @@ def test_where_no_cache_can_be(fit, monkeypatch, tmp_path):
         patched.setattr(os, "posix_fallocate", full)
         output, history, _ = fit("full")
     assert "No space left on device" in output and not pixelcache.kept()
+    with monkeypatch.context() as patched:
+        patched.setattr(pixelcache, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=60_000)))
+        output, _, _ = fit("scarce")
+    assert "more than half of the free space" in output and not pixelcache.kept()
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     output, same, _ = fit("nowhere")

@@ -6,8 +6,10 @@ second fit at the same time nor a loss of power can leave a wrong one. The file'
 modification times of the images, so what changed is decoded anew.
 """
 
+import errno
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 import zlib
@@ -44,7 +46,7 @@ class PixelCache:
             size: side in pixels.
 
         Raises:
-            OSError: an image is gone; or the cache folder can't be written to, or has no room.
+            OSError: an image is gone; or the cache folder can't be written to, or has not twice the room.
         """
         paths = sorted(map(os.path.abspath, paths))
         self.rows = {path: row for row, path in enumerate(paths)}
@@ -64,6 +66,8 @@ class PixelCache:
 
     def _make(self) -> None:
         folder().mkdir(parents=True, exist_ok=True)
+        if self.bytes > shutil.disk_usage(folder()).free / 2:
+            raise OSError(errno.ENOSPC, f"{told(self.bytes)} are more than half of the free space", str(folder()))
         handle, made = tempfile.mkstemp(prefix=".making-", suffix=ENDING, dir=folder())
         try:
             with os.fdopen(handle, "wb") as file:
