@@ -40,10 +40,11 @@ def arrange(what: str, where: str, most: int = 0) -> None:
             if calls >= int(n) and len(args[1]) > most:
                 raise torch.OutOfMemoryError("no memory, for a test")
         elif calls == int(n):
-            if what == "vanish":
+            if threading.current_thread() is threading.main_thread():
                 for thread in threading.enumerate():  # the checkpoint before it is on the disk
-                    if thread is not threading.current_thread():
+                    if thread.name == "checkpoint":
                         thread.join(20)
+            if what == "vanish":
                 os.rename("exports", "vanished")
             else:
                 os.kill(os.getpid(), {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}[what])
