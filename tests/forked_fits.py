@@ -7,7 +7,7 @@ Reads a job a line on standard input, and writes a result a line. A job is the k
 does that as the child enters the function (or `module:Class.method`) for the n-th time: `kill` and `terminate` send
 itself SIGKILL and SIGTERM, `vanish` takes the folder of exports away. `starve` runs out of memory, from the n-th time
 on, wherever the function, a method that gets a batch, sees more than "most" images. "limit" is the size in bytes that
-no file can pass.
+no file can pass. A checkpoint that is being written gets to its end first, unless the function is called for it.
 """
 
 import importlib

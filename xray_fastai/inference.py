@@ -88,24 +88,36 @@ class Model:
             return self.learn.model(self._prepared(images)).as_subclass(torch.Tensor).float().cpu()
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
-        """As `logits`, in the model's `precision`."""
-        if self.precision == "fp32":
+        """As `logits`, in the model's `precision`, and faster; in fp32 they agree to some 1e-6 of the largest."""
+        if self.precision == "fp32" and not self._on_cpu:
             return self.logits(images)
         with torch.inference_mode():
             batch = self._prepared(images).as_subclass(torch.Tensor)
-            return self._folded(batch.to(torch.bfloat16, memory_format=torch.channels_last)).float().cpu()
+            return self._folded(batch.to(self._kind, memory_format=torch.channels_last)).float().cpu()
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
         """Eight-bit images (B, 1, size, size) as the network takes them: (B, 3, size, size), on its device."""
         (batch,) = self.learn.dls.valid.after_batch((TensorImageBW(images.to(self.learn.dls.device)),))
         return batch
 
+    @property
+    def _on_cpu(self) -> bool:
+        return self.learn.dls.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+    @property
+    def _kind(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     @cached_property
     def _folded(self) -> torch.nn.Module:
-        """A copy of the network in bf16, with batch norm folded into the convolutions before it."""
+        """A copy of the network in its precision, with batch norm folded into the convolutions before it."""
         from torch.fx.experimental.optimization import fuse
 
-        return fuse(self.learn.model).to(torch.bfloat16, memory_format=torch.channels_last)
+        from xray_fastai.fusion import fused_for_cpu
+
+        if self._on_cpu:
+            return fused_for_cpu(self.learn.model, self._kind)
+        return fuse(self.learn.model).to(self._kind, memory_format=torch.channels_last)
 
 
 def newest_export(exports: str | Path = "exports") -> Path:
