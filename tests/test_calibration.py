@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, recall_score, roc_curve
 
-from xray_fastai.calibration import calibrate, choose_threshold, fit_temperature
+from xray_fastai.calibration import calibrate, choose_temperature, choose_threshold, fit_temperature, losses
 
 
 @pytest.fixture
@@ -20,6 +20,18 @@ def outputs():
 def test_the_temperature_undoes_a_scale(outputs, scale):
     logits, targets = outputs
     assert fit_temperature(logits * scale, targets) == pytest.approx(scale, rel=0.1)
+
+
+def test_the_temperature_is_the_least_sure_of_those_as_good_as_the_best(outputs):
+    logits, targets = outputs
+    for few in (100, 1000, 4000):
+        best, chosen = (choose(logits[:few], targets[:few]) for choose in (fit_temperature, choose_temperature))
+        least, error = (losses(logits[:few], targets[:few], value) for value in (best, chosen))
+        most = least.mean() + least.std() / np.sqrt(few)
+        assert best < chosen and error.mean() <= most
+        assert chosen == pytest.approx(2 * best) or error.mean() == pytest.approx(most, rel=0.01)
+    sure = np.where(targets[:, None] == [0, 1], 5.0, -5.0)
+    assert choose_temperature(sure, targets) >= fit_temperature(sure, targets)  # at the smallest
 
 
 def test_youdens_threshold_is_as_good_as_the_best_but_for_chance(outputs):
