@@ -23,7 +23,21 @@ from xray_fastai.data_commands import data_app
 from xray_fastai.errors import UserError
 from xray_fastai.options import choice, command, one_of, option
 
+
+class Commands(typer.core.TyperGroup):
+    """The program's commands; of several processes that find the same wrong option, the first says so."""
+
+    def main(self, *args, **kwargs):
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as stop:
+            if stop.code == 2:
+                distributed.give_way()
+            raise
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Train a chest X-ray classifier by transfer learning, see where it errs, hand over the model. "
     "No medical device: for research and teaching.",
     no_args_is_help=True,

@@ -196,11 +196,17 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr)
         return
     finish()
+    give_way()
     if rank():
-        time.sleep(GRACE)
         text += f" [process {rank() + 1} of {world_size()}, on {socket.gethostname()}]"
     if _claim() is not False:  # where nobody can say, better told twice than not
         print(text, file=sys.__stderr__ if rank() else sys.stderr, flush=True)
+
+
+def give_way() -> None:
+    """Leave it to the first process to tell what all have found, before the end of this one ends that."""
+    if rank():
+        time.sleep(GRACE)
 
 
 def finish() -> None:

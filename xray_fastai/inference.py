@@ -28,6 +28,7 @@ from xray_fastai.tta import Views
 
 Source = str | Path | bytes | Image.Image | np.ndarray
 """What `images.open_image` takes."""
+NO_NUMBER = "the network's output is not a number; its weights are of no use"
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,18 @@ class Model:
 
     @cached_property
     def _folded(self) -> torch.nn.Module:
-        """A copy of the network in its precision, with batch norm folded into the convolutions before it."""
+        """A copy of the network in its precision, with batch norm folded into the convolutions before it.
+
+        Raises:
+            UserError: the network computes no numbers, which oneDNN's ReLU would make zeros of.
+        """
         from torch.fx.experimental.optimization import fuse
 
         from xray_fastai.fusion import fused_for_cpu
 
+        ramp = torch.arange(self.size**2).remainder(256).to(torch.uint8).view(1, 1, self.size, self.size)
+        if not self.logits(ramp).isfinite().all():
+            raise UserError(f"{self.path}: {NO_NUMBER}")
         if self._on_cpu:
             return fused_for_cpu(self.learn.model, self._kind)
         return fuse(self.learn.model).to(self._kind, memory_format=torch.channels_last)
@@ -245,7 +253,7 @@ def predict_all(model: Model, paths: Sequence[str], views: Views | None = None) 
         if error:
             errors.append(error)
         elif not np.isfinite(output).all():
-            raise UserError(f"{model.path}: the network's output is not a number; its weights are of no use")
+            raise UserError(f"{model.path}: {NO_NUMBER}")
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise UserError(f"{errors[0]}{more}; mend or remove it: results on a part of the split would mislead")
