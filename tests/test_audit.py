@@ -222,6 +222,13 @@ def test_a_patient_in_two_splits_is_an_error_but_a_recurring_number_is_a_remark(
     assert "no patient in the names" in findings["no-patient"].text
 
 
+def test_one_patient_for_all_is_no_patient_known_and_spoils_no_list(data):
+    findings, audit = found(data, patient_pattern=r"\.jpeg")  # in every name
+    everyone = findings["one-patient"]
+    assert everyone.severity == "error" and "--patient-pattern" in everyone.advice and not everyone.files
+    assert "patient-in-two-splits" not in findings and not audit.ok
+
+
 def shaped(data, size_of, **options):
     for label in ("NORMAL", "PNEUMONIA"):
         for i, path in enumerate(images(data / "train" / label)):

@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +24,9 @@ from xray_fastai.prediction import predict
 from xray_fastai.record import DISCLAIMER
 
 SNIPPET = """
-import json
+import json, os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else onnxruntime leaves an identifier in ~/.cache
 import numpy as np, onnxruntime
 from PIL import Image
 
@@ -88,7 +92,18 @@ def test_the_readmes_lines_say_what_predict_says(written, export, files, capsys)
 def test_the_readmes_lines_need_no_torch():
     imported = [node for node in ast.walk(ast.parse(SNIPPET)) if isinstance(node, (ast.Import, ast.ImportFrom))]
     modules = {getattr(node, "module", None) or name.name for node in imported for name in node.names}
-    assert modules == {"json", "numpy", "onnxruntime", "PIL"}
+    assert modules == {"json", "os", "numpy", "onnxruntime", "PIL"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where onnxruntime's cache is, is known for Linux alone")
+@pytest.mark.parametrize("ours", [True, False])
+def test_onnxruntime_keeps_no_identifier(written, export, an_image, ours, tmp_path):
+    """In a process of its own: what was imported before counts."""
+    export_it = ["-m", "xray_fastai", "export", str(export), "--output", str(tmp_path / "new.onnx")]
+    lines = SNIPPET.replace("rehearsal.onnx", str(written[0])).replace("image.jpeg", str(an_image))
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / ".cache"), "PATH": os.environ["PATH"]}
+    subprocess.run([sys.executable, *(export_it if ours else ["-c", lines])], env=home, check=True, capture_output=True)
+    assert not list(tmp_path.rglob("*onnxruntime*"))
 
 
 def test_any_number_of_images_at_once(written, export):

@@ -44,7 +44,7 @@ class ModelFacts(BaseModel):
             classes=model.classes,
             positive=model.positive,
             threshold=model.threshold_of(),
-            calibrated=not settings["calibration"].startswith("not calibrated"),
+            calibrated=model.calibrated,
             calibration=settings["calibration"],
             temperature=model.temperature,
             rehearsal=settings["data"]["rehearsal"],

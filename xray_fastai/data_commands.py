@@ -34,7 +34,9 @@ def check(
     if fix is not None:
         result.write_fix(fix)
         if not json:
-            print(f"{'written':<9}{fix}, {count_of(len(result.left_out), 'file')} to leave out: look it through, then")
+            told = f"{'written':<9}{fix}, {count_of(len(result.left_out), 'file')} to leave out"
+            print(told + (": look it through, then" if result.left_out else ""))
+        if not json and result.left_out:
             options = [] if folder is None else ["--data", str(folder)]
             print(f"{'':9}{shlex.join(['xray-fastai', 'fit', *options, '--exclude', str(fix)])}")
     if not result.ok:
@@ -87,7 +89,11 @@ def cache(
 ) -> None:
     """The decoded images that fits keep in the user's cache folder: how many files, where, how large."""
     from xray_fastai import pixelcache
+    from xray_fastai.rowfile import count_of
 
     files = pixelcache.kept()
     size = pixelcache.clear() if clear else sum(file.stat().st_size for file in files)
-    print(f"{pixelcache.folder()}: {pixelcache.told(size)} in {len(files)} files" + (", deleted" if clear else ""))
+    print(
+        f"{pixelcache.folder()}: {pixelcache.told(size)} in {count_of(len(files), 'file')}"
+        + (", deleted" if clear else "")
+    )

@@ -150,7 +150,7 @@ def _summary(
         "images": images,
         "patients": patients,
         "counts": {model.classes[k]: int((scored.truth == k).sum()) for k in classes},
-        "calibrated": not uncalibrated,
+        "calibrated": model.calibrated and not uncalibrated,
         "temperature": model.temperature,
         "positive": None if scored.positive is None else model.positive,
         "intervals": intervals if patients > 1 else "no intervals: the images are of one patient",
@@ -184,7 +184,7 @@ def _about(model: Model, summary: dict[str, Any], given: float | None) -> dict[s
     else:
         threshold = summary["operating_points"]["chosen"]["threshold"]
         about["threshold"] = f"{threshold:.4g}, " + ("given" if given is not None else model.settings["calibration"])
-        if given is None and threshold != model.threshold:
+        if given is None and model.calibrated and threshold != model.threshold:
             about["threshold"] += f" ({model.threshold:.4g} on calibrated probabilities)"
     if warning := SPLITS[summary["split"]]:
         about["note"] = warning

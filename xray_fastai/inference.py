@@ -61,6 +61,11 @@ class Model:
     def temperature(self) -> float:
         return self.settings["temperature"]
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether its temperature and threshold were settled on validation images."""
+        return not self.settings["calibration"].startswith("not calibrated")
+
     def threshold_of(self, calibrated: bool = True) -> float | None:
         """The threshold on calibrated probabilities, or that on raw ones which makes the same decisions; None where the
         most probable class is called."""

@@ -44,11 +44,12 @@ class Exported:
 
     def __str__(self) -> str:
         model, size = self.model, self.model.size
+        calibrated = "calibrated" if model.calibrated else "not calibrated"
         return "\n".join(
             [
                 f"{'model':<14}{model.path}: {model.settings['architecture']}, {size} x {size} px",
                 f"{'input':<14}images: eight-bit grey values (N, 1, {size}, {size}), decoded and resized, nothing else",
-                f"{'output':<14}probabilities: (N, {len(model.classes)}), calibrated: {', '.join(model.classes)}",
+                f"{'output':<14}probabilities: (N, {len(model.classes)}), {calibrated}: {', '.join(model.classes)}",
                 f"{'checked':<14}{IMAGES} images in onnxruntime: probabilities within {self.difference:.1e} of torch's",
                 f"{'written':<14}{self.path}, {self.path.stat().st_size / 1e6:.1f} MB",
             ]
@@ -66,6 +67,11 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
         UserError: the extra `onnx` is not installed, no export, a damaged one, the file is there already or can't be
             written, or what it gives in onnxruntime differs from torch.
     """
+    if output is None and export is not None:
+        output = f"{Path(export).resolve().name}.onnx"
+    if output is not None:
+        _check_new(Path(output))
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else onnxruntime leaves an identifier in the user's cache
     try:
         import onnx
         import onnxruntime
@@ -76,10 +82,7 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
 
     export = newest_export() if export is None else Path(export)
     output = Path(f"{export.resolve().name}.onnx") if output is None else Path(output)
-    if output.exists() or output.is_symlink():
-        raise UserError(f"--output {output}: is there already; give another name, or remove it first")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or give another name")
+    _check_new(output)
     model = open_model(export, "cpu")
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     with sigterm_raises():
@@ -180,6 +183,13 @@ def _metadata(model: "Model", versions: dict[str, str]) -> dict[str, str]:
         for key, value in values.items()
         if value is not None
     }
+
+
+def _check_new(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise UserError(f"--output {output}: is there already; give another name, or remove it first")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or give another name")
 
 
 def _difference(model: "Model", path: Path, onnxruntime) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from xray_fastai import shards
+from xray_fastai import distributed, shards
 from xray_fastai.device import describe
 from xray_fastai.errors import UserError
 from xray_fastai.images import has_no_extension, open_image
@@ -114,7 +114,8 @@ def predict_command(
     try:
         print(DISCLAIMER)
         print(f"{'model':<14}{opened.path}" + (" (the newest in ./exports)" if model is None else ""))
-        print(f"{'device':<14}{describe(opened.learn.dls.device)}, precision {opened.precision}")
+        processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+        print(f"{'device':<14}{describe(opened.learn.dls.device)}{processes}, precision {opened.precision}")
         print(rows, flush=True)
         with nullcontext() if output is None else RowFile(output, rows.columns, resume) as file:
             try:

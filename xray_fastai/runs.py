@@ -158,7 +158,9 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
     found = next((old for old in there if old.name == name), None)
     if found is None:
         if run.final.exists():
-            raise UserError(f"--resume {name}: {run.final} is finished; unfinished in {exports}: {listed}")
+            raise UserError(
+                f"--resume {name}: {run.final} is finished, or was gone on with; unfinished in {exports}: {listed}"
+            )
         if run.partial.exists():
             raise UserError(f"--resume {name}: {run.partial} stopped before anything was kept in it; delete it")
         raise UserError(f"--resume {name}: no such run in {exports}; unfinished there: {listed}")

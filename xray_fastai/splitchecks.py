@@ -137,6 +137,17 @@ def patients(images: pd.DataFrame, patient_pattern: str | None) -> list[Finding]
                 "patient may be both trained and measured on",
             )
         )
+    elif len(images) > 1 and named.patient.nunique() == 1:
+        headers = is_numbered(named.patient.iloc[0])
+        return [
+            Finding(
+                "error",
+                "one-patient",
+                f"all {len(images):,} images are of one patient, by {'PatientID' if headers else 'their names'}",
+                "none can be held out to validate or measure on; if that is not so, tell patients by file names with "
+                "--patient-pattern, here and in fit",
+            )
+        ]
     shared, numbers = [], []
     for patient, rows in named[named.groupby("patient").split.transform("nunique") > 1].groupby("patient"):
         causes = rows.file.map(lambda file: match.group(1) if (match := CAUSE.search(Path(file).name)) else "")
