@@ -20,11 +20,11 @@ from fastai.vision.all import (
     TensorImage,
     Transform,
     TransformBlock,
+    aug_transforms,
     imagenet_stats,
 )
 from PIL import Image
 
-from xray_fastai.augmentation import augmentations
 from xray_fastai.distributed import local_world_size
 from xray_fastai.images import open_image
 from xray_fastai.pixelcache import PixelCache
@@ -93,6 +93,14 @@ class OpenXray(Transform):
         return XrayImage(Image.fromarray(pixels))
 
 
+AUGMENT: dict[str, dict] = {
+    "light": {"max_rotate": 10.0, "max_zoom": 1.15},
+    "strong": {"max_rotate": 15.0, "min_zoom": 0.85, "max_zoom": 1.2},
+}
+"""By option, what training images vary by besides brightness and contrast. No flips: the heart has its side, and on
+images unlike those trained on they cost 0.03 of AUC (one seed, ResNet18 at 64 px)."""
+
+
 def xray_block(
     classes: Sequence[str],
     size: int,
@@ -108,11 +116,13 @@ def xray_block(
     Args:
         classes: all classes, in the order of the network's outputs.
         size: side in pixels.
-        augment: how training images vary: none, light or strong (`augmentation`).
+        augment: how training images vary: none, or a name in `AUGMENT`.
         contrast: equalize or none.
         cache: of decoded images.
     """
-    seen = [Equalize()] if contrast == "equalize" else []
+    augmentation = aug_transforms(do_flip=False, max_warp=0.0, **AUGMENT[augment]) if augment != "none" else []
+    if contrast == "equalize":
+        augmentation = [Equalize(), *augmentation]
     return DataBlock(
         blocks=(
             TransformBlock(type_tfms=OpenXray(size, cache), batch_tfms=IntToFloatTensor()),
@@ -121,7 +131,7 @@ def xray_block(
         get_x=ColReader("path"),
         get_y=ColReader("label"),
         splitter=ColSplitter(),
-        batch_tfms=[*seen, *augmentations(augment), Normalize.from_stats(*imagenet_stats, cuda=False)],
+        batch_tfms=[*augmentation, Normalize.from_stats(*imagenet_stats, cuda=False)],
     )
 
 
