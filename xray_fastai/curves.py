@@ -61,7 +61,7 @@ def _draw_curves(axes: "Axes", history: list[dict], columns: dict[str, str]) -> 
         cut = values.max(axis=None) > usual > 0
         axes.set_ylim(0, usual if cut else None)
         if cut:
-            axes.set(ylabel="weighted cross-entropy (higher is cut off)")
+            axes.set(ylabel="weighted cross-entropy\n(higher is cut off)")
     if len(table):
         axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, handlelength=1.6)
 
