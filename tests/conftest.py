@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,8 +30,12 @@ def elsewhere(tmp_path_factory, monkeypatch):
     """Each test starts in an empty folder, with caches of its own that it shares with the others."""
     cache = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
-    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+    torch_home, cwd = tmp_path_factory.mktemp("torch"), tmp_path_factory.mktemp("cwd")
+    monkeypatch.setenv("TORCH_HOME", str(torch_home))
+    monkeypatch.chdir(cwd)
+    yield
+    for folder in (torch_home, cwd):  # an export is 90 MB, and there are hundreds of tests
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

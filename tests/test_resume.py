@@ -67,6 +67,7 @@ def fits(tmp_path_factory):
     yield fits
     fits.process.stdin.close()
     fits.process.wait()
+    shutil.rmtree(fits.root)
 
 
 @pytest.fixture(scope="module")
