@@ -75,7 +75,7 @@ def test_a_file_is_decoded_once_and_the_fit_is_the_same(fit, run, collection):
     assert new != file
 
     told = run("data", "cache")
-    assert told.exit_code == 0 and "in 1 files" in told.output and str(new.parent) in told.output
+    assert told.exit_code == 0 and "in 1 file\n" in told.output and str(new.parent) in told.output
     assert "deleted" in run("data", "cache", "--clear").output and not pixelcache.kept()
 
 
