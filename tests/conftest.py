@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,16 @@ def real_images():
     if not folder or not Path(folder).is_dir():
         pytest.skip("the real images are not here (set XRAY_DATA to their chest_xray folder)")
     return Path(folder)
+
+
+def wait_for(condition, process=None, seconds=60):
+    """What the condition gives, as soon as it is true; a failure where the process ends before, or time is up."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.01)
+    return found
 
 
 def settings_of(export: Path) -> dict:

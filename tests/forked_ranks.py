@@ -5,7 +5,7 @@ the processes, as `forked_fits` arranges it:
 
     {"args": ["fit", ...], "rank": 1, "do": "kill", "at": "module:function@n"}
 
-When one fails, the others get a SIGTERM, as torchrun does it.
+When one fails, the others get a SIGTERM, and half a minute later a SIGKILL, as torchrun does it.
 """
 
 import importlib
@@ -63,13 +63,17 @@ def main() -> None:
         told = []
         listener = threading.Thread(target=lambda end=reader, told=told: told.append(os.fdopen(end).read()))
         listener.start()
-        codes = {}
+        codes, timers = {}, []
         while ranks.keys() - codes:
             pid, status = os.wait()
             codes[pid] = os.waitstatus_to_exitcode(status)
             if codes[pid]:
                 for other in ranks.keys() - codes:
                     os.kill(other, signal.SIGTERM)
+                    timers.append(threading.Timer(30, os.kill, (other, signal.SIGKILL)))
+                    timers[-1].start()
+        for timer in timers:
+            timer.cancel()
         listener.join()
         del store
         print(json.dumps({"codes": [codes[pid] for pid in ranks], "output": told[0]}), flush=True)

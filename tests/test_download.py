@@ -8,14 +8,13 @@ import socket
 import stat
 import struct
 import threading
-import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import draw_collection
+from tests.conftest import draw_collection, wait_for
 from xray_fastai import collection, download
 from xray_fastai.dataset import read_split
 
@@ -461,13 +460,6 @@ def test_two_at_once(get, host, refused, start):
     refused(get(), "another download is at it")
     other.send_signal(signal.SIGTERM)
     other.communicate(timeout=60)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -8,14 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 
-from tests.conftest import QUICK, draw_collection, settings_of
+from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import FitConfig, fit, load_learner
 from xray_fastai.config import ARCHITECTURES
 
@@ -214,8 +213,8 @@ def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(number, eve
     for line in process.stdout:
         if re.match(r"unfrozen +3/2000", line):
             break
-    while len(seen := members(process.pid)) < 3:  # its loading processes are there
-        time.sleep(0.001)
+    wait_for(lambda: len(members(process.pid)) >= 3, process)  # its loading processes are there
+    seen = members(process.pid)
     # to the loading processes too, as a terminal does; or to the one process that a user knows
     (os.killpg if everyone else os.kill)(process.pid, number)
     out, err = process.communicate(timeout=60)
@@ -225,10 +224,7 @@ def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(number, eve
     assert model["status"] == "interrupted" and model["best"]["epoch"] >= 1
     load_learner(tmp_path / "exports" / "stopped")
     assert "go on:  xray-fastai fit --resume stopped" in out
-    deadline = time.monotonic() + 5
-    while left := members(process.pid):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+    wait_for(lambda: not members(process.pid), seconds=5)
     shared = [file.name for file in Path("/dev/shm").glob("torch_*")]  # torch_<process>_...
     assert not [name for name in shared if name.split("_")[1] in map(str, seen)]
 
@@ -247,8 +243,7 @@ def members(session: int) -> set[int]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_training_leaves_nothing(number, collection, start, tmp_path):
     process = start("fit", "--data", collection, *QUICK, "--weights", "none", cwd=tmp_path)
-    while not list(tmp_path.glob("exports/.*.partial")):
-        time.sleep(0.01)
+    wait_for(lambda: list(tmp_path.glob("exports/.*.partial")), process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err

@@ -5,9 +5,9 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.conftest import QUICK, draw_collection, settings_of
+from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import gradcam, load_learner, prediction
 from xray_fastai.cli import app
 from xray_fastai.device import cpu_has_bf16
@@ -153,6 +153,7 @@ def test_more_than_two_classes(run, tmp_path):
 
 
 def test_folders(says, images, tmp_path):
+    images = shutil.copytree(images, Path("images").absolute())
     (images / "NORMAL" / "._hidden.jpeg").write_text("")
     (images / "NORMAL" / "notes.txt").write_text("")
     os.symlink(images / "NORMAL", tmp_path / "link")
@@ -396,13 +397,6 @@ def test_a_disk_that_fills_up(suffix, says, refused, files):
     assert read(output).path.tolist() == files
 
 
-def wait_for(process, condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.05)
-
-
 def test_ctrl_c_leaves_whole_rows(start, says, export, files):
     process = start(
         "predict", "-", "--model", export, "--device", "cpu", "--precision", "fp32", "--batch-size", 4,
@@ -411,7 +405,7 @@ def test_ctrl_c_leaves_whole_rows(start, says, export, files):
     )  # fmt: skip
     process.stdin.write("\n".join(files))
     process.stdin.flush()  # and it waits for more
-    wait_for(process, lambda: Path("out.csv").exists() and len(Path("out.csv").read_bytes().splitlines()) > 20)
+    wait_for(lambda: Path("out.csv").exists() and len(Path("out.csv").read_bytes().splitlines()) > 20, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
     with open("out.csv", newline="") as stream:

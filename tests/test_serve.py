@@ -17,6 +17,7 @@ import pytest
 import requests
 from PIL import Image
 
+from tests.conftest import wait_for
 from xray_fastai import uploads
 from xray_fastai.inference import open_model
 from xray_fastai.prediction import predict
@@ -198,15 +199,6 @@ def test_busy_beyond_its_bound_but_the_page_answers(server, photos):
     assert wait_for(lambda: send(server, photos[0]).status_code == 200)
 
 
-def wait_for(found, seconds=20):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if result := found():
-            return result
-        time.sleep(0.05)
-    pytest.fail(f"not within {seconds} s")
-
-
 def test_the_page_answers_while_a_large_image_is_looked_at(server):
     large, took, status = io.BytesIO(), [], []
     Image.new("L", (6300, 6300)).save(large, "PNG")
@@ -288,16 +280,24 @@ def test_to_others_with_a_warning_until_sigterm(run, export, photos):
         port = free.getsockname()[1]
     address, found = f"http://127.0.0.1:{port}", {}
 
+    ended = threading.Event()
+
     def ask():
-        with connect(address) as idle:  # one that is connected does not keep the server from its end
+        try:
+            wait_for(lambda: reachable(address) or ended.is_set())
+            idle = connect(address)  # one that is connected does not keep the server from its end
             found["own name"] = requests.get(address, headers={"Host": socket.gethostname()}).status_code
             found["other"] = requests.get(address, headers={"Host": "evil.example"}).status_code
-            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            if not ended.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
+        with idle:
             found["end"] = idle.recv(10)
 
-    asking = threading.Thread(target=lambda: wait_for(lambda: reachable(address)) and ask())
+    asking = threading.Thread(target=ask)
     asking.start()
     result = run("serve", "--model", export, "--host", "0.0.0.0", "--port", port, "--device", "cpu")
+    ended.set()
     asking.join()
     assert found == {"own name": 200, "other": 421, "end": b""}
     assert result.exit_code == 0 and result.stderr == "" and result.stdout.endswith("Stopped.\n"), result.output

@@ -22,7 +22,7 @@ def test_views_are_of_the_same_image():
 
 
 def test_the_mean_of_the_logits_of_all_views(run, export, tmp_path):
-    files = sorted((export.parent / "moved" / "train").glob("*/[!.]*"))[:6]
+    files = sorted((export.parent / "moved" / "train").glob("*/*"))[:6]
     model = open_model(export, "cpu", "fp32")
     images = torch.stack([torch.from_numpy(np.array(open_image(f, model.size)))[None] for f in files])
     expected = torch.stack([model.logits(view(images, *how)) for how in VIEWS]).mean(0).numpy()
