@@ -1,5 +1,6 @@
 """The cache of decoded images: the same fit, fewer decodings; stale, damaged, shared, cleared, or not to be had."""
 
+import copy
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -123,3 +124,15 @@ def test_what_is_long_unused_goes(tmp_path, monkeypatch):
     Image.new("L", (32, 32)).save(path)
     small, large = (PixelCache([str(path)], size) for size in (32, 64))
     assert pixelcache.kept() == [large.path] != [small.path]
+
+
+def test_a_loading_process_that_starts_after_the_cache_was_cleared_decodes(collection):
+    paths = [str(path) for path in collection.glob("train/*/*")]
+    cache = PixelCache(paths, 32)
+    image = np.asarray(open_image(paths[0], 32))
+    cache.put(paths[0], image)
+    assert (copy.copy(cache).get(paths[0]) == image).all()  # as it comes to another process
+    pixelcache.clear()
+    alone = copy.copy(cache)
+    alone.put(paths[0], image)
+    assert alone.get(paths[0]) is None and (cache.get(paths[0]) == image).all()

@@ -68,3 +68,21 @@ def test_too_few_images_settle_nothing(outputs):
     assert (few.temperature, few.threshold) == (1.0, 0.5) and "40 validation images" in few.note
     assert calibrate(logits, targets, 1).threshold != 0.5
     assert calibrate(logits, targets, None).threshold is None
+
+
+@pytest.mark.parametrize("margin", [0.3, 1, 8])
+def test_images_all_called_rightly_tell_no_temperature(margin):
+    """The surer, the likelier: there is no best one, and a network in doubt is not to be made sure."""
+    targets = np.arange(100) % 2
+    logits = margin * np.where(targets[:, None] == [0, 1], 1.0, -1.0)
+    found = calibrate(logits, targets, 1)
+    assert (found.temperature, found.threshold) == (1.0, pytest.approx(0.5))
+    assert found.note.startswith("not calibrated: 100 validation images, all called rightly, tell no temperature")
+    assert calibrate(logits, targets, None).temperature == 1.0
+
+
+def test_a_temperature_at_its_limit_is_told(outputs):
+    logits, targets = outputs
+    assert "at its limit" in calibrate(logits / 1000, targets, 1).note
+    assert "at its limit" in calibrate(-logits, targets, 1).note  # as good as a coin
+    assert "at its limit" not in calibrate(logits, targets, 1).note

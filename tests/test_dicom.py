@@ -668,3 +668,21 @@ def test_a_picture_predicts_alike_as_dicom_its_inverse_and_png(worked, run, tmp_
     table = predict([(tmp_path / "c").read_bytes(), tmp_path / "b.dcm"], export, precision="fp32")
     assert table.p_PNEUMONIA.nunique() == 1 and table.p_PNEUMONIA[0] == rows.p_PNEUMONIA.iloc[0]
     assert abs(load_learner(export).predict(tmp_path / "c")[2][1] - rows.p_PNEUMONIA.iloc[0]) < 1e-4
+
+
+def test_what_stands_behind_long_sequences_is_read(tmp_path):
+    """The first megabyte, which mostly is enough, ends within them."""
+    files = []
+    for name, length in (("short", 0), ("long", 500_000)):
+        item, ds = Dataset(), header_of(picture(), bits=12, PatientID=PATIENT)
+        for group in (0x0009, 0x0019):
+            ds.private_block(group, "someone", create=True).add_new(1, "SQ", [])
+            item.private_block(group, "someone", create=True).add_new(2, "OB", bytes(length))
+            ds[group, 0x1001].value = [item] * 3
+            ds[group, 0x1001].is_undefined_length = True
+        (tmp_path / name).write_bytes(content_of(ds))
+        files.append(tmp_path / name)
+    short, long = files
+    assert long.stat().st_size > 2 * dicom.HEAD > 2 * short.stat().st_size
+    assert dicom.patient_key(short) == dicom.patient_key(long) is not None
+    assert size_of(short) == size_of(long) == (56, 40)

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import shutil
 import signal
 import socket
 import stat
@@ -260,6 +261,24 @@ def test_a_host_that_tells_neither_size_nor_version(get, host):
     host.etag = host.modified = None
     host.plan = [lambda host, handler: host.send(handler, length=False)]
     assert get().exit_code == 0 and whole()
+
+
+def test_a_download_of_unknown_size_that_is_whole_is_not_got_again(get, run, host, refused, monkeypatch):
+    def nothing_more(host, handler):
+        handler.send_response(416)
+        handler.send_header("Content-Range", f"bytes */{len(host.content)}")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    host.plan = [lambda host, handler: host.send(handler, length=False), nothing_more]
+    usage, room = shutil.disk_usage("."), [1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room[0]))
+    refused(get(), "free")
+    assert nothing_but(*KEPT)
+    room[0] = usage.free
+    result = get()
+    assert result.exit_code == 0 and "downloaded    before" in result.stdout and whole()
+    assert host.ranges_asked() == [None, f"bytes={len(host.content)}-"]
 
 
 @pytest.mark.parametrize(("etag", "asked"), [('"one"', '"one"'), ('W/"one"', DATE), (None, DATE)])

@@ -1,6 +1,7 @@
 """The frozen phase on features that were computed once: the same training as with the backbone in every epoch."""
 
 import csv
+import shutil
 import signal
 from pathlib import Path
 
@@ -73,25 +74,25 @@ def test_views_differ_and_a_file_on_the_disk_gives_what_memory_gives(frozen, mon
     in_memory, told = frozen("memory", "--frozen-views", 3)
     assert "features of 38 training images, 3 views each, and of 11 validation images" in told
     monkeypatch.setattr(features, "IN_MEMORY", 0)
-    monkeypatch.setattr(features, "check_space", lambda folder, model: folders.extend(folder.iterdir()))
+    monkeypatch.setattr(features, "check_space", lambda folder, *_: folders.append(list(folder.iterdir())))
     mapped, _ = frozen("mapped", "--frozen-views", 3)
     assert mapped == in_memory
-    assert [path.name for path in folders] == ["checkpoint"]  # the file has no name: no crash leaves it behind
+    assert [[path.name for path in there] for there in folders] == [["checkpoint"]] * 2  # the file has no name
     train, valid = made[:2]
     assert train.shape == (3, 38, 512) and valid.shape == (1, 11, 512)
     assert all((train[i] != train[j]).any(dim=1).all() for i, j in [(0, 1), (0, 2), (1, 2)])
 
 
 def test_features_that_the_disk_has_no_room_for_are_told(data, weights, run, refused, monkeypatch):
-    usage = features.shutil.disk_usage(".")
+    usage = shutil.disk_usage(".")
     monkeypatch.setattr(features, "IN_MEMORY", 0)
     args = ["fit", "--data", data, "--valid", "folder", *QUICK, "--weights", weights, "--precision", "fp32"]
 
     def nearly_full(folder):  # once checkpoints and export were seen to fit
-        monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
 
     monkeypatch.setattr(features, "_compute", _after(nearly_full, features._compute))
-    refused(run(*args), "0 MB are free", "the features of the images take 0 MB", "fewer --frozen-views")
+    refused(run(*args), "0 MB are free", "the features of the images, the checkpoints", "fewer --frozen-views")
     assert not list(Path("exports").iterdir())
 
 

@@ -201,3 +201,12 @@ def test_bad_input(export, run, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     refused(run("export", export), 'pip install "xray-fastai[onnx]"')
     assert [path.name for path in Path().iterdir()] == ["there.onnx"]
+
+
+def test_an_export_from_before_there_was_a_choice_of_contrast(export, run, tmp_path):
+    older = shutil.copytree(export, tmp_path / "older")
+    settings = settings_of(older)
+    del settings["preprocessing"]["contrast"]
+    (older / "model.json").write_text(json.dumps(settings))
+    result = run("export", older, "--format", "onnx", "--output", tmp_path / "older.onnx")
+    assert result.exit_code == 0, result.output

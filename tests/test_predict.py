@@ -25,6 +25,7 @@ from xray_fastai.errors import UserError
 from xray_fastai.inference import open_model, predict_stream
 from xray_fastai.prediction import predict
 from xray_fastai.record import DISCLAIMER
+from xray_fastai.rowfile import RowFile
 
 COLUMNS = ["path", "prediction", "p_NORMAL", "p_PNEUMONIA", "threshold", "error"]
 
@@ -452,3 +453,46 @@ def test_heat_maps(says, files, model, monkeypatch):
         assert (picture.mode, picture.size) == ("RGB", (40, 48))
         blue_to_red = np.asarray(picture).astype(int)
     assert (blue_to_red[:, -1, 0] > blue_to_red[:, -1, 2]).all()
+
+
+def test_heat_maps_of_rows_that_do_not_stand_go(says, files, monkeypatch):
+    """Ctrl-C comes while the second batch's maps are drawn; --resume draws them, under the names that are theirs."""
+    names = [path.name for path in made_by(says, files, "whole")]
+    save, calls = Image.Image.save, []
+
+    def interrupted(picture, stream, *args):
+        calls.append(1)
+        if len(calls) == 6:
+            stream.write(b"begun")
+            raise KeyboardInterrupt
+        return save(picture, stream, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", interrupted)
+        result = says(*files[:8], "--heatmaps", "maps", "--output", "out.csv", "--batch-size", 4)
+    assert result.exit_code == 130 and "4 rows of out.csv stand" in result.stderr
+    assert [path.name for path in sorted(Path("maps").iterdir())] == names[:4]
+    assert [path.name for path in made_by(says, files, "maps", "--output", "out.csv", "--resume")] == names
+
+
+def made_by(says, files, folder, *options):
+    assert says(*files[:8], "--heatmaps", folder, "--batch-size", 4, *options).exit_code == 0
+    return sorted(Path(folder).iterdir())
+
+
+def test_an_output_that_another_process_is_writing_is_left_to_it(says, refused, files):
+    with RowFile("out.csv", ["path"]):
+        for resume in ([], ["--resume"]):
+            assert says(files[0], "--output", "out.csv", *resume).exit_code == 1
+        refused(says(files[0], "--output", "out.csv", "--resume"), "--output out.csv: another predict is writing it")
+    assert sorted(os.listdir()) == ["out.csv"]
+
+
+def test_bf16_on_a_cpu_that_only_imitates_it(start, export, files):
+    """oneDNN's own operators refuse there; torch's do not."""
+    args = ["predict", *files[:4], "--model", export, "--device", "cpu", "--precision", "bf16", "--output", "out.csv"]
+    process = start(*args, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    exact = predict(files[:4], export, device="cpu", precision="fp32")
+    assert read(Path("out.csv")).p_PNEUMONIA.to_numpy() == pytest.approx(exact.p_PNEUMONIA.to_numpy(), abs=0.1)

@@ -16,7 +16,7 @@ import torchvision
 from tests.conftest import QUICK, draw_collection, settings_of
 from tests.test_fit import history_of
 from xray_fastai import load_learner
-from xray_fastai.runs import reserve
+from xray_fastai.runs import reopen, reserve
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
@@ -282,6 +282,29 @@ def test_what_can_not_be_gone_on_with_is_told(args, words, crashed, run, refused
     (crashed / ".empty.partial").mkdir()
     refused(run("fit", *args), *words)
     assert sorted(path.name for path in crashed.glob("*")) == [".crashed.partial", ".empty.partial", "done"]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "there", "new"),
+    [
+        ("seed-2", "seed-2", ["seed-1"], "seed-2-2"),  # the user's own number
+        ("seed-2", "seed", ["seed"], "seed-3"),  # that of a fit that went on already
+        ("seed", "seed", [], "seed-2"),
+        ("2026-11-23_12-34-05", None, [], "2026-11-23_12-34-05-2"),
+        ("2026-11-23_12-34-05-2", None, [], "2026-11-23_12-34-05-3"),
+    ],
+)
+def test_what_goes_on_with_an_interrupted_fit_takes_no_other_name(name, given, there, new):
+    for other in there:
+        Path("exports", other).mkdir(parents=True)
+    kept = Path("exports", name, "checkpoint")
+    kept.mkdir(parents=True)
+    (kept / "settings.json").write_text(json.dumps({"settings": {"name": given}}))
+    (kept.parent / "model.json").write_text('{"status": "interrupted"}')
+    if new.endswith("-3"):
+        Path("exports", new[:-1] + "2").mkdir(exist_ok=True)
+    with reopen("exports", name) as (run, found):
+        assert (run.name, found.name) == (new, name)
 
 
 def test_images_that_changed_are_told(crashed, run, refused):

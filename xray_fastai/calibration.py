@@ -45,14 +45,19 @@ def calibrate(
     if len(targets) < ENOUGH_IMAGES or counts.min() < ENOUGH_OF_A_CLASS:
         note = f"not calibrated: {len(targets)} validation images, {counts.min()} of the rarest class, are too few"
         return Calibration(1.0, start, note)
-    temperature = choose_temperature(logits, targets)
-    if positive is None:
-        return Calibration(temperature, None, f"temperature from {len(targets)} validation images")
-    scores = softmax(logits / temperature, axis=1)[:, positive]
-    threshold = choose_threshold(scores, targets == positive, target_sensitivity)
-    how = "Youden's J" if target_sensitivity is None else f"sensitivity {target_sensitivity:g}"
-    note = f"from {len(targets)} validation images, by {how}"
-    if not 1 / LIMIT < temperature * 0.99 < temperature * 1.01 < LIMIT:
+    images = f"{len(targets)} validation images"
+    if (logits.argmax(axis=1) == targets).all():  # the surer, the likelier: there is no best temperature
+        temperature, note = 1.0, f"not calibrated: {images}, all called rightly, tell no temperature"
+        note += "; threshold" if positive is not None else ""
+    else:
+        temperature = choose_temperature(logits, targets)
+        note = f"from {images}," if positive is not None else f"temperature from {images}"
+    threshold = None
+    if positive is not None:
+        scores = softmax(logits / temperature, axis=1)[:, positive]
+        threshold = choose_threshold(scores, targets == positive, target_sensitivity)
+        note += " by " + ("Youden's J" if target_sensitivity is None else f"sensitivity {target_sensitivity:g}")
+    if not 1.05 / LIMIT < temperature < LIMIT / 1.05:
         note += "; the temperature is at its limit, so the probabilities mean little: train longer"
     return Calibration(temperature, threshold, note)
 

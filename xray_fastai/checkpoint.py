@@ -232,8 +232,8 @@ class Checkpoints:
         )
 
 
-def check_space(folder: Path, model: torch.nn.Module) -> None:
-    """See that the checkpoints and the export of a model will fit.
+def check_space(folder: Path, model: torch.nn.Module, features: int = 0) -> None:
+    """See that the checkpoints and the export of a model will fit, and besides them so many bytes of features.
 
     At most there are two checkpoints of weights and Adam's two averages, and the best epoch's weights: seven times the
     weights. The export's two come when all but the best are gone.
@@ -243,11 +243,14 @@ def check_space(folder: Path, model: torch.nn.Module) -> None:
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     there = sum(file.stat().st_size for file in (folder / CHECKPOINT).iterdir())
-    needed, free = 7 * weights + 2**24, shutil.disk_usage(folder).free + there
+    needed, free = 7 * weights + 2**24 + features, shutil.disk_usage(folder).free + there
     if free < needed:
+        what = "the features of the images, the checkpoints" if features else "the checkpoints"
+        fewer = ", or fewer --frozen-views" if features else ""
         raise UserError(
-            f"{folder.parent}: {free / 1e6:,.0f} MB are free, and the checkpoints and the export of this fit need "
-            f"{needed / 1e6:,.0f} MB; free space, or give another folder by --exports"
+            f"{folder.parent}: {free / 1e6:,.0f} MB are free, and {what} and the export of this fit need "
+            f"{needed / 1e6:,.0f} MB; free space ('xray-fastai data cache --clear', then --no-cache, does without "
+            f"decoded images), or give another folder by --exports{fewer}"
         )
 
 

@@ -19,7 +19,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,11 +139,11 @@ def _reading(name: str) -> Iterator[None]:
     _here.reading = True
     try:
         yield
-    except OSError:
-        raise
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # pydicom and the decoders raise whatever a broken file leads them to
+        if isinstance(error, OSError) and error.errno is not None:  # pydicom's own have no number
+            raise
         raise ImageError(f"{name}: broken DICOM file ({type(error).__name__})") from None
     finally:
         _here.reading = False
@@ -184,7 +184,7 @@ def _read(content: bytes, keywords: list[str], stop: Callable | None = None) -> 
 
 
 def _first(path: str | os.PathLike, keywords: list[str]) -> "Dataset":
-    """These elements, the last of which is the last of its group; mostly without reading all of the file."""
+    """These elements, the last of which is the highest tag; mostly without reading all of the file."""
     passed = []
 
     def stop(tag: int, vr: str | None, length: int) -> bool:
@@ -195,10 +195,12 @@ def _first(path: str | os.PathLike, keywords: list[str]) -> "Dataset":
     last = _pydicom().tag.Tag(keywords[-1])
     with open(path, "rb") as stream:
         content = stream.read(HEAD)
-        header = _read(content, keywords, stop)
-        if not passed and len(content) == HEAD:
-            header = _read(content + stream.read(), keywords, stop)
-    return header
+        with suppress(Exception):  # pydicom's, where a sequence before them is cut short
+            header = _read(content, keywords, stop)
+            if passed or len(content) < HEAD:
+                return header
+        passed.clear()
+        return _read(content + stream.read(), keywords, stop)
 
 
 def _inflated(content: bytes) -> bytes:

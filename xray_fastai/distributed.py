@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 COMMANDS = ("fit", "predict")
 """Those that run in several processes."""
-PATIENCE = timedelta(minutes=30)
+PATIENCE = timedelta(hours=3)
 """How long a process waits for another that lives but doesn't answer; the first may be reading a large data set."""
 GRACE = 1.0
 """Seconds that the others leave to the first to tell an error that all of them have."""
@@ -151,9 +151,10 @@ def session() -> Iterator[bool]:
         if rank() and not _store_answers():  # the torchrun of the first process has ended as well, and tells
             raise SystemExit(1) from None
         why = re.sub(r"^.*\.cc:\d+\] ", "", str(error), flags=re.DOTALL)  # where in gloo's source it was seen
+        silent = f", or was silent for {PATIENCE.seconds // 3600} hours" if "Timed out" in why else ""
         lost = UserError(
-            f"another of the {world_size()} processes ended, or can't be reached any more; see what torchrun says of "
-            f"it ({shown(why, 100)})"
+            f"another of the {world_size()} processes ended{silent}, or can't be reached any more; see what torchrun "
+            f"says of it ({shown(why, 100)})"
         )
         for note in getattr(error, "__notes__", []):
             lost.add_note(note)

@@ -127,6 +127,11 @@ def _attempt(session: "Session", url: str, part: Path, begins: bytes, check: Che
         headers |= {"Range": f"bytes={have}-"} | ({"If-Range": known.validator} if known.validator else {})
     try:
         with session.get(url, headers=headers, stream=True, timeout=(CONNECT, STALL)) as answer:
+            if known is not None and answer.status_code == 416:  # there is no more than what came of unknown size
+                offer = Offer(url, have, answer.headers.get("ETag"), answer.headers.get("Last-Modified"))
+                if answer.headers.get("Content-Range") == f"bytes */{have}" and offer.agrees(known):
+                    print(f"{'downloaded':<14}before: {part}, {decimal(have)}", flush=True)
+                    return
             start, offer = _place(answer, url, part, known, have)
             chunks = _chunks(answer, len(begins))
             first = next(chunks)

@@ -21,7 +21,6 @@ features of all images.
 import math
 import mmap
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -131,7 +130,6 @@ def instead_of_images(
         del network
     finally:
         set_random_states(learn, random)
-    check_space(folder, model)
     seconds = round(time.perf_counter() - start)
     size = sum(loader.features.nbytes for loader in loaders)
     print(f"computed in {seconds // 60}:{seconds % 60:02}, {size / 1e6:,.0f} MB; epochs now train the head on them")
@@ -172,7 +170,7 @@ def _compute(
             with torch.inference_mode(), autocast:
                 found = network(x.contiguous(memory_format=torch.channels_last))  # (B, channels)
             if features is None:
-                features = _room((count, images.n, found.shape[1]), found.dtype, plan.device, folder)
+                features = _room((count, images.n, found.shape[1]), found.dtype, plan.device, folder, network)
             features[view, at : at + len(found)] = found
             if stop.received is not None:
                 raise CancelFitException
@@ -180,18 +178,15 @@ def _compute(
     return features, torch.cat(targets)
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path) -> torch.Tensor:
+def _room(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path, model: nn.Module
+) -> torch.Tensor:
     """An empty tensor: on the device, or of a file that has no name, so that nothing is left of it after a crash."""
     size = math.prod(shape) * dtype.itemsize
     if size <= IN_MEMORY:
         return torch.empty(shape, dtype=dtype, device=device)
+    check_space(folder, model, size)
     try:
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise UserError(
-                f"{folder.parent}: {free / 1e6:,.0f} MB are free, and the features of the images take "
-                f"{size / 1e6:,.0f} MB; free space, give another folder by --exports, or fewer --frozen-views"
-            )
         with tempfile.TemporaryFile(dir=folder) as file:
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):

@@ -128,7 +128,7 @@ class Model:
         ramp = torch.arange(self.size**2).remainder(256).to(torch.uint8).view(1, 1, self.size, self.size)
         if not self.logits(ramp).isfinite().all():
             raise UserError(f"{self.path}: {NO_NUMBER}")
-        if self._on_cpu:
+        if self._on_cpu and (self.precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             return fused_for_cpu(self.learn.model, self._kind)
         return fuse(self.learn.model).to(self._kind, memory_format=torch.channels_last)
 

@@ -139,7 +139,7 @@ def _graph(model: "Model") -> "torch.nn.Module":
 
     from xray_fastai.loaders import equalize
 
-    equalizes = model.settings["preprocessing"]["contrast"] == "equalize"
+    equalizes = model.settings["preprocessing"].get("contrast", "none") == "equalize"
 
     class Graph(torch.nn.Module):
         def __init__(self):

@@ -105,7 +105,10 @@ class PixelCache:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._open()
+        try:
+            self._open()
+        except OSError:  # it was cleared meanwhile
+            self.rows = {}
 
     def get(self, path: str) -> "np.ndarray | None":
         """The image, (size, size); None where it is not there yet."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -158,9 +158,10 @@ def _run(
     with closing(shared) as batches, bar as advance:
         for batch in batches:
             found = rows(batch, calls.total())
-            if maps is not None:
-                maps.write(batch, found)
-            (table if file is None else file).write(found)
+            with nullcontext() if maps is None else maps.kept_with_rows():
+                if maps is not None:
+                    maps.write(batch, found)
+                (table if file is None else file).write(found)
             calls.update(row["prediction"] for row in found)
             if file is not None or calls.total() > SHOWN:
                 advance(calls.total())
@@ -231,6 +232,19 @@ class _HeatMaps:
             raise UserError(f"--heatmaps {folder}: can't be made ({error.strerror}); give another folder") from None
         self.folder, self.model = folder, model
         self.taken: dict[str, int] = {}  # the last number of names that are there more than once
+        self.made: list[Path] = []  # of the batch at hand
+
+    @contextmanager
+    def kept_with_rows(self) -> Iterator[None]:
+        "What is written within goes, whole or begun, where this is left by an error or Ctrl-C: its rows don't stand."
+        self.made.clear()
+        try:
+            yield
+        except BaseException:
+            for path in self.made:
+                with suppress(OSError):
+                    path.unlink()
+            raise
 
     def write(self, batch: Batch, rows: list[Row]) -> None:
         """The map of the class that each row calls.
@@ -253,13 +267,12 @@ class _HeatMaps:
             path = self.folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
             try:
                 with path.open("xb") as stream:
+                    self.made.append(path)
                     picture.save(stream, "PNG")
             except FileExistsError:
                 self.taken[stem] = number
                 continue
             except OSError as error:
-                with suppress(OSError):
-                    path.unlink()
                 raise UserError(f"--heatmaps {path}: can't be written ({error.strerror or error})") from None
             return
 

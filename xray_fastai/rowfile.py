@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xray_fastai.errors import UserError
+from xray_fastai.runs import acquire, release
 
 Row = dict[str, Any]
 
@@ -29,15 +30,24 @@ class RowFile:
         """Open, or make, the file.
 
         Raises:
-            UserError: another suffix, a file that is there and not to be continued, or one that can't be written to.
+            UserError: another suffix, a file that is there and not to be continued, that another process is writing,
+                or that can't be written to.
         """
         self.path, self.columns = Path(path), columns
         self.rows = 0  # whole ones
         self.check(self.path, resume)
+        lock = None
         try:
+            self.path.parent.stat()  # a lock would make it
+            lock = acquire(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
+            if lock is None:
+                raise UserError(f"--output {path}: another predict is writing it; wait for that, or give another name")
             self._file = open(self.path, "r+b" if resume and self.path.exists() else "xb", buffering=0)  # noqa: SIM115
         except OSError as error:
+            if lock is not None:
+                release(lock)
             raise UserError(f"--output {path}: can't be written to ({error.strerror})") from None
+        self._lock = lock
         self._csv = self.path.suffix.lower() == ".csv"
         self._head = _csv_line(columns) if self._csv else b""
         self._end = 0  # of the last whole row, in bytes
@@ -61,9 +71,12 @@ class RowFile:
         return self
 
     def __exit__(self, *_) -> None:
-        with self._file:
-            if self._writing:
-                self._file.truncate(self._end)
+        try:
+            with self._file:
+                if self._writing:
+                    self._file.truncate(self._end)
+        finally:
+            release(self._lock)
 
     def done(self) -> Iterator[Row]:
         """The whole rows that are there, with numbers as floats and None for what is empty.

@@ -97,7 +97,7 @@ def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> It
     for candidate in others if numbered else [first] if name else [first, *others]:
         run, lock = Reservation(exports, candidate), None
         try:
-            lock = _acquire(run.lock)
+            lock = acquire(run.lock)
             if lock is None:
                 fault = f"{run.partial} belongs to a fit that runs now; give another name"
             elif run.final.exists():
@@ -111,10 +111,10 @@ def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> It
                 run.partial.mkdir()
                 break
             if lock is not None:
-                _release(lock)
+                release(lock)
         except OSError as error:
             if lock is not None:
-                _release(lock)
+                release(lock)
             raise UserError(
                 f"--exports {exports}: can't be written to ({error.strerror}); give another folder"
             ) from None
@@ -151,7 +151,7 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
         name = there[0].name
     run = Reservation(exports, name)
     busy = f"--resume {name}: another fit is at it now; wait for it, or stop that one first"
-    if run.lock.exists() and (probe := _acquire(run.lock)) is None:
+    if run.lock.exists() and (probe := acquire(run.lock)) is None:
         raise UserError(busy)
     elif run.lock.exists():
         probe.release()
@@ -165,7 +165,7 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
             raise UserError(f"--resume {name}: {run.partial} stopped before anything was kept in it; delete it")
         raise UserError(f"--resume {name}: no such run in {exports}; unfinished there: {listed}")
     try:
-        lock = _acquire(run.lock)
+        lock = acquire(run.lock)
     except OSError as error:
         raise UserError(f"--exports {exports}: can't be written to ({error.strerror})") from None
     if lock is None or not found.usable:
@@ -176,10 +176,21 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
             yield run, found
         return
     try:
-        with reserve(exports, re.sub(r"-[2-9]$", "", name), numbered=True) as new:
+        with reserve(exports, _first_name(found), numbered=True) as new:
             yield new, found
     finally:
-        _release(lock)
+        release(lock)
+
+
+def _first_name(run: Unfinished) -> str:
+    """The name that a run was started by, without the number that going on with it gave it."""
+    try:
+        given = json.loads((run.checkpoint / SETTINGS).read_text(encoding="utf-8"))["settings"]["name"]
+    except (OSError, ValueError, TypeError, KeyError):
+        given = None
+    if given is None and (date := re.match(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)):
+        given = date[0]
+    return given if given and re.fullmatch(rf"{re.escape(given)}-\d+", run.name) else run.name
 
 
 def unfinished(exports: str | Path) -> list[Unfinished]:
@@ -187,8 +198,8 @@ def unfinished(exports: str | Path) -> list[Unfinished]:
     exports = Path(exports)
     found = []
     for path in exports.glob(".*.lock"):  # of a fit that was killed while it went on with an interrupted one
-        if not path.with_suffix(".partial").exists() and (lock := _acquire(path, timeout=0)) is not None:
-            _release(lock)
+        if not path.with_suffix(".partial").exists() and (lock := acquire(path, timeout=0)) is not None:
+            release(lock)
     for path in exports.glob(".*.partial"):
         run = Reservation(exports, path.name[1 : -len(".partial")])
         # without a checkpoint, it may also be an evaluation that is being written: `.<name>.<process>.partial`
@@ -227,10 +238,15 @@ def _held(run: Reservation, lock: FileLock) -> Iterator[None]:
     else:
         shutil.rmtree(run.partial, ignore_errors=True)  # not there any more, once published
     finally:
-        _release(lock)
+        release(lock)
 
 
-def _acquire(path: Path, timeout: float = PROBE) -> FileLock | None:
+def acquire(path: Path, timeout: float = PROBE) -> FileLock | None:
+    """A lock on a file made for it, held by nobody else; None where somebody has it still after `timeout` seconds.
+
+    Raises:
+        OSError: the file can't be made.
+    """
     lock = FileLock(path, timeout=timeout, poll_interval=0.02, thread_local=False)
     try:
         lock.acquire()
@@ -239,7 +255,8 @@ def _acquire(path: Path, timeout: float = PROBE) -> FileLock | None:
     return lock
 
 
-def _release(lock: FileLock) -> None:
+def release(lock: FileLock) -> None:
+    """Give a lock up, and delete its file."""
     with contextlib.suppress(OSError):  # its folder may have vanished
         os.unlink(lock.lock_file)
     with contextlib.suppress(OSError):
@@ -249,7 +266,7 @@ def _release(lock: FileLock) -> None:
 def _held_by_another(path: Path) -> bool:
     if not path.exists():
         return False
-    lock = _acquire(path, timeout=0)
+    lock = acquire(path, timeout=0)
     if lock is not None:
         lock.release()
     return lock is None
