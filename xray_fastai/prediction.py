@@ -158,9 +158,7 @@ def _run(
     with closing(shared) as batches, bar as advance:
         for batch in batches:
             found = rows(batch, calls.total())
-            with nullcontext() if maps is None else maps.kept_with_rows():
-                if maps is not None:
-                    maps.write(batch, found)
+            with nullcontext() if maps is None else maps.written(batch, found):
                 (table if file is None else file).write(found)
             calls.update(row["prediction"] for row in found)
             if file is not None or calls.total() > SHOWN:
@@ -235,10 +233,16 @@ class _HeatMaps:
         self.made: list[Path] = []  # of the batch at hand
 
     @contextmanager
-    def kept_with_rows(self) -> Iterator[None]:
-        "What is written within goes, whole or begun, where this is left by an error or Ctrl-C: its rows don't stand."
+    def written(self, batch: Batch, rows: list[Row]) -> Iterator[None]:
+        """The map of the class that each row calls. Left by an error or Ctrl-C, as the rows then don't stand, all of
+        the batch's go, whole or begun.
+
+        Raises:
+            UserError: the disk is full, or the folder can't be written to.
+        """
         self.made.clear()
         try:
+            self._write(batch, rows)
             yield
         except BaseException:
             for path in self.made:
@@ -246,12 +250,7 @@ class _HeatMaps:
                     path.unlink()
             raise
 
-    def write(self, batch: Batch, rows: list[Row]) -> None:
-        """The map of the class that each row calls.
-
-        Raises:
-            UserError: the disk is full, or the folder can't be written to.
-        """
+    def _write(self, batch: Batch, rows: list[Row]) -> None:
         from xray_fastai.gradcam import grad_cam, overlay
 
         read = [(source, row) for source, row in zip(batch.sources, rows, strict=True) if row["error"] is None]
