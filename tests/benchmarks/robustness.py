@@ -62,6 +62,18 @@ def cropped(image: Image.Image, s: int) -> Image.Image:
     return image.crop((margin, margin, SIDE - margin, SIDE - margin)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
+def widened(image: Image.Image, s: int) -> Image.Image:
+    """As from a wider frame, which is squeezed more on its way to a square: less of top and bottom."""
+    margin = round(0.025 * s * SIDE)
+    return image.crop((0, margin, SIDE, SIDE - margin)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+
+
+def narrowed(image: Image.Image, s: int) -> Image.Image:
+    """As from a narrower frame: less of the sides."""
+    margin = round(0.025 * s * SIDE)
+    return image.crop((margin, 0, SIDE - margin, SIDE)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+
+
 def bordered(image: Image.Image, s: int) -> Image.Image:
     canvas, inner = Image.new("L", (SIDE, SIDE)), SIDE - 12 * s
     canvas.paste(image.resize((inner, inner), Image.Resampling.BILINEAR), (6 * s, 6 * s))
@@ -76,7 +88,7 @@ def marked(image: Image.Image, s: int) -> Image.Image:
     return image
 
 
-CORRUPTIONS = (darker, brighter, flatter, blurred, sharpened, noisy, jpeg, cropped, bordered, marked)
+CORRUPTIONS = (darker, brighter, flatter, blurred, sharpened, noisy, jpeg, cropped, widened, narrowed, bordered, marked)
 
 
 def main(exports: list[str]) -> None:
