@@ -1,4 +1,4 @@
-"""How images were taken, seen by brightness, contrast and sharpness, and how a model does on the unusual ones.
+"""How images were taken, seen by brightness, contrast, sharpness and shape, and how a model does on the unusual ones.
 
 Images of another hospital differ in how they were taken before they differ in anything medical. Where these few numbers
 alone tell the classes apart (sharpness does in the collection that this program was made on, with a ROC AUC of 0.88),
@@ -28,7 +28,9 @@ NAMES = {
     "brightness": ("darkest", "brightest"),
     "contrast": ("flattest", "most contrasty"),
     "sharpness": ("blurriest", "sharpest"),
+    "aspect": ("narrowest", "widest"),
 }
+"""By what is measured, the groups at its lower and its upper end."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,13 @@ class Group:
         return self.high < roc_auc and self.roc_auc < roc_auc - GAP
 
 
-def appearance(paths: Sequence[str]) -> pd.DataFrame:
+def appearance(paths: Sequence[str], aspects: Sequence[float] | None = None) -> pd.DataFrame:
     """A row an image: `brightness` (mean), `contrast` (standard deviation) and `sharpness` (mean absolute Laplacian) of
-    grey values from 0 to 1, at 224 x 224 px.
+    grey values from 0 to 1, at 224 x 224 px; and `aspect`.
+
+    Args:
+        paths: of the images.
+        aspects: width / height of each; where all are alike, they are left out.
 
     Raises:
         ImageError: one can't be read.
@@ -60,7 +66,10 @@ def appearance(paths: Sequence[str]) -> pd.DataFrame:
         return float(x.mean()), float(x.std()), float(np.abs(laplacian).mean())
 
     with ThreadPoolExecutor() as pool:
-        return pd.DataFrame(pool.map(measure, paths), columns=list(NAMES))
+        looks = pd.DataFrame(pool.map(measure, paths), columns=["brightness", "contrast", "sharpness"])
+    if aspects is not None and len(set(aspects)) > 1:
+        looks["aspect"] = list(aspects)
+    return looks
 
 
 def expected_by_appearance(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray) -> np.ndarray:
@@ -84,10 +93,10 @@ def expected_by_appearance(looks: pd.DataFrame, positives: np.ndarray, patients:
 def unusual(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray, share: float = SHARE) -> dict:
     """Groups by name, each a boolean (N,): the `share` of each class that is darkest, sharpest, and so on, and the one
     whose appearance speaks most for the other class ("least typical")."""
-    values = {name: looks[name].to_numpy() for name in NAMES}
     sides = {UNLIKE: np.where(positives, 1, -1) * expected_by_appearance(looks, positives, patients)}
-    for name, (low, high) in NAMES.items():
-        sides |= {low: values[name], high: -values[name]}
+    for name, values in looks.items():
+        low, high = NAMES[name]
+        sides |= {low: values.to_numpy(), high: -values.to_numpy()}
     groups = {}
     for name, value in sides.items():
         chosen = np.zeros(len(looks), bool)

@@ -336,7 +336,8 @@ def _export(
     if best.row is not None and positive is not None:
         with contextlib.suppress(ImageError):  # the images may be gone by now; the export is not to be lost for that
             scores = softmax(outputs[0] / calibration.temperature, axis=1)[:, positive]
-            looks, positives = appearance(list(data.valid.path)), (data.valid.label == data.positive).to_numpy()
+            looks = appearance(list(data.valid.path), list(data.valid.width / data.valid.height))
+            positives = (data.valid.label == data.positive).to_numpy()
             worst = worst_group(looks, positives, data.valid.patient.to_numpy(), scores)
     model = model_record(plan, status, history, progress.ends, best.row, calibration, worst, progress.elapsed)
     path = bundle.write(run, learn, model, history)
