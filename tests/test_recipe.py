@@ -14,7 +14,7 @@ from xray_fastai import fit, load_learner, predict
 from xray_fastai.groups import appearance, worst_group
 from xray_fastai.images import open_image
 from xray_fastai.learner import settle_batch_norm
-from xray_fastai.loaders import Equalize
+from xray_fastai.loaders import Equalize, Stretch
 
 FIT = {"arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu", "weights": "none"}
 
@@ -109,6 +109,30 @@ def test_the_group_that_a_model_fails_on_is_named(tmp_path):
     assert worst.name == "darkest" and worst.images == 40 and worst.roc_auc < 0.05 and worst.parts_from(0.9)
     sound = worst_group(appearance(paths), positives, np.arange(400), np.where(positives, 0.9, 0.1))
     assert sound.roc_auc == 1 and not sound.parts_from(1.0)
+
+
+def test_the_shape_makes_groups_where_it_varies(tmp_path):
+    paths, positives, aspects = shaded(tmp_path, 400), np.arange(400) % 2 == 1, np.linspace(0.8, 1.8, 400)
+    scores = np.where(positives, 0.9, 0.1) + np.random.default_rng(1).uniform(-0.1, 0.1, 400)
+    scores[-40:] = 1 - scores[-40:]
+    order = np.random.default_rng(2).permutation(400)  # so that brightness, which goes with the place, tells nothing
+    worst = worst_group(appearance(paths, aspects[order]), positives[order], np.arange(400), scores[order])
+    assert worst.name == "widest" and worst.roc_auc < 0.05
+    assert "aspect" not in appearance(paths, [1.0] * 400)
+
+
+def test_stretched_images_are_wider_or_narrower_and_none_is_turned():
+    square = torch.zeros(64, 1, 65, 65)
+    square[..., 22:43, 22:43] = 1  # 21 x 21 px, in the middle
+    torch.manual_seed(0)
+    seen = Stretch(1.5, p=1.0)(TensorImageBW(square), split_idx=0) > 0.5
+    width, height = (seen.any(dim).sum(-1).flatten().float() for dim in (-2, -1))
+    ratios = width / height
+    assert 0.6 < ratios.min() < 0.8 and 1.25 < ratios.max() < 1.65 and abs(ratios.log().mean()) < 0.1
+    assert torch.allclose(width * height, torch.tensor(21.0**2), rtol=0.15)  # the area stays
+    assert (width * height - seen.flatten(1).sum(1)).abs().max() <= 4  # an upright rectangle, but for its corners
+    assert torch.equal(Stretch(1.5, p=0.0)(TensorImageBW(square), split_idx=0) > 0.5, square > 0.5)
+    assert torch.equal(Stretch(1.5, p=1.0)(TensorImageBW(square), split_idx=1) > 0.5, square > 0.5)  # validation
 
 
 def test_too_few_images_make_no_group(tmp_path):
