@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import FitConfig, fit, load_learner
+from xray_fastai.callbacks import standard_error
 from xray_fastai.config import ARCHITECTURES
 
 HUB_FILES = {
@@ -142,9 +144,46 @@ def test_early_stopping_ends_each_phase_and_the_best_epoch_is_exported(collectio
         losses = [float(row["valid_loss"]) for row in history if row["phase"] == phase["name"]]
         assert phase["end"] == "early stopping" and len(losses) == phase["epochs"] < 30
         assert losses.index(min(losses)) + 1 == phase["best_epoch"] == phase["epochs"] - 2
-    best = min(history, key=lambda row: float(row["valid_loss"]))
-    assert model["best"]["valid_loss"] == float(best["valid_loss"])
+    lowest = min(range(len(history)), key=lambda i: float(history[i]["valid_loss"]))
+    told = [(row["phase"], int(row["epoch"])) for row in history]
+    kept = told.index((model["best"]["phase"], model["best"]["epoch"]))
+    assert kept >= lowest and model["best"]["valid_loss"] >= float(history[lowest]["valid_loss"])
     assert "No improvement" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("schedule", "margin", "kept"), [("adaptive", 0, "lowest"), ("adaptive", 99, "last"), ("constant", 99, "lowest")]
+)
+def test_the_weights_are_those_of_the_last_epoch_within_a_standard_error(
+    schedule, margin, kept, collection, run, monkeypatch
+):
+    normal, other = (sorted(collection.glob(f"train/{name}/*"))[::2] for name in ("NORMAL", "PNEUMONIA"))
+    for paths, folder in ((normal, other[0].parent), (other, normal[0].parent)):  # the classes tell nothing now
+        for path in paths:
+            path.rename(folder / f"swapped-{path.name}")
+    monkeypatch.setattr("xray_fastai.callbacks.standard_error", lambda *_: margin)
+    options = ["--weights", "none", "--epochs", 8, "--lr", "1e-3", "--schedule", schedule, "--name", "kept"]
+    result = run("fit", "--data", collection, *QUICK, *options)
+    assert result.exit_code == 0, result.output
+    losses = [float(row["valid_loss"]) for row in history_of(Path("exports/kept"))]
+    best = settings_of(Path("exports/kept"))["best"]
+    lowest = losses.index(min(losses)) + 1
+    assert lowest < 8 and best["epoch"] == {"lowest": lowest, "last": 8}[kept]
+    assert best["valid_loss"] == losses[best["epoch"] - 1]
+    assert ("within a standard error of the lowest" in result.stdout) == (kept == "last")
+
+
+def test_the_standard_error_of_a_weighted_loss():
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(4000, 2, generator=generator), torch.arange(4000) % 4 // 3
+    weight = torch.tensor([1.0, 3.0])
+
+    def loss(rows: torch.Tensor) -> float:
+        return torch.nn.functional.cross_entropy(logits[rows], targets[rows], weight).item()
+
+    bootstrap = [loss(torch.randint(4000, (4000,), generator=generator)) for _ in range(400)]
+    assert standard_error(logits, targets, weight) == pytest.approx(np.std(bootstrap), rel=0.12)
+    assert standard_error(logits, targets, torch.ones(2)) == pytest.approx(standard_error(logits, targets, None))
 
 
 def test_the_same_seed_gives_the_same_history_to_the_last_digit(collection, run):

@@ -325,6 +325,17 @@ def test_damaged_checkpoints_are_refused(suffix, crashed, run, refused):
     assert folder.is_dir()
 
 
+@pytest.mark.parametrize(
+    ("version", "words"), [(1, "an older version (format 1); start anew"), (99, "a newer version")]
+)
+def test_a_checkpoint_of_another_version_is_refused(version, words, crashed, run, refused):
+    settings = crashed / ".crashed.partial" / "checkpoint" / "settings.json"
+    kept = json.loads(settings.read_text())
+    settings.unlink()  # it is linked to other tests' file
+    settings.write_text(json.dumps(kept | {"format": version}))
+    refused(run("fit", "--resume"), str(settings), words)
+
+
 def test_a_checkpoint_that_would_run_code_is_not_unpickled(crashed, run, refused):
     folder = crashed / ".crashed.partial" / "checkpoint"
     for path in folder.iterdir():

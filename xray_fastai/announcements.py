@@ -81,6 +81,8 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
             f"best weights: {best['phase']} epoch {best['epoch']}, validation loss {best['valid_loss']:.4f}, "
             f"accuracy {best['accuracy']:.3f}, AUC {best['roc_auc']:.3f}"
         )
+        if best["epoch"] not in [p["best_epoch"] for p in model["training"]["phases"] if p["name"] == best["phase"]]:
+            print("  the last epoch whose loss is within a standard error of the lowest")
     else:
         print("no epoch was completed: the weights are those of the moment")
     if model["worst_group"]:

@@ -16,6 +16,7 @@ from fastai.vision.all import (
     to_detach,
     to_float,
 )
+from torch.nn.functional import cross_entropy
 
 HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
 
@@ -26,6 +27,20 @@ def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
+
+
+def standard_error(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None) -> float:
+    """Of the mean cross-entropy: sqrt(sum((w (l - mean))**2)) / sum(w) for losses l and weights w of the images.
+
+    Args:
+        logits: (N, classes).
+        targets: (N,), indices of classes.
+        weight: (classes,), as in the cross-entropy; None weighs all alike.
+    """
+    losses = cross_entropy(logits, targets, reduction="none")  # (N,)
+    weights = torch.ones_like(losses) if weight is None else weight[targets]
+    mean = (weights * losses).sum() / weights.sum()
+    return float((weights * (losses - mean)).norm() / weights.sum())
 
 
 class Autocast(Callback):
@@ -100,6 +115,11 @@ class Schedule(TrackerCallback):
 class BestWeights(TrackerCallback):
     """Keep the weights of the best epoch of all phases, and its validation outputs; put them back at the end.
 
+    The best is the epoch with the lowest validation loss or, where the learning rate comes down, the last one whose
+    loss is within a standard error of the lowest (as in Breiman et al., Classification and Regression Trees, 1984,
+    3.4.3). Random validation images can't tell such epochs apart; images unlike them can, and later weights do better
+    there (`tests/benchmarks/shift.py`).
+
     fastai's `SaveModelCallback` writes over its file in place; here they are in memory, and in checkpoints.
     """
 
@@ -108,9 +128,12 @@ class BestWeights(TrackerCallback):
     def __init__(
         self,
         history: list[dict],  # as `EpochLog` fills it
+        later: bool = False,  # whether a later epoch within a standard error is better
     ):
         super().__init__(reset_on_fit=False)
-        self.history = history
+        self.history, self.later = history, later
+        self.margin = 0.0  # above the lowest loss, within which a later epoch is better
+        self.kept = False  # whether the weights are those of the epoch that just ended
         self.row: dict | None = None  # the best epoch's row of the history
         self.logits: torch.Tensor | None = None  # (validation images, classes)
         self.targets: torch.Tensor | None = None  # (validation images,)
@@ -124,10 +147,13 @@ class BestWeights(TrackerCallback):
 
     def after_epoch(self):
         super().after_epoch()
-        if self.new_best:
-            self.row = self.history[-1]
+        logits, targets = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
+        if self.new_best and self.later:
+            self.margin = standard_error(logits.float(), targets, self.loss_func.func.weight)
+        self.kept = self.new_best or bool(self.recorder.values[-1][self.idx] <= self.best + self.margin)
+        if self.kept:
+            self.row, self.logits, self.targets = self.history[-1], logits, targets
             self.state = copied(self.model.state_dict())
-            self.logits, self.targets = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
 
     def after_fit(self):
         super().after_fit()

@@ -27,8 +27,8 @@ from xray_fastai.durable import checked, read_json, write_json, write_tensors
 from xray_fastai.errors import UserError, reason
 from xray_fastai.runs import CHECKPOINT, SETTINGS, Reservation
 
-FORMAT = 1
-"""The layout of a checkpoint; a newer one is refused."""
+FORMAT = 2
+"""The layout of a checkpoint; another is refused."""
 
 Tensors = dict[str, torch.Tensor]
 Parts = dict[str, Tensors]
@@ -208,8 +208,7 @@ class Checkpoints:
 
     def _read(self, path: Path) -> Saved:
         manifest = read_json(path)
-        if manifest["format"] > FORMAT:
-            raise UserError(f"{path}: written by a newer version (format {manifest['format']}); update xray-fastai")
+        check_format(path, manifest["format"])
         files, best = manifest["files"], manifest["best"]
         for name, known in files.items():
             if Path(name).name != name:
@@ -263,9 +262,19 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
         kept = read_json(path)
-        newer = kept["format"] > FORMAT
+        check_format(path, kept["format"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({reason(error)}); start anew, and delete {folder.parent}") from None
-    if newer:
-        raise UserError(f"{path}: written by a newer version (format {kept['format']}); update xray-fastai")
     return kept
+
+
+def check_format(path: Path, found: int) -> None:
+    """Raises:
+    UserError: a file is not of this version's format.
+    """
+    if found > FORMAT:
+        raise UserError(f"{path}: written by a newer version (format {found}); update xray-fastai")
+    if found < FORMAT:
+        raise UserError(
+            f"{path}: written by an older version (format {found}); start anew, and delete {path.parent.parent}"
+        )

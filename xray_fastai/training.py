@@ -224,7 +224,7 @@ def _train(
         save_between_phases,
     )
 
-    best = BestWeights(progress.history)
+    best = BestWeights(progress.history, later=plan.config.schedule == "adaptive")
     within = saved is not None and saved.state["epoch"] > 0
     if saved is not None:
         restore_best(best, saved)

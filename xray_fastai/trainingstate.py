@@ -70,7 +70,7 @@ class SaveCheckpoint(Callback):
             "scaler": self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else {},
         }
         parts = None
-        if not self.best.new_best:
+        if not self.best.kept:
             skip = self.frozen and self.checkpoints.has_backbone()
             weights = copied({k: t for k, t in self.model.state_dict().items() if not (skip and k.startswith("0."))})
             parts = in_parts(weights, self.frozen)
@@ -95,7 +95,7 @@ def _save(
         "phase": len(progress.ends),  # its place in the order of the phases
         "ends": [*progress.ends],  # copies: they go on changing while this is written
         "history": [*progress.history],
-        "best": best.best,
+        "best": [best.best, best.margin],
         "gradients": [name for name, p in learn.model.named_parameters() if p.grad is not None],
         "random": random_states(learn),
         "batches": {**progress.batches},
@@ -150,7 +150,7 @@ class RestoreCheckpoint(Callback):
 
 def restore_best(best: BestWeights, saved: Saved) -> None:
     """Have `best`, whose history is in place, know the best epoch."""
-    best.best = saved.state["best"]
+    best.best, best.margin = saved.state["best"]
     if saved.best_row is not None:
         best.row = best.history[saved.best_row]
         best.state, best.logits, best.targets = saved.best, saved.outputs["logits"], saved.outputs["targets"]
