@@ -121,16 +121,17 @@ class Stretch(AffineCoordTfm):
 
 AUGMENT: dict[str, dict] = {
     "light": {"max_rotate": 10.0, "max_zoom": 1.15},
-    "strong": {"max_rotate": 15.0, "min_zoom": 0.85, "max_zoom": 1.2, "max_warp": 0.2, "stretch": 1.2},
+    "strong": {"max_rotate": 15.0, "min_zoom": 0.85, "max_zoom": 1.2, "stretch": 1.15},
 }
 """By option, what training images vary by besides brightness and contrast. No flips: the heart has its side, and on
-images unlike those trained on they cost 0.03 of AUC (one seed, ResNet18 at 64 px)."""
+images unlike those trained on they cost 0.03 of AUC (one seed, ResNet18 at 64 px). No warp: with a stretch of up to 1.2
+it did worse on all of `tests/benchmarks/shift.py` but the balanced accuracy in the other class's frame."""
 
 
 def augmenting(stretch: float = 1.0, **others) -> list[Transform]:
-    """fastai's `aug_transforms` without flips and, unless it is given, warp; with `Stretch` of at most `stretch`."""
+    """fastai's `aug_transforms` without flips and warp, with `Stretch` of at most `stretch`."""
     more = [Stretch(stretch)] if stretch > 1 else []
-    return aug_transforms(**{"do_flip": False, "max_warp": 0.0} | others, xtra_tfms=more)
+    return aug_transforms(do_flip=False, max_warp=0.0, **others, xtra_tfms=more)
 
 
 def xray_block(
