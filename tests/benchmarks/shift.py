@@ -14,7 +14,7 @@ HOLDOUTS names the groups:
     cluster          of four clusters by appearance, the smallest that has 30 images of each class
 
 The other class's frame: in the Kaggle collection pneumonia has the wider images (of 50 originals, width / height is
-1.45 in the mean, and 1.24 of the normal ones), which a square of the network's size makes narrow. So normal images
+1.46 in the mean, and 1.23 of the normal ones), which a square of the network's size makes narrow. So normal images
 lose a fifth of their height, at top and bottom, and pneumonia images a fifth of their width.
 
 After Geirhos et al., Shortcut learning in deep neural networks, Nature Machine Intelligence 2020, and Zech et al.,
