@@ -77,7 +77,8 @@ def test_the_same_as_learn_predict_in_any_batch_and_order(batch_size, export, fi
         expected = [learn.predict(path)[2].tolist() for path in some]
     table = predict(some, export, batch_size=batch_size, device="cpu", precision="fp32")
     assert table.path.tolist() == some
-    np.testing.assert_allclose(table[["p_NORMAL", "p_PNEUMONIA"]].to_numpy(), expected, atol=1e-5, rtol=0)
+    # batch norm is folded into the convolutions here, which rounds otherwise
+    np.testing.assert_allclose(table[["p_NORMAL", "p_PNEUMONIA"]].to_numpy(), expected, atol=3e-5, rtol=0)
 
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU does not compute in bf16")

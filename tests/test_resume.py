@@ -16,6 +16,7 @@ import torchvision
 from tests.conftest import QUICK, draw_collection, settings_of
 from tests.test_fit import history_of
 from xray_fastai import load_learner
+from xray_fastai.durable import read_json, write_json
 from xray_fastai.runs import reopen, reserve
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
@@ -330,9 +331,9 @@ def test_damaged_checkpoints_are_refused(suffix, crashed, run, refused):
 )
 def test_a_checkpoint_of_another_version_is_refused(version, words, crashed, run, refused):
     settings = crashed / ".crashed.partial" / "checkpoint" / "settings.json"
-    kept = json.loads(settings.read_text())
+    kept = read_json(settings)
     settings.unlink()  # it is linked to other tests' file
-    settings.write_text(json.dumps(kept | {"format": version}))
+    write_json(settings, kept | {"format": version})
     refused(run("fit", "--resume"), str(settings), words)
 
 
