@@ -117,8 +117,8 @@ class BestWeights(TrackerCallback):
 
     The best is the epoch with the lowest validation loss or, where the learning rate comes down, the last one whose
     loss is within a standard error of the lowest (as in Breiman et al., Classification and Regression Trees, 1984,
-    3.4.3). Random validation images can't tell such epochs apart; images unlike them can, and later weights do better
-    there (`tests/benchmarks/shift.py`).
+    3.4.3). Random validation images can't tell such epochs apart, and the later come of lower rates: on images unlike
+    those trained on that was better in one fit of four (ROC AUC 0.913 for 0.892), and the same in three.
 
     fastai's `SaveModelCallback` writes over its file in place; here they are in memory, and in checkpoints.
     """
