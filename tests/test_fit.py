@@ -171,6 +171,8 @@ def test_the_weights_are_those_of_the_last_epoch_within_a_standard_error(
     assert best["epoch"] == {"lowest": lowest, "last": 8}[kept]
     assert best["valid_loss"] == losses[best["epoch"] - 1]
     assert ("within a standard error of the lowest" in result.stdout) == (best["epoch"] != lowest)
+    said = Path("exports/kept/report.html").read_text()
+    assert ("within a standard error of the lowest" in said) == (schedule == "adaptive")
 
 
 def test_the_standard_error_of_a_weighted_loss():

@@ -147,13 +147,13 @@ class BestWeights(TrackerCallback):
 
     def after_epoch(self):
         super().after_epoch()
-        logits, targets = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
-        if self.new_best and self.later:
-            self.margin = standard_error(logits.float(), targets, self.loss_func.func.weight)
         self.kept = self.new_best or bool(self.recorder.values[-1][self.idx] <= self.best + self.margin)
         if self.kept:
-            self.row, self.logits, self.targets = self.history[-1], logits, targets
+            self.row = self.history[-1]
+            self.logits, self.targets = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
             self.state = copied(self.model.state_dict())
+        if self.new_best and self.later:
+            self.margin = standard_error(self.logits.float(), self.targets, self.loss_func.func.weight)
 
     def after_fit(self):
         super().after_fit()

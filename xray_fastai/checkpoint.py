@@ -257,7 +257,7 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     """What `Checkpoints.keep` wrote.
 
     Raises:
-        UserError: it is damaged, or of a newer version.
+        UserError: it is damaged, or of another version.
     """
     path = folder / SETTINGS
     try:
@@ -276,5 +276,5 @@ def check_format(path: Path, found: int) -> None:
         raise UserError(f"{path}: written by a newer version (format {found}); update xray-fastai")
     if found < FORMAT:
         raise UserError(
-            f"{path}: written by an older version (format {found}); start anew, and delete {path.parent.parent}"
+            f"{path}: written by an older version (format {found}); start anew; {path.parent} is of no more use"
         )

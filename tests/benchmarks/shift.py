@@ -161,7 +161,8 @@ def main(recipes: list[str]) -> None:
                 minutes = (time.perf_counter() - start) / 60
                 rows[recipe, seed] = judged(export, taken) | {("fit", "minutes"): minutes}
                 shutil.rmtree(export)
-                print(f"\n{recipe}, seed {seed}: {minutes:.1f} minutes", told(pd.Series(rows[recipe, seed])), sep="\n")
+                print(f"\n{recipe}, seed {seed}: {minutes:.1f} minutes", flush=True)
+                print(told(pd.Series(rows[recipe, seed])), flush=True)
     found = pd.DataFrame(rows).T.rename_axis(["recipe", "seed"])
     for recipe, runs in found.groupby("recipe", sort=False):
         print(f"\n{recipe}: mean of {len(runs)} seeds\n" + told(runs.mean()))
