@@ -27,7 +27,6 @@ from xray_fastai import fit, phantom, training
 from xray_fastai.config import FitConfig
 from xray_fastai.dataset import find_root, read_split
 from xray_fastai.device import choose_device, choose_precision
-from xray_fastai.loaders import AUGMENT
 from xray_fastai.plan import Plan
 
 DEVICE = choose_device("auto")
@@ -83,8 +82,8 @@ def random_weights(folder: Path, arch: str) -> Path:
 
 
 def plain_learner(data: Path, arch: str, size: int, batch: int) -> Learner:
-    """What a user would write with fastai alone; the augmentation is the default of `fit`."""
-    augmentation = aug_transforms(do_flip=False, max_warp=0.0, **AUGMENT["strong"])
+    """What a user would write with fastai alone; augmentation as `fit` has it, but for what fastai lacks."""
+    augmentation = aug_transforms(do_flip=False, max_rotate=15.0, min_zoom=0.85, max_zoom=1.2, max_warp=0.0)
     dls = ImageDataLoaders.from_folder(
         data, train="train", valid="val", item_tfms=Resize(size, method="squash"), batch_tfms=augmentation, bs=batch,
         device=DEVICE,
