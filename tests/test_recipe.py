@@ -8,13 +8,15 @@ import pytest
 import torch
 from fastai.vision.all import TensorImageBW
 from PIL import Image
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from tests.conftest import QUICK, settings_of
 from xray_fastai import fit, load_learner, predict
+from xray_fastai.augmentation import Blur, Noise, Stretch
 from xray_fastai.groups import appearance, worst_group
 from xray_fastai.images import open_image
 from xray_fastai.learner import settle_batch_norm
-from xray_fastai.loaders import Equalize, Stretch
+from xray_fastai.loaders import Equalize, make_loaders
 
 FIT = {"arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu", "weights": "none"}
 
@@ -133,6 +135,47 @@ def test_stretched_images_are_wider_or_narrower_and_none_is_turned():
     assert (width * height - seen.flatten(1).sum(1)).abs().max() <= 4  # an upright rectangle, but for its corners
     assert torch.equal(Stretch(1.5, p=0.0)(TensorImageBW(square), split_idx=0) > 0.5, square > 0.5)
     assert torch.equal(Stretch(1.5, p=1.0)(TensorImageBW(square), split_idx=1) > 0.5, square > 0.5)  # validation
+
+
+def test_each_image_of_a_training_batch_is_blurred_by_its_own_gaussian():
+    torch.manual_seed(0)
+    images = torch.rand(40, 2, 64, 48)
+    seen = Blur(1 / 32, p=0.5)(TensorImageBW(images), split_idx=0)
+    assert isinstance(seen, TensorImageBW) and seen.shape == images.shape
+    untouched = (seen == images).flatten(1).all(1)
+    assert 8 < untouched.sum() < 32
+    found = []
+    for image, blurred in zip(images[~untouched], seen[~untouched].as_subclass(torch.Tensor), strict=True):
+        sigmas = np.linspace(0.05, 2, 196)
+        away = [(gaussian_blur(image, [13, 13], [sigma]) - blurred).abs().max().item() for sigma in sigmas]
+        assert min(away) < 0.02  # both channels by the same
+        found.append(sigmas[np.argmin(away)])
+    assert min(found) < 0.5 and 1.5 < max(found) <= 2  # up to a 32nd of the longer side
+    assert torch.equal(Blur(1 / 32, p=1.0)(TensorImageBW(images), split_idx=1), images)  # validation
+
+
+def test_each_image_of_a_training_batch_gets_noise_of_its_own_strength():
+    torch.manual_seed(0)
+    grey = torch.full((200, 1, 64, 64), 0.5)
+    seen = Noise(0.08, p=0.5)(TensorImageBW(grey), split_idx=0)
+    strengths = seen.as_subclass(torch.Tensor).flatten(1).std(1)
+    assert 70 < (strengths == 0).sum() < 130 and 0.07 < strengths.max() < 0.085
+    assert 0.03 < strengths[strengths > 0].mean() < 0.05
+    white = Noise(0.5, p=1.0)(TensorImageBW(torch.ones(8, 1, 8, 8)), split_idx=0)
+    assert white.max() == 1 and 0 <= white.min() < 0.8  # stays what an image may hold
+    assert torch.equal(Noise(0.5, p=1.0)(TensorImageBW(grey), split_idx=1), grey)  # validation
+
+
+def test_strong_augmentation_adds_noise_to_some_training_images_and_light_to_none():
+    grey = Image.new("L", (32, 32), 120)  # what moves pixels, and brightness and contrast, leave it even
+    table = pd.DataFrame({"path": [grey] * 48, "label": ["NORMAL"] * 48, "is_valid": [False] * 40 + [True] * 8})
+    noisy = {}
+    for augment in ("strong", "light"):
+        loaders = make_loaders(table, ["NORMAL", "PNEUMONIA"], 32, 40, torch.device("cpu"), 0, augment=augment)
+        for name, batches in (("train", loaders.train), ("valid", loaders.valid)):
+            spread = batches.one_batch()[0].as_subclass(torch.Tensor).flatten(2).std(2)  # (B, 3)
+            noisy[augment, name] = int((spread > 1e-4).any(1).sum())
+    assert 8 < noisy.pop(("strong", "train")) < 32 and not any(noisy.values())
 
 
 def test_too_few_images_make_no_group(tmp_path):

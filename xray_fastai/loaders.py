@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import (
-    AffineCoordTfm,
     CategoryBlock,
     ColReader,
     ColSplitter,
@@ -22,13 +20,11 @@ from fastai.vision.all import (
     TensorImage,
     Transform,
     TransformBlock,
-    affine_mat,
-    aug_transforms,
     imagenet_stats,
-    mask_tensor,
 )
 from PIL import Image
 
+from xray_fastai.augmentation import AUGMENT, augmenting
 from xray_fastai.distributed import local_world_size
 from xray_fastai.images import open_image
 from xray_fastai.pixelcache import PixelCache
@@ -95,43 +91,6 @@ class OpenXray(Transform):
             pixels = np.array(open_image(source, self.size))
             self.cache.put(source, pixels)
         return XrayImage(Image.fromarray(pixels))
-
-
-def stretch_matrix(images: torch.Tensor, most: float, p: float) -> torch.Tensor:
-    """Matrices (B, 3, 3) that make an image (B, C, H, W) up to `most` times wider for its height, or narrower, with
-    probability `p`; its area stays. fastai's `RandomResizedCropGPU` does so to all images of a batch alike."""
-    ratio = mask_tensor(images.new_empty(len(images)).uniform_(-np.log(most), np.log(most)), p=p).exp()
-    width, none = ratio.rsqrt(), torch.zeros_like(ratio)
-    return affine_mat(width, none, none, none, 1 / width, none)
-
-
-class Stretch(AffineCoordTfm):
-    """Make images wider or narrower for their height.
-
-    The network gets squares, so an image of another shape is squeezed into one, and how much tells of how it was taken.
-    """
-
-    def __init__(
-        self,
-        most: float,  # the ratio of width to height at the most; at the least, 1 / `most`
-        p: float = 0.75,  # the probability that an image is stretched
-    ):
-        super().__init__(partial(stretch_matrix, most=most, p=p), align_corners=True)
-
-
-AUGMENT: dict[str, dict] = {
-    "light": {"max_rotate": 10.0, "max_zoom": 1.15},
-    "strong": {"max_rotate": 15.0, "min_zoom": 0.85, "max_zoom": 1.2, "stretch": 1.15},
-}
-"""By option, what training images vary by besides brightness and contrast. No flips: the heart has its side, and on
-images unlike those trained on they cost 0.03 of AUC (one seed, ResNet18 at 64 px). No warp: with a stretch of up to 1.2
-it did worse on all of `tests/benchmarks/shift.py` but the balanced accuracy in the other class's frame."""
-
-
-def augmenting(stretch: float = 1.0, **others) -> list[Transform]:
-    """fastai's `aug_transforms` without flips and warp, with `Stretch` of at most `stretch`."""
-    more = [Stretch(stretch)] if stretch > 1 else []
-    return aug_transforms(do_flip=False, max_warp=0.0, **others, xtra_tfms=more)
 
 
 def xray_block(
