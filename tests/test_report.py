@@ -178,6 +178,8 @@ def test_curves_follow_the_theme(bare):
     page = Page(write_report(bare))
     curves = page.source[page.source.index('class="curve"') : page.source.index("Phases</h3>")]
     assert curves.count("<svg") == 2 and "training loss" in curves and "ROC AUC" in curves
+    best = settings_of(bare)["best"]
+    assert curves.count(f"weights kept: {best['phase']} {best['epoch']}<") == 1
     assert "var(--second)" in curves and "currentColor" in curves
     assert "#000000" not in curves and "#0b6e99" not in curves and "<style" not in curves
 

@@ -62,7 +62,7 @@ def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: li
         text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
-        plot_curves(history, folder / "curves.png")
+        plot_curves(history, folder / "curves.png", model["best"])
         with contextlib.suppress(ImageError):  # the images may be gone by now; the export is not to be lost for that
             images, targets = learn.dls.one_batch()
             plot_batch(images, [learn.dls.vocab[i] for i in targets], folder / "batch.png")

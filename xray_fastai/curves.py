@@ -17,22 +17,23 @@ THEME |= {GREY: "var(--muted)", "#000000": "currentColor"}
 """What stands for the colours of the curves in a report."""
 
 
-def plot_curves(history: list[dict], path: Path) -> None:
-    """Training and validation loss of all phases in one picture, the phase change and the best epochs marked.
+def plot_curves(history: list[dict], path: Path, kept: dict | None = None) -> None:
+    """Training and validation loss of all phases in one picture; phase change, best epochs and the kept one marked.
 
     Args:
         history: a row an epoch, with the keys `phase`, `epoch`, `train_loss`, `valid_loss`.
         path: of the PNG.
+        kept: `phase` and `epoch` of the weights that are exported.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    _draw_curves(figure.add_subplot(), history, {"train_loss": "training loss", "valid_loss": "validation loss"})
+    _draw_curves(figure.add_subplot(), history, {"train_loss": "training loss", "valid_loss": "validation loss"}, kept)
     figure.savefig(path, dpi=130)
 
 
-def _draw_curves(axes: "Axes", history: list[dict], columns: dict[str, str]) -> None:
-    """Columns of the history, under their labels; of `valid_loss` the best epochs are marked."""
+def _draw_curves(axes: "Axes", history: list[dict], columns: dict[str, str], kept: dict | None) -> None:
+    """Columns of the history, under their labels; of `valid_loss` the best epochs are marked, and the kept one."""
     import pandas as pd
 
     table = pd.DataFrame(history, columns=["phase", "epoch", *columns])
@@ -51,6 +52,11 @@ def _draw_curves(axes: "Axes", history: list[dict], columns: dict[str, str]) -> 
                       color=UNFROZEN if phase == "unfrozen" else FROZEN, label=label)  # fmt: skip
         if rows.x.iloc[0] > 1:
             axes.axvline(rows.x.iloc[0] - 0.5, color=GREY, linestyle=":", linewidth=1.2, label="backbone unfrozen")
+    if kept and "valid_loss" in columns:
+        rows = table[(table.phase == kept["phase"]) & (table.epoch == kept["epoch"])]
+        for row in rows[:1].itertuples():
+            axes.plot(row.x, values.valid_loss[row.Index], "D", markersize=5, color=UNFROZEN,
+                      label=f"weights kept: {row.phase} {row.epoch}")  # fmt: skip
     axes.set(xlabel="epoch (both phases)" if len(phases) > 1 else "epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25, color=GREY)
@@ -101,7 +107,7 @@ def plot_batch(images: "Tensor", labels: Sequence[str], path: Path, most: int = 
     sheet.save(path, optimize=True)
 
 
-def svg_curves(history: list[dict]) -> list[dict[str, str]]:
+def svg_curves(history: list[dict], kept: dict | None = None) -> list[dict[str, str]]:
     """The learning curves as SVG elements whose colours are CSS variables, so that they suit light and dark."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -113,7 +119,7 @@ def svg_curves(history: list[dict]) -> list[dict[str, str]]:
     curves = []
     for title, columns in wanted if history else []:
         figure, stream = Figure(figsize=(4.5, 3.3), layout="constrained"), StringIO()
-        _draw_curves(figure.add_subplot(), history, columns)
+        _draw_curves(figure.add_subplot(), history, columns, kept)
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
             figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         svg = stream.getvalue()

@@ -117,7 +117,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
         history = [{key: _value(value) for key, value in row.items()} for row in csv.DictReader(StringIO(text))]
         if len({row["phase"] for row in history}) > MOST_PHASES:
             raise ValueError("too many phases")
-        curves = svg_curves(history)
+        curves = svg_curves(history, model["best"])
     except (UserError, csv.Error, *WRONG_SHAPE) as error:
         history, curves = [], []
         problems.append(f"history.csv: not readable ({type(error).__name__})")
