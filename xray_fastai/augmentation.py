@@ -33,7 +33,7 @@ class Stretch(AffineCoordTfm):
 class Blur(Transform):
     """Blur images of a training batch by a Gaussian, each by its own; torchvision's `GaussianBlur` takes all alike.
 
-    How sharp an image is tells of the machine, the patient's breath and the JPEG quality, not of the disease.
+    How sharp an image is tells more of the machine, the patient's breath and the JPEG quality than of the disease.
     """
 
     order = 40  # as fastai's changes of brightness and contrast: after what moves pixels
@@ -55,7 +55,7 @@ class Blur(Transform):
         away = torch.arange(-radius, radius + 1, device=images.device)
         kernel = torch.exp(-(away**2) / (2 * sigma[:, None] ** 2))
         kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None]  # (B * C, 1, 2r + 1)
-        images = F.pad(images, (radius,) * 4, mode="reflect").view(1, count * channels, *(2 * radius + height, -1))
+        images = F.pad(images, (radius,) * 4, mode="reflect").view(1, count * channels, 2 * radius + height, -1)
         for each in (kernel[:, :, None], kernel[..., None]):  # along rows, then along columns
             images = F.conv2d(images, each.to(images.dtype), groups=count * channels)
         return type(x)(images.view(count, channels, height, width))
