@@ -10,7 +10,7 @@ HOLDOUTS names the groups:
     least typical    the 15 % of each class whose brightness, contrast and sharpness speak most for the other class
     darkest, ...     the 15 % of each class that are darkest, sharpest, ... (`xray_fastai.groups`)
     thumbnail        the 15 % of each class that a linear model of 28 x 28 px (40 principal components) gets most wrong
-    stretch, zoom    the 15 % of each class that are framed most like the other (`tests.benchmarks.views`: 5 minutes)
+    stretch, zoom    the 15 % of each class that are framed most like the other (`tests.benchmarks.views`: 5 minutes each)
     source           studies named IM- and virus; trained on NORMAL2-IM- and bacteria (the Kaggle collection's names)
     cluster          of four clusters by appearance, the smallest that has 30 images of each class
 

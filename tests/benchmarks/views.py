@@ -32,7 +32,7 @@ from xray_fastai.images import open_image
 from xray_fastai.loaders import equalize
 
 # -----------------------------------------------------------------------------
-SIDE, BATCH, EPOCHS = 64, 64, int(os.environ.get("EPOCHS", "14"))
+SIDE, BATCH, EPOCHS = 64, 64, 14
 MOST = {"stretch": 0.35, "zoom": 0.35, "left": 0.12, "up": 0.12, "rotation": 0.26}
 """By how much images are changed at most: log ratios, shares of half a side, radians."""
 # -----------------------------------------------------------------------------
