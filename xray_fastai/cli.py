@@ -199,14 +199,16 @@ def interpret(
     ] = False,
     output: Output = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     open: Open = False,
 ) -> None:
     """Where a model errs, and what it looks at: top losses beside their Grad-CAM heat maps."""
     from xray_fastai.interpretation import interpret as run
 
     result = run(
-        model, data, split, top, label=label, only_errors=only_errors, confident=confident, output=output, device=device
-    )
+        model, data, split, top, label=label, only_errors=only_errors, confident=confident, output=output,
+        device=device, precision=precision,
+    )  # fmt: skip
     print(result)
     if open:
         _open(result.path.parent / "report.html")

@@ -132,6 +132,7 @@ def interpret(
     confident: bool = False,
     output: str | Path | None = None,
     device: str = "auto",
+    precision: str = "auto",
 ) -> Interpreted:
     """Find the images of a split that a model is most wrong about, and where it looked.
 
@@ -145,6 +146,7 @@ def interpret(
         confident: draw, instead of the largest losses, the images called rightly with the highest probability.
         output: the folder to write `interpretation-<split>` into; None is the export. One that is there is replaced.
         device: auto, cpu, cuda or mps.
+        precision: auto, fp32 or bf16 of the probabilities, as `evaluate` has it; heat maps are computed in fp32.
 
     Raises:
         UserError: bad input, an image that can't be read, or a folder that can't be written to; then nothing is
@@ -156,7 +158,7 @@ def interpret(
         raise UserError(f"--top {top}: give 1 or more")
     if only_errors and confident:
         raise UserError("--confident: shows images called rightly, --only-errors those called wrongly; give one")
-    model = open_model(model, device, "fp32")
+    model = open_model(model, device, precision)
     if label is not None and label not in model.classes:
         raise UserError(f"--class {label}: no such class; the classes are {', '.join(model.classes)}")
     images = labelled_images(model.settings, data, split)
@@ -245,7 +247,8 @@ def _head(model: Model, data: str | Path | None, split: str, images: int, errors
     rule = "" if threshold is None else f", at the threshold {threshold:.3f}"
     return [
         f"Model: {model.path}",
-        f"       {model.settings['architecture']}, {model.size} pixels, on {describe(model.learn.dls.device)}",
+        f"       {model.settings['architecture']}, {model.size} pixels, "
+        f"on {describe(model.learn.dls.device)}, precision {model.precision}",
         f"Data:  {where}",
         f"       {split} split, {images} images",
         f"Wrong: {errors} of {images}{rule}",

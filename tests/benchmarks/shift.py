@@ -10,7 +10,7 @@ HOLDOUTS names the groups:
     least typical    the 15 % of each class whose brightness, contrast and sharpness speak most for the other class
     darkest, ...     the 15 % of each class that are darkest, sharpest, ... (`xray_fastai.groups`)
     thumbnail        the 15 % of each class that a linear model of 28 x 28 px (40 principal components) gets most wrong
-    stretch, zoom    the 15 % of each class that are framed most like the other (`tests.benchmarks.views`: 5 minutes each)
+    stretch, zoom    the 15 % of each class framed most like the other (`tests.benchmarks.views`: 5 minutes each)
     source           studies named IM- and virus; trained on NORMAL2-IM- and bacteria (the Kaggle collection's names)
     cluster          of four clusters by appearance, the smallest that has 30 images of each class
 
@@ -34,6 +34,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,7 @@ from sklearn.preprocessing import StandardScaler
 from tests.benchmarks.robustness import SIDE, narrowed, widened
 from tests.benchmarks.views import MOST, views
 from xray_fastai import fit, phantom
+from xray_fastai.augmentation import AUGMENT
 from xray_fastai.dataset import find_root, labelled_images, read_split
 from xray_fastai.groups import appearance, unusual
 from xray_fastai.images import open_image
@@ -60,6 +62,14 @@ RECIPES = {  # settings of a fit that differ from the common ones
     "strong": {"contrast": "none"},
     "light": {"contrast": "none", "augment": "light"},
     "plain": {"recipe": "plain"},
+    "unstretched": {},
+    "stretched": {},
+    "less stretched": {},
+}
+AUGMENTATIONS = {  # of these, what differs from AUGMENT["strong"]
+    "unstretched": {"stretch": 1.0, "blur": 0.0, "noise": 0.0},
+    "stretched": {"stretch": 1.15, "blur": 0.0, "noise": 0.0},
+    "less stretched": {"stretch": 1.15},
 }
 HOLDOUTS = os.environ.get("HOLDOUTS", "least typical,thumbnail").split(",")
 SEEDS = range(int(os.environ.get("SEEDS", "3")))
@@ -170,7 +180,8 @@ def main(recipes: list[str]) -> None:
             for seed in SEEDS:
                 settings = COMMON | RECIPES[recipe] | {"seed": seed, "data": f"{folder}/data", "exports": folder}
                 start = time.perf_counter()
-                with contextlib.redirect_stdout(io.StringIO()):
+                changed = patch.dict(AUGMENT["strong"], AUGMENTATIONS.get(recipe, {}))
+                with contextlib.redirect_stdout(io.StringIO()), changed:
                     export = fit(**settings, name=f"{recipe}-{seed}").path
                 minutes = (time.perf_counter() - start) / 60
                 rows[recipe, seed] = judged(export, taken) | {("fit", "minutes"): minutes}
