@@ -105,9 +105,8 @@ def test_the_loss_is_that_of_the_calibrated_probability_unweighted(found, export
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
 def test_probabilities_are_those_of_evaluate(precision, export, data, run, tmp_path):
     looked = interpret(export, data, "test", output=tmp_path, precision=precision)
-    assert f"precision {'fp32' if precision == 'fp32' else choose_precision('auto', torch.device('cpu'))}" in str(
-        looked
-    )
+    computed_in = choose_precision(precision, torch.device("cpu"))
+    assert f"precision {computed_in}\n" in str(looked)
     told = run(
         "evaluate", "--model", export, "--data", data, "--precision", precision, "--output", tmp_path, "--json"
     )  # fmt: skip

@@ -64,12 +64,12 @@ RECIPES = {  # settings of a fit that differ from the common ones
     "plain": {"recipe": "plain"},
     "unstretched": {},
     "stretched": {},
-    "less stretched": {},
+    "less-stretched": {},
 }
 AUGMENTATIONS = {  # of these, what differs from AUGMENT["strong"]
     "unstretched": {"stretch": 1.0, "blur": 0.0, "noise": 0.0},
     "stretched": {"stretch": 1.15, "blur": 0.0, "noise": 0.0},
-    "less stretched": {"stretch": 1.15},
+    "less-stretched": {"stretch": 1.15},
 }
 HOLDOUTS = os.environ.get("HOLDOUTS", "least typical,thumbnail").split(",")
 SEEDS = range(int(os.environ.get("SEEDS", "3")))
