@@ -16,7 +16,6 @@ from tests.conftest import draw_collection, settings_of
 from xray_fastai.bundle import load_learner
 from xray_fastai.causes import suspicious_causes
 from xray_fastai.dataset import file_key
-from xray_fastai.device import choose_precision
 from xray_fastai.gradcam import grad_cam, overlay, upsample
 from xray_fastai.inference import Model
 from xray_fastai.interpretation import XrayInterpretation, interpret
@@ -100,20 +99,6 @@ def test_the_loss_is_that_of_the_calibrated_probability_unweighted(found, export
         _, _, probabilities = learn.predict(row.path)
         of_truth = float(probabilities[learn.dls.vocab.o2i[row.truth]])
         assert row.loss == pytest.approx(-math.log(of_truth), abs=1e-4)
-
-
-@pytest.mark.parametrize("precision", ["auto", "fp32"])
-def test_probabilities_are_those_of_evaluate(precision, export, data, run, tmp_path):
-    looked = interpret(export, data, "test", output=tmp_path, precision=precision)
-    computed_in = choose_precision(precision, torch.device("cpu"))
-    assert f"precision {computed_in}\n" in str(looked)
-    told = run(
-        "evaluate", "--model", export, "--data", data, "--precision", precision, "--output", tmp_path, "--json"
-    )  # fmt: skip
-    assert told.exit_code == 0, told.output
-    table = pd.read_csv(tmp_path / "evaluation-test" / "predictions.csv")
-    of_evaluate = dict(zip(table.path, table.p_PNEUMONIA, strict=True))
-    assert dict(zip(looked.table.path, looked.table.p_PNEUMONIA, strict=True)) == pytest.approx(of_evaluate, abs=1e-6)
 
 
 def test_the_newest_export_and_into_it_by_default(run, refused, export, data, tmp_path, monkeypatch):

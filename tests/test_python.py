@@ -1,9 +1,11 @@
 """The package in Python: every public name is there, and gives what the commands give."""
 
 import pytest
+import torch
 
 import xray_fastai
 from tests.conftest import draw_collection
+from xray_fastai.device import choose_precision
 
 
 @pytest.mark.parametrize("name", xray_fastai.__all__)
@@ -16,12 +18,15 @@ def test_an_unknown_name_is_an_attribute_error():
         xray_fastai.train  # noqa: B018
 
 
-def test_evaluate_interpret_and_predict_agree(export, tmp_path):
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_evaluate_interpret_and_predict_agree(precision, export, tmp_path):
     """The same images and precision, the same probabilities, whichever way they are asked for."""
     data = draw_collection(tmp_path / "data", {"test/NORMAL": 6, "test/PNEUMONIA": 6})
-    evaluated = xray_fastai.evaluate(export, data, output=tmp_path, precision="fp32").predictions.set_index("path")
-    looked = xray_fastai.interpret(export, data, "test", top=2, output=tmp_path).table.set_index("path")
-    predicted = xray_fastai.predict(list(evaluated.index), export, precision="fp32").set_index("path")
+    evaluated = xray_fastai.evaluate(export, data, output=tmp_path, precision=precision).predictions.set_index("path")
+    found = xray_fastai.interpret(export, data, "test", top=2, output=tmp_path, precision=precision)
+    assert f"precision {choose_precision(precision, torch.device('cpu'))}\n" in str(found)
+    looked = found.table.set_index("path")
+    predicted = xray_fastai.predict(list(evaluated.index), export, precision=precision).set_index("path")
     for table in (looked.loc[evaluated.index], predicted):
         assert (table.prediction == evaluated.prediction).all()
         assert table.p_PNEUMONIA.tolist() == pytest.approx(evaluated.p_PNEUMONIA.tolist(), abs=1e-5)
