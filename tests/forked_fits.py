@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 
-MODULES = "bundle calibration curves device features learner loaders memory report signals trainingstate training"
+MODULES = "bundle calibration curves device features learner loaders memory report trainingstate training"
 
 
 def arrange(what: str, where: str, most: int = 0) -> None:

@@ -113,7 +113,7 @@ def test_a_model_json_of_another_kind_is_refused(change, words, export, tmp_path
 
 
 def test_weights_of_another_network_are_refused(export, tmp_path):
-    from xray_fastai.bundle import sha256
+    from xray_fastai.files import sha256
 
     copy = copy_of(export, tmp_path)
     save_file({"a": torch.zeros(1)}, copy / "model.safetensors")

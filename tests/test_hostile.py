@@ -24,9 +24,9 @@ from safetensors.torch import load, save
 
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import load_learner, verify
-from xray_fastai.bundle import sha256
 from xray_fastai.config import FitConfig
 from xray_fastai.errors import ImageError, UserError
+from xray_fastai.files import sha256
 from xray_fastai.images import open_image
 from xray_fastai.patients import patients_of
 

@@ -13,6 +13,7 @@ from fastai.vision.all import ClassificationInterpretation
 from PIL import Image
 
 from tests.conftest import draw_collection, settings_of
+from xray_fastai import DISCLAIMER
 from xray_fastai.bundle import load_learner
 from xray_fastai.causes import suspicious_causes
 from xray_fastai.dataset import file_key
@@ -21,7 +22,6 @@ from xray_fastai.inference import Model
 from xray_fastai.interpretation import XrayInterpretation, interpret
 from xray_fastai.learner import build_learner
 from xray_fastai.loaders import empty_loaders
-from xray_fastai.record import DISCLAIMER
 from xray_fastai.sheet import LIMIT, Cell, draw_sheet, shorten
 
 

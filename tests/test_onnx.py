@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 
 from tests.conftest import settings_of
-from xray_fastai import onnx_export
+from xray_fastai import DISCLAIMER, onnx_export
 from xray_fastai.inference import Model
 from xray_fastai.learner import build_learner
 from xray_fastai.loaders import empty_loaders
 from xray_fastai.prediction import predict
-from xray_fastai.record import DISCLAIMER
 
 SNIPPET = """
 import json, os

@@ -18,13 +18,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
-from xray_fastai import gradcam, load_learner, prediction
+from xray_fastai import DISCLAIMER, gradcam, load_learner, prediction
 from xray_fastai.cli import app
 from xray_fastai.device import cpu_has_bf16
 from xray_fastai.errors import UserError
 from xray_fastai.inference import open_model, predict_stream
 from xray_fastai.prediction import predict
-from xray_fastai.record import DISCLAIMER
 from xray_fastai.rowfile import RowFile
 
 COLUMNS = ["path", "prediction", "p_NORMAL", "p_PNEUMONIA", "threshold", "error"]

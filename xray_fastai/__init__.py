@@ -4,6 +4,7 @@ The names below load on first use, so that the command line answers at once.
 """
 
 __version__ = "0.1.0"
+DISCLAIMER = "For research and teaching. It is no medical device; never diagnose by it."
 __all__ = [
     "FitConfig", "__version__", "check_data", "evaluate", "fit", "interpret", "load_learner", "predict", "verify",
 ]  # fmt: skip

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xray_fastai import distributed
+from xray_fastai import DISCLAIMER, distributed
 from xray_fastai.plan import Plan
-from xray_fastai.record import DISCLAIMER
 from xray_fastai.runs import CHECKPOINT, Reservation, Unfinished, unfinished
 
 if TYPE_CHECKING:

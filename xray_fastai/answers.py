@@ -7,11 +7,10 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from xray_fastai import __version__
+from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.gradcam import grad_cam, overlay
 from xray_fastai.images import open_image
 from xray_fastai.inference import Model, predict_batches
-from xray_fastai.record import DISCLAIMER
 
 PICTURE = 640
 """Pixels of the longer side, at most, of the pictures that an answer holds."""

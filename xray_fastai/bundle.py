@@ -13,15 +13,13 @@ an interrupted fit also holds `checkpoint/`, to go on from.
 """
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xray_fastai.errors import ImageError, UserError, reason
+from xray_fastai.files import sha256
 from xray_fastai.received import read_received
 from xray_fastai.runs import Reservation
 from xray_fastai.schema import FORMAT, LIMIT, SETTINGS, WEIGHTS, parse, warn
@@ -80,42 +78,6 @@ def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: li
             f"{run.final}: the export could not be written ({reason(error)}); "
             "free space, or see that the folder is there and can be written to"
         ) from None
-
-
-@contextlib.contextmanager
-def replaced(folder: Path, marker: str) -> Iterator[Path]:
-    """A new folder to fill, which then takes the place of an earlier one, whole or not at all.
-
-    Args:
-        folder: the name it gets.
-        marker: a file that an earlier one has; what has none is not ours to replace.
-
-    Raises:
-        UserError: it can't be written to, or what is there lacks the marker.
-    """
-    partial, earlier = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "earlier"))
-    try:
-        if folder.exists() and not (folder / marker).is_file():
-            raise UserError(f"{folder}: is there already and holds no {marker}; give another folder by --output")
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rename(earlier)
-        partial.rename(folder)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{folder}: can't be written ({reason}); give another folder by --output") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if earlier.exists() and not folder.exists():
-            earlier.rename(folder)
-        shutil.rmtree(earlier, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read(path: str | Path) -> dict[str, Any]:

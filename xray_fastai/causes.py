@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pandas as pd
 
+from xray_fastai.patients import CAUSE
+
 ALPHA = 0.05
-CAUSE = re.compile(r"(?:^|[_-])(bacteria|virus)(?:[_-]|\.|$)", re.IGNORECASE)
-"""`person1000_bacteria_2931.jpeg`: how the Kaggle collection's names hold what caused the pneumonia."""
 
 FEATURES = {
     "pixels": ("the smallest third (up to {:.2g} megapixels)", "the largest third (from {:.2g} megapixels)", 1e-6),

@@ -23,14 +23,12 @@ from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from xray_fastai.archive import check_end, entry_fault
-from xray_fastai.dataset import is_hidden
 from xray_fastai.download import DownloadError, discard, fetch
 from xray_fastai.errors import UserError, reason
-from xray_fastai.images import EXTENSIONS
-from xray_fastai.rowfile import count_of
+from xray_fastai.images import EXTENSIONS, is_hidden
 from xray_fastai.terminal import track
 from xray_fastai.termination import sigterm_raises
-from xray_fastai.text import shown
+from xray_fastai.text import count_of, shown
 
 ADDRESS = (
     "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"

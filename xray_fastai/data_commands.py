@@ -25,7 +25,7 @@ def check(
     """What is wrong with a data set. Exit code 1 where something would spoil a result."""
     from xray_fastai.audit import check_data
     from xray_fastai.fixlist import check_new
-    from xray_fastai.rowfile import count_of
+    from xray_fastai.text import count_of
 
     if fix is not None:
         check_new(fix)
@@ -89,7 +89,7 @@ def cache(
 ) -> None:
     """The decoded images that fits keep in the user's cache folder: how many files, where, how large."""
     from xray_fastai import pixelcache
-    from xray_fastai.rowfile import count_of
+    from xray_fastai.text import count_of
 
     files = pixelcache.kept()
     size = pixelcache.clear() if clear else sum(file.stat().st_size for file in files)

@@ -18,11 +18,11 @@ from xray_fastai.duplicates import same_image
 from xray_fastai.errors import ImageError, UserError
 from xray_fastai.facts import Facts, examine_all
 from xray_fastai.fixlist import read_list
-from xray_fastai.images import EXTENSIONS, is_image_file
+from xray_fastai.images import EXTENSIONS, is_hidden, is_image_file
 from xray_fastai.patients import numbered, patients_in
-from xray_fastai.rowfile import count_of
 from xray_fastai.splits import assign_validation
 from xray_fastai.terminal import track
+from xray_fastai.text import count_of
 
 REHEARSAL = "built-in phantom"
 """The name of the collection that the package draws itself."""
@@ -98,6 +98,14 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     if bad:
         notes.append(f"left out by --skip-bad: {len(bad)} images")
     return config, Collection(REHEARSAL if data is None else str(root), classes, positive, table, notes, bad)
+
+
+def fingerprint(data: Collection) -> dict:
+    """What tells these images, and their split, from others: counts, and a SHA-256 over names, labels and contents."""
+    told = hashlib.sha256()
+    for row in data.table[["file", "label", "patient", "digest", "is_valid"]].itertuples(index=False):
+        told.update(repr(tuple(map(str, row))).encode())
+    return {"train": len(data.train), "valid": len(data.valid), "sha256": told.hexdigest()}
 
 
 def find_root(data: str | Path, split: str = "train") -> Path:
@@ -274,10 +282,6 @@ def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | N
     if len(classes) == 2:
         return classes[0] if classes[1].upper() == "NORMAL" else classes[1]
     return None
-
-
-def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def file_key(file: str) -> str:

@@ -1,11 +1,7 @@
 """Where a fit runs, and in which precision."""
 
-from collections.abc import Sequence
-
 import torch
-from fastai.vision.all import Callback, MixedPrecision
 
-from xray_fastai.callbacks import Autocast
 from xray_fastai.distributed import own_device
 from xray_fastai.errors import UserError
 
@@ -47,13 +43,6 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if wanted == "bf16" and device.type == "cuda" and not cuda_bf16:
         raise UserError("--precision bf16: this GPU has none; choose fp16")
     return wanted
-
-
-def precision_callbacks(precision: str, device: torch.device) -> Sequence[Callback]:
-    """What makes fastai's loop compute in a precision."""
-    if precision == "fp32":
-        return []
-    return [MixedPrecision(amp_mode=precision) if device.type == "cuda" else Autocast(device.type)]
 
 
 def describe(device: torch.device) -> str:

@@ -32,10 +32,10 @@ from fastai.vision.all import Callback, CancelFitException, DataLoader, DataLoad
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
+from xray_fastai.callbacks import StopOnSignal
 from xray_fastai.checkpoint import check_space
 from xray_fastai.errors import UserError
 from xray_fastai.plan import Plan
-from xray_fastai.signals import StopOnSignal
 from xray_fastai.terminal import track
 from xray_fastai.trainingstate import random_states, set_random_states
 

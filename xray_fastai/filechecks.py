@@ -12,7 +12,7 @@ from xray_fastai.errors import ImageError
 from xray_fastai.facts import Facts
 from xray_fastai.findings import File, Finding
 from xray_fastai.images import EXTENSIONS, FORMATS, check_file, has_no_extension
-from xray_fastai.rowfile import count_of
+from xray_fastai.text import count_of
 
 SUFFIXES = {
     "JPEG": (".jpeg", ".jpg"),

@@ -100,6 +100,10 @@ def size_of(path: Path | str) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def may_be_image(name: str) -> bool:
     """Whether a file's name allows that it is an image: it has one of `EXTENSIONS`, or none, as many DICOM files."""
     return name.lower().endswith(EXTENSIONS) or has_no_extension(name)

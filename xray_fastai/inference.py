@@ -19,10 +19,9 @@ from scipy.special import expit, logit, softmax
 
 from xray_fastai import bundle
 from xray_fastai.config import INFERENCE_PRECISIONS
-from xray_fastai.dataset import is_hidden
 from xray_fastai.device import choose_device, choose_precision
 from xray_fastai.errors import ImageError, UserError
-from xray_fastai.images import EXTENSIONS, is_image_file, may_be_image, open_image
+from xray_fastai.images import EXTENSIONS, is_hidden, is_image_file, may_be_image, open_image
 from xray_fastai.terminal import track
 from xray_fastai.tta import Views
 

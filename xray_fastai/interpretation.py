@@ -20,14 +20,14 @@ import pandas as pd
 import torch
 from fastai.vision.all import ClassificationInterpretation, DataLoader, Learner
 
-from xray_fastai.bundle import replaced
+from xray_fastai import DISCLAIMER
 from xray_fastai.causes import suspicious_causes
 from xray_fastai.dataset import labelled_images
 from xray_fastai.device import describe
 from xray_fastai.errors import UserError
+from xray_fastai.files import replaced
 from xray_fastai.images import size_of
 from xray_fastai.inference import Model, open_model, predict_all
-from xray_fastai.record import DISCLAIMER
 from xray_fastai.report import write_report
 from xray_fastai.sheet import BATCH, LIMIT, draw_sheet, make_cells, shorten
 from xray_fastai.terminal import track

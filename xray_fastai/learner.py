@@ -7,14 +7,12 @@ import numpy as np
 import torch
 import torchvision
 from fastai.vision.all import (
-    Callback,
     CrossEntropyLossFlat,
     DataLoaders,
     L,
     Learner,
     RocAuc,
     RocAucBinary,
-    TrainEvalCallback,
     accuracy,
     params,
     vision_learner,
@@ -60,15 +58,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         1280, "classifier", lambda net: [net.features], lambda body: (body[0][:5], body[0][5:])
     ),
 }
-
-
-class FrozenBody(Callback):
-    "Keep a frozen backbone in evaluation mode: batch norm's running statistics stay, stochastic depth is off."
-
-    run_after = TrainEvalCallback
-
-    def before_train(self):
-        self.model[0].eval()
 
 
 class CalibratedCrossEntropy(CrossEntropyLossFlat):

@@ -32,6 +32,21 @@ _ELEMENTS = (
 )
 
 
+TITLES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "sensitivity": "sensitivity (recall)",
+    "specificity": "specificity",
+    "ppv": "PPV (precision)",
+    "npv": "NPV",
+    "f1": "F1",
+    "roc_auc": "ROC AUC",
+    "average_precision": "average precision",
+    "brier_score": "Brier score",
+    "expected_calibration_error": "expected calibration error",
+}
+
+
 class Interval(NamedTuple):
     """A metric with its 95 % interval; NaN where it is undefined."""
 

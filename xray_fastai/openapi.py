@@ -4,9 +4,8 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from xray_fastai import __version__
+from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.answers import Health, Predictions, Problem
-from xray_fastai.record import DISCLAIMER
 from xray_fastai.uploads import MAX_FILE, MAX_FILES, MAX_REQUEST, UPLOAD_SECONDS
 
 REFUSALS = {

@@ -24,6 +24,10 @@ from xray_fastai.text import shown
 KAGGLE_PATIENT = re.compile(r"^(?:(person\d+)_|((?:NORMAL2-)?IM-\d+)-)")
 """`person1000_bacteria_2931`, `IM-0115-0001` and `NORMAL2-IM-0345-0001`: the patient, or the study, comes first."""
 
+CAUSE = re.compile(r"(?:^|[_-])(bacteria|virus)(?:[_-]|\.|$)", re.IGNORECASE)
+"""`person1000_bacteria_2931.jpeg`: how the Kaggle collection's names hold what caused the pneumonia."""
+
+
 _KEY, _NUMBER = "\0", "DICOM #"
 """What a patient known by PatientID begins with, before and after they are `numbered`; no file name holds the first."""
 

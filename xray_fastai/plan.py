@@ -1,6 +1,5 @@
 """What a fit settles before it trains: device, precision, pretrained weights, class weights, phases."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,11 +116,3 @@ def _pixel_cache(config: FitConfig, data: Collection) -> tuple["PixelCache | Non
     except OSError as error:
         return None, f"none: {error.filename or 'the cache folder'}: {error.strerror}; XDG_CACHE_HOME names another"
     return cache, str(cache)
-
-
-def fingerprint(data: Collection) -> dict:
-    """What tells these images, and their split, from others: counts, and a SHA-256 over names, labels and contents."""
-    told = hashlib.sha256()
-    for row in data.table[["file", "label", "patient", "digest", "is_valid"]].itertuples(index=False):
-        told.update(repr(tuple(map(str, row))).encode())
-    return {"train": len(data.train), "valid": len(data.valid), "sha256": told.hexdigest()}

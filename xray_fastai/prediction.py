@@ -22,8 +22,9 @@ from xray_fastai.device import describe
 from xray_fastai.errors import UserError
 from xray_fastai.images import has_no_extension, open_image
 from xray_fastai.inference import Batch, Model, Source, check_folder, image_sources, open_model, predict_batches
-from xray_fastai.rowfile import Row, RowFile, count_of
+from xray_fastai.rowfile import Row, RowFile
 from xray_fastai.terminal import SHOWN, Table, progress_bar
+from xray_fastai.text import count_of
 from xray_fastai.tta import Views
 
 SAME = {"fp32": 1e-3, "bf16": 0.05}
@@ -99,7 +100,7 @@ def predict_command(
             continued.
         SystemExit: 130 on Ctrl-C, once it was said what stands; 141 where nobody reads standard output any more.
     """
-    from xray_fastai.record import DISCLAIMER
+    from xray_fastai import DISCLAIMER
 
     if output is not None:
         RowFile.check(output, resume)

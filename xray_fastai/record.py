@@ -6,7 +6,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from xray_fastai import __version__
+from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.dataset import Collection, file_key
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from xray_fastai.groups import Group
     from xray_fastai.plan import Plan
 
-DISCLAIMER = "For research and teaching. It is no medical device; never diagnose by it."
 LIBRARIES = ("torch", "torchvision", "fastai", "numpy", "pillow", "scikit-learn", "safetensors")
 
 

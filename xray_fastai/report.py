@@ -160,7 +160,7 @@ def _read_parts(
 
 
 def _evaluation(told: dict) -> dict[str, Any]:
-    from xray_fastai.results import TITLES
+    from xray_fastai.metrics import TITLES
 
     points = dict(told["operating_points"])
     if "0.5" in points and points["0.5"]["threshold"] == points["chosen"]["threshold"]:

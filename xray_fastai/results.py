@@ -10,23 +10,11 @@ from typing import Any
 
 import pandas as pd
 
+from xray_fastai import DISCLAIMER
+from xray_fastai.metrics import TITLES
 from xray_fastai.plots import FILES
-from xray_fastai.record import DISCLAIMER
 
 WIDTH = 80
-TITLES = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "sensitivity": "sensitivity (recall)",
-    "specificity": "specificity",
-    "ppv": "PPV (precision)",
-    "npv": "NPV",
-    "f1": "F1",
-    "roc_auc": "ROC AUC",
-    "average_precision": "average precision",
-    "brier_score": "Brier score",
-    "expected_calibration_error": "expected calibration error",
-}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from xray_fastai.errors import UserError
-from xray_fastai.runs import acquire, release
+from xray_fastai.files import acquire, release
+from xray_fastai.text import count_of
 
 Row = dict[str, Any]
 
@@ -160,11 +161,6 @@ class RowFile:
         if self._csv:
             return _csv_line([row[name] for name in self.columns])
         return json.dumps({name: row[name] for name in self.columns}, allow_nan=False).encode() + b"\n"
-
-
-def count_of(number: int, what: str) -> str:
-    """`1 row`, `1,234 rows`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _csv_line(values: list) -> bytes:

@@ -17,12 +17,12 @@ from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from xray_fastai.errors import UserError
+from xray_fastai.files import acquire, release, sync_folder
 
 CHECKPOINT, SETTINGS = "checkpoint", "settings.json"
-PROBE = 0.5  # seconds to wait for a lock: longer than the moment that `unfinished` of another fit holds it
 
 
 class Reservation:
@@ -215,16 +215,6 @@ def unfinished(exports: str | Path) -> list[Unfinished]:
     return sorted(found, key=lambda run: run.when, reverse=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder written to the disk, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 @contextlib.contextmanager
 def _held(run: Reservation, lock: FileLock) -> Iterator[None]:
     try:
@@ -239,28 +229,6 @@ def _held(run: Reservation, lock: FileLock) -> Iterator[None]:
         shutil.rmtree(run.partial, ignore_errors=True)  # not there any more, once published
     finally:
         release(lock)
-
-
-def acquire(path: Path, timeout: float = PROBE) -> FileLock | None:
-    """A lock on a file made for it, held by nobody else; None where somebody has it still after `timeout` seconds.
-
-    Raises:
-        OSError: the file can't be made.
-    """
-    lock = FileLock(path, timeout=timeout, poll_interval=0.02, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        return None
-    return lock
-
-
-def release(lock: FileLock) -> None:
-    """Give a lock up, and delete its file."""
-    with contextlib.suppress(OSError):  # its folder may have vanished
-        os.unlink(lock.lock_file)
-    with contextlib.suppress(OSError):
-        lock.release()
 
 
 def _held_by_another(path: Path) -> bool:

@@ -19,3 +19,8 @@ def shown(value: object, longest: int = 60) -> str:
     """A value on one line, cut where it is too long: what could move the cursor or end the line is written out."""
     text = UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], str(value)[: 4 * longest])
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def count_of(number: int, what: str) -> str:
+    """`1 row`, `1,234 rows`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -11,18 +11,17 @@ from xray_fastai import bundle, distributed
 from xray_fastai.announcements import announce, conclude, name_leftovers, place, say_where
 from xray_fastai.audit import fit_notes
 from xray_fastai.config import FitConfig
-from xray_fastai.dataset import read_collection
+from xray_fastai.dataset import fingerprint, read_collection
 from xray_fastai.errors import ImageError, UserError
-from xray_fastai.plan import Plan, fingerprint, make_plan
+from xray_fastai.plan import Plan, make_plan
 from xray_fastai.record import model_record
 from xray_fastai.runs import SETTINGS, Reservation, Unfinished, reopen, reserve
 
 if TYPE_CHECKING:
     from fastai.vision.all import Learner
 
-    from xray_fastai.callbacks import BestWeights, EpochLog
+    from xray_fastai.callbacks import BestWeights, EpochLog, StopOnSignal
     from xray_fastai.checkpoint import Checkpoints, Saved
-    from xray_fastai.signals import StopOnSignal
     from xray_fastai.trainingstate import Progress
 
 CHANGEABLE = ("data", "device", "workers", "cache", "exports")
@@ -97,9 +96,9 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
 
 
 def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started: float) -> Result:
+    from xray_fastai.callbacks import StopOnSignal
     from xray_fastai.checkpoint import Checkpoints, check_space
     from xray_fastai.learner import parameter_counts
-    from xray_fastai.signals import StopOnSignal
 
     checkpoints = Checkpoints(run)
     saved = origin = None
@@ -132,8 +131,8 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started:
 def _follow(started: float) -> Result:
     """`_fit` in a process that trains with others and is not the first of them: it reads and writes no more than it
     must. The first one's weights come as training starts."""
+    from xray_fastai.callbacks import StopOnSignal
     from xray_fastai.phantom import cached
-    from xray_fastai.signals import StopOnSignal
 
     config, data, origin, saved = distributed.share()
     if data.rehearsal:
@@ -213,8 +212,7 @@ def _train(
     """Train the phases that are not done yet; the best weights, which the model has then, and why the fit diverged."""
     from fastai.vision.all import CancelFitException
 
-    from xray_fastai.callbacks import BestWeights, EarlyStopping, EpochLog, StopOnNonFiniteLoss
-    from xray_fastai.device import precision_callbacks
+    from xray_fastai.callbacks import BestWeights, EarlyStopping, EpochLog, StopOnNonFiniteLoss, precision_callbacks
     from xray_fastai.memory import AccumulateGradients
     from xray_fastai.trainingstate import (
         RestoreCheckpoint,
@@ -278,8 +276,7 @@ def _train_phase(
     from fastai.callback.channelslast import ChannelsLast
 
     from xray_fastai import features
-    from xray_fastai.callbacks import Schedule
-    from xray_fastai.learner import FrozenBody
+    from xray_fastai.callbacks import FrozenBody, Schedule
 
     config = plan.config
     callbacks = [*callbacks, ChannelsLast()]

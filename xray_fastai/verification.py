@@ -10,10 +10,9 @@ from pathlib import Path
 
 from xray_fastai.archive import unpack
 from xray_fastai.bundle import rebuild
-from xray_fastai.callbacks import HISTORY_COLUMNS
 from xray_fastai.errors import UserError
 from xray_fastai.received import read_received
-from xray_fastai.schema import LIMIT, SETTINGS, WEIGHTS, parse
+from xray_fastai.schema import HISTORY_COLUMNS, LIMIT, SETTINGS, WEIGHTS, parse
 from xray_fastai.text import shown
 
 HISTORY, REPORT = "history.csv", "report.html"

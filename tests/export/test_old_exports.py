@@ -31,7 +31,9 @@ def test_an_export_of_0_1_0_is_whole_and_predicts_what_it_did(export):
     assert found.prediction.tolist() == known.prediction.tolist()
     assert found.error.isna().all()
     columns = ["p_NORMAL", "p_PNEUMONIA", "threshold"]
-    assert np.abs(found[columns].to_numpy(float) - known[columns].to_numpy()).max() < 2e-3  # its logits are in the hundreds
+    assert (
+        np.abs(found[columns].to_numpy(float) - known[columns].to_numpy()).max() < 2e-3
+    )  # its logits are in the hundreds
 
 
 def test_an_export_of_0_1_0_loads_in_python(export):
