@@ -20,9 +20,9 @@ from tests.conftest import QUICK, settings_of
 from xray_fastai import dicom
 from xray_fastai.config import FitConfig
 from xray_fastai.dataset import labelled_images, read_collection
-from xray_fastai.errors import ImageError, UserError
 from xray_fastai.facts import examine
 from xray_fastai.images import open_image, size_of
+from xray_fastai.system.errors import ImageError, UserError
 
 pydicom = pytest.importorskip("pydicom", reason='pip install "xray-fastai[test]" brings pydicom')
 pytest.importorskip("libjpeg", reason='pip install "xray-fastai[test]" brings pylibjpeg-libjpeg')
@@ -411,7 +411,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path):
     code = (
         "import sys; sys.modules['pydicom'] = None\n"
         "from xray_fastai.images import open_image\n"
-        "from xray_fastai.errors import ImageError\n"
+        "from xray_fastai.system.errors import ImageError\n"
         "try: open_image(sys.argv[1] + '/train/NORMAL/IM0001')\n"
         "except ImageError as error: print(error)\n"
         "from xray_fastai.cli import app\n"

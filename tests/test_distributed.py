@@ -218,8 +218,8 @@ def test_without_accelerate_the_command_to_install_it_is_told(launched, run, ref
 
 
 def test_a_batch_that_can_not_be_shared_is_told(launched):
-    from xray_fastai.distributed import batch_size
-    from xray_fastai.errors import UserError
+    from xray_fastai.system.distributed import batch_size
+    from xray_fastai.system.errors import UserError
 
     assert batch_size(9, 100) == 9 and batch_size(9, 8) == 6
     with pytest.raises(UserError, match=r"^--batch-size 80: can't be shared evenly by 3 processes; give 78 or 81$"):
@@ -229,7 +229,7 @@ def test_a_batch_that_can_not_be_shared_is_told(launched):
 
 
 def test_variables_of_another_program_change_nothing(monkeypatch):
-    from xray_fastai import distributed
+    from xray_fastai.system import distributed
 
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "3")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import settings_of
 from xray_fastai import load_learner
-from xray_fastai.errors import UserError
 from xray_fastai.runs import reserve
+from xray_fastai.system.errors import UserError
 
 PREDICT = """
 import json, sys, warnings
@@ -113,7 +113,7 @@ def test_a_model_json_of_another_kind_is_refused(change, words, export, tmp_path
 
 
 def test_weights_of_another_network_are_refused(export, tmp_path):
-    from xray_fastai.files import sha256
+    from xray_fastai.system.files import sha256
 
     copy = copy_of(export, tmp_path)
     save_file({"a": torch.zeros(1)}, copy / "model.safetensors")

@@ -19,12 +19,12 @@ from PIL import Image
 
 from tests.conftest import settings_of
 from xray_fastai.dataset import labelled_images
-from xray_fastai.errors import ImageError, UserError
 from xray_fastai.facts import examine
 from xray_fastai.images import open_image
 from xray_fastai.report import write_report
 from xray_fastai.schema import parse
-from xray_fastai.text import UNPRINTABLE
+from xray_fastai.system.errors import ImageError, UserError
+from xray_fastai.system.text import UNPRINTABLE
 
 FUZZ = settings(
     max_examples=int(os.environ.get("XRAY_FUZZ", 500)),

@@ -25,10 +25,10 @@ from safetensors.torch import load, save
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import load_learner, verify
 from xray_fastai.config import FitConfig
-from xray_fastai.errors import ImageError, UserError
-from xray_fastai.files import sha256
 from xray_fastai.images import open_image
 from xray_fastai.patients import patients_of
+from xray_fastai.system.errors import ImageError, UserError
+from xray_fastai.system.files import sha256
 
 SETTINGS, WEIGHTS = "model.json", "model.safetensors"
 NAME = "0.0.weight"  # the first convolution, (64, 3, 7, 7)
@@ -303,7 +303,7 @@ def test_memory_is_bounded_before_it_is_taken():
     script = """
 import resource, sys
 from pathlib import Path
-from xray_fastai.errors import UserError
+from xray_fastai.system.errors import UserError
 from xray_fastai.schema import LIMIT, parse
 
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

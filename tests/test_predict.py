@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import DISCLAIMER, gradcam, load_learner, prediction
 from xray_fastai.cli import app
-from xray_fastai.device import cpu_has_bf16
-from xray_fastai.errors import UserError
 from xray_fastai.inference import open_model, predict_stream
 from xray_fastai.prediction import predict
 from xray_fastai.rowfile import RowFile
+from xray_fastai.system.device import cpu_has_bf16
+from xray_fastai.system.errors import UserError
 
 COLUMNS = ["path", "prediction", "p_NORMAL", "p_PNEUMONIA", "threshold", "error"]
 

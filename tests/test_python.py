@@ -5,7 +5,7 @@ import torch
 
 import xray_fastai
 from tests.conftest import draw_collection
-from xray_fastai.device import choose_precision
+from xray_fastai.system.device import choose_precision
 
 
 @pytest.mark.parametrize("name", xray_fastai.__all__)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from tests.conftest import settings_of
 from xray_fastai.curves import plot_batch
-from xray_fastai.errors import UserError
 from xray_fastai.report import embed_pictures, write_report
+from xray_fastai.system.errors import UserError
 
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "img", "br", "hr", "input", "link"}

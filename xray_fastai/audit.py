@@ -13,15 +13,15 @@ import pandas as pd
 from xray_fastai import filechecks, splitchecks
 from xray_fastai.dataset import REHEARSAL, Collection, class_folders, find_images, find_root, with_facts
 from xray_fastai.duplicates import same_image
-from xray_fastai.errors import UserError
 from xray_fastai.facts import examine_all
 from xray_fastai.findings import SPLITS, Audit
 from xray_fastai.images import is_hidden, is_image_file
 from xray_fastai.patients import numbered, patients_in
 from xray_fastai.shortcuts import find_shortcuts
 from xray_fastai.splits import ENOUGH_TO_VALIDATE
-from xray_fastai.terminal import track
-from xray_fastai.text import count_of
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.progress import track
+from xray_fastai.system.text import count_of
 
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 

@@ -18,11 +18,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xray_fastai.errors import ImageError, UserError, reason
-from xray_fastai.files import sha256
-from xray_fastai.received import read_received
 from xray_fastai.runs import Reservation
 from xray_fastai.schema import FORMAT, LIMIT, SETTINGS, WEIGHTS, parse, warn
+from xray_fastai.system.errors import ImageError, UserError, reason
+from xray_fastai.system.files import sha256
+from xray_fastai.system.untrusted import read_received
 
 if TYPE_CHECKING:
     from fastai.vision.all import Learner

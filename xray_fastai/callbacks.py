@@ -22,8 +22,8 @@ from fastai.vision.all import (
 )
 from torch.nn.functional import cross_entropy
 
-from xray_fastai import distributed
 from xray_fastai.schema import HISTORY_COLUMNS
+from xray_fastai.system import distributed
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

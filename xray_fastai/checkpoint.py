@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from xray_fastai.durable import checked, read_json, write_json, write_tensors
-from xray_fastai.errors import UserError, reason
 from xray_fastai.runs import CHECKPOINT, SETTINGS, Reservation
+from xray_fastai.system.errors import UserError, reason
 
 FORMAT = 2
 """The layout of a checkpoint; another is refused."""

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 import typer.core
 
-from xray_fastai import __version__, distributed
+from xray_fastai import __version__
 from xray_fastai.config import (
     ARCHITECTURES,
     AUGMENTATIONS,
@@ -20,8 +20,9 @@ from xray_fastai.config import (
     FitConfig,
 )
 from xray_fastai.data_commands import data_app
-from xray_fastai.errors import UserError
 from xray_fastai.options import choice, command, one_of, option
+from xray_fastai.system import distributed
+from xray_fastai.system.errors import UserError
 
 
 class Commands(typer.core.TyperGroup):

@@ -5,7 +5,7 @@ where a JPEG, or a JPEG-LS, was cut off, without a word. Formats: JPEG, ITU-T T.
 2000, ITU-T T.800, A.5; DICOM's RLE, PS3.5, annex G.
 """
 
-from xray_fastai.errors import ImageError
+from xray_fastai.system.errors import ImageError
 
 ALONE = {0x01, *range(0xD0, 0xD9)}  # JPEG's markers without a segment
 FRAMES = {0xF7, 0xDE, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those that tell the size of a frame, or of several

@@ -22,13 +22,13 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
-from xray_fastai.archive import check_end, entry_fault
 from xray_fastai.download import DownloadError, discard, fetch
-from xray_fastai.errors import UserError, reason
 from xray_fastai.images import EXTENSIONS, is_hidden
-from xray_fastai.terminal import track
-from xray_fastai.termination import sigterm_raises
-from xray_fastai.text import count_of, shown
+from xray_fastai.system.errors import UserError, reason
+from xray_fastai.system.progress import track
+from xray_fastai.system.signals import sigterm_raises
+from xray_fastai.system.text import count_of, shown
+from xray_fastai.system.zip_files import check_end, entry_fault
 
 ADDRESS = (
     "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from typing import get_args
 
-from xray_fastai.errors import UserError
-from xray_fastai.text import fault_of, shown
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import fault_of, shown
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny", "efficientnet_b0")
 DEVICES = ("auto", "cpu", "cuda", "mps")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from xray_fastai.errors import UserError
 from xray_fastai.options import command, option
+from xray_fastai.system.errors import UserError
 
 data_app = typer.Typer(help="Data sets: get the public one, check one, draw a synthetic one.", no_args_is_help=True)
 
@@ -25,7 +25,7 @@ def check(
     """What is wrong with a data set. Exit code 1 where something would spoil a result."""
     from xray_fastai.audit import check_data
     from xray_fastai.fixlist import check_new
-    from xray_fastai.text import count_of
+    from xray_fastai.system.text import count_of
 
     if fix is not None:
         check_new(fix)
@@ -89,7 +89,7 @@ def cache(
 ) -> None:
     """The decoded images that fits keep in the user's cache folder: how many files, where, how large."""
     from xray_fastai import pixelcache
-    from xray_fastai.text import count_of
+    from xray_fastai.system.text import count_of
 
     files = pixelcache.kept()
     size = pixelcache.clear() if clear else sum(file.stat().st_size for file in files)

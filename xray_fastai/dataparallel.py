@@ -19,7 +19,7 @@ from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.vision.all import DataLoader, L, set_seed, to_detach
 
 from xray_fastai.batchnorm import sync_batch_norm
-from xray_fastai.distributed import rank, share, world_size
+from xray_fastai.system.distributed import rank, share, world_size
 
 
 class SharedLoader(DistributedDL):

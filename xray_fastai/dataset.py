@@ -15,14 +15,14 @@ import pandas as pd
 
 from xray_fastai.config import FitConfig, check_classes
 from xray_fastai.duplicates import same_image
-from xray_fastai.errors import ImageError, UserError
 from xray_fastai.facts import Facts, examine_all
 from xray_fastai.fixlist import read_list
 from xray_fastai.images import EXTENSIONS, is_hidden, is_image_file
 from xray_fastai.patients import numbered, patients_in
 from xray_fastai.splits import assign_validation
-from xray_fastai.terminal import track
-from xray_fastai.text import count_of
+from xray_fastai.system.errors import ImageError, UserError
+from xray_fastai.system.progress import track
+from xray_fastai.system.text import count_of
 
 REHEARSAL = "built-in phantom"
 """The name of the collection that the package draws itself."""

@@ -26,8 +26,8 @@ import numpy as np
 from PIL import Image
 
 from xray_fastai.codestreams import CUT, check_jpeg, check_jpeg2000, check_rle
-from xray_fastai.errors import ImageError
 from xray_fastai.shades import as_colour, as_grey
+from xray_fastai.system.errors import ImageError
 
 if TYPE_CHECKING:
     from pydicom import Dataset

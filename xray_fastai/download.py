@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from xray_fastai import __version__
-from xray_fastai.errors import UserError
-from xray_fastai.terminal import transfer_bar
-from xray_fastai.text import shown
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.progress import transfer_bar
+from xray_fastai.system.text import shown
 
 if TYPE_CHECKING:
     from requests import Response, Session

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from xray_fastai.files import sync_folder
+from xray_fastai.system.files import sync_folder
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -11,13 +11,13 @@ from sklearn.metrics import confusion_matrix
 
 from xray_fastai import plots
 from xray_fastai.dataset import labelled_images
-from xray_fastai.device import describe
-from xray_fastai.errors import UserError
-from xray_fastai.files import replaced
 from xray_fastai.inference import Model, open_model, predict_all
 from xray_fastai.metrics import RESAMPLES, Interval, Measured, Scored, measure
 from xray_fastai.report import write_report
 from xray_fastai.results import Evaluation
+from xray_fastai.system.device import describe
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.files import replaced
 from xray_fastai.tta import Views
 
 FORMAT = 1

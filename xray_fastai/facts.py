@@ -13,8 +13,8 @@ from PIL import Image
 
 from xray_fastai.dicom import FORMAT as DICOM
 from xray_fastai.duplicates import perceptual_hash
-from xray_fastai.errors import ImageError
 from xray_fastai.images import MAX_PIXELS, check_file, open_file, open_image
+from xray_fastai.system.errors import ImageError
 
 SIZE = 112
 """Side in pixels that images are decoded for: enough for the hash, and half of 224, which JPEGs give at once."""

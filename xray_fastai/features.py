@@ -34,9 +34,9 @@ from torch.fx.experimental.optimization import fuse
 
 from xray_fastai.callbacks import StopOnSignal
 from xray_fastai.checkpoint import check_space
-from xray_fastai.errors import UserError
 from xray_fastai.plan import Plan
-from xray_fastai.terminal import track
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.progress import track
 from xray_fastai.trainingstate import random_states, set_random_states
 
 IN_MEMORY = 2**30

@@ -6,13 +6,13 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from xray_fastai import dicom
+import xray_fastai.dicom as dicom
 from xray_fastai.duplicates import FLAT
-from xray_fastai.errors import ImageError
 from xray_fastai.facts import Facts
 from xray_fastai.findings import File, Finding
 from xray_fastai.images import EXTENSIONS, FORMATS, check_file, has_no_extension
-from xray_fastai.text import count_of
+from xray_fastai.system.errors import ImageError
+from xray_fastai.system.text import count_of
 
 SUFFIXES = {
     "JPEG": (".jpeg", ".jpg"),

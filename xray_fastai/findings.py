@@ -10,7 +10,7 @@ import pandas as pd
 
 from xray_fastai.fixlist import LEAVE_OUT, write_list
 from xray_fastai.shortcuts import Shortcut
-from xray_fastai.text import count_of
+from xray_fastai.system.text import count_of
 
 FORMAT = 1
 """The layout of the JSON; it counts the changes that a reader of it must know of."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from xray_fastai.errors import UserError
+from xray_fastai.system.errors import UserError
 
 COLUMNS = ("file", "finding", "action", "detail")
 LEAVE_OUT = "leave out"

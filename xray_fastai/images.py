@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
-from xray_fastai import dicom
-from xray_fastai.errors import ImageError
+import xray_fastai.dicom as dicom
+from xray_fastai.system.errors import ImageError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp", *dicom.EXTENSIONS)
 GAP = 2

@@ -17,12 +17,13 @@ from fastai.vision.all import Learner, TensorImageBW
 from PIL import Image
 from scipy.special import expit, logit, softmax
 
-from xray_fastai import bundle
+from xray_fastai.bundle import load
 from xray_fastai.config import INFERENCE_PRECISIONS
-from xray_fastai.device import choose_device, choose_precision
-from xray_fastai.errors import ImageError, UserError
 from xray_fastai.images import EXTENSIONS, is_hidden, is_image_file, may_be_image, open_image
-from xray_fastai.terminal import track
+from xray_fastai.schema import SETTINGS
+from xray_fastai.system.device import choose_device, choose_precision
+from xray_fastai.system.errors import ImageError, UserError
+from xray_fastai.system.progress import track
 from xray_fastai.tta import Views
 
 Source = str | Path | bytes | Image.Image | np.ndarray
@@ -138,10 +139,10 @@ def newest_export(exports: str | Path = "exports") -> Path:
     Raises:
         UserError: there is none.
     """
-    found = [path.parent for path in Path(exports).glob(f"*/{bundle.SETTINGS}") if not path.parent.name.startswith(".")]
+    found = [path.parent for path in Path(exports).glob(f"*/{SETTINGS}") if not path.parent.name.startswith(".")]
     if not found:
         raise UserError(f"{exports}: no export in it; make one by 'xray-fastai fit', or name one by --model")
-    return max(found, key=lambda path: (path / bundle.SETTINGS).stat().st_mtime)
+    return max(found, key=lambda path: (path / SETTINGS).stat().st_mtime)
 
 
 def open_model(path: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Model:
@@ -158,7 +159,7 @@ def open_model(path: str | Path | None = None, device: str = "auto", precision: 
     if precision not in INFERENCE_PRECISIONS:
         raise UserError(f"--precision {precision}: choose one of {', '.join(INFERENCE_PRECISIONS)}")
     path = newest_export() if path is None else Path(path)
-    settings, learn = bundle.load(path)
+    settings, learn = load(path)
     place = choose_device(device)
     learn.dls.to(place)
     learn.model.to(place, memory_format=torch.channels_last).eval()  # in fp32 on a CPU 1.4 times as fast

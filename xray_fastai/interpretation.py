@@ -23,14 +23,14 @@ from fastai.vision.all import ClassificationInterpretation, DataLoader, Learner
 from xray_fastai import DISCLAIMER
 from xray_fastai.causes import suspicious_causes
 from xray_fastai.dataset import labelled_images
-from xray_fastai.device import describe
-from xray_fastai.errors import UserError
-from xray_fastai.files import replaced
 from xray_fastai.images import size_of
 from xray_fastai.inference import Model, open_model, predict_all
 from xray_fastai.report import write_report
 from xray_fastai.sheet import BATCH, LIMIT, draw_sheet, make_cells, shorten
-from xray_fastai.terminal import track
+from xray_fastai.system.device import describe
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.files import replaced
+from xray_fastai.system.progress import track
 
 FORMAT = 1
 """The layout of `summary.json`."""

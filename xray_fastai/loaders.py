@@ -25,9 +25,9 @@ from fastai.vision.all import (
 from PIL import Image
 
 from xray_fastai.augmentation import AUGMENT, augmenting
-from xray_fastai.distributed import local_world_size
 from xray_fastai.images import open_image
 from xray_fastai.pixelcache import PixelCache
+from xray_fastai.system.distributed import local_world_size
 
 
 class XrayImage(PILImageBW):

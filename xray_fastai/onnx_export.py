@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from xray_fastai import __version__
-from xray_fastai.errors import UserError, reason
-from xray_fastai.text import shown
+from xray_fastai.system.errors import UserError, reason
+from xray_fastai.system.text import shown
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
     except ImportError as error:
         raise UserError(f'{error.name} is not installed; pip install "xray-fastai[onnx]"') from None
     from xray_fastai.inference import newest_export, open_model
-    from xray_fastai.termination import sigterm_raises
+    from xray_fastai.system.signals import sigterm_raises
 
     export = newest_export() if export is None else Path(export)
     output = Path(f"{export.resolve().name}.onnx") if output is None else Path(output)

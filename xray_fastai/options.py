@@ -8,9 +8,9 @@ from functools import wraps
 
 import typer
 
-from xray_fastai import distributed
 from xray_fastai.config import HELP
-from xray_fastai.errors import UserError
+from xray_fastai.system import distributed
+from xray_fastai.system.errors import UserError
 
 DEBUG = "XRAY_FASTAI_DEBUG"
 

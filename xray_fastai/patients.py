@@ -18,8 +18,8 @@ from pathlib import Path
 import pandas as pd
 
 from xray_fastai.dicom import patient_key
-from xray_fastai.errors import UserError
-from xray_fastai.text import shown
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import shown
 
 KAGGLE_PATIENT = re.compile(r"^(?:(person\d+)_|((?:NORMAL2-)?IM-\d+)-)")
 """`person1000_bacteria_2931`, `IM-0115-0001` and `NORMAL2-IM-0345-0001`: the patient, or the study, comes first."""

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from xray_fastai import pixelcache
-from xray_fastai.errors import UserError
+from xray_fastai.system.errors import UserError
 
 DRAWING = 1  # counts the changes of what is drawn, so that a cache is never of an older drawing
 

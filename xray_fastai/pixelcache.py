@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xray_fastai.errors import UserError
+from xray_fastai.system.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

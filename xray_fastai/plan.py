@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xray_fastai import distributed
 from xray_fastai.config import FitConfig
 from xray_fastai.dataset import Collection
+from xray_fastai.system import distributed
 
 if TYPE_CHECKING:
     import torch
@@ -74,9 +74,9 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
         UserError: a device, precision or weights that are not to be had here, or a batch that several processes can't
             share.
     """
-    from xray_fastai.device import choose_device, choose_precision, describe
     from xray_fastai.learner import class_weight_values
     from xray_fastai.loaders import default_workers
+    from xray_fastai.system.device import choose_device, choose_precision, describe
     from xray_fastai.weights import pretrained_state
 
     device, processes = choose_device(config.device), distributed.world_size()

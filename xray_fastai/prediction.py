@@ -17,14 +17,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from xray_fastai import distributed, shards
-from xray_fastai.device import describe
-from xray_fastai.errors import UserError
+from xray_fastai import shards
 from xray_fastai.images import has_no_extension, open_image
 from xray_fastai.inference import Batch, Model, Source, check_folder, image_sources, open_model, predict_batches
 from xray_fastai.rowfile import Row, RowFile
-from xray_fastai.terminal import SHOWN, Table, progress_bar
-from xray_fastai.text import count_of
+from xray_fastai.system import distributed
+from xray_fastai.system.device import describe
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.progress import SHOWN, Table, progress_bar
+from xray_fastai.system.text import count_of
 from xray_fastai.tta import Views
 
 SAME = {"fp32": 1e-3, "bf16": 0.05}

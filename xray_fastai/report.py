@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xray_fastai.curves import number, svg_curves
-from xray_fastai.errors import UserError
-from xray_fastai.received import read_received
 from xray_fastai.schema import read_settings
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.untrusted import read_received
 
 if TYPE_CHECKING:
     from jinja2 import Template

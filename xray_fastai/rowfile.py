@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from xray_fastai.errors import UserError
-from xray_fastai.files import acquire, release
-from xray_fastai.text import count_of
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.files import acquire, release
+from xray_fastai.system.text import count_of
 
 Row = dict[str, Any]
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from xray_fastai.errors import UserError
-from xray_fastai.files import acquire, release, sync_folder
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.files import acquire, release, sync_folder
 
 CHECKPOINT, SETTINGS = "checkpoint", "settings.json"
 

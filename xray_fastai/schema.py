@@ -26,9 +26,9 @@ from pydantic import (
 )
 
 from xray_fastai.config import ARCHITECTURES, CONTRASTS, LARGEST, MOST_CLASSES, SMALLEST, FitConfig, class_fault
-from xray_fastai.errors import UserError
-from xray_fastai.received import read_received
-from xray_fastai.text import fault_of, shown
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import fault_of, shown
+from xray_fastai.system.untrusted import read_received
 
 FORMAT = 1
 """The layout of `model.json`; a reader refuses a newer one."""

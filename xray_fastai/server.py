@@ -12,10 +12,10 @@ from pathlib import Path
 import uvicorn
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.device import describe
-from xray_fastai.errors import UserError
 from xray_fastai.inference import open_model
-from xray_fastai.termination import sigterm_raises
+from xray_fastai.system.device import describe
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.webapp import Desk, create_app
 
 MAX_CONNECTIONS = 200

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xray_fastai.errors import ImageError
+from xray_fastai.system.errors import ImageError
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from xray_fastai import distributed
-from xray_fastai.errors import UserError
+from xray_fastai.system import distributed
+from xray_fastai.system.errors import UserError
 
 if TYPE_CHECKING:
     from xray_fastai.inference import Batch, Model, Source

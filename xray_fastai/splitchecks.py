@@ -12,7 +12,7 @@ from xray_fastai.images import EXTENSIONS
 from xray_fastai.patients import CAUSE, is_numbered
 from xray_fastai.shortcuts import Shortcut
 from xray_fastai.splits import ENOUGH_TO_VALIDATE
-from xray_fastai.text import count_of
+from xray_fastai.system.text import count_of
 
 KEPT_FIRST = ("test", "val", "train", "")
 """Of copies in several splits the one in the first of these stays: a test is not to be changed after the fact."""

@@ -5,8 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 
-from xray_fastai.errors import UserError
 from xray_fastai.patients import is_numbered
+from xray_fastai.system.errors import UserError
 
 ENOUGH_TO_VALIDATE = 50
 """Images of each class from which `val/` is used as it stands."""

@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from xray_fastai.errors import UserError
-from xray_fastai.received import open_received
-from xray_fastai.text import shown
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import shown
+from xray_fastai.system.untrusted import open_received
 
 HEADER = 1_000_000
 """Bytes that a safetensors header may have; that of a resnet101, the largest here, has 70,000."""

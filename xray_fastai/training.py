@@ -7,15 +7,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xray_fastai import bundle, distributed
 from xray_fastai.announcements import announce, conclude, name_leftovers, place, say_where
 from xray_fastai.audit import fit_notes
+from xray_fastai.bundle import write
 from xray_fastai.config import FitConfig
 from xray_fastai.dataset import fingerprint, read_collection
-from xray_fastai.errors import ImageError, UserError
 from xray_fastai.plan import Plan, make_plan
 from xray_fastai.record import model_record
 from xray_fastai.runs import SETTINGS, Reservation, Unfinished, reopen, reserve
+from xray_fastai.system import distributed
+from xray_fastai.system.errors import ImageError, UserError
 
 if TYPE_CHECKING:
     from fastai.vision.all import Learner
@@ -55,7 +56,7 @@ def fit(config: FitConfig | None = None, *, resume: bool | str | Path = False, *
     Where torchrun has started several processes, each calls this alike and gets the same result (`distributed`).
     """
     started = time.perf_counter()
-    from xray_fastai.termination import sigterm_raises
+    from xray_fastai.system.signals import sigterm_raises
 
     distributed.check_installed()
     try:
@@ -337,7 +338,7 @@ def _export(
             positives = (data.valid.label == data.positive).to_numpy()
             worst = worst_group(looks, positives, data.valid.patient.to_numpy(), scores)
     model = model_record(plan, status, history, progress.ends, best.row, calibration, worst, progress.elapsed)
-    path = bundle.write(run, learn, model, history)
+    path = write(run, learn, model, history)
     conclude(path, model, run)
     return Result(path, status, history, plan.config, stop.received, error)
 

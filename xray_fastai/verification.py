@@ -8,12 +8,12 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xray_fastai.archive import unpack
 from xray_fastai.bundle import rebuild
-from xray_fastai.errors import UserError
-from xray_fastai.received import read_received
 from xray_fastai.schema import HISTORY_COLUMNS, LIMIT, SETTINGS, WEIGHTS, parse
-from xray_fastai.text import shown
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import shown
+from xray_fastai.system.untrusted import read_received
+from xray_fastai.system.zip_files import unpack
 
 HISTORY, REPORT = "history.csv", "report.html"
 HISTORY_BYTES = 5_000_000

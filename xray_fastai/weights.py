@@ -11,7 +11,7 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from xray_fastai.errors import UserError
+from xray_fastai.system.errors import UserError
 
 SLOWEST_ANSWER = 20  # seconds that a download may stall before it counts as offline
 

@@ -26,8 +26,8 @@ from fastai.vision.all import (
 from xray_fastai import fit, phantom, training
 from xray_fastai.config import FitConfig
 from xray_fastai.dataset import find_root, read_split
-from xray_fastai.device import choose_device, choose_precision
 from xray_fastai.plan import Plan
+from xray_fastai.system.device import choose_device, choose_precision
 
 DEVICE = choose_device("auto")
 PRECISION = choose_precision("auto", DEVICE)

@@ -2,8 +2,8 @@
 
 import torch
 
-from xray_fastai.distributed import own_device
-from xray_fastai.errors import UserError
+from xray_fastai.system.distributed import own_device
+from xray_fastai.system.errors import UserError
 
 
 def choose_device(wanted: str) -> torch.device:

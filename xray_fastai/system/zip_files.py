@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 
-from xray_fastai.errors import UserError
-from xray_fastai.text import UNPRINTABLE, shown
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import UNPRINTABLE, shown
 
 NAMES = 1_000_000
 """Bytes that the list of names may have; that of an export with all its evaluations has some 3,000."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from xray_fastai.errors import UserError
+from xray_fastai.system.errors import UserError
 
 PROBE = 0.5  # seconds to wait for a lock: longer than the moment that `unfinished` of another fit holds it
 

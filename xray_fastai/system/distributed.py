@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from xray_fastai.errors import UserError, reason
-from xray_fastai.text import shown
+from xray_fastai.system.errors import UserError, reason
+from xray_fastai.system.text import shown
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from xray_fastai.errors import UserError
+from xray_fastai.system.errors import UserError
 
 # opened without following a last link, without waiting for who writes into a pipe, and on Windows as bytes
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))

@@ -1,0 +1,1 @@
+"""The machine: files, signals, processes, devices, the terminal, text for it, errors."""
