@@ -15,8 +15,8 @@ from PIL import Image, ImageEnhance, ImageFile
 
 from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import check_data
-from xray_fastai.duplicates import near_pairs, same_image
-from xray_fastai.facts import examine
+from xray_fastai.data.duplicates import near_pairs, same_image
+from xray_fastai.data.image_facts import examine
 from xray_fastai.phantom import write
 from xray_fastai.shortcuts import find_shortcuts
 
@@ -185,7 +185,7 @@ def test_copies_are_found_across_blocks_and_blank_images_are_no_copies(monkeypat
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, (50, 4), dtype=np.uint64)
     hashes[40] = hashes[3] ^ np.uint64(0b1011)  # 12 bits apart
-    monkeypatch.setattr("xray_fastai.duplicates._BLOCK", 100)  # two rows a step
+    monkeypatch.setattr("xray_fastai.data.duplicates._BLOCK", 100)  # two rows a step
     assert np.concatenate(list(near_pairs(hashes))).tolist() == [[3, 40]]
     table = pd.DataFrame({"digest": ["a", "b", "c", "c"], "contrast": [0.0, 0.0, 0.0, 0.0], "hash": [bytes(32)] * 4})
     assert len(set(same_image(table))) == 3 and same_image(table)[2] == same_image(table)[3]
@@ -447,8 +447,8 @@ def test_a_fit_says_what_matters_and_names_no_file_in_its_export(run, data):
 
 
 def test_near_identical_copies_stay_on_one_side_of_the_hold_out(tmp_path):
-    from xray_fastai.dataset import check_files, read_split
-    from xray_fastai.splits import hold_out
+    from xray_fastai.data.dataset import check_files, read_split
+    from xray_fastai.data.splits import hold_out
 
     root = write(tmp_path / "data", images=60, size=96)
     for i, path in enumerate(images(root / "train" / "PNEUMONIA")[:12]):
@@ -463,7 +463,7 @@ def test_near_identical_copies_stay_on_one_side_of_the_hold_out(tmp_path):
 def test_ctrl_c_while_reading_ends_at_once_and_writes_nothing(data, tmp_path):
     """Sent from within, once some files are read."""
     program = (
-        "import sys, os, signal, xray_fastai.facts as facts\n"
+        "import sys, os, signal, xray_fastai.data.image_facts as facts\n"
         "from xray_fastai.cli import app\n"
         "read, count = facts.examine, iter(range(10**9))\n"
         "def examine(*args):\n"

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from tests.conftest import draw_collection
-from xray_fastai.dataset import check_files, find_root, positive_class, read_split
-from xray_fastai.patients import patient_of
-from xray_fastai.splits import assign_validation, hold_out
+from xray_fastai.data.dataset import check_files, find_root, positive_class, read_split
+from xray_fastai.data.patients import patient_of
+from xray_fastai.data.splits import assign_validation, hold_out
 from xray_fastai.system.errors import UserError
 
 

@@ -19,9 +19,9 @@ from PIL import Image
 from tests.conftest import QUICK, settings_of
 from xray_fastai import dicom
 from xray_fastai.config import FitConfig
-from xray_fastai.dataset import labelled_images, read_collection
-from xray_fastai.facts import examine
-from xray_fastai.images import open_image, size_of
+from xray_fastai.data.dataset import labelled_images, read_collection
+from xray_fastai.data.image_facts import examine
+from xray_fastai.data.images import open_image, size_of
 from xray_fastai.system.errors import ImageError, UserError
 
 pydicom = pytest.importorskip("pydicom", reason='pip install "xray-fastai[test]" brings pydicom')
@@ -410,7 +410,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path):
     (folder / "IM0001").write_bytes(written(RAMP.astype(np.uint8), PatientID=PATIENT))
     code = (
         "import sys; sys.modules['pydicom'] = None\n"
-        "from xray_fastai.images import open_image\n"
+        "from xray_fastai.data.images import open_image\n"
         "from xray_fastai.system.errors import ImageError\n"
         "try: open_image(sys.argv[1] + '/train/NORMAL/IM0001')\n"
         "except ImageError as error: print(error)\n"
@@ -436,7 +436,7 @@ def test_nothing_is_printed_warned_or_logged_of_what_is_odd_in_a_header(tmp_path
         path.write_bytes(content_of(ds))
     code = (
         "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
-        "from xray_fastai import dicom\nfrom xray_fastai.images import open_image\n"
+        "from xray_fastai import dicom\nfrom xray_fastai.data.images import open_image\n"
         "open_image(sys.argv[1])\nassert dicom.patient_key(sys.argv[1])\n"
         "try: open_image(sys.argv[2])\nexcept Exception: pass\n"
         "else: raise SystemExit(3)\n"

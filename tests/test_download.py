@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import draw_collection, wait_for
 from xray_fastai import collection, download
-from xray_fastai.dataset import read_split
+from xray_fastai.data.dataset import read_split
 
 PART = Path("chest_xray.zip.part")
 DATE = "Tue, 15 Nov 1994 12:45:26 GMT"

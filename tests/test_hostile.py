@@ -25,8 +25,8 @@ from safetensors.torch import load, save
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import load_learner, verify
 from xray_fastai.config import FitConfig
-from xray_fastai.images import open_image
-from xray_fastai.patients import patients_of
+from xray_fastai.data.images import open_image
+from xray_fastai.data.patients import patients_of
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.files import sha256
 
@@ -542,7 +542,7 @@ def test_an_archive_with_a_password(archive, run, refused):
 
 @pytest.mark.parametrize("pattern", ["(a+)+!", "(", "a{9999999999999}", "(" * 2000])
 def test_a_pattern_that_would_never_end(pattern, copy, run, refused, monkeypatch, tmp_path):
-    monkeypatch.setattr("xray_fastai.patients.SECONDS", 1)
+    monkeypatch.setattr("xray_fastai.data.patients.SECONDS", 1)
     data = draw_collection(tmp_path / "data", {"test/NORMAL": 1, "test/PNEUMONIA": 1})
     image = next((data / "test" / "NORMAL").iterdir())
     image.rename(image.with_name("a" * 60 + ".jpeg"))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xray_fastai.facts import examine
-from xray_fastai.images import open_image
+from xray_fastai.data.image_facts import examine
+from xray_fastai.data.images import open_image
 from xray_fastai.system.errors import ImageError
 
 RAMP = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (48, 1))  # (48, 64): dark on the left

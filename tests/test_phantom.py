@@ -9,8 +9,8 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from tests.conftest import settings_of
-from xray_fastai.dataset import read_split
-from xray_fastai.patients import KAGGLE_PATIENT
+from xray_fastai.data.dataset import read_split
+from xray_fastai.data.patients import KAGGLE_PATIENT
 
 
 @pytest.fixture(scope="module")

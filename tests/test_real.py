@@ -3,8 +3,8 @@
 import pandas as pd
 
 from tests.conftest import settings_of
-from xray_fastai.dataset import check_files, find_root, labelled_images, read_split
-from xray_fastai.splits import assign_validation, hold_out
+from xray_fastai.data.dataset import check_files, find_root, labelled_images, read_split
+from xray_fastai.data.splits import assign_validation, hold_out
 
 
 def test_the_counts_are_the_collections(real_images):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from xray_fastai.images import open_image
+from xray_fastai.data.images import open_image
 from xray_fastai.inference import open_model
 from xray_fastai.prediction import predict
 from xray_fastai.tta import VIEWS, view

@@ -8,8 +8,8 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from xray_fastai import DISCLAIMER, __version__
+from xray_fastai.data.images import open_image
 from xray_fastai.gradcam import grad_cam, overlay
-from xray_fastai.images import open_image
 from xray_fastai.inference import Model, predict_batches
 
 PICTURE = 640

@@ -11,14 +11,14 @@ from pathlib import Path
 import pandas as pd
 
 from xray_fastai import filechecks, splitchecks
-from xray_fastai.dataset import REHEARSAL, Collection, class_folders, find_images, find_root, with_facts
-from xray_fastai.duplicates import same_image
-from xray_fastai.facts import examine_all
+from xray_fastai.data.dataset import REHEARSAL, Collection, class_folders, find_images, find_root, with_facts
+from xray_fastai.data.duplicates import same_image
+from xray_fastai.data.image_facts import examine_all
+from xray_fastai.data.images import is_hidden, is_image_file
+from xray_fastai.data.patients import numbered, patients_in
+from xray_fastai.data.splits import ENOUGH_TO_VALIDATE
 from xray_fastai.findings import SPLITS, Audit
-from xray_fastai.images import is_hidden, is_image_file
-from xray_fastai.patients import numbered, patients_in
 from xray_fastai.shortcuts import find_shortcuts
-from xray_fastai.splits import ENOUGH_TO_VALIDATE
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from xray_fastai.patients import CAUSE
+from xray_fastai.data.patients import CAUSE
 
 ALPHA = 0.05
 

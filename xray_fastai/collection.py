@@ -22,8 +22,8 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
+from xray_fastai.data.images import EXTENSIONS, is_hidden
 from xray_fastai.download import DownloadError, discard, fetch
-from xray_fastai.images import EXTENSIONS, is_hidden
 from xray_fastai.system.errors import UserError, reason
 from xray_fastai.system.progress import track
 from xray_fastai.system.signals import sigterm_raises

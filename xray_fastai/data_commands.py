@@ -24,7 +24,7 @@ def check(
 ) -> None:
     """What is wrong with a data set. Exit code 1 where something would spoil a result."""
     from xray_fastai.audit import check_data
-    from xray_fastai.fixlist import check_new
+    from xray_fastai.data.exclusions import check_new
     from xray_fastai.system.text import count_of
 
     if fix is not None:
@@ -88,12 +88,12 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete them.")] = False,
 ) -> None:
     """The decoded images that fits keep in the user's cache folder: how many files, where, how large."""
-    from xray_fastai import pixelcache
+    from xray_fastai.data import pixel_cache
     from xray_fastai.system.text import count_of
 
-    files = pixelcache.kept()
-    size = pixelcache.clear() if clear else sum(file.stat().st_size for file in files)
+    files = pixel_cache.kept()
+    size = pixel_cache.clear() if clear else sum(file.stat().st_size for file in files)
     print(
-        f"{pixelcache.folder()}: {pixelcache.told(size)} in {count_of(len(files), 'file')}"
+        f"{pixel_cache.folder()}: {pixel_cache.told(size)} in {count_of(len(files), 'file')}"
         + (", deleted" if clear else "")
     )

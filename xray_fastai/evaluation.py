@@ -10,7 +10,7 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from xray_fastai import plots
-from xray_fastai.dataset import labelled_images
+from xray_fastai.data.dataset import labelled_images
 from xray_fastai.inference import Model, open_model, predict_all
 from xray_fastai.metrics import RESAMPLES, Interval, Measured, Scored, measure
 from xray_fastai.report import write_report

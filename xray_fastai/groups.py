@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from xray_fastai.images import open_image
+from xray_fastai.data.images import open_image
 
 SIDE = 224
 """Side in pixels at which images are looked at, whatever size the network takes."""

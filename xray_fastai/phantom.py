@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from xray_fastai import pixelcache
+from xray_fastai.data import pixel_cache
 from xray_fastai.system.errors import UserError
 
 DRAWING = 1  # counts the changes of what is drawn, so that a cache is never of an older drawing
@@ -249,7 +249,7 @@ def cached() -> Path:
     Raises:
         UserError: the cache folder can't be written to.
     """
-    cache = pixelcache.folder()
+    cache = pixel_cache.folder()
     folder = cache / f"phantom-{DRAWING}"
     if folder.is_dir():
         return folder

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xray_fastai.config import FitConfig
-from xray_fastai.dataset import Collection
+from xray_fastai.data.dataset import Collection
 from xray_fastai.system import distributed
 
 if TYPE_CHECKING:
     import torch
     from fastai.vision.all import Learner
 
-    from xray_fastai.pixelcache import PixelCache
+    from xray_fastai.data.pixel_cache import PixelCache
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
 
 def _pixel_cache(config: FitConfig, data: Collection) -> tuple["PixelCache | None", str]:
     """The cache for the images of a fit, and what to say of it."""
-    from xray_fastai.pixelcache import PixelCache
+    from xray_fastai.data.pixel_cache import PixelCache
 
     if not config.cache:
         return None, "none: each image is decoded in each epoch"

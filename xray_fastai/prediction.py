@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from xray_fastai import shards
-from xray_fastai.images import has_no_extension, open_image
+from xray_fastai.data.images import has_no_extension, open_image
 from xray_fastai.inference import Batch, Model, Source, check_folder, image_sources, open_model, predict_batches
 from xray_fastai.rowfile import Row, RowFile
 from xray_fastai.system import distributed

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from xray_fastai import DISCLAIMER, __version__
-from xray_fastai.dataset import Collection, file_key
+from xray_fastai.data.dataset import Collection, file_key
 
 if TYPE_CHECKING:
     from xray_fastai.calibration import Calibration

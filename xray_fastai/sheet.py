@@ -13,8 +13,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from xray_fastai.data.images import open_image
 from xray_fastai.gradcam import grad_cam, overlay
-from xray_fastai.images import open_image
 from xray_fastai.inference import Model
 
 DPI = 130

@@ -11,7 +11,7 @@ from xray_fastai.announcements import announce, conclude, name_leftovers, place,
 from xray_fastai.audit import fit_notes
 from xray_fastai.bundle import write
 from xray_fastai.config import FitConfig
-from xray_fastai.dataset import fingerprint, read_collection
+from xray_fastai.data.dataset import fingerprint, read_collection
 from xray_fastai.plan import Plan, make_plan
 from xray_fastai.record import model_record
 from xray_fastai.runs import SETTINGS, Reservation, Unfinished, reopen, reserve

@@ -14,7 +14,7 @@ from fastai.vision.all import PILImage, Resize, ResizeMethod
 from PIL import Image
 
 from tests.benchmarks.measuring import rates, show
-from xray_fastai.images import open_image
+from xray_fastai.data.images import open_image
 from xray_fastai.phantom import draw
 
 # -----------------------------------------------------------------------------

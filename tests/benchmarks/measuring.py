@@ -25,7 +25,7 @@ from fastai.vision.all import (
 
 from xray_fastai import fit, phantom, training
 from xray_fastai.config import FitConfig
-from xray_fastai.dataset import find_root, read_split
+from xray_fastai.data.dataset import find_root, read_split
 from xray_fastai.plan import Plan
 from xray_fastai.system.device import choose_device, choose_precision
 

@@ -16,8 +16,8 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from xray_fastai.dataset import labelled_images
-from xray_fastai.images import open_image
+from xray_fastai.data.dataset import labelled_images
+from xray_fastai.data.images import open_image
 from xray_fastai.inference import open_model, predict_all
 
 # -----------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from xray_fastai import phantom
-from xray_fastai.dataset import find_root, read_split
-from xray_fastai.images import open_image
+from xray_fastai.data.dataset import find_root, read_split
+from xray_fastai.data.images import open_image
 from xray_fastai.loaders import equalize
 
 # -----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 
-from xray_fastai.patients import is_numbered
+from xray_fastai.data.patients import is_numbered
 from xray_fastai.system.errors import UserError
 
 ENOUGH_TO_VALIDATE = 50

@@ -14,12 +14,12 @@ from typing import Any
 import pandas as pd
 
 from xray_fastai.config import FitConfig, check_classes
-from xray_fastai.duplicates import same_image
-from xray_fastai.facts import Facts, examine_all
-from xray_fastai.fixlist import read_list
-from xray_fastai.images import EXTENSIONS, is_hidden, is_image_file
-from xray_fastai.patients import numbered, patients_in
-from xray_fastai.splits import assign_validation
+from xray_fastai.data.duplicates import same_image
+from xray_fastai.data.exclusions import read_list
+from xray_fastai.data.image_facts import Facts, examine_all
+from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file
+from xray_fastai.data.patients import numbered, patients_in
+from xray_fastai.data.splits import assign_validation
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of

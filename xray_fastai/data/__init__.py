@@ -1,0 +1,1 @@
+"""Files become images, and images become a table with labels, patients and splits."""
