@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import QUICK, settings_of
-from xray_fastai import dicom
 from xray_fastai.config import FitConfig
 from xray_fastai.data.dataset import labelled_images, read_collection
+from xray_fastai.data.dicom import reader
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.images import open_image, size_of
 from xray_fastai.system.errors import ImageError, UserError
@@ -347,7 +347,7 @@ def test_a_deflated_file_opens_and_a_bomb_does_not(monkeypatch):
     plain = written(stored)
     packed = written(stored, syntax=uid.DeflatedExplicitVRLittleEndian)
     assert len(packed) < len(plain) / 2 and (grey(packed) == grey(plain)).all()
-    monkeypatch.setattr(dicom, "MOST_BYTES", len(plain) // 2)
+    monkeypatch.setattr(reader, "MOST_BYTES", len(plain) // 2)
     with pytest.raises(ImageError, match="deflated"):
         open_image(packed)
     moved = packed[:140] + bytes(4) + packed[144:]  # the group is said to be empty
@@ -437,7 +437,7 @@ def test_nothing_is_printed_warned_or_logged_of_what_is_odd_in_a_header(tmp_path
     code = (
         "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
         "from xray_fastai import dicom\nfrom xray_fastai.data.images import open_image\n"
-        "open_image(sys.argv[1])\nassert dicom.patient_key(sys.argv[1])\n"
+        "open_image(sys.argv[1])\nassert reader.patient_key(sys.argv[1])\n"
         "try: open_image(sys.argv[2])\nexcept Exception: pass\n"
         "else: raise SystemExit(3)\n"
         "import pydicom\n"
@@ -502,7 +502,7 @@ def test_a_pattern_of_ones_own_wins_over_patient_id(patients):
     assert data.table.patient.nunique() == 16 + 16  # each a... by itself, the others by PatientID
     for label in ("NORMAL", "PNEUMONIA"):
         for path in (patients / "train" / label).iterdir():
-            assert dicom.patient_key(path) and dicom.patient_key(path) != dicom.patient_key(__file__)
+            assert reader.patient_key(path) and reader.patient_key(path) != reader.patient_key(__file__)
 
 
 def test_one_patient_id_for_all_says_what_to_do(tmp_path):
@@ -521,9 +521,9 @@ def test_spaces_and_case_of_a_patient_id_do_not_count_and_an_empty_one_is_none(t
         (tmp_path / name).write_bytes(
             written(RAMP.astype(np.uint8), **({} if patient is None else {"PatientID": patient}))
         )
-        keys[name] = dicom.patient_key(tmp_path / name)
+        keys[name] = reader.patient_key(tmp_path / name)
     assert keys["a"] == keys["b"] != keys["c"] and keys["d"] is keys["e"] is None
-    code = "import sys; from xray_fastai.dicom import patient_key; print(patient_key(sys.argv[1]))"
+    code = "import sys; from xray_fastai.data.dicom.reader import patient_key; print(patient_key(sys.argv[1]))"
     elsewhere = python(code, tmp_path / "a").stdout.strip()
     assert len(elsewhere) == len(keys["a"]) == 32 and elsewhere != keys["a"]
 
@@ -683,6 +683,6 @@ def test_what_stands_behind_long_sequences_is_read(tmp_path):
         (tmp_path / name).write_bytes(content_of(ds))
         files.append(tmp_path / name)
     short, long = files
-    assert long.stat().st_size > 2 * dicom.HEAD > 2 * short.stat().st_size
-    assert dicom.patient_key(short) == dicom.patient_key(long) is not None
+    assert long.stat().st_size > 2 * reader.HEAD > 2 * short.stat().st_size
+    assert reader.patient_key(short) == reader.patient_key(long) is not None
     assert size_of(short) == size_of(long) == (56, 40)

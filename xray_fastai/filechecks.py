@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-import xray_fastai.dicom as dicom
+import xray_fastai.data.dicom.reader as dicom
 from xray_fastai.data.duplicates import FLAT
 from xray_fastai.data.image_facts import Facts
 from xray_fastai.data.images import EXTENSIONS, FORMATS, check_file, has_no_extension

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xray_fastai.data.dicom.reader import FORMAT as DICOM
 from xray_fastai.data.duplicates import perceptual_hash
 from xray_fastai.data.images import MAX_PIXELS, check_file, open_file, open_image
-from xray_fastai.dicom import FORMAT as DICOM
 from xray_fastai.system.errors import ImageError
 
 SIZE = 112

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
-import xray_fastai.dicom as dicom
+import xray_fastai.data.dicom.reader as dicom
 from xray_fastai.system.errors import ImageError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp", *dicom.EXTENSIONS)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from xray_fastai.dicom import patient_key
+from xray_fastai.data.dicom.reader import patient_key
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import shown
 

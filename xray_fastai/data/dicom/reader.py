@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from xray_fastai.codestreams import CUT, check_jpeg, check_jpeg2000, check_rle
-from xray_fastai.shades import as_colour, as_grey
+from xray_fastai.data.dicom.codestreams import CUT, check_jpeg, check_jpeg2000, check_rle
+from xray_fastai.data.dicom.grey import as_colour, as_grey
 from xray_fastai.system.errors import ImageError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""DICOM files become 8-bit grey images."""
