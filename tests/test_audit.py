@@ -17,7 +17,7 @@ from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import check_data
 from xray_fastai.data.duplicates import near_pairs, same_image
 from xray_fastai.data.image_facts import examine
-from xray_fastai.phantom import write
+from xray_fastai.data.sources.phantom import write
 from xray_fastai.shortcuts import find_shortcuts
 
 

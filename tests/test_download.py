@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import draw_collection, wait_for
-from xray_fastai import collection, download
 from xray_fastai.data.dataset import read_split
+from xray_fastai.data.sources import download, kermany
 
 PART = Path("chest_xray.zip.part")
 DATE = "Tue, 15 Nov 1994 12:45:26 GMT"
@@ -140,7 +140,7 @@ def answers(body, kind):
 def host(monkeypatch):
     for name, value in [("BACKOFF", 0.001), ("STALL", 20), ("CHUNK", 4096)]:
         monkeypatch.setattr(download, name, value)
-    monkeypatch.setattr(collection, "PUBLISHED", PUBLISHED)
+    monkeypatch.setattr(kermany, "PUBLISHED", PUBLISHED)
     host = Host(zipped(xrays() | JUNK))
     yield host
     host.close()
@@ -212,7 +212,7 @@ def test_an_empty_folder_is_filled_and_any_other_left_alone(get, run, refused, h
 
 
 def test_kaggles_archive_with_everything_twice(run, monkeypatch):
-    monkeypatch.setattr(collection, "PUBLISHED", PUBLISHED)
+    monkeypatch.setattr(kermany, "PUBLISHED", PUBLISHED)
     counts = {**PUBLISHED, ("train", "NORMAL"): 2, ("val", "NORMAL"): 1}
     files = xrays(counts=counts)
     Path("a.zip").write_bytes(zipped(files | xrays("chest_xray/chest_xray/", counts=counts) | JUNK))
@@ -420,10 +420,10 @@ def test_a_wrong_archive_is_refused_and_removed(what, get, host, run, refused):
 
 
 def test_more_files_than_a_collection_has(get, host, refused, monkeypatch):
-    monkeypatch.setattr(collection, "NAMES", 100)
+    monkeypatch.setattr(kermany, "NAMES", 100)
     refused(get(), "lists more files")
-    monkeypatch.setattr(collection, "NAMES", 10_000)
-    monkeypatch.setattr(collection, "BYTES", 100_000)
+    monkeypatch.setattr(kermany, "NAMES", 10_000)
+    monkeypatch.setattr(kermany, "BYTES", 100_000)
     refused(get(), "becomes more than 100.0 kB")
     assert nothing_but()
 
@@ -439,16 +439,16 @@ def test_no_archive(what, run, refused):
 
 
 def test_the_published_address_gives_what_was_published(run, host, refused, monkeypatch):
-    monkeypatch.setattr(collection, "ADDRESS", host.url)
+    monkeypatch.setattr(kermany, "ADDRESS", host.url)
     refused(run("data", "download"), host.url, "where the collection has some 1.2 GB")
     assert nothing_but()
-    monkeypatch.setattr(collection, "SIZES", (100_000, 300_000))
-    monkeypatch.setattr(collection, "PUBLISHED", {**PUBLISHED, ("test", "NORMAL"): 5})
+    monkeypatch.setattr(kermany, "SIZES", (100_000, 300_000))
+    monkeypatch.setattr(kermany, "PUBLISHED", {**PUBLISHED, ("test", "NORMAL"): 5})
     refused(run("data", "download"), "not as published: test/NORMAL 1 instead of 5", "give it by --archive")
     assert nothing_but(*KEPT)
     result = run("data", "download", "--archive", PART)
     assert result.exit_code == 0 and "WARNING       not as published: test/NORMAL 1 instead of 5" in result.stdout
-    monkeypatch.setattr(collection, "PUBLISHED", PUBLISHED)
+    monkeypatch.setattr(kermany, "PUBLISHED", PUBLISHED)
     result = run("data", "download", "again")
     assert result.exit_code == 0 and "WARNING" not in result.stdout
 
@@ -460,7 +460,7 @@ def test_room_is_looked_for_before_it_is_taken(get, run, host, refused, monkeypa
     size = len(host.content)
     free = [2 * size - 1]
     usage = type("Usage", (), {"free": property(lambda _: free.pop(0))})
-    monkeypatch.setattr(collection.shutil, "disk_usage", lambda _: usage())
+    monkeypatch.setattr(kermany.shutil, "disk_usage", lambda _: usage())
     refused(get(), "free", "needed for the archive and its images; make room")
     assert nothing_but()
     free += [2 * size, 100_000]
@@ -497,17 +497,17 @@ def test_stopped_in_the_middle_it_goes_on_later(number, code, start, get, host):
 
 
 def test_stopped_while_unpacking_nothing_is_half_there(get, run, host, monkeypatch):
-    extract, count = collection._extract, iter(range(10))
+    extract, count = kermany._extract, iter(range(10))
 
     def stop(*args):
         if next(count) == 4:
             raise KeyboardInterrupt
         extract(*args)
 
-    monkeypatch.setattr(collection, "_extract", stop)
+    monkeypatch.setattr(kermany, "_extract", stop)
     result = get()
     assert result.exit_code == 130 and "is kept" in result.stderr
     assert nothing_but(*KEPT)
-    monkeypatch.setattr(collection, "_extract", extract)
+    monkeypatch.setattr(kermany, "_extract", extract)
     Path(".chest_xray.unpacking").mkdir()  # as a process that was killed leaves it
     assert get().exit_code == 0 and whole() and len(host.asked) == 1

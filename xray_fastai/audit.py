@@ -44,7 +44,7 @@ def check_data(data: str | Path | None = None, patient_pattern: str | None = Non
     if data is None and Path("chest_xray").is_dir():
         data = "chest_xray"
     if data is None:
-        from xray_fastai.phantom import cached
+        from xray_fastai.data.sources.phantom import cached
 
         root, splits = cached(), SPLITS[:3]
     else:

@@ -56,7 +56,7 @@ def download(
 
     A download that broke off is gone on with by the same command.
     """
-    from xray_fastai.collection import obtain
+    from xray_fastai.data.sources.kermany import obtain
 
     print(obtain(folder, url, archive))
 
@@ -69,7 +69,7 @@ def phantom(
     seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
 ) -> None:
     """Draw synthetic chest X-rays into DIR/{train,val,test}/{NORMAL,PNEUMONIA}: for rehearsal and tests."""
-    from xray_fastai.phantom import write
+    from xray_fastai.data.sources.phantom import write
 
     try:
         write(folder, images, seed)

@@ -223,7 +223,7 @@ def _difference(model: "Model", path: Path, onnxruntime) -> float:
 
 def _varied(size: int) -> np.ndarray:
     """Images of many kinds (IMAGES, 1, size, size): drawn X-rays, noise, gradients, blank ones, borders."""
-    from xray_fastai.phantom import draw
+    from xray_fastai.data.sources.phantom import draw
 
     rng, side = np.random.default_rng(0), min(size, 256)
     drawn = [

@@ -133,7 +133,7 @@ def _follow(started: float) -> Result:
     """`_fit` in a process that trains with others and is not the first of them: it reads and writes no more than it
     must. The first one's weights come as training starts."""
     from xray_fastai.callbacks import StopOnSignal
-    from xray_fastai.phantom import cached
+    from xray_fastai.data.sources.phantom import cached
 
     config, data, origin, saved = distributed.share()
     if data.rehearsal:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.benchmarks.measuring import rates, show
 from xray_fastai.data.images import open_image
-from xray_fastai.phantom import draw
+from xray_fastai.data.sources.phantom import draw
 
 # -----------------------------------------------------------------------------
 SIZES = [int(size) for size in os.environ.get("SIZES", "128,224").split(",")]

@@ -23,9 +23,10 @@ from fastai.vision.all import (
     vision_learner,
 )
 
-from xray_fastai import fit, phantom, training
+from xray_fastai import fit, training
 from xray_fastai.config import FitConfig
 from xray_fastai.data.dataset import find_root, read_split
+from xray_fastai.data.sources import phantom
 from xray_fastai.plan import Plan
 from xray_fastai.system.device import choose_device, choose_precision
 

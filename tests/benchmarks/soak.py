@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from xray_fastai import fit, phantom
+from xray_fastai import fit
+from xray_fastai.data.sources import phantom
 
 # -----------------------------------------------------------------------------
 FILES = int(os.environ.get("FILES", "50000"))

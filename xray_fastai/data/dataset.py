@@ -69,7 +69,7 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     if data is None and Path("chest_xray").is_dir():
         data = "chest_xray"
     if data is None:
-        from xray_fastai.phantom import cached
+        from xray_fastai.data.sources.phantom import cached
 
         root = cached()
         config = config.with_choices(weights="none", size=64)
@@ -309,7 +309,7 @@ def labelled_images(model: dict[str, Any], data: str | Path | None, split: str) 
     if data is not None:
         root = find_root(data, "train" if split == "valid" else split)
     elif model["data"]["rehearsal"]:
-        from xray_fastai.phantom import cached
+        from xray_fastai.data.sources.phantom import cached
 
         root = cached()
     else:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from xray_fastai.data.images import EXTENSIONS, is_hidden
-from xray_fastai.download import DownloadError, discard, fetch
+from xray_fastai.data.sources.download import DownloadError, discard, fetch
 from xray_fastai.system.errors import UserError, reason
 from xray_fastai.system.progress import track
 from xray_fastai.system.signals import sigterm_raises
