@@ -15,10 +15,10 @@ from PIL import Image, ImageEnhance, ImageFile
 
 from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import check_data
+from xray_fastai.data.audit.shortcuts import find_shortcuts
 from xray_fastai.data.duplicates import near_pairs, same_image
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.sources.phantom import write
-from xray_fastai.shortcuts import find_shortcuts
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ __all__ = [
 
 _HOMES = {
     "FitConfig": "config",
-    "check_data": "audit",
+    "check_data": "data.audit.check",
     "evaluate": "evaluation",
     "fit": "training",
     "interpret": "interpretation",

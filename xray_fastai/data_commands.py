@@ -23,7 +23,7 @@ def check(
     ] = None,
 ) -> None:
     """What is wrong with a data set. Exit code 1 where something would spoil a result."""
-    from xray_fastai.audit import check_data
+    from xray_fastai.data.audit.check import check_data
     from xray_fastai.data.exclusions import check_new
     from xray_fastai.system.text import count_of
 

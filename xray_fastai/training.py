@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xray_fastai.announcements import announce, conclude, name_leftovers, place, say_where
-from xray_fastai.audit import fit_notes
 from xray_fastai.bundle import write
 from xray_fastai.config import FitConfig
+from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import fingerprint, read_collection
 from xray_fastai.plan import Plan, make_plan
 from xray_fastai.record import model_record

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from xray_fastai.data.audit.shortcuts import Shortcut
 from xray_fastai.data.exclusions import LEAVE_OUT, write_list
-from xray_fastai.shortcuts import Shortcut
 from xray_fastai.system.text import count_of
 
 FORMAT = 1

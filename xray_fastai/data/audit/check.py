@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from xray_fastai import filechecks, splitchecks
+from xray_fastai.data.audit import file_checks, split_checks
+from xray_fastai.data.audit.findings import SPLITS, Audit
+from xray_fastai.data.audit.shortcuts import find_shortcuts
 from xray_fastai.data.dataset import REHEARSAL, Collection, class_folders, find_images, find_root, with_facts
 from xray_fastai.data.duplicates import same_image
 from xray_fastai.data.image_facts import examine_all
 from xray_fastai.data.images import is_hidden, is_image_file
 from xray_fastai.data.patients import numbered, patients_in
 from xray_fastai.data.splits import ENOUGH_TO_VALIDATE
-from xray_fastai.findings import SPLITS, Audit
-from xray_fastai.shortcuts import find_shortcuts
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of
@@ -58,15 +58,15 @@ def check_data(data: str | Path | None = None, patient_pattern: str | None = Non
     images["image"] = same_image(images)
     shortcuts = find_shortcuts(images[images.split == "train"] if "train" in splits else images)
     findings = [
-        *splitchecks.layout(root, splits, table, images),
-        *filechecks.unreadable(table, found),
-        *splitchecks.copies(images),
-        *splitchecks.patients(images, patient_pattern),
-        *splitchecks.shortcuts(shortcuts),
-        *splitchecks.sizes_of_splits(images, splits),
-        *filechecks.odd_pictures(images),
-        *filechecks.ways_of_opening(images),
-        *filechecks.other_files(listed[~is_image]),
+        *split_checks.layout(root, splits, table, images),
+        *file_checks.unreadable(table, found),
+        *split_checks.copies(images),
+        *split_checks.patients(images, patient_pattern),
+        *split_checks.shortcuts(shortcuts),
+        *split_checks.sizes_of_splits(images, splits),
+        *file_checks.odd_pictures(images),
+        *file_checks.ways_of_opening(images),
+        *file_checks.other_files(listed[~is_image]),
     ]
     seconds = time.perf_counter() - started
     return Audit(REHEARSAL if data is None else str(data), root, images, findings, shortcuts, seconds)
@@ -86,11 +86,11 @@ def fit_notes(data: Collection) -> list[str]:
         )
     for name, shortcut in find_shortcuts(table).items():
         if shortcut.alarming:
-            said = splitchecks.SHORTCUTS[name][0]
+            said = split_checks.SHORTCUTS[name][0]
             notes.append(f"{said}: AUC {shortcut.auc.value:.2f}; data check says more")
     least = data.valid.label.value_counts().min()
     if least < ENOUGH_TO_VALIDATE:
-        low, high = splitchecks.wilson(least)
+        low, high = split_checks.wilson(least)
         notes.append(
             f"few to validate on: {least} of a class; a sensitivity of 0.9 would mean {low:.2f} to {high:.2f} (95 %)"
         )

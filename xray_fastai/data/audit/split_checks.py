@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from xray_fastai.data.audit.findings import File, Finding
+from xray_fastai.data.audit.shortcuts import Shortcut
 from xray_fastai.data.dataset import class_folders
 from xray_fastai.data.dicom.reader import FORMAT as DICOM
 from xray_fastai.data.images import EXTENSIONS
 from xray_fastai.data.patients import CAUSE, is_numbered
 from xray_fastai.data.splits import ENOUGH_TO_VALIDATE
-from xray_fastai.findings import File, Finding
-from xray_fastai.shortcuts import Shortcut
 from xray_fastai.system.text import count_of
 
 KEPT_FIRST = ("test", "val", "train", "")
