@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import QUICK
-from xray_fastai import loaders
 from xray_fastai.data import pixel_cache
 from xray_fastai.data.images import open_image
 from xray_fastai.data.pixel_cache import PixelCache
+from xray_fastai.model import loaders
 
 
 @pytest.fixture(autouse=True)

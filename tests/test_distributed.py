@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are fo
 
 ROOT = Path(__file__).parents[1]
 BATCH = "xray_fastai.callbacks:StopOnNonFiniteLoss.after_batch"  # five an epoch, the last two in validation
-LOSS = "xray_fastai.learner:CalibratedCrossEntropy.__call__"
+LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
 
 
 @pytest.fixture(scope="module")

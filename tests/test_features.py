@@ -14,8 +14,8 @@ import torchvision
 from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import features, load_learner
 from xray_fastai.config import ARCHITECTURES
-from xray_fastai.learner import build_learner
-from xray_fastai.loaders import make_loaders
+from xray_fastai.model.learner import build_learner
+from xray_fastai.model.loaders import make_loaders
 
 
 @pytest.fixture(scope="module")

@@ -100,8 +100,8 @@ def test_the_frozen_phase_leaves_the_backbone_as_it_was(collection, monkeypatch,
     from xray_fastai.callbacks import FrozenBody
     from xray_fastai.data.dataset import check_files, read_split
     from xray_fastai.data.splits import assign_validation
-    from xray_fastai.learner import build_learner, parameter_counts
-    from xray_fastai.loaders import make_loaders
+    from xray_fastai.model.learner import build_learner, parameter_counts
+    from xray_fastai.model.loaders import make_loaders
 
     state = network("resnet50").state_dict()
     table = check_files(read_split(collection, "train"))[0]

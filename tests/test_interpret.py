@@ -20,8 +20,8 @@ from xray_fastai.data.dataset import file_key
 from xray_fastai.gradcam import grad_cam, overlay, upsample
 from xray_fastai.inference import Model
 from xray_fastai.interpretation import XrayInterpretation, interpret
-from xray_fastai.learner import build_learner
-from xray_fastai.loaders import empty_loaders
+from xray_fastai.model.learner import build_learner
+from xray_fastai.model.loaders import empty_loaders
 from xray_fastai.sheet import LIMIT, Cell, draw_sheet, shorten
 
 

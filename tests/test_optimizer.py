@@ -5,7 +5,7 @@ import torch
 from fastai.vision.all import Adam, L
 from torch import nn
 
-from xray_fastai.optimizer import FusedAdam
+from xray_fastai.model.optimizer import FusedAdam
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -22,7 +22,7 @@ from xray_fastai.runs import reopen, reserve
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
 BATCH = "xray_fastai.callbacks:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth in validation
-LOSS = "xray_fastai.learner:CalibratedCrossEntropy.__call__"
+LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
 END = "xray_fastai.trainingstate:save_between_phases@1"
 # The longer it trains, the worse it gets: the frozen phase is stopped early, after the rate was cut, and has the best
 # epoch; the unfrozen phase ends with its last.
@@ -219,8 +219,8 @@ def test_parts_of_a_batch_give_its_step(weights):
     """A network without batch norm; the last of the 22 images make no batch of eight."""
     from fastai.vision.all import SGD, DataLoader, DataLoaders, Learner
 
-    from xray_fastai.learner import CalibratedCrossEntropy
     from xray_fastai.memory import AccumulateGradients, smaller
+    from xray_fastai.model.learner import CalibratedCrossEntropy
 
     torch.manual_seed(0)
     images, targets = torch.randn(22, 5), torch.arange(22) % 3 % 2

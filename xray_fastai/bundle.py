@@ -141,8 +141,8 @@ def rebuild(folder: Path, model: dict[str, Any]) -> "Learner":
     import torch
     from fastai.vision.all import ProgressCallback
 
-    from xray_fastai.learner import build_learner, set_temperature
-    from xray_fastai.loaders import empty_loaders
+    from xray_fastai.model.learner import build_learner, set_temperature
+    from xray_fastai.model.loaders import empty_loaders
     from xray_fastai.tensors import read_tensors
 
     seen = model["preprocessing"]

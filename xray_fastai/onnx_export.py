@@ -137,7 +137,7 @@ def _graph(model: "Model") -> "torch.nn.Module":
     import torch
     from fastai.vision.all import imagenet_stats
 
-    from xray_fastai.loaders import equalize
+    from xray_fastai.model.loaders import equalize
 
     equalizes = model.settings["preprocessing"].get("contrast", "none") == "equalize"
 

@@ -41,8 +41,8 @@ class Plan:
         """A new learner, the same each time; `batches` are the images at once in "train" and "valid"."""
         from fastai.vision.all import ProgressCallback, set_seed
 
-        from xray_fastai.learner import build_learner, settle_batch_norm
-        from xray_fastai.loaders import make_loaders
+        from xray_fastai.model.learner import build_learner, settle_batch_norm
+        from xray_fastai.model.loaders import make_loaders
 
         config, classes = self.config, self.data.classes
         set_seed(config.seed, reproducible=self.device.type == "cpu")
@@ -74,10 +74,10 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
         UserError: a device, precision or weights that are not to be had here, or a batch that several processes can't
             share.
     """
-    from xray_fastai.learner import class_weight_values
-    from xray_fastai.loaders import default_workers
+    from xray_fastai.model.learner import class_weight_values
+    from xray_fastai.model.loaders import default_workers
+    from xray_fastai.model.pretrained import pretrained_state
     from xray_fastai.system.device import choose_device, choose_precision, describe
-    from xray_fastai.weights import pretrained_state
 
     device, processes = choose_device(config.device), distributed.world_size()
     precision = choose_precision(config.precision, device)

@@ -99,7 +99,7 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
 def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started: float) -> Result:
     from xray_fastai.callbacks import StopOnSignal
     from xray_fastai.checkpoint import Checkpoints, check_space
-    from xray_fastai.learner import parameter_counts
+    from xray_fastai.model.learner import parameter_counts
 
     checkpoints = Checkpoints(run)
     saved = origin = None
@@ -315,7 +315,7 @@ def _export(
 
     from xray_fastai.calibration import Calibration, calibrate
     from xray_fastai.groups import appearance, worst_group
-    from xray_fastai.learner import set_temperature
+    from xray_fastai.model.learner import set_temperature
 
     data, history = plan.data, progress.history
     if error and best.row is None:

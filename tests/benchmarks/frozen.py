@@ -30,7 +30,7 @@ from tests.benchmarks.measuring import (
 )
 from xray_fastai.config import FitConfig
 from xray_fastai.features import pooling
-from xray_fastai.learner import ARCHITECTURES
+from xray_fastai.model.learner import ARCHITECTURES
 
 # -----------------------------------------------------------------------------
 ARCH = os.environ.get("ARCH", "resnet50")

@@ -49,12 +49,12 @@ from sklearn.preprocessing import StandardScaler
 from tests.benchmarks.robustness import SIDE, narrowed, widened
 from tests.benchmarks.views import MOST, views
 from xray_fastai import fit
-from xray_fastai.augmentation import AUGMENT
 from xray_fastai.data.dataset import find_root, labelled_images, read_split
 from xray_fastai.data.images import open_image
 from xray_fastai.data.sources import phantom
 from xray_fastai.groups import appearance, unusual
 from xray_fastai.inference import Model, open_model, predict_all
+from xray_fastai.model.augmentation import AUGMENT
 
 # -----------------------------------------------------------------------------
 RECIPES = {  # settings of a fit that differ from the common ones

@@ -24,9 +24,9 @@ from fastai.vision.all import (
 )
 from PIL import Image
 
-from xray_fastai.augmentation import AUGMENT, augmenting
 from xray_fastai.data.images import open_image
 from xray_fastai.data.pixel_cache import PixelCache
+from xray_fastai.model.augmentation import AUGMENT, augmenting
 from xray_fastai.system.distributed import local_world_size
 
 

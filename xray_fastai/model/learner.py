@@ -20,8 +20,8 @@ from fastai.vision.all import (
 from torch import nn
 
 from xray_fastai.config import FitConfig
-from xray_fastai.optimizer import FusedAdam
-from xray_fastai.weights import load_backbone
+from xray_fastai.model.optimizer import FusedAdam
+from xray_fastai.model.pretrained import load_backbone
 
 
 @dataclass(frozen=True)
