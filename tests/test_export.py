@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import settings_of
 from xray_fastai import load_learner
-from xray_fastai.runs import reserve
+from xray_fastai.export.run_folder import reserve
 from xray_fastai.system.errors import UserError
 
 PREDICT = """

@@ -14,9 +14,9 @@ from PIL import Image
 
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import DISCLAIMER
-from xray_fastai.bundle import load_learner
 from xray_fastai.causes import suspicious_causes
 from xray_fastai.data.dataset import file_key
+from xray_fastai.export.reader import load_learner
 from xray_fastai.gradcam import grad_cam, overlay, upsample
 from xray_fastai.inference import Model
 from xray_fastai.interpretation import XrayInterpretation, interpret

@@ -15,9 +15,9 @@ _HOMES = {
     "evaluate": "evaluation",
     "fit": "training",
     "interpret": "interpretation",
-    "load_learner": "bundle",
+    "load_learner": "export.reader",
     "predict": "prediction",
-    "verify": "verification",
+    "verify": "export.verification",
 }
 
 

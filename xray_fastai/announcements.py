@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
 from xray_fastai.plan import Plan
-from xray_fastai.runs import CHECKPOINT, Reservation, Unfinished, unfinished
 from xray_fastai.system import distributed
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from fastai.vision.all import (
 )
 from torch.nn.functional import cross_entropy
 
-from xray_fastai.schema import HISTORY_COLUMNS
+from xray_fastai.export.schema import HISTORY_COLUMNS
 from xray_fastai.system import distributed
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from xray_fastai.durable import checked, read_json, write_json, write_tensors
-from xray_fastai.runs import CHECKPOINT, SETTINGS, Reservation
+from xray_fastai.export.run_folder import CHECKPOINT, SETTINGS, Reservation
 from xray_fastai.system.errors import UserError, reason
 
 FORMAT = 2

@@ -263,7 +263,7 @@ def verify(
     export: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export's folder, or a .zip of one.")],
 ) -> None:
     """Is an export whole, and safe to load? Exit code 1 where it is not. Nothing in it is run."""
-    from xray_fastai.verification import verify as run
+    from xray_fastai.export.verification import verify as run
 
     found = run(export)
     print(found)

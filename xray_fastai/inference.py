@@ -17,10 +17,10 @@ from fastai.vision.all import Learner, TensorImageBW
 from PIL import Image
 from scipy.special import expit, logit, softmax
 
-from xray_fastai.bundle import load
 from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file, may_be_image, open_image
-from xray_fastai.schema import SETTINGS
+from xray_fastai.export.reader import load
+from xray_fastai.export.schema import SETTINGS
 from xray_fastai.system.device import choose_device, choose_precision
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track

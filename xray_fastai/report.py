@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xray_fastai.curves import number, svg_curves
-from xray_fastai.schema import read_settings
+from xray_fastai.export.schema import read_settings
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.untrusted import read_received
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xray_fastai.announcements import announce, conclude, name_leftovers, place, say_where
-from xray_fastai.bundle import write
 from xray_fastai.config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import fingerprint, read_collection
+from xray_fastai.export.reader import write
+from xray_fastai.export.run_folder import SETTINGS, Reservation, Unfinished, reopen, reserve
 from xray_fastai.plan import Plan, make_plan
 from xray_fastai.record import model_record
-from xray_fastai.runs import SETTINGS, Reservation, Unfinished, reopen, reserve
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import ImageError, UserError
 

@@ -18,8 +18,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xray_fastai.runs import Reservation
-from xray_fastai.schema import FORMAT, LIMIT, SETTINGS, WEIGHTS, parse, warn
+from xray_fastai.export.run_folder import Reservation
+from xray_fastai.export.schema import FORMAT, LIMIT, SETTINGS, WEIGHTS, parse, warn
 from xray_fastai.system.errors import ImageError, UserError, reason
 from xray_fastai.system.files import sha256
 from xray_fastai.system.untrusted import read_received
@@ -141,9 +141,9 @@ def rebuild(folder: Path, model: dict[str, Any]) -> "Learner":
     import torch
     from fastai.vision.all import ProgressCallback
 
+    from xray_fastai.export.weights_file import read_tensors
     from xray_fastai.model.learner import build_learner, set_temperature
     from xray_fastai.model.loaders import empty_loaders
-    from xray_fastai.tensors import read_tensors
 
     seen = model["preprocessing"]
     dls = empty_loaders(model["classes"], seen["size"], seen.get("contrast", "none"))

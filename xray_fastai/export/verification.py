@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xray_fastai.bundle import rebuild
-from xray_fastai.schema import HISTORY_COLUMNS, LIMIT, SETTINGS, WEIGHTS, parse
+from xray_fastai.export.reader import rebuild
+from xray_fastai.export.schema import HISTORY_COLUMNS, LIMIT, SETTINGS, WEIGHTS, parse
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import shown
 from xray_fastai.system.untrusted import read_received
