@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from xray_fastai.config import ARCHITECTURES
-from xray_fastai.fusion import PART, Convolution, fused_for_cpu
+from xray_fastai.inference.cpu_fusion import PART, Convolution, fused_for_cpu
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 

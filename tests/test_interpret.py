@@ -17,8 +17,8 @@ from xray_fastai import DISCLAIMER
 from xray_fastai.causes import suspicious_causes
 from xray_fastai.data.dataset import file_key
 from xray_fastai.export.reader import load_learner
-from xray_fastai.gradcam import grad_cam, overlay, upsample
-from xray_fastai.inference import Model
+from xray_fastai.inference.gradcam import grad_cam, overlay, upsample
+from xray_fastai.inference.model import Model
 from xray_fastai.interpretation import XrayInterpretation, interpret
 from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import empty_loaders

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from tests.conftest import settings_of
-from xray_fastai import DISCLAIMER, onnx_export
-from xray_fastai.inference import Model
+from xray_fastai import DISCLAIMER
+from xray_fastai.inference import onnx_export
+from xray_fastai.inference.model import Model
+from xray_fastai.inference.predict import predict
 from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import empty_loaders
-from xray_fastai.prediction import predict
 
 SNIPPET = """
 import json, os

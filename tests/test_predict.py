@@ -18,11 +18,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
-from xray_fastai import DISCLAIMER, gradcam, load_learner, prediction
+from xray_fastai import DISCLAIMER, load_learner
 from xray_fastai.cli import app
-from xray_fastai.inference import open_model, predict_stream
-from xray_fastai.prediction import predict
-from xray_fastai.rowfile import RowFile
+from xray_fastai.inference import gradcam, predict
+from xray_fastai.inference.model import open_model, predict_stream
+from xray_fastai.inference.predict import predict
+from xray_fastai.inference.row_file import RowFile
 from xray_fastai.system.device import cpu_has_bf16
 from xray_fastai.system.errors import UserError
 
@@ -48,8 +49,8 @@ def model(export):
 @pytest.fixture
 def says(export, model, monkeypatch):
     """Run `predict` with the small export, opened once for all tests, on these lines of standard input."""
-    opened = prediction.open_model
-    monkeypatch.setattr(prediction, "open_model", lambda path, *args: model if path == export else opened(path, *args))
+    opened = predict.open_model
+    monkeypatch.setattr(predict, "open_model", lambda path, *args: model if path == export else opened(path, *args))
 
     def says(*args, stdin=None):
         command = ["predict", *map(str, args), "--model", str(export), "--device", "cpu"]

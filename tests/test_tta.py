@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 
 from xray_fastai.data.images import open_image
-from xray_fastai.inference import open_model
-from xray_fastai.prediction import predict
-from xray_fastai.tta import VIEWS, view
+from xray_fastai.inference.model import open_model
+from xray_fastai.inference.predict import predict
+from xray_fastai.inference.tta import VIEWS, view
 
 
 def test_views_are_of_the_same_image():

@@ -16,7 +16,7 @@ _HOMES = {
     "fit": "training",
     "interpret": "interpretation",
     "load_learner": "export.reader",
-    "predict": "prediction",
+    "predict": "inference.predict",
     "verify": "export.verification",
 }
 

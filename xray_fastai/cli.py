@@ -232,7 +232,7 @@ def predict(
     precision: Precision = "auto",
 ) -> None:
     """What a model says of new images. Exit code 1 where a file could not be read."""
-    from xray_fastai.shards import predict_command as run
+    from xray_fastai.inference.sharding import predict_command as run
 
     bad = run(
         paths, model, output=output, resume=resume, heatmaps=heatmaps, recursive=recursive, threshold=threshold,
@@ -279,6 +279,6 @@ def export(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: RUN.onnx in this folder]")] = None,
 ) -> None:
     """An export as one file for other runtimes: preprocessing, network, temperature and softmax in one graph."""
-    from xray_fastai.onnx_export import export_onnx
+    from xray_fastai.inference.onnx_export import export_onnx
 
     print(export_onnx(export, output))

@@ -11,14 +11,14 @@ from sklearn.metrics import confusion_matrix
 
 from xray_fastai import plots
 from xray_fastai.data.dataset import labelled_images
-from xray_fastai.inference import Model, open_model, predict_all
+from xray_fastai.inference.model import Model, open_model, predict_all
+from xray_fastai.inference.tta import Views
 from xray_fastai.metrics import RESAMPLES, Interval, Measured, Scored, measure
 from xray_fastai.report import write_report
 from xray_fastai.results import Evaluation
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import replaced
-from xray_fastai.tta import Views
 
 FORMAT = 1
 """The layout of `metrics.json`."""
@@ -51,7 +51,7 @@ def evaluate(
         split: test, valid (the images that `fit` validated on) or train.
         threshold: from which probability on an image is called positive; auto is the one that `fit` chose.
         uncalibrated: leave out the temperature. The threshold that `fit` chose is then moved with it.
-        tta: test-time augmentation (`xray_fastai.tta`): the mean over five views of each image.
+        tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
         output: the folder to write `evaluation-<split>/` into instead of the export.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 (`inference.open_model`).

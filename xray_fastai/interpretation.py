@@ -24,7 +24,7 @@ from xray_fastai import DISCLAIMER
 from xray_fastai.causes import suspicious_causes
 from xray_fastai.data.dataset import labelled_images
 from xray_fastai.data.images import size_of
-from xray_fastai.inference import Model, open_model, predict_all
+from xray_fastai.inference.model import Model, open_model, predict_all
 from xray_fastai.report import write_report
 from xray_fastai.sheet import BATCH, LIMIT, draw_sheet, make_cells, shorten
 from xray_fastai.system.device import describe

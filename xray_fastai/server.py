@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.inference import open_model
+from xray_fastai.inference.model import open_model
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.signals import sigterm_raises

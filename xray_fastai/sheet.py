@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from xray_fastai.data.images import open_image
-from xray_fastai.gradcam import grad_cam, overlay
-from xray_fastai.inference import Model
+from xray_fastai.inference.gradcam import grad_cam, overlay
+from xray_fastai.inference.model import Model
 
 DPI = 130
 LIMIT = 100

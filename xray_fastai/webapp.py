@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.answers import Health, ModelFacts, Prediction, Predictions, Problem, answer
-from xray_fastai.inference import Model
+from xray_fastai.inference.model import Model
 from xray_fastai.openapi import describe_api
 from xray_fastai.system.errors import UserError
 from xray_fastai.uploads import MAX_FILE, read_uploads

@@ -28,7 +28,7 @@ from tests.benchmarks.measuring import (
     some_images,
 )
 from xray_fastai import fit, load_learner, predict
-from xray_fastai.inference import open_model
+from xray_fastai.inference.model import open_model
 
 # -----------------------------------------------------------------------------
 ARCH = os.environ.get("ARCH", "resnet50")

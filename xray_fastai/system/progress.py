@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from xray_fastai.rowfile import Row
+from xray_fastai.inference.row_file import Row
 
 Step = TypeVar("Step")
 

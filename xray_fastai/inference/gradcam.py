@@ -13,7 +13,7 @@ import torch
 from fastai.callback.hook import hook_output
 from PIL import Image
 
-from xray_fastai.inference import Model
+from xray_fastai.inference.model import Model
 
 OPACITY = 0.55
 """Of the colour where a map is 1. Where it is 0 the X-ray is seen as it is."""

@@ -25,7 +25,7 @@ from xray_fastai.system.text import shown
 if TYPE_CHECKING:
     import torch
 
-    from xray_fastai.inference import Model
+    from xray_fastai.inference.model import Model
 
 OPSET = 18
 """ONNX 1.13 of December 2022, so that runtimes from onnxruntime 1.14 on read it; ScatterElements adds from 16 on."""
@@ -77,7 +77,7 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
         import onnxruntime
     except ImportError as error:
         raise UserError(f'{error.name} is not installed; pip install "xray-fastai[onnx]"') from None
-    from xray_fastai.inference import newest_export, open_model
+    from xray_fastai.inference.model import newest_export, open_model
     from xray_fastai.system.signals import sigterm_raises
 
     export = newest_export() if export is None else Path(export)

@@ -17,16 +17,16 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from xray_fastai import shards
 from xray_fastai.data.images import has_no_extension, open_image
-from xray_fastai.inference import Batch, Model, Source, check_folder, image_sources, open_model, predict_batches
-from xray_fastai.rowfile import Row, RowFile
+from xray_fastai.inference import sharding
+from xray_fastai.inference.model import Batch, Model, Source, check_folder, image_sources, open_model, predict_batches
+from xray_fastai.inference.row_file import Row, RowFile
+from xray_fastai.inference.tta import Views
 from xray_fastai.system import distributed
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import SHOWN, Table, progress_bar
 from xray_fastai.system.text import count_of
-from xray_fastai.tta import Views
 
 SAME = {"fp32": 1e-3, "bf16": 0.05}
 """By precision: an image's probabilities by one model differ by less, whatever the device and the batch."""
@@ -53,7 +53,7 @@ def predict(
         threshold: the probability of the class to detect from which an image is called that; None: the export's own.
         uncalibrated: probabilities without the temperature. The export's own threshold moves with them, so that it
             makes the same decisions.
-        tta: test-time augmentation (`xray_fastai.tta`): the mean over five views of each image.
+        tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
         batch_size: images at once; what comes out is the same.
         device: auto, cpu, cuda or mps; a model that is open stays where it is.
         precision: auto, fp32 or bf16 (`inference.open_model`).
@@ -156,7 +156,7 @@ def _run(
         if calls:
             print(f"{'continued':<14}after {count_of(calls.total(), 'row')} of {file.path}", flush=True)
     before, start = calls.total(), time.perf_counter()
-    shared = shards.predict_batches(model, sources, batch_size, rows.views, pictures=maps is not None)
+    shared = sharding.predict_batches(model, sources, batch_size, rows.views, pictures=maps is not None)
     with closing(shared) as batches, bar as advance:
         for batch in batches:
             found = rows(batch, calls.total())
@@ -253,7 +253,7 @@ class _HeatMaps:
             raise
 
     def _write(self, batch: Batch, rows: list[Row]) -> None:
-        from xray_fastai.gradcam import grad_cam, overlay
+        from xray_fastai.inference.gradcam import grad_cam, overlay
 
         read = [(source, row) for source, row in zip(batch.sources, rows, strict=True) if row["error"] is None]
         if len(read) < len(batch.images) or not read:  # not a number: no map either

@@ -15,8 +15,8 @@ from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 
 if TYPE_CHECKING:
-    from xray_fastai.inference import Batch, Model, Source
-    from xray_fastai.tta import Views
+    from xray_fastai.inference.model import Batch, Model, Source
+    from xray_fastai.inference.tta import Views
 
 ROUNDS = 256
 """Batches of each process whose names are handed out at once; between two such blocks nothing is decoded ahead."""
@@ -26,7 +26,7 @@ def predict_command(paths: list[str], model=None, **options) -> int:
     """`prediction.predict_command`, by all processes that there are; in each the same number comes back."""
     with distributed.session() as first:
         if first:
-            from xray_fastai.prediction import predict_command
+            from xray_fastai.inference.predict import predict_command
 
             return distributed.share(predict_command(paths, model, **options))
         with suppress(ValueError):  # not in the main thread
@@ -44,7 +44,7 @@ def predict_batches(
     pictures: bool,  # whether the batches that come back need their images
 ) -> Iterator["Batch"]:
     """As `inference.predict_batches`, in the first process, of what all of them predict."""
-    from xray_fastai.inference import predict_batches
+    from xray_fastai.inference.model import predict_batches
 
     if distributed.world_size() == 1:
         yield from predict_batches(model, sources, batch_size, views)
@@ -56,7 +56,7 @@ def predict_batches(
 
 def _follow(device: str) -> None:
     """The part of a process that is not the first."""
-    from xray_fastai.inference import open_model
+    from xray_fastai.inference.model import open_model
 
     path, settings, precision = distributed.share()
     model = open_model(path, device, precision)
@@ -71,7 +71,7 @@ def _in_turns(
 ) -> Iterator["Batch"]:
     import torch.distributed as dist
 
-    from xray_fastai.inference import predict_batches
+    from xray_fastai.inference.model import predict_batches
 
     world, first = distributed.world_size(), distributed.rank() == 0
     while names := distributed.share(list(islice(sources, ROUNDS * world * batch_size)) if first else None):

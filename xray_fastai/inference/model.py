@@ -21,10 +21,10 @@ from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file, may_be_image, open_image
 from xray_fastai.export.reader import load
 from xray_fastai.export.schema import SETTINGS
+from xray_fastai.inference.tta import Views
 from xray_fastai.system.device import choose_device, choose_precision
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
-from xray_fastai.tta import Views
 
 Source = str | Path | bytes | Image.Image | np.ndarray
 """What `images.open_image` takes."""
@@ -123,7 +123,7 @@ class Model:
         """
         from torch.fx.experimental.optimization import fuse
 
-        from xray_fastai.fusion import fused_for_cpu
+        from xray_fastai.inference.cpu_fusion import fused_for_cpu
 
         ramp = torch.arange(self.size**2).remainder(256).to(torch.uint8).view(1, 1, self.size, self.size)
         if not self.logits(ramp).isfinite().all():
