@@ -14,7 +14,7 @@ from sklearn import metrics as sk
 
 from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import metrics
-from xray_fastai.evaluation import evaluate
+from xray_fastai.evaluation.evaluate import evaluate
 
 TEST = {"test/NORMAL": 9, "test/PNEUMONIA": 7}
 FILES = {"confusion.png", "metrics.json", "precision_recall.png", "predictions.csv", "reliability.png", "roc.png"}

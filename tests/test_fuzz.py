@@ -21,8 +21,8 @@ from tests.conftest import settings_of
 from xray_fastai.data.dataset import labelled_images
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.images import open_image
+from xray_fastai.evaluation.report import write_report
 from xray_fastai.export.schema import parse
-from xray_fastai.report import write_report
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.text import UNPRINTABLE
 

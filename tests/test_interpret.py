@@ -14,15 +14,15 @@ from PIL import Image
 
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import DISCLAIMER
-from xray_fastai.causes import suspicious_causes
 from xray_fastai.data.dataset import file_key
+from xray_fastai.evaluation.contact_sheet import LIMIT, Cell, draw_sheet, shorten
+from xray_fastai.evaluation.error_patterns import suspicious_causes
+from xray_fastai.evaluation.interpret import XrayInterpretation, interpret
 from xray_fastai.export.reader import load_learner
 from xray_fastai.inference.gradcam import grad_cam, overlay, upsample
 from xray_fastai.inference.model import Model
-from xray_fastai.interpretation import XrayInterpretation, interpret
 from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import empty_loaders
-from xray_fastai.sheet import LIMIT, Cell, draw_sheet, shorten
 
 
 @pytest.fixture(scope="module")

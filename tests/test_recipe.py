@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from tests.conftest import QUICK, settings_of
 from xray_fastai import fit, load_learner, predict
 from xray_fastai.data.images import open_image
-from xray_fastai.groups import appearance, worst_group
+from xray_fastai.evaluation.subgroups import appearance, worst_group
 from xray_fastai.model.augmentation import Blur, Noise, Stretch
 from xray_fastai.model.learner import settle_batch_norm
 from xray_fastai.model.loaders import Equalize, make_loaders

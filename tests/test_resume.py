@@ -126,7 +126,7 @@ KILLED = [  # when, where that is in a process that goes on from the kill before
     ("while old files are removed", "pathlib:Path.unlink@1", "after the frozen phase"),
     ("in the last epoch", f"{BATCH}@9", "after the frozen phase"),
     ("before the end is kept", END, "after unfrozen epoch 1"),
-    ("while the export is written", "xray_fastai.curves:plot_curves@1", "after unfrozen epoch 1"),
+    ("while the export is written", "xray_fastai.evaluation.learning_curves:plot_curves@1", "after unfrozen epoch 1"),
 ]
 
 

@@ -12,9 +12,9 @@ __all__ = [
 _HOMES = {
     "FitConfig": "config",
     "check_data": "data.audit.check",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.evaluate",
     "fit": "training",
-    "interpret": "interpretation",
+    "interpret": "evaluation.interpret",
     "load_learner": "export.reader",
     "predict": "inference.predict",
     "verify": "export.verification",

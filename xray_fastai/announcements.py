@@ -70,7 +70,7 @@ def name_leftovers(run: Reservation) -> None:
 
 def conclude(path: Path, model: dict, run: Reservation) -> None:
     """Say how a fit ended; `model` is its `model.json`."""
-    from xray_fastai.groups import Group
+    from xray_fastai.evaluation.subgroups import Group
 
     print()
     for phase in model["training"]["phases"]:

@@ -175,7 +175,7 @@ def evaluate(
     open: Open = False,
 ) -> None:
     """How good a model is: metrics with 95 % intervals, a table of predictions and plots."""
-    from xray_fastai.evaluation import evaluate as run
+    from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
         model, data, split, threshold, uncalibrated=uncalibrated, tta=tta, output=output, device=device,
@@ -204,7 +204,7 @@ def interpret(
     open: Open = False,
 ) -> None:
     """Where a model errs, and what it looks at: top losses beside their Grad-CAM heat maps."""
-    from xray_fastai.interpretation import interpret as run
+    from xray_fastai.evaluation.interpret import interpret as run
 
     result = run(
         model, data, split, top, label=label, only_errors=only_errors, confident=confident, output=output,

@@ -11,7 +11,7 @@ from xray_fastai.data.dataset import Collection, file_key
 
 if TYPE_CHECKING:
     from xray_fastai.calibration import Calibration
-    from xray_fastai.groups import Group
+    from xray_fastai.evaluation.subgroups import Group
     from xray_fastai.plan import Plan
 
 LIBRARIES = ("torch", "torchvision", "fastai", "numpy", "pillow", "scikit-learn", "safetensors")

@@ -314,7 +314,7 @@ def _export(
     from scipy.special import softmax
 
     from xray_fastai.calibration import Calibration, calibrate
-    from xray_fastai.groups import appearance, worst_group
+    from xray_fastai.evaluation.subgroups import appearance, worst_group
     from xray_fastai.model.learner import set_temperature
 
     data, history = plan.data, progress.history

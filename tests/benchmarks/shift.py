@@ -8,7 +8,7 @@ these in the other class's frame, and on each group that was taken out. A recipe
 HOLDOUTS names the groups:
 
     least typical    the 15 % of each class whose brightness, contrast and sharpness speak most for the other class
-    darkest, ...     the 15 % of each class that are darkest, sharpest, ... (`xray_fastai.groups`)
+    darkest, ...     the 15 % of each class that are darkest, sharpest, ... (`xray_fastai.evaluation.subgroups`)
     thumbnail        the 15 % of each class that a linear model of 28 x 28 px (40 principal components) gets most wrong
     stretch, zoom    the 15 % of each class framed most like the other (`tests.benchmarks.views`: 5 minutes each)
     source           studies named IM- and virus; trained on NORMAL2-IM- and bacteria (the Kaggle collection's names)
@@ -52,7 +52,7 @@ from xray_fastai import fit
 from xray_fastai.data.dataset import find_root, labelled_images, read_split
 from xray_fastai.data.images import open_image
 from xray_fastai.data.sources import phantom
-from xray_fastai.groups import appearance, unusual
+from xray_fastai.evaluation.subgroups import appearance, unusual
 from xray_fastai.inference.model import Model, open_model, predict_all
 from xray_fastai.model.augmentation import AUGMENT
 

@@ -47,8 +47,8 @@ def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: li
     from safetensors import SafetensorError
     from safetensors.torch import save
 
-    from xray_fastai.curves import plot_batch, plot_curves
-    from xray_fastai.report import write_report
+    from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
+    from xray_fastai.evaluation.report import write_report
 
     folder = run.partial
     try:

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.evaluation.plots import FILES
 from xray_fastai.metrics import TITLES
-from xray_fastai.plots import FILES
 
 WIDTH = 80
 

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
-from xray_fastai import plots
 from xray_fastai.data.dataset import labelled_images
+from xray_fastai.evaluation import plots
+from xray_fastai.evaluation.evaluation_result import Evaluation
+from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model, predict_all
 from xray_fastai.inference.tta import Views
 from xray_fastai.metrics import RESAMPLES, Interval, Measured, Scored, measure
-from xray_fastai.report import write_report
-from xray_fastai.results import Evaluation
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import replaced

@@ -19,7 +19,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xray_fastai.curves import number, svg_curves
+from xray_fastai.evaluation.learning_curves import number, svg_curves
 from xray_fastai.export.schema import read_settings
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.untrusted import read_received

@@ -1,0 +1,1 @@
+"""Predictions with known labels become metrics, intervals, top losses, plots and the report."""
