@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, recall_score, roc_curve
 
-from xray_fastai.calibration import calibrate, choose_temperature, choose_threshold, fit_temperature, losses
+from xray_fastai.training.calibration import calibrate, choose_temperature, choose_threshold, fit_temperature, losses
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
 ROOT = Path(__file__).parents[1]
-BATCH = "xray_fastai.callbacks:StopOnNonFiniteLoss.after_batch"  # five an epoch, the last two in validation
+BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # five an epoch, the last two in validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
 
 
@@ -241,15 +241,15 @@ def test_variables_of_another_program_change_nothing(monkeypatch):
 def test_each_image_of_each_batch_goes_to_one_process(images, drop_last, monkeypatch, launched):
     from fastai.vision.all import DataLoader
 
-    from xray_fastai import dataparallel
+    from xray_fastai.training import data_parallel
 
-    monkeypatch.setattr(dataparallel, "share", lambda value: value)
+    monkeypatch.setattr(data_parallel, "share", lambda value: value)
     items = torch.arange(images)
     whole = [batch.tolist() for batch in DataLoader(items, bs=6, drop_last=drop_last)]
     parts = []
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        loader = dataparallel.SharedLoader(DataLoader(items, bs=6, drop_last=drop_last))
+        loader = data_parallel.SharedLoader(DataLoader(items, bs=6, drop_last=drop_last))
         assert len(loader) == len(whole)
         batches = [batch.tolist() for batch in loader]
         assert all(batches)  # none is empty: a network takes none

@@ -12,10 +12,11 @@ import torch
 import torchvision
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from xray_fastai import features, load_learner
+from xray_fastai import load_learner
 from xray_fastai.config import ARCHITECTURES
 from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import make_loaders
+from xray_fastai.training import frozen_features
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +70,12 @@ def test_it_is_the_training_of_a_backbone_that_runs_every_epoch(frozen):
 
 
 def test_views_differ_and_a_file_on_the_disk_gives_what_memory_gives(frozen, monkeypatch):
-    made, folders, loader = [], [], features.FeatureLoader
-    monkeypatch.setattr(features, "FeatureLoader", lambda *args: made.append(args[0]) or loader(*args))
+    made, folders, loader = [], [], frozen_features.FeatureLoader
+    monkeypatch.setattr(frozen_features, "FeatureLoader", lambda *args: made.append(args[0]) or loader(*args))
     in_memory, told = frozen("memory", "--frozen-views", 3)
     assert "features of 38 training images, 3 views each, and of 11 validation images" in told
-    monkeypatch.setattr(features, "IN_MEMORY", 0)
-    monkeypatch.setattr(features, "check_space", lambda folder, *_: folders.append(list(folder.iterdir())))
+    monkeypatch.setattr(frozen_features, "IN_MEMORY", 0)
+    monkeypatch.setattr(frozen_features, "check_space", lambda folder, *_: folders.append(list(folder.iterdir())))
     mapped, _ = frozen("mapped", "--frozen-views", 3)
     assert mapped == in_memory
     assert [[path.name for path in there] for there in folders] == [["checkpoint"]] * 2  # the file has no name
@@ -85,13 +86,13 @@ def test_views_differ_and_a_file_on_the_disk_gives_what_memory_gives(frozen, mon
 
 def test_features_that_the_disk_has_no_room_for_are_told(data, weights, run, refused, monkeypatch):
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(features, "IN_MEMORY", 0)
+    monkeypatch.setattr(frozen_features, "IN_MEMORY", 0)
     args = ["fit", "--data", data, "--valid", "folder", *QUICK, "--weights", weights, "--precision", "fp32"]
 
     def nearly_full(folder):  # once checkpoints and export were seen to fit
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
 
-    monkeypatch.setattr(features, "_compute", _after(nearly_full, features._compute))
+    monkeypatch.setattr(frozen_features, "_compute", _after(nearly_full, frozen_features._compute))
     refused(run(*args), "0 MB are free", "the features of the images, the checkpoints", "fewer --frozen-views")
     assert not list(Path("exports").iterdir())
 
@@ -105,7 +106,9 @@ def _after(first, then):
 
 
 def test_ctrl_c_while_features_are_computed_ends_as_in_a_first_epoch(data, weights, run, monkeypatch):
-    monkeypatch.setattr(features, "_compute", _after(lambda _: signal.raise_signal(signal.SIGINT), features._compute))
+    monkeypatch.setattr(
+        frozen_features, "_compute", _after(lambda _: signal.raise_signal(signal.SIGINT), frozen_features._compute)
+    )
     args = ["fit", "--data", data, "--valid", "folder", *QUICK, "--weights", weights, "--name", "stopped"]
     result = run(*args)
     assert result.exit_code == 130, result.output
@@ -126,8 +129,8 @@ def test_a_body_with_batch_norm_folded_in_gives_the_same(arch):
             part.running_var.uniform_(0.5, 2)
     model, x = learn.model.eval(), torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        pooled = features.pooling(model)(x)
+        pooled = frozen_features.pooling(model)(x)
         assert pooled.shape == (2, model[1][-1].in_features)
-        logits = features.HeadAlone(*model)(pooled[..., None, None])
+        logits = frozen_features.HeadAlone(*model)(pooled[..., None, None])
         torch.testing.assert_close(logits, model(x), rtol=1e-3, atol=1e-4)
-    assert list(features.HeadAlone(*model).state_dict()) == list(model.state_dict())
+    assert list(frozen_features.HeadAlone(*model).state_dict()) == list(model.state_dict())

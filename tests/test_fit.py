@@ -17,8 +17,8 @@ import torchvision
 
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import FitConfig, fit, load_learner
-from xray_fastai.callbacks import standard_error
 from xray_fastai.config import ARCHITECTURES
+from xray_fastai.training.callbacks import standard_error
 
 HUB_FILES = {
     "resnet18": "resnet18-f37072fd.pth",
@@ -97,11 +97,11 @@ def test_the_frozen_phase_leaves_the_backbone_as_it_was(collection, monkeypatch,
     """Weights and batch norm's running statistics alike; the head does train."""
     from fastai.vision.all import ProgressCallback
 
-    from xray_fastai.callbacks import FrozenBody
     from xray_fastai.data.dataset import check_files, read_split
     from xray_fastai.data.splits import assign_validation
     from xray_fastai.model.learner import build_learner, parameter_counts
     from xray_fastai.model.loaders import make_loaders
+    from xray_fastai.training.callbacks import FrozenBody
 
     state = network("resnet50").state_dict()
     table = check_files(read_split(collection, "train"))[0]
@@ -162,7 +162,7 @@ def test_the_weights_are_those_of_the_last_epoch_within_a_standard_error(
     for paths, folder in ((normal, other[0].parent), (other, normal[0].parent)):  # the classes tell nothing now
         for path in paths:
             path.rename(folder / f"swapped-{path.name}")
-    monkeypatch.setattr("xray_fastai.callbacks.standard_error", lambda *_: margin)
+    monkeypatch.setattr("xray_fastai.training.callbacks.standard_error", lambda *_: margin)
     options = ["--weights", "none", "--epochs", 8, "--lr", "1e-3", "--schedule", schedule, "--name", "kept"]
     result = run("fit", "--data", collection, *QUICK, *options)
     assert result.exit_code == 0, result.output
@@ -294,7 +294,7 @@ def test_a_signal_before_training_leaves_nothing(number, collection, start, tmp_
 
 
 def test_a_loss_that_is_not_finite_keeps_the_best_weights(collection, run, refused, monkeypatch):
-    from xray_fastai.callbacks import Schedule
+    from xray_fastai.training.callbacks import Schedule
 
     monkeypatch.setattr(Schedule, "scale", lambda self, epochs, step: 1.0 if epochs < 1 else 1e36)
     result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 4, "--name", "far")

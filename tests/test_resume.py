@@ -16,14 +16,14 @@ import torchvision
 from tests.conftest import QUICK, draw_collection, settings_of
 from tests.test_fit import history_of
 from xray_fastai import load_learner
-from xray_fastai.durable import read_json, write_json
 from xray_fastai.export.run_folder import reopen, reserve
+from xray_fastai.training.durable import read_json, write_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
-BATCH = "xray_fastai.callbacks:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth in validation
+BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth in validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
-END = "xray_fastai.trainingstate:save_between_phases@1"
+END = "xray_fastai.training.state:save_between_phases@1"
 # The longer it trains, the worse it gets: the frozen phase is stopped early, after the rate was cut, and has the best
 # epoch; the unfrozen phase ends with its last.
 SETTINGS = {
@@ -81,7 +81,7 @@ def whole(fits):
 @pytest.fixture(scope="module")
 def killed(fits):
     """What is left of a fit that was killed after its fourth epoch: two checkpoints of the frozen phase."""
-    at = "xray_fastai.checkpoint:Checkpoints._write@4"  # those before it are on the disk
+    at = "xray_fastai.training.checkpoint:Checkpoints._write@4"  # those before it are on the disk
     fits(-signal.SIGKILL, {"do": "kill", "at": at}, **SETTINGS, name="crashed")
     return (fits.exports / ".crashed.partial").rename(fits.root / ".crashed.partial")
 
@@ -112,11 +112,11 @@ def same(a: Path, b: Path) -> None:
 
 
 KILLED = [  # when, where that is in a process that goes on from the kill before, and what it says it goes on from
-    ("before anything was kept but the settings", "xray_fastai.training:read_collection@1", None),
+    ("before anything was kept but the settings", "xray_fastai.training.fit:read_collection@1", None),
     ("in the first epoch", f"{BATCH}@3", "from the beginning: no epoch had been completed"),
     (
         "while the second checkpoint is written",
-        "xray_fastai.durable:checked@5",
+        "xray_fastai.training.durable:checked@5",
         "from the beginning: no epoch had been completed",
     ),
     ("before a checkpoint has its name", "os:replace@4", "after frozen epoch 1"),
@@ -219,8 +219,8 @@ def test_parts_of_a_batch_give_its_step(weights):
     """A network without batch norm; the last of the 22 images make no batch of eight."""
     from fastai.vision.all import SGD, DataLoader, DataLoaders, Learner
 
-    from xray_fastai.memory import AccumulateGradients, smaller
     from xray_fastai.model.learner import CalibratedCrossEntropy
+    from xray_fastai.training.out_of_memory import AccumulateGradients, smaller
 
     torch.manual_seed(0)
     images, targets = torch.randn(22, 5), torch.arange(22) % 3 % 2

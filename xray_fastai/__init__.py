@@ -13,7 +13,7 @@ _HOMES = {
     "FitConfig": "config",
     "check_data": "data.audit.check",
     "evaluate": "evaluation.evaluate",
-    "fit": "training",
+    "fit": "training.fit",
     "interpret": "evaluation.interpret",
     "load_learner": "export.reader",
     "predict": "inference.predict",

@@ -123,7 +123,7 @@ def fit(
         settings = {"config": FitConfig(**settings)}
     else:  # those that stand on the command line
         settings = {k: v for k, v in settings.items() if ctx.get_parameter_source(k).name == "COMMANDLINE"}
-    from xray_fastai.training import fit as run
+    from xray_fastai.training.fit import fit as run
 
     result = run(**settings, resume=False if resume is None else resume or True)
     if open and distributed.rank() == 0:

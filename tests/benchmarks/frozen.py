@@ -29,8 +29,8 @@ from tests.benchmarks.measuring import (
     some_images,
 )
 from xray_fastai.config import FitConfig
-from xray_fastai.features import pooling
 from xray_fastai.model.learner import ARCHITECTURES
+from xray_fastai.training.frozen_features import pooling
 
 # -----------------------------------------------------------------------------
 ARCH = os.environ.get("ARCH", "resnet50")

@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from xray_fastai.durable import checked, read_json, write_json, write_tensors
 from xray_fastai.export.run_folder import CHECKPOINT, SETTINGS, Reservation
 from xray_fastai.system.errors import UserError, reason
+from xray_fastai.training.durable import checked, read_json, write_json, write_tensors
 
 FORMAT = 2
 """The layout of a checkpoint; another is refused."""

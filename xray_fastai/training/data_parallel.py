@@ -18,8 +18,8 @@ from accelerate.utils import DistributedDataParallelKwargs, check_cuda_p2p_ib_su
 from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.vision.all import DataLoader, L, set_seed, to_detach
 
-from xray_fastai.batchnorm import sync_batch_norm
 from xray_fastai.system.distributed import rank, share, world_size
+from xray_fastai.training.batchnorm import sync_batch_norm
 
 
 class SharedLoader(DistributedDL):

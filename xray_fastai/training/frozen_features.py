@@ -32,12 +32,12 @@ from fastai.vision.all import Callback, CancelFitException, DataLoader, DataLoad
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from xray_fastai.callbacks import StopOnSignal
-from xray_fastai.checkpoint import check_space
-from xray_fastai.plan import Plan
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
-from xray_fastai.trainingstate import random_states, set_random_states
+from xray_fastai.training.callbacks import StopOnSignal
+from xray_fastai.training.checkpoint import check_space
+from xray_fastai.training.plan import Plan
+from xray_fastai.training.state import random_states, set_random_states
 
 IN_MEMORY = 2**30
 """Bytes of features, of training or of validation images, from which on they go to a memory-mapped file: 2**30 are

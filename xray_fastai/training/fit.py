@@ -7,23 +7,23 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xray_fastai.announcements import announce, conclude, name_leftovers, place, say_where
 from xray_fastai.config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import fingerprint, read_collection
 from xray_fastai.export.reader import write
 from xray_fastai.export.run_folder import SETTINGS, Reservation, Unfinished, reopen, reserve
-from xray_fastai.plan import Plan, make_plan
-from xray_fastai.record import model_record
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import ImageError, UserError
+from xray_fastai.training.finish import model_record
+from xray_fastai.training.messages import announce, conclude, name_leftovers, place, say_where
+from xray_fastai.training.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from fastai.vision.all import Learner
 
-    from xray_fastai.callbacks import BestWeights, EpochLog, StopOnSignal
-    from xray_fastai.checkpoint import Checkpoints, Saved
-    from xray_fastai.trainingstate import Progress
+    from xray_fastai.training.callbacks import BestWeights, EpochLog, StopOnSignal
+    from xray_fastai.training.checkpoint import Checkpoints, Saved
+    from xray_fastai.training.state import Progress
 
 CHANGEABLE = ("data", "device", "workers", "cache", "exports")
 """Settings that may differ when a fit is gone on with. `data` is checked to hold the same images."""
@@ -80,7 +80,7 @@ def fit(config: FitConfig | None = None, *, resume: bool | str | Path = False, *
 
 def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
     """The settings that an unfinished fit began with, and of those given the ones that may change."""
-    from xray_fastai.checkpoint import kept_settings
+    from xray_fastai.training.checkpoint import kept_settings
 
     try:
         config = FitConfig(**kept_settings(found.checkpoint)["settings"])
@@ -97,9 +97,9 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
 
 
 def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started: float) -> Result:
-    from xray_fastai.callbacks import StopOnSignal
-    from xray_fastai.checkpoint import Checkpoints, check_space
     from xray_fastai.model.learner import parameter_counts
+    from xray_fastai.training.callbacks import StopOnSignal
+    from xray_fastai.training.checkpoint import Checkpoints, check_space
 
     checkpoints = Checkpoints(run)
     saved = origin = None
@@ -132,8 +132,8 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started:
 def _follow(started: float) -> Result:
     """`_fit` in a process that trains with others and is not the first of them: it reads and writes no more than it
     must. The first one's weights come as training starts."""
-    from xray_fastai.callbacks import StopOnSignal
     from xray_fastai.data.sources.phantom import cached
+    from xray_fastai.training.callbacks import StopOnSignal
 
     config, data, origin, saved = distributed.share()
     if data.rehearsal:
@@ -160,7 +160,7 @@ def _train_within_memory(
     """
     import torch
 
-    from xray_fastai.memory import is_out_of_memory, smaller
+    from xray_fastai.training.out_of_memory import is_out_of_memory, smaller
 
     while True:
         try:
@@ -213,9 +213,15 @@ def _train(
     """Train the phases that are not done yet; the best weights, which the model has then, and why the fit diverged."""
     from fastai.vision.all import CancelFitException
 
-    from xray_fastai.callbacks import BestWeights, EarlyStopping, EpochLog, StopOnNonFiniteLoss, precision_callbacks
-    from xray_fastai.memory import AccumulateGradients
-    from xray_fastai.trainingstate import (
+    from xray_fastai.training.callbacks import (
+        BestWeights,
+        EarlyStopping,
+        EpochLog,
+        StopOnNonFiniteLoss,
+        precision_callbacks,
+    )
+    from xray_fastai.training.out_of_memory import AccumulateGradients
+    from xray_fastai.training.state import (
         RestoreCheckpoint,
         SaveCheckpoint,
         restore_best,
@@ -235,7 +241,7 @@ def _train(
         if checkpoints is not None:
             callbacks.append(SaveCheckpoint(checkpoints, progress, best, frozen=name == "frozen"))
         if distributed.world_size() > 1:
-            from xray_fastai.dataparallel import TrainTogether
+            from xray_fastai.training.data_parallel import TrainTogether
 
             callbacks.append(TrainTogether(plan.device, (plan.config.seed, len(progress.ends))))
         if within:
@@ -276,8 +282,8 @@ def _train_phase(
 ) -> None:
     from fastai.callback.channelslast import ChannelsLast
 
-    from xray_fastai import features
-    from xray_fastai.callbacks import FrozenBody, Schedule
+    from xray_fastai.training import frozen_features
+    from xray_fastai.training.callbacks import FrozenBody, Schedule
 
     config = plan.config
     callbacks = [*callbacks, ChannelsLast()]
@@ -287,8 +293,8 @@ def _train_phase(
     if name == "frozen":
         learn.freeze()
         callbacks.append(FrozenBody())
-        if views := features.views(plan, epochs):
-            computed = features.instead_of_images(learn, plan, views, folder, stop)
+        if views := frozen_features.views(plan, epochs):
+            computed = frozen_features.instead_of_images(learn, plan, views, folder, stop)
     else:
         learn.unfreeze()
     lr = config.lr
@@ -313,9 +319,9 @@ def _export(
 ) -> Result:
     from scipy.special import softmax
 
-    from xray_fastai.calibration import Calibration, calibrate
     from xray_fastai.evaluation.subgroups import appearance, worst_group
     from xray_fastai.model.learner import set_temperature
+    from xray_fastai.training.calibration import Calibration, calibrate
 
     data, history = plan.data, progress.history
     if error and best.row is None:
@@ -344,7 +350,7 @@ def _export(
 
 
 def _progress(plan: Plan, saved: "Saved | None", started: float) -> "Progress":
-    from xray_fastai.trainingstate import Progress
+    from xray_fastai.training.state import Progress
 
     batches = {"train": plan.batch_size, "valid": plan.batch_size}
     if saved is None:
@@ -363,7 +369,7 @@ def _read_checkpoint(
     Raises:
         UserError: the images are not the same any more, or the checkpoints are damaged.
     """
-    from xray_fastai.checkpoint import kept_settings
+    from xray_fastai.training.checkpoint import kept_settings
 
     kept = kept_settings(found.checkpoint)
     then = kept.get("data", images)

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
-from xray_fastai.plan import Plan
 from xray_fastai.system import distributed
+from xray_fastai.training.plan import Plan
 
 if TYPE_CHECKING:
-    from xray_fastai.checkpoint import Saved
+    from xray_fastai.training.checkpoint import Saved
 
 
 def announce(plan: Plan) -> None:

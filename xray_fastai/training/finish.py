@@ -10,9 +10,9 @@ from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.data.dataset import Collection, file_key
 
 if TYPE_CHECKING:
-    from xray_fastai.calibration import Calibration
     from xray_fastai.evaluation.subgroups import Group
-    from xray_fastai.plan import Plan
+    from xray_fastai.training.calibration import Calibration
+    from xray_fastai.training.plan import Plan
 
 LIBRARIES = ("torch", "torchvision", "fastai", "numpy", "pillow", "scikit-learn", "safetensors")
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from fastai.vision.all import Callback, CancelEpochException, CancelFitException, Learner, TrackerCallback
 
-from xray_fastai.callbacks import BestWeights, copied
-from xray_fastai.checkpoint import UNCHANGING, Best, Checkpoints, Parts, Saved, Tensors
+from xray_fastai.training.callbacks import BestWeights, copied
+from xray_fastai.training.checkpoint import UNCHANGING, Best, Checkpoints, Parts, Saved, Tensors
 
 COUNTERS = {"early_stopping": ("best", "wait"), "schedule": ("best", "wait", "cut")}
 """By callback, the attributes that change from epoch to epoch."""

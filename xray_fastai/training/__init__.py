@@ -1,0 +1,1 @@
+"""Settings and images become an export: two phases, early stopping, checkpoints."""
