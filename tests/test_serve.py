@@ -18,10 +18,11 @@ import requests
 from PIL import Image
 
 from tests.conftest import wait_for
-from xray_fastai import DISCLAIMER, uploads
+from xray_fastai import DISCLAIMER
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
-from xray_fastai.webapp import MAX_REQUESTS, Desk, create_app
+from xray_fastai.serving import uploads
+from xray_fastai.serving.app import MAX_REQUESTS, Desk, create_app
 
 BROKEN = b"\xff\xd8\xff\xe0 no JPEG after all"
 

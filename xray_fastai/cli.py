@@ -252,7 +252,7 @@ def serve(
     open: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
     """A page to drop images on, and POST /predict for programs. Ctrl-C ends it."""
-    from xray_fastai.server import serve as run
+    from xray_fastai.serving.server import serve as run
 
     run(model, host, port, device=device, open=open)
 

@@ -13,10 +13,10 @@ import uvicorn
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.inference.model import open_model
+from xray_fastai.serving.app import Desk, create_app
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.signals import sigterm_raises
-from xray_fastai.webapp import Desk, create_app
 
 MAX_CONNECTIONS = 200
 """Of browsers and programs, idle ones too; more are answered 503. A browser holds up to six."""

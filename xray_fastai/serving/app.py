@@ -18,11 +18,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.answers import Health, ModelFacts, Prediction, Predictions, Problem, answer
 from xray_fastai.inference.model import Model
-from xray_fastai.openapi import describe_api
+from xray_fastai.serving.openapi import describe_api
+from xray_fastai.serving.predictions import Health, ModelFacts, Prediction, Predictions, Problem, answer
+from xray_fastai.serving.uploads import MAX_FILE, read_uploads
 from xray_fastai.system.errors import UserError
-from xray_fastai.uploads import MAX_FILE, read_uploads
 
 MAX_REQUESTS = 8
 """Uploads that may be on their way, waiting, or looked at; together they take `uploads.MAX_REQUEST` bytes each."""

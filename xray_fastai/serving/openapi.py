@@ -5,8 +5,8 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from xray_fastai import DISCLAIMER, __version__
-from xray_fastai.answers import Health, Predictions, Problem
-from xray_fastai.uploads import MAX_FILE, MAX_FILES, MAX_REQUEST, UPLOAD_SECONDS
+from xray_fastai.serving.predictions import Health, Predictions, Problem
+from xray_fastai.serving.uploads import MAX_FILE, MAX_FILES, MAX_REQUEST, UPLOAD_SECONDS
 
 REFUSALS = {
     "400": "No form, or no file in it, or more files than allowed.",
