@@ -22,7 +22,7 @@ SIZE = 2
 
 
 def child(job: dict, rank: int, port: int) -> None:
-    from xray_fastai.cli import app
+    from xray_fastai.cli.main import app
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}

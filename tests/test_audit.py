@@ -464,7 +464,7 @@ def test_ctrl_c_while_reading_ends_at_once_and_writes_nothing(data, tmp_path):
     """Sent from within, once some files are read."""
     program = (
         "import sys, os, signal, xray_fastai.data.image_facts as facts\n"
-        "from xray_fastai.cli import app\n"
+        "from xray_fastai.cli.main import app\n"
         "read, count = facts.examine, iter(range(10**9))\n"
         "def examine(*args):\n"
         "    if next(count) == 20: os.kill(os.getpid(), signal.SIGINT)\n"

@@ -414,7 +414,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path):
         "from xray_fastai.system.errors import ImageError\n"
         "try: open_image(sys.argv[1] + '/train/NORMAL/IM0001')\n"
         "except ImageError as error: print(error)\n"
-        "from xray_fastai.cli import app\n"
+        "from xray_fastai.cli.main import app\n"
         "app(['data', 'check', sys.argv[1]])"
     )
     ended = python(code, tmp_path)

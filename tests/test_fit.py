@@ -316,7 +316,7 @@ def test_a_loss_that_is_never_finite_leaves_nothing(collection, run, refused, tm
 def test_help_and_version_are_instant(start):
     """No torch and no fastai: what takes seconds is imported where it works."""
     code = (
-        "import sys; from xray_fastai.cli import app\n"
+        "import sys; from xray_fastai.cli.main import app\n"
         "try: app(sys.argv[1:], prog_name='xray-fastai')\n"
         "except SystemExit as e: code = e.code\n"
         "heavy = {'torch', 'fastai', 'matplotlib', 'pandas', 'numpy', 'sklearn'} & sys.modules.keys()\n"

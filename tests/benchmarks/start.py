@@ -32,7 +32,7 @@ app(sys.argv[1:])
 FIRST_BATCH = """
 import os, sys
 import xray_fastai.training.fit as training
-from xray_fastai.cli import app
+from xray_fastai.cli.main import app
 train_phase = training._train_phase
 def until_the_first_batch(learn, plan, name, epochs, callbacks, *others):
     from fastai.vision.all import Callback

@@ -7,6 +7,8 @@ import typer
 import typer.core
 
 from xray_fastai import __version__
+from xray_fastai.cli.data import data_app
+from xray_fastai.cli.options import choice, command, one_of, option
 from xray_fastai.config import (
     ARCHITECTURES,
     AUGMENTATIONS,
@@ -19,8 +21,6 @@ from xray_fastai.config import (
     SCHEDULES,
     FitConfig,
 )
-from xray_fastai.data_commands import data_app
-from xray_fastai.options import choice, command, one_of, option
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from xray_fastai.options import command, option
+from xray_fastai.cli.options import command, option
 from xray_fastai.system.errors import UserError
 
 data_app = typer.Typer(help="Data sets: get the public one, check one, draw a synthetic one.", no_args_is_help=True)
