@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from xray_fastai.cli.main import app
+from xray_fastai.cli import app
 
 # torch comes later: tests run side by side, one process a core, and torch's threads would get into each other's way
 os.environ.setdefault("OMP_NUM_THREADS", "1")

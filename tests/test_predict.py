@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import DISCLAIMER, load_learner
-from xray_fastai.cli.main import app
-from xray_fastai.inference import gradcam, predict
-from xray_fastai.inference.model import open_model, predict_stream
+from xray_fastai.cli import app
+from xray_fastai.inference import gradcam
+from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
 from xray_fastai.inference.row_file import RowFile
+from xray_fastai.inference.stream import predict_stream
 from xray_fastai.system.device import cpu_has_bf16
 from xray_fastai.system.errors import UserError
 

@@ -1,4 +1,4 @@
-from xray_fastai.cli.main import app
+from xray_fastai.cli import app
 
 if __name__ == "__main__":
     app(prog_name="xray-fastai")

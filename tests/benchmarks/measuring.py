@@ -28,7 +28,7 @@ from xray_fastai.config import FitConfig
 from xray_fastai.data.dataset import find_root, read_split
 from xray_fastai.data.sources import phantom
 from xray_fastai.system.device import choose_device, choose_precision
-from xray_fastai.training.fit import fit
+from xray_fastai.training import fit as training
 from xray_fastai.training.plan import Plan
 
 DEVICE = choose_device("auto")
@@ -103,7 +103,7 @@ def real_fit(data: Path, seen: Callable[[Learner, Plan], list[Callback]], after:
         after: the phase.
         **settings: of the fit.
     """
-    train_phase, seconds = fit._train_phase, []
+    train_phase, seconds = training._train_phase, []
 
     def timed(learn, plan, name, epochs, callbacks, *others):
         start = now()
@@ -112,7 +112,7 @@ def real_fit(data: Path, seen: Callable[[Learner, Plan], list[Callback]], after:
         if name == after:
             raise Enough
 
-    fit._train_phase = timed
+    training._train_phase = timed
     try:
         with (
             tempfile.TemporaryDirectory() as exports,
@@ -121,7 +121,7 @@ def real_fit(data: Path, seen: Callable[[Learner, Plan], list[Callback]], after:
         ):
             fit(FitConfig(data=str(data), valid="folder", exports=exports, **settings))
     finally:
-        fit._train_phase = train_phase
+        training._train_phase = train_phase
     return seconds[-1] if seconds else 0.0
 
 

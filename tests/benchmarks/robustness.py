@@ -18,7 +18,8 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from xray_fastai.data.dataset import labelled_images
 from xray_fastai.data.images import open_image
-from xray_fastai.inference.model import open_model, predict_all
+from xray_fastai.inference.model import open_model
+from xray_fastai.inference.stream import predict_all
 
 # -----------------------------------------------------------------------------
 SIDE = 224  # px, at which images are made worse; the network's size comes after that

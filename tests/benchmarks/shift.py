@@ -53,7 +53,8 @@ from xray_fastai.data.dataset import find_root, labelled_images, read_split
 from xray_fastai.data.images import open_image
 from xray_fastai.data.sources import phantom
 from xray_fastai.evaluation.subgroups import appearance, unusual
-from xray_fastai.inference.model import Model, open_model, predict_all
+from xray_fastai.inference.model import Model, open_model
+from xray_fastai.inference.stream import predict_all
 from xray_fastai.model.augmentation import AUGMENT
 
 # -----------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from xray_fastai.data.dataset import labelled_images
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation
 from xray_fastai.evaluation.report import write_report
-from xray_fastai.inference.model import Model, open_model, predict_all
+from xray_fastai.inference.model import Model, open_model
+from xray_fastai.inference.stream import predict_all
 from xray_fastai.inference.tta import Views
 from xray_fastai.metrics import RESAMPLES, Interval, Measured, Scored, measure
 from xray_fastai.system.device import describe

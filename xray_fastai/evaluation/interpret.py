@@ -26,7 +26,8 @@ from xray_fastai.data.images import size_of
 from xray_fastai.evaluation.contact_sheet import BATCH, LIMIT, draw_sheet, make_cells, shorten
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.report import write_report
-from xray_fastai.inference.model import Model, open_model, predict_all
+from xray_fastai.inference.model import Model, open_model
+from xray_fastai.inference.stream import predict_all
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import replaced

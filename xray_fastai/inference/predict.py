@@ -19,8 +19,9 @@ from PIL import Image
 
 from xray_fastai.data.images import has_no_extension, open_image
 from xray_fastai.inference import sharding
-from xray_fastai.inference.model import Batch, Model, Source, check_folder, image_sources, open_model, predict_batches
+from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.row_file import Row, RowFile
+from xray_fastai.inference.stream import Batch, Source, check_folder, image_sources, predict_batches
 from xray_fastai.inference.tta import Views
 from xray_fastai.system import distributed
 from xray_fastai.system.device import describe

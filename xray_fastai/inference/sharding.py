@@ -15,7 +15,8 @@ from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 
 if TYPE_CHECKING:
-    from xray_fastai.inference.model import Batch, Model, Source
+    from xray_fastai.inference.model import Model
+    from xray_fastai.inference.stream import Batch, Source
     from xray_fastai.inference.tta import Views
 
 ROUNDS = 256
@@ -44,7 +45,7 @@ def predict_batches(
     pictures: bool,  # whether the batches that come back need their images
 ) -> Iterator["Batch"]:
     """As `inference.predict_batches`, in the first process, of what all of them predict."""
-    from xray_fastai.inference.model import predict_batches
+    from xray_fastai.inference.stream import predict_batches
 
     if distributed.world_size() == 1:
         yield from predict_batches(model, sources, batch_size, views)
@@ -71,7 +72,7 @@ def _in_turns(
 ) -> Iterator["Batch"]:
     import torch.distributed as dist
 
-    from xray_fastai.inference.model import predict_batches
+    from xray_fastai.inference.stream import predict_batches
 
     world, first = distributed.world_size(), distributed.rank() == 0
     while names := distributed.share(list(islice(sources, ROUNDS * world * batch_size)) if first else None):

@@ -10,7 +10,8 @@ from pydantic import BaseModel, Field
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.data.images import open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
-from xray_fastai.inference.model import Model, predict_batches
+from xray_fastai.inference.model import Model
+from xray_fastai.inference.stream import predict_batches
 
 PICTURE = 640
 """Pixels of the longer side, at most, of the pictures that an answer holds."""
