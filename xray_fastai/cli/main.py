@@ -232,7 +232,7 @@ def predict(
     precision: Precision = "auto",
 ) -> None:
     """What a model says of new images. Exit code 1 where a file could not be read."""
-    from xray_fastai.inference.sharding import predict_command as run
+    from xray_fastai.inference.predict_files import predict_command as run
 
     bad = run(
         paths, model, output=output, resume=resume, heatmaps=heatmaps, recursive=recursive, threshold=threshold,

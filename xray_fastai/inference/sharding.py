@@ -4,49 +4,30 @@ Batches are those of one process, so that what is written is too. It grows as it
 after an interruption, any number of processes can go on with it.
 """
 
-import signal
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING
 
+from xray_fastai.inference.model import Model, open_model
+from xray_fastai.inference.stream import Batch, Source, predict_batches
+from xray_fastai.inference.tta import Views
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
-
-if TYPE_CHECKING:
-    from xray_fastai.inference.model import Model
-    from xray_fastai.inference.stream import Batch, Source
-    from xray_fastai.inference.tta import Views
 
 ROUNDS = 256
 """Batches of each process whose names are handed out at once; between two such blocks nothing is decoded ahead."""
 
 
-def predict_command(paths: list[str], model=None, **options) -> int:
-    """`prediction.predict_command`, by all processes that there are; in each the same number comes back."""
-    with distributed.session() as first:
-        if first:
-            from xray_fastai.inference.predict import predict_command
-
-            return distributed.share(predict_command(paths, model, **options))
-        with suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process says when it is over
-        _follow(options["device"])
-        return distributed.share()
-
-
-def predict_batches(
-    model: "Model",
-    sources: Iterator["Source"],
+def predict_sharded(
+    model: Model,
+    sources: Iterator[Source],
     batch_size: int,
-    views: "Views | None" = None,
+    views: Views | None = None,
     *,
     pictures: bool,  # whether the batches that come back need their images
-) -> Iterator["Batch"]:
+) -> Iterator[Batch]:
     """As `inference.predict_batches`, in the first process, of what all of them predict."""
-    from xray_fastai.inference.stream import predict_batches
-
     if distributed.world_size() == 1:
         yield from predict_batches(model, sources, batch_size, views)
         return
@@ -55,10 +36,8 @@ def predict_batches(
     yield from _in_turns(model, iter(sources), batch_size, views, pictures)
 
 
-def _follow(device: str) -> None:
+def follow(device: str) -> None:
     """The part of a process that is not the first."""
-    from xray_fastai.inference.model import open_model
-
     path, settings, precision = distributed.share()
     model = open_model(path, device, precision)
     if model.settings != settings:
@@ -68,11 +47,9 @@ def _follow(device: str) -> None:
 
 
 def _in_turns(
-    model: "Model", sources: Iterator["Source"], batch_size: int, views: "Views | None", pictures: bool
-) -> Iterator["Batch"]:
+    model: Model, sources: Iterator[Source], batch_size: int, views: Views | None, pictures: bool
+) -> Iterator[Batch]:
     import torch.distributed as dist
-
-    from xray_fastai.inference.stream import predict_batches
 
     world, first = distributed.world_size(), distributed.rank() == 0
     while names := distributed.share(list(islice(sources, ROUNDS * world * batch_size)) if first else None):
