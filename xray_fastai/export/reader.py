@@ -12,72 +12,15 @@ While a run is under way its folder has another name (`runs.py`), so what has th
 an interrupted fit also holds `checkpoint/`, to go on from.
 """
 
-import contextlib
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xray_fastai.export.run_folder import Reservation
-from xray_fastai.export.schema import FORMAT, LIMIT, SETTINGS, WEIGHTS, parse, warn
-from xray_fastai.system.errors import ImageError, UserError, reason
-from xray_fastai.system.files import sha256
+from xray_fastai.export.schema import LIMIT, SETTINGS, WEIGHTS, parse, warn
+from xray_fastai.system.errors import UserError
 from xray_fastai.system.untrusted import read_received
 
 if TYPE_CHECKING:
     from fastai.vision.all import Learner
-
-PICKLE = "learner.pkl"
-
-
-def write(run: Reservation, learn: "Learner", model: dict[str, Any], history: list[dict]) -> Path:
-    """Write all files of an export, then give the folder its name.
-
-    Args:
-        run: from `runs.reserve`.
-        learn: on any device; it is moved to the CPU.
-        model: what goes into `model.json`; format and weights are added here.
-        history: a row an epoch.
-
-    Raises:
-        UserError: the disk is full or the folder can't be written to; no half export is left behind.
-    """
-    import pandas as pd
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save
-
-    from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
-    from xray_fastai.evaluation.report import write_report
-
-    folder = run.partial
-    try:
-        learn.model.to("cpu", memory_format=torch.contiguous_format)
-        learn.dls.to("cpu")
-        state = {name: tensor.detach().contiguous() for name, tensor in learn.model.state_dict().items()}
-        (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))  # save_file would make it private
-        weights = {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS), "tensors": len(state)}
-        text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
-        (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
-        pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
-        plot_curves(history, folder / "curves.png", model["best"])
-        with contextlib.suppress(ImageError):  # the images may be gone by now; the export is not to be lost for that
-            images, targets = learn.dls.one_batch()
-            plot_batch(images, [learn.dls.vocab[i] for i in targets], folder / "batch.png")
-        write_report(folder, name=run.final.name)
-        learn.export(folder.resolve() / PICKLE)
-        for file in filter(Path.is_file, folder.iterdir()):
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        return run.publish(keep_checkpoint=model["status"] == "interrupted")
-    except (OSError, SafetensorError, RuntimeError, UserError) as error:
-        with contextlib.suppress(OSError):  # the checkpoint alone stays
-            for file in filter(Path.is_file, folder.iterdir()):
-                file.unlink()
-        raise UserError(
-            f"{run.final}: the export could not be written ({reason(error)}); "
-            "free space, or see that the folder is there and can be written to"
-        ) from None
 
 
 def read(path: str | Path) -> dict[str, Any]:

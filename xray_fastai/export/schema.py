@@ -38,6 +38,9 @@ SETTINGS, WEIGHTS = "model.json", "model.safetensors"
 HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
 
 
+PICKLE = "learner.pkl"
+
+
 LIMIT = 8_000_000
 """Bytes. 400,000 validation files, each known by 12 digits, take as much."""
 NODES = 10_000

@@ -1,15 +1,13 @@
 """What a fit says on the terminal, but for its rows: what it found and chose, where it goes on, and how it ended."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
 from xray_fastai.system import distributed
+from xray_fastai.training.checkpoint import Saved
 from xray_fastai.training.plan import Plan
-
-if TYPE_CHECKING:
-    from xray_fastai.training.checkpoint import Saved
 
 
 def announce(plan: Plan) -> None:
@@ -47,13 +45,13 @@ def announce(plan: Plan) -> None:
         print("frozen phase  skipped: without pretrained weights the backbone's features are random")
 
 
-def place(plan: Plan, saved: "Saved") -> str:
+def place(plan: Plan, saved: Saved) -> str:
     """Where a checkpoint is, for people."""
     phase, epoch = saved.state["phase"], saved.state["epoch"]
     return f"{plan.phases[phase][0]} epoch {epoch}" if epoch else f"the {plan.phases[phase - 1][0]} phase"
 
 
-def say_where(found: Unfinished, run: Reservation, plan: Plan, saved: "Saved | None") -> None:
+def say_where(found: Unfinished, run: Reservation, plan: Plan, saved: Saved | None) -> None:
     """Say what is gone on with, from where."""
     where = f"after {place(plan, saved)}" if saved else "from the beginning: no epoch had been completed"
     renamed = "" if run.name == found.name else f", as {run.name}"
@@ -70,7 +68,6 @@ def name_leftovers(run: Reservation) -> None:
 
 def conclude(path: Path, model: dict, run: Reservation) -> None:
     """Say how a fit ended; `model` is its `model.json`."""
-    from xray_fastai.evaluation.subgroups import Group
 
     print()
     for phase in model["training"]["phases"]:

@@ -1,17 +1,18 @@
 """What a fit settles before it trains: device, precision, pretrained weights, class weights, phases."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from fastai.vision.all import Learner, ProgressCallback, set_seed
 
 from xray_fastai.config import FitConfig
 from xray_fastai.data.dataset import Collection
+from xray_fastai.data.pixel_cache import PixelCache
+from xray_fastai.model.learner import build_learner, class_weight_values, settle_batch_norm
+from xray_fastai.model.loaders import default_workers, make_loaders
+from xray_fastai.model.pretrained import pretrained_state
 from xray_fastai.system import distributed
-
-if TYPE_CHECKING:
-    import torch
-    from fastai.vision.all import Learner
-
-    from xray_fastai.data.pixel_cache import PixelCache
+from xray_fastai.system.device import choose_device, choose_precision, describe
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,14 @@ class Plan:
 
     config: FitConfig  # nothing in it is left to choose
     data: Collection
-    device: "torch.device"
+    device: torch.device
     device_name: str
     precision: str
     origin: str  # of the weights that training starts from, for people
     pretrained: tuple[dict, str] | None  # None also where a checkpoint has the weights
     class_weights: list[float] | None
     phases: list[tuple[str, int]]  # name, epochs at most
-    cache: "PixelCache | None"  # of decoded images
+    cache: PixelCache | None  # of decoded images
     cache_note: str  # where it is, or why there is none
     batch_size: int
     parameters: tuple[int, int] = (0, 0)  # all, and those that train in the frozen phase
@@ -37,12 +38,8 @@ class Plan:
         """Whether training starts from pretrained weights."""
         return self.origin != FROM_SCRATCH
 
-    def learner(self, batches: dict[str, int]) -> "Learner":
+    def learner(self, batches: dict[str, int]) -> Learner:
         """A new learner, the same each time; `batches` are the images at once in "train" and "valid"."""
-        from fastai.vision.all import ProgressCallback, set_seed
-
-        from xray_fastai.model.learner import build_learner, settle_batch_norm
-        from xray_fastai.model.loaders import make_loaders
 
         config, classes = self.config, self.data.classes
         set_seed(config.seed, reproducible=self.device.type == "cpu")
@@ -74,10 +71,6 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
         UserError: a device, precision or weights that are not to be had here, or a batch that several processes can't
             share.
     """
-    from xray_fastai.model.learner import class_weight_values
-    from xray_fastai.model.loaders import default_workers
-    from xray_fastai.model.pretrained import pretrained_state
-    from xray_fastai.system.device import choose_device, choose_precision, describe
 
     device, processes = choose_device(config.device), distributed.world_size()
     precision = choose_precision(config.precision, device)
@@ -105,9 +98,8 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
     )
 
 
-def _pixel_cache(config: FitConfig, data: Collection) -> tuple["PixelCache | None", str]:
+def _pixel_cache(config: FitConfig, data: Collection) -> tuple[PixelCache | None, str]:
     """The cache for the images of a fit, and what to say of it."""
-    from xray_fastai.data.pixel_cache import PixelCache
 
     if not config.cache:
         return None, "none: each image is decoded in each epoch"
