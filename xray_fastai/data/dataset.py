@@ -19,6 +19,7 @@ from xray_fastai.data.exclusions import read_list
 from xray_fastai.data.image_facts import Facts, examine_all
 from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file
 from xray_fastai.data.patients import numbered, patients_in
+from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.splits import assign_validation
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
@@ -69,8 +70,6 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     if data is None and Path("chest_xray").is_dir():
         data = "chest_xray"
     if data is None:
-        from xray_fastai.data.sources.phantom import cached
-
         root = cached()
         config = config.with_choices(weights="none", size=64)
     else:
@@ -309,8 +308,6 @@ def labelled_images(model: dict[str, Any], data: str | Path | None, split: str) 
     if data is not None:
         root = find_root(data, "train" if split == "valid" else split)
     elif model["data"]["rehearsal"]:
-        from xray_fastai.data.sources.phantom import cached
-
         root = cached()
     else:
         root = find_root(model["settings"]["data"], "train" if split == "valid" else split)

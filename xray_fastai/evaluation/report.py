@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from xray_fastai.evaluation.learning_curves import number, svg_curves
 from xray_fastai.export.schema import read_settings
+from xray_fastai.metrics import TITLES
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.untrusted import read_received
 
@@ -160,7 +161,6 @@ def _read_parts(
 
 
 def _evaluation(told: dict) -> dict[str, Any]:
-    from xray_fastai.metrics import TITLES
 
     points = dict(told["operating_points"])
     if "0.5" in points and points["0.5"]["threshold"] == points["chosen"]["threshold"]:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from xray_fastai.data.images import open_image
+from xray_fastai.metrics import Scored, measure
 
 SIDE = 224
 """Side in pixels at which images are looked at, whatever size the network takes."""
@@ -115,7 +116,6 @@ def worst_group(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray
         patients: (N,), equal for images of one patient.
         scores: (N,), the probability of the positive class.
     """
-    from xray_fastai.metrics import Scored, measure
 
     for members in (positives, ~positives):
         if members.sum() * SHARE < LEAST or len(set(patients[members])) < LEAST:

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xray_fastai.export.schema import LIMIT, SETTINGS, WEIGHTS, parse, warn
+from xray_fastai.export.weights_file import read_tensors
+from xray_fastai.model.learner import build_learner, set_temperature
+from xray_fastai.model.loaders import empty_loaders
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.untrusted import read_received
 
@@ -83,10 +86,6 @@ def rebuild(folder: Path, model: dict[str, Any]) -> "Learner":
     """The learner of checked settings, with the weights in `folder`; see `load_learner`."""
     import torch
     from fastai.vision.all import ProgressCallback
-
-    from xray_fastai.export.weights_file import read_tensors
-    from xray_fastai.model.learner import build_learner, set_temperature
-    from xray_fastai.model.loaders import empty_loaders
 
     seen = model["preprocessing"]
     dls = empty_loaders(model["classes"], seen["size"], seen.get("contrast", "none"))

@@ -15,6 +15,7 @@ from scipy.special import expit, logit, softmax
 from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.export.reader import load
 from xray_fastai.export.schema import SETTINGS
+from xray_fastai.inference.cpu_fusion import fused_for_cpu
 from xray_fastai.system.device import choose_device, choose_precision
 from xray_fastai.system.errors import UserError
 
@@ -112,8 +113,6 @@ class Model:
             UserError: the network computes no numbers, which oneDNN's ReLU would make zeros of.
         """
         from torch.fx.experimental.optimization import fuse
-
-        from xray_fastai.inference.cpu_fusion import fused_for_cpu
 
         ramp = torch.arange(self.size**2).remainder(256).to(torch.uint8).view(1, 1, self.size, self.size)
         if not self.logits(ramp).isfinite().all():

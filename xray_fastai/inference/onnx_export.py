@@ -19,7 +19,11 @@ import numpy as np
 from PIL import Image
 
 from xray_fastai import __version__
+from xray_fastai.data.sources.phantom import draw
+from xray_fastai.inference.model import newest_export, open_model
+from xray_fastai.model.loaders import equalize
 from xray_fastai.system.errors import UserError, reason
+from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.system.text import shown
 
 if TYPE_CHECKING:
@@ -77,8 +81,6 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
         import onnxruntime
     except ImportError as error:
         raise UserError(f'{error.name} is not installed; pip install "xray-fastai[onnx]"') from None
-    from xray_fastai.inference.model import newest_export, open_model
-    from xray_fastai.system.signals import sigterm_raises
 
     export = newest_export() if export is None else Path(export)
     output = Path(f"{export.resolve().name}.onnx") if output is None else Path(output)
@@ -136,8 +138,6 @@ def _graph(model: "Model") -> "torch.nn.Module":
     """From eight-bit images (N, 1, size, size) to probabilities (N, classes)."""
     import torch
     from fastai.vision.all import imagenet_stats
-
-    from xray_fastai.model.loaders import equalize
 
     equalizes = model.settings["preprocessing"].get("contrast", "none") == "equalize"
 
@@ -223,7 +223,6 @@ def _difference(model: "Model", path: Path, onnxruntime) -> float:
 
 def _varied(size: int) -> np.ndarray:
     """Images of many kinds (IMAGES, 1, size, size): drawn X-rays, noise, gradients, blank ones, borders."""
-    from xray_fastai.data.sources.phantom import draw
 
     rng, side = np.random.default_rng(0), min(size, 256)
     drawn = [

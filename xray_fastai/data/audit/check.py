@@ -18,6 +18,7 @@ from xray_fastai.data.duplicates import same_image
 from xray_fastai.data.image_facts import examine_all
 from xray_fastai.data.images import is_hidden, is_image_file
 from xray_fastai.data.patients import numbered, patients_in
+from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.splits import ENOUGH_TO_VALIDATE
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
@@ -44,8 +45,6 @@ def check_data(data: str | Path | None = None, patient_pattern: str | None = Non
     if data is None and Path("chest_xray").is_dir():
         data = "chest_xray"
     if data is None:
-        from xray_fastai.data.sources.phantom import cached
-
         root, splits = cached(), SPLITS[:3]
     else:
         root, splits = _find_splits(data)
