@@ -16,7 +16,8 @@ from xray_fastai.data.images import open_image
 from xray_fastai.evaluation.subgroups import appearance, worst_group
 from xray_fastai.model.augmentation import Blur, Noise, Stretch
 from xray_fastai.model.learner import settle_batch_norm
-from xray_fastai.model.loaders import Equalize, make_loaders
+from xray_fastai.model.loaders import make_loaders
+from xray_fastai.model.transforms import Equalize
 
 FIT = {"arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu", "weights": "none"}
 

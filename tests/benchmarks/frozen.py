@@ -29,7 +29,7 @@ from tests.benchmarks.measuring import (
     some_images,
 )
 from xray_fastai.config import FitConfig
-from xray_fastai.model.learner import ARCHITECTURES
+from xray_fastai.model.architectures import ARCHITECTURES
 from xray_fastai.training.frozen_features import pooling
 
 # -----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from PIL import Image
 from xray_fastai import __version__
 from xray_fastai.data.sources.phantom import draw
 from xray_fastai.inference.model import newest_export, open_model
-from xray_fastai.model.loaders import equalize
+from xray_fastai.model.transforms import equalize
 from xray_fastai.system.errors import UserError, reason
 from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.system.text import shown

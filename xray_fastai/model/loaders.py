@@ -2,10 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import (
@@ -16,81 +14,15 @@ from fastai.vision.all import (
     DataLoaders,
     IntToFloatTensor,
     Normalize,
-    PILImageBW,
-    TensorImage,
-    Transform,
     TransformBlock,
     imagenet_stats,
 )
 from PIL import Image
 
-from xray_fastai.data.images import open_image
 from xray_fastai.data.pixel_cache import PixelCache
 from xray_fastai.model.augmentation import AUGMENT, augmenting
+from xray_fastai.model.transforms import Equalize, OpenXray
 from xray_fastai.system.distributed import local_world_size
-
-
-class XrayImage(PILImageBW):
-    "An eight-bit, one-channel X-ray, black shown as black."
-
-    _show_args = {"cmap": "gray"}  # noqa: RUF012
-
-
-BLACK = 8
-"""Grey values below are part of no picture: a border, or the air beside a body."""
-
-
-def equalize(images: torch.Tensor) -> torch.Tensor:
-    """Spread the grey values of each image evenly over 0 to 255 (Gonzalez & Woods, Digital Image Processing, 3.3.1).
-
-    What only rescales grey values (exposure, window, gamma) then changes nothing, in training as in use, as long as no
-    two values become one and none becomes black. What is black is not counted, so that a black border changes nothing
-    beside it. Takes and gives eight bits (B, 1, S, S). An ONNX file has it as a part of its graph, for any B.
-    """
-    values = images.flatten(1).long()  # (B, S * S)
-    counts = torch.zeros(images.shape[0], 256, device=images.device).scatter_add_(
-        1, values, torch.ones_like(values, dtype=torch.float32)
-    )
-    counts[:, :BLACK] = 0
-    below = counts.cumsum(1)  # (B, 256)
-    table = (255 * below / below[:, -1:].clamp_min(1)).round()
-    return table.gather(1, values).view(images.shape).to(torch.uint8)
-
-
-class Equalize(Transform):
-    "`equalize` a batch, before it becomes floats."
-
-    order = IntToFloatTensor.order - 1
-
-    def encodes(self, x: TensorImage):
-        return equalize(x.as_subclass(torch.Tensor))
-
-
-class OpenXray(Transform):
-    "Anything that `images.open_image` takes becomes an `XrayImage`; `input_types` lets `learn.predict` start here."
-
-    input_types = (str, Path, bytes, Image.Image, np.ndarray, torch.Tensor)
-
-    def __init__(
-        self,
-        size: int,  # side in pixels of the square that every image is resized to
-        cache: PixelCache | None = None,  # of files that are decoded already
-    ):
-        self.size, self.cache = size, cache
-
-    def __getstate__(self):
-        "For a loading process with the cache, for an export without: that goes where the cache is not."
-        spawning = get_spawning_popen() is not None
-        return self.__dict__ | {"cache": self.cache if spawning else None}
-
-    def encodes(self, source):
-        if self.cache is None or not isinstance(source, str):
-            return XrayImage(open_image(source, self.size))
-        pixels = self.cache.get(source)  # (size, size)
-        if pixels is None:
-            pixels = np.array(open_image(source, self.size))
-            self.cache.put(source, pixels)
-        return XrayImage(Image.fromarray(pixels))
 
 
 def xray_block(
