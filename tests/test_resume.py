@@ -17,7 +17,7 @@ from tests.conftest import QUICK, draw_collection, settings_of
 from tests.test_fit import history_of
 from xray_fastai import load_learner
 from xray_fastai.export.run_folder import reopen, reserve
-from xray_fastai.training.durable import read_json, write_json
+from xray_fastai.training.checkpoint import read_json, write_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 

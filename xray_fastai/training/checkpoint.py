@@ -11,9 +11,11 @@ In the frozen phase the backbone is written once, and after each epoch the head 
 last; it names its files with size and CRC-32. The newest checkpoint and the one before it are kept.
 """
 
+import json
 import os
 import shutil
 import threading
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from safetensors.torch import load_file
 
 from xray_fastai.export.run_folder import CHECKPOINT, SETTINGS, Reservation
 from xray_fastai.system.errors import UserError, reason
-from xray_fastai.training.durable import checked, read_json, write_json, write_tensors
+from xray_fastai.system.files import sync_folder
 
 FORMAT = 2
 """The layout of a checkpoint; another is refused."""
@@ -278,3 +280,57 @@ def check_format(path: Path, found: int) -> None:
         raise UserError(
             f"{path}: written by an older version (format {found}); start anew; {path.parent} is of no more use"
         )
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Write a `.safetensors` file under its final name only once it is on the disk; its size and CRC-32."""
+    half = path.with_name(f"{path.name}.tmp")
+    half.touch()
+    mode = half.stat().st_mode  # safetensors makes it readable by its owner alone
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half)
+    half.chmod(mode)
+    known = checked(half)
+    _settle(half, path)
+    return known
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with its CRC-32, under its final name only once it is on the disk."""
+    text = json.dumps(content)
+    half = path.with_name(f"{path.name}.tmp")
+    half.write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "content": content}))
+    _settle(half, path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is not as it was written.
+    """
+    try:
+        outer = json.loads(path.read_text())
+        content = outer["content"]
+        whole = zlib.crc32(json.dumps(content).encode()) == outer["crc32"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no checkpoint: {error}") from None
+    if not whole:
+        raise ValueError("its content is not what was written")
+    return content
+
+
+def checked(path: Path) -> dict[str, int]:
+    """A file's size and CRC-32: 0.11 s for 300 MB, where SHA-256 took 0.27 s; it is for damage, not for trust."""
+    crc, size = 0, 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return {"bytes": size, "crc32": crc}
+
+
+def _settle(half: Path, path: Path) -> None:
+    with half.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    os.replace(half, path)
+    sync_folder(path.parent)
