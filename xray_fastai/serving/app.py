@@ -155,7 +155,7 @@ def create_app(desk: Desk, names: set[str]) -> ASGIApp:
 
 
 def _read(name: str) -> str:
-    return files("xray_fastai").joinpath("page", name).read_text(encoding="utf-8")
+    return files("xray_fastai.serving").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _render(facts: ModelFacts) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from xray_fastai.export.run_folder import CHECKPOINT, SETTINGS, Reservation
 from xray_fastai.system.errors import UserError, reason

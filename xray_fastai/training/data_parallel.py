@@ -18,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, check_cuda_p2p_ib_su
 from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.vision.all import DataLoader, L, set_seed, to_detach
 from torch import nn
+from torch.nn import functional
 
 from xray_fastai.system.distributed import rank, share, world_size
 

@@ -19,7 +19,7 @@ from tests.conftest import QUICK, draw_collection, settings_of
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # five an epoch, the last two in validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
 
@@ -113,7 +113,7 @@ class Ranks:
 
     def __init__(self, place: Path):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked_ranks"], cwd=place, text=True,
+            [sys.executable, "-m", "tests.training.forked_ranks"], cwd=place, text=True,
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip

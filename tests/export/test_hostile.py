@@ -325,7 +325,7 @@ for text in (text, '{"data": {"train": ' + text + "}}"):
         print(str(error)[:80])
 """
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 9

@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 
-MODULES = "bundle calibration curves device features learner loaders memory report trainingstate training"
+MODULES = ("evaluation.report", "training.fit", "training.loop", "training.finish")
 
 
 def arrange(what: str, where: str, most: int = 0) -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     import matplotlib.pyplot  # noqa: F401
     from fastai.callback.channelslast import ChannelsLast  # noqa: F401
 
-    for name in MODULES.split():
+    for name in MODULES:
         importlib.import_module(f"xray_fastai.{name}")
     for line in sys.stdin:
         reader, writer = os.pipe()

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 
-from tests.forked_fits import MODULES, arrange
+from tests.training.forked_fits import MODULES, arrange
 
 SIZE = 2
 
@@ -42,7 +42,7 @@ def main() -> None:
     import torch.distributed as dist
     from fastai.callback.channelslast import ChannelsLast  # noqa: F401
 
-    for name in [*MODULES.split(), "dataparallel"]:
+    for name in [*MODULES, "training.data_parallel"]:
         importlib.import_module(f"xray_fastai.{name}")
     for line in sys.stdin:
         reader, writer = os.pipe()

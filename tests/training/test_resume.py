@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are fo
 
 BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth in validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
-END = "xray_fastai.training.state:save_between_phases@1"
+END = "xray_fastai.training.loop:save_between_phases@1"
 # The longer it trains, the worse it gets: the frozen phase is stopped early, after the rate was cut, and has the best
 # epoch; the unfrozen phase ends with its last.
 SETTINGS = {
@@ -116,7 +116,7 @@ KILLED = [  # when, where that is in a process that goes on from the kill before
     ("in the first epoch", f"{BATCH}@3", "from the beginning: no epoch had been completed"),
     (
         "while the second checkpoint is written",
-        "xray_fastai.training.durable:checked@5",
+        "xray_fastai.training.checkpoint:checked@5",
         "from the beginning: no epoch had been completed",
     ),
     ("before a checkpoint has its name", "os:replace@4", "after frozen epoch 1"),
@@ -126,7 +126,7 @@ KILLED = [  # when, where that is in a process that goes on from the kill before
     ("while old files are removed", "pathlib:Path.unlink@1", "after the frozen phase"),
     ("in the last epoch", f"{BATCH}@9", "after the frozen phase"),
     ("before the end is kept", END, "after unfrozen epoch 1"),
-    ("while the export is written", "xray_fastai.evaluation.learning_curves:plot_curves@1", "after unfrozen epoch 1"),
+    ("while the export is written", "xray_fastai.training.finish:plot_curves@1", "after unfrozen epoch 1"),
 ]
 
 
