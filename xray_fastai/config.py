@@ -15,7 +15,27 @@ from typing import get_args
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import fault_of, shown
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny", "efficientnet_b0")
+
+@dataclass(frozen=True)
+class Architecture:
+    """Describes one of torchvision's networks; `model.architectures` takes it apart by this."""
+
+    features: int  # channels of the last convolutional block
+    classifier: str  # prefix of the classifier's tensors
+    early_layers: int  # layers of the backbone that form the first parameter group
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    # stem, layer1, layer2 | layer3, layer4: fastai's own split of a resnet
+    "resnet18": Architecture(512, "fc", early_layers=6),
+    "resnet34": Architecture(512, "fc", early_layers=6),
+    "resnet50": Architecture(2048, "fc", early_layers=6),
+    "resnet101": Architecture(2048, "fc", early_layers=6),
+    "densenet121": Architecture(1024, "classifier", early_layers=7),
+    "convnext_tiny": Architecture(768, "classifier", early_layers=4),
+    "efficientnet_b0": Architecture(1280, "classifier", early_layers=5),
+}
+"""The backbones, by torchvision's names. A new one is added here alone."""
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INFERENCE_PRECISIONS = ("auto", "fp32", "bf16")
@@ -114,7 +134,7 @@ class FitConfig:
             if value is not None and value < 0:
                 raise _refused(option, value, "give 0 or more")
         for option, choices in [
-            ("arch", ARCHITECTURES),
+            ("arch", tuple(ARCHITECTURES)),
             ("device", DEVICES),
             ("precision", PRECISIONS),
             ("recipe", tuple(RECIPES)),
@@ -171,8 +191,9 @@ class FitConfig:
         given = self.class_weight_list()
         if given is not None and len(given) != len(classes):
             raise UserError(
-                f"--class-weights {self.class_weights}: {len(given)} numbers for {len(classes)} classes; "
-                f"give one each, in the order {', '.join(classes)}"
+                f"{len(given)} numbers for {len(classes)} classes; give one each, in the order {', '.join(classes)}",
+                option="class_weights",
+                value=self.class_weights,
             )
 
     def with_recipe(self) -> "FitConfig":
@@ -197,10 +218,10 @@ def check_classes(classes: Sequence[str]) -> None:
     UserError: there are too many classes, or one has a name that no export can hold.
     """
     if len(classes) > MOST_CLASSES:
-        raise UserError(f"--data: {len(classes):,} classes; {MOST_CLASSES:,} are the most")
+        raise UserError(f"{len(classes):,} classes; {MOST_CLASSES:,} are the most", option="data")
     for name in classes:
         if fault := class_fault(name):
-            raise UserError(f"--data: the class folder {shown(name)} {fault}; rename it")
+            raise UserError(f"the class folder {shown(name)} {fault}; rename it", option="data")
 
 
 HELP: dict[str, str] = {f.name: f.metadata["help"] for f in fields(FitConfig)}
@@ -229,4 +250,4 @@ def _as_declared(name: str, kind: type, value):
 
 
 def _refused(name: str, value, advice: str) -> UserError:
-    return UserError(f"--{name.replace('_', '-')} {value}: {advice}")
+    return UserError(advice, option=name, value=value)

@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torchvision
 
 from tests.benchmarks.measuring import (
     DEVICE,
@@ -29,7 +28,7 @@ from tests.benchmarks.measuring import (
     some_images,
 )
 from xray_fastai.config import FitConfig
-from xray_fastai.model.architectures import ARCHITECTURES
+from xray_fastai.model.architectures import build_backbone
 from xray_fastai.training.frozen_features import pooling
 
 # -----------------------------------------------------------------------------
@@ -46,11 +45,8 @@ REPEATS = int(os.environ.get("REPEATS", "3"))
 
 def forward_rate(steps: int = 4) -> float:
     """Images a second through the backbone and the pooling."""
-    made = ARCHITECTURES[ARCH]
-    layers = made.layers(torchvision.models.get_model(ARCH, weights=None))
-    network = pooling(
-        torch.nn.Sequential(torch.nn.Sequential(*layers), torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1)))
-    )
+    backbone = build_backbone(ARCH)[:-1]
+    network = pooling(torch.nn.Sequential(backbone, torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1))))
     network.to(DEVICE)
     batch = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), autocast():

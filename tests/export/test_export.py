@@ -2,8 +2,11 @@
 
 import json
 import pickle
+import pickletools
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,3 +151,40 @@ def test_a_name_taken_meanwhile_loses_nothing(tmp_path):
 
 def test_who_may_read_one_file_may_read_all(export):
     assert len({file.stat().st_mode for file in export.iterdir() if file.is_file()}) == 1
+
+
+def globals_in(pickled):
+    """The names of modules and their members that a pickle of protocol 2 to 5 looks up, and its strings."""
+    strings, names, texts = [], set(), set()
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL":
+            names.add(argument.replace(" ", "."))
+        elif opcode.name == "STACK_GLOBAL":
+            names.add(".".join(strings[-2:]))
+        elif isinstance(argument, str):
+            strings.append(argument)
+            texts.add(argument)
+    return names, texts
+
+
+def test_the_pickle_holds_names_and_no_code_and_no_path(export):
+    """Bytecode opens under one version of Python only, and holds the path of its file on the training machine."""
+    with zipfile.ZipFile(export / "learner.pkl") as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        names, texts = globals_in(archive.read(name))
+    own = {name.removeprefix("xray_fastai.") for name in names if name.startswith("xray_fastai")}
+    assert own == {
+        "model.architectures.split_parameters",
+        "model.augmentation.Blur",
+        "model.augmentation.Noise",
+        "model.augmentation.stretch_matrix",
+        "model.learner.CalibratedCrossEntropy",
+        "model.optimizer.FusedAdam",
+        "model.transforms.Equalize",
+        "model.transforms.OpenXray",
+        "model.transforms.XrayImage",
+    }
+    # how cloudpickle writes a function by value (its `_builtin_type` alone only names a type)
+    assert not [name for name in names if "_make_function" in name or "_make_cell" in name]
+    assert "CodeType" not in texts
+    assert not [text for text in texts if text.endswith(".py") or str(Path(torch.__file__).parents[1]) in text]

@@ -24,11 +24,11 @@ def check(
 ) -> None:
     """What is wrong with a data set. Exit code 1 where something would spoil a result."""
     from xray_fastai.data.audit.check import check_data
-    from xray_fastai.data.exclusions import check_new
+    from xray_fastai.system.files import check_new
     from xray_fastai.system.text import count_of
 
     if fix is not None:
-        check_new(fix)
+        check_new(fix, "fix")
     result = check_data(folder, patient_pattern)
     print(result.to_json() if json else result)
     if fix is not None:
@@ -76,7 +76,7 @@ def phantom(
     except FileExistsError:
         raise UserError(f"{folder}: is there already and not empty; give a new folder") from None
     except ValueError as error:
-        raise UserError(f"--images {images}: {error}") from None
+        raise UserError(f"{error}", option="images", value=images) from None
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror})") from None
     print(f"{images} synthetic X-rays in {folder}; next: xray-fastai fit --data {folder}")

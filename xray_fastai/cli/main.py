@@ -83,7 +83,7 @@ def fit(
     batch_size: Annotated[int, option("batch_size", min=1)] = FitConfig.batch_size,
     lr: Annotated[float, option("lr")] = FitConfig.lr,
     size: Annotated[int | None, option("size", min=32)] = FitConfig.size,
-    arch: Annotated[str, choice("arch", ARCHITECTURES)] = FitConfig.arch,
+    arch: Annotated[str, choice("arch", tuple(ARCHITECTURES))] = FitConfig.arch,
     weights: Annotated[str | None, option("weights", metavar="imagenet|none|FILE")] = FitConfig.weights,
     recipe: Annotated[str, choice("recipe", tuple(RECIPES))] = FitConfig.recipe,
     contrast: Annotated[str | None, choice("contrast", CONTRASTS)] = FitConfig.contrast,

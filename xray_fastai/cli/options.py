@@ -1,5 +1,6 @@
 """What commands share: how they end, and options that are told of once, in `config`."""
 
+import inspect
 import os
 import sys
 import warnings
@@ -11,6 +12,7 @@ import typer
 from xray_fastai.config import HELP
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.signals import ignore_closed_output
 
 DEBUG = "XRAY_FASTAI_DEBUG"
 
@@ -26,7 +28,8 @@ def command(function: Callable) -> Callable:
             distributed.check_command(function.__name__)
             return function(*args, **kwargs)
         except UserError as error:
-            distributed.tell("; ".join([f"Error: {error}", *getattr(error, "__notes__", [])]))
+            text = error.on_command_line({*inspect.signature(function).parameters, "class"})
+            distributed.tell("; ".join([f"Error: {text}", *getattr(error, "__notes__", [])]))
             raise typer.Exit(1) from None
         except KeyboardInterrupt as stop:
             what = "; ".join(getattr(stop, "__notes__", ["nothing was written."]))
@@ -35,9 +38,8 @@ def command(function: Callable) -> Callable:
         except typer.Exit:
             distributed.finish()
             raise
-        except BrokenPipeError:  # nobody reads standard output any more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more at its end
-            raise typer.Exit(141) from None
+        except BrokenPipeError:
+            raise typer.Exit(ignore_closed_output()) from None
         except Exception as error:
             if DEBUG in os.environ:
                 sys.stderr = sys.__stderr__ if distributed.rank() else sys.stderr

@@ -117,22 +117,22 @@ def find_root(data: str | Path, split: str = "train") -> Path:
     try:
         return _find_root(data, split)
     except OSError as error:  # a name too long, or no permission
-        raise UserError(f"--data {data}: can't be read ({error.strerror}); give another folder") from None
+        raise UserError(f"can't be read ({error.strerror}); give another folder", option="data", value=data) from None
 
 
 def _find_root(data: Path, split: str) -> Path:
     layout = f"expected {split}/NORMAL, {split}/PNEUMONIA and the like in it"
     if not data.exists():
-        raise UserError(f"--data {data}: no such folder; {layout}")
+        raise UserError(f"no such folder; {layout}", option="data", value=data)
     if not data.is_dir():
-        raise UserError(f"--data {data}: a file, not a folder; give the folder that holds {split}/")
+        raise UserError(f"a file, not a folder; give the folder that holds {split}/", option="data", value=data)
     for root in (data, data / "chest_xray", data / "chest_xray" / "chest_xray"):
         if (root / split).is_dir():
             return root
     inside = sorted(entry.name for entry in data.iterdir() if not is_hidden(entry.name))
     if not inside:
-        raise UserError(f"--data {data}: the folder is empty; {layout}")
-    raise UserError(f"--data {data}: no {split}/ in it (there is {', '.join(inside[:5])}); {layout}")
+        raise UserError(f"the folder is empty; {layout}", option="data", value=data)
+    raise UserError(f"no {split}/ in it (there is {', '.join(inside[:5])}); {layout}", option="data", value=data)
 
 
 def find_images(folder: Path) -> list[str]:
@@ -255,7 +255,7 @@ def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame,
     kept = table[~dropped].reset_index(drop=True)
     for split, label in sorted({(s, c) for s, c in zip(table.split, table.label, strict=True)}):
         if not ((kept.split == split) & (kept.label == label)).any():
-            raise UserError(f"--exclude {path}: names every image of {split}/{label}, so none is left")
+            raise UserError(f"names every image of {split}/{label}, so none is left", option="exclude", value=path)
     notes = [f"left out by --exclude: {count_of(int(dropped.sum()), 'image')}"]
     if gone := sum(not (root / file).exists() for file in listed - set(table.file)):
         notes.append(f"not there, but named by --exclude: {count_of(gone, 'file')}")
@@ -273,7 +273,7 @@ def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | N
     """
     if wanted is not None:
         if wanted not in classes:
-            raise UserError(f"--positive {wanted}: no such class; the classes are {', '.join(classes)}")
+            raise UserError(f"no such class; the classes are {', '.join(classes)}", option="positive", value=wanted)
         return wanted
     for name in classes:
         if name.upper() == "PNEUMONIA":

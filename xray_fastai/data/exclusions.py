@@ -5,25 +5,14 @@ whose action is not "leave out" changes nothing.
 """
 
 import csv
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.files import atomic_write, check_new
 
 COLUMNS = ("file", "finding", "action", "detail")
 LEAVE_OUT = "leave out"
-
-
-def check_new(path: Path) -> None:
-    """Raises:
-    UserError: there is something of that name already, or no folder to write it into.
-    """
-    if path.exists():
-        raise UserError(f"--fix {path}: is there already; give another name, or remove it first")
-    if not path.parent.is_dir():
-        raise UserError(f"--fix {path}: there is no folder {path.parent}; make it, or give another name")
 
 
 def write_list(path: Path, rows: Iterable[dict[str, str]]) -> None:
@@ -32,19 +21,17 @@ def write_list(path: Path, rows: Iterable[dict[str, str]]) -> None:
     Raises:
         UserError: as `check_new`, or it can't be written.
     """
-    check_new(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    check_new(path, "fix")
     try:
-        with partial.open("x", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        with (
+            atomic_write(path) as partial,
+            partial.open("x", encoding="utf-8", errors="surrogateescape", newline="") as stream,
+        ):
             writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"--fix {path}: can't be written ({error.strerror}); give another name") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+        raise UserError(f"cannot be written ({error.strerror}); give another name", option="fix", value=path) from None
 
 
 def read_list(path: str | Path) -> set[str]:
@@ -58,8 +45,10 @@ def read_list(path: str | Path) -> set[str]:
             reader = csv.DictReader(stream, strict=True)
             if not {"file", "action"} <= set(reader.fieldnames or ()):
                 raise UserError(
-                    f"--exclude {path}: its first line does not name the columns file and action, separated by commas; "
-                    "give a list that data check --fix wrote"
+                    "its first line does not name the columns file and action, separated by commas; "
+                    "give a list that data check --fix wrote",
+                    option="exclude",
+                    value=path,
                 )
             return {
                 PurePosixPath(row["file"]).as_posix()
@@ -67,6 +56,10 @@ def read_list(path: str | Path) -> set[str]:
                 if row["file"] and (row["action"] or "").strip().lower() == LEAVE_OUT
             }
     except OSError as error:
-        raise UserError(f"--exclude {path}: can't be read ({error.strerror}); give a list by its path") from None
+        raise UserError(
+            f"can't be read ({error.strerror}); give a list by its path", option="exclude", value=path
+        ) from None
     except csv.Error:
-        raise UserError(f"--exclude {path}: after line {reader.line_num} it is no .csv file; mend it") from None
+        raise UserError(
+            f"after line {reader.line_num} it is no .csv file; mend it", option="exclude", value=path
+        ) from None

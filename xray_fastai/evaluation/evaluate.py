@@ -61,12 +61,12 @@ def evaluate(
         UserError: no export, no such images, one that can't be read, or nowhere to write to; by name.
     """
     if split not in SPLITS:
-        raise UserError(f"--split {split}: choose one of {', '.join(SPLITS)}")
+        raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
     given = _threshold(threshold)
     opened = open_model(model, device, precision)
     table = labelled_images(opened.settings, data, split)
     if table.empty:
-        raise UserError(f"--split {split}: no image is left in it without those that fit validated on")
+        raise UserError("no image is left in it without those that fit validated on", option="split", value=split)
     thresholds = _operating_points(opened, given, uncalibrated)
     final = Path(opened.path if output is None else output) / f"evaluation-{split}"
     with replaced(final, METRICS) as folder:
@@ -98,7 +98,7 @@ def _threshold(text: str | float) -> float | None:
     except (TypeError, ValueError):
         value = math.nan
     if not 0 <= value <= 1:
-        raise UserError(f"--threshold {text}: give auto, or a probability from 0 to 1")
+        raise UserError("give auto, or a probability from 0 to 1", option="threshold", value=text)
     return value
 
 
@@ -106,7 +106,9 @@ def _operating_points(model: Model, given: float | None, uncalibrated: bool) -> 
     """The thresholds; one without a number where there are more than two classes."""
     if len(model.classes) != 2:
         if given is not None:
-            raise UserError(f"--threshold {given:g}: of {len(model.classes)} classes the most probable is called")
+            raise UserError(
+                f"of {len(model.classes)} classes the most probable is called", option="threshold", value=f"{given:g}"
+            )
         return {"chosen": None}
     return {"0.5": 0.5, "chosen": model.threshold_of(not uncalibrated) if given is None else given}
 

@@ -154,17 +154,17 @@ def interpret(
             written, and what was there stays.
     """
     if split not in SPLITS:
-        raise UserError(f"--split {split}: choose one of {', '.join(SPLITS)}")
+        raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
     if top < 1:
-        raise UserError(f"--top {top}: give 1 or more")
+        raise UserError("give 1 or more", option="top", value=top)
     if only_errors and confident:
-        raise UserError("--confident: shows images called rightly, --only-errors those called wrongly; give one")
+        raise UserError("shows images called rightly, --only-errors those called wrongly; give one", option="confident")
     model = open_model(model, device, precision)
     if label is not None and label not in model.classes:
-        raise UserError(f"--class {label}: no such class; the classes are {', '.join(model.classes)}")
+        raise UserError(f"no such class; the classes are {', '.join(model.classes)}", option="class", value=label)
     images = labelled_images(model.settings, data, split)
     if images.empty:
-        raise UserError(f"--split {split}: no image is left in it without those that fit validated on")
+        raise UserError("no image is left in it without those that fit validated on", option="split", value=split)
     final = Path(model.path if output is None else output) / f"interpretation-{split}"
     with replaced(final, SUMMARY) as folder:
         probabilities = model.probabilities(predict_all(model, images.path))

@@ -91,7 +91,9 @@ def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> It
     try:
         exports.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--exports {exports}: can't be made ({error.strerror}); give another folder") from None
+        raise UserError(
+            f"can't be made ({error.strerror}); give another folder", option="exports", value=exports
+        ) from None
     first = name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     others = [f"{first}-{i}" for i in range(2, 100)]
     for candidate in others if numbered else [first] if name else [first, *others]:
@@ -116,10 +118,10 @@ def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> It
             if lock is not None:
                 release(lock)
             raise UserError(
-                f"--exports {exports}: can't be written to ({error.strerror}); give another folder"
+                f"can't be written to ({error.strerror}); give another folder", option="exports", value=exports
             ) from None
     else:
-        raise UserError(f"--name {candidate}: {fault}")
+        raise UserError(f"{fault}", option="name", value=candidate)
     with _held(run, lock):
         yield run
 
@@ -147,7 +149,7 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
     listed = ", ".join(run.name for run in there) or "none"
     if name is None:
         if not there:
-            raise UserError(f"--resume: no unfinished run in {exports}; start one by 'xray-fastai fit'")
+            raise UserError(f"no unfinished run in {exports}; start one by 'xray-fastai fit'", option="resume")
         name = there[0].name
     run = Reservation(exports, name)
     busy = f"--resume {name}: another fit is at it now; wait for it, or stop that one first"
@@ -159,15 +161,19 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
     if found is None:
         if run.final.exists():
             raise UserError(
-                f"--resume {name}: {run.final} is finished, or was gone on with; unfinished in {exports}: {listed}"
+                f"{run.final} is finished, or was gone on with; unfinished in {exports}: {listed}",
+                option="resume",
+                value=name,
             )
         if run.partial.exists():
-            raise UserError(f"--resume {name}: {run.partial} stopped before anything was kept in it; delete it")
-        raise UserError(f"--resume {name}: no such run in {exports}; unfinished there: {listed}")
+            raise UserError(
+                f"{run.partial} stopped before anything was kept in it; delete it", option="resume", value=name
+            )
+        raise UserError(f"no such run in {exports}; unfinished there: {listed}", option="resume", value=name)
     try:
         lock = acquire(run.lock)
     except OSError as error:
-        raise UserError(f"--exports {exports}: can't be written to ({error.strerror})") from None
+        raise UserError(f"can't be written to ({error.strerror})", option="exports", value=exports) from None
     if lock is None or not found.usable:
         raise UserError(busy)
     if found.path == run.partial:

@@ -194,7 +194,7 @@ class Export(Part):
     created: Date
     status: Literal["complete", "interrupted", "diverged"]
     disclaimer: Text
-    architecture: Literal[ARCHITECTURES]
+    architecture: Literal[tuple(ARCHITECTURES)]
     classes: Annotated[list[Class], Field(min_length=2, max_length=MOST_CLASSES, fail_fast=True)]
     positive: str | None
     dropout: Annotated[float, Field(ge=0, lt=1)]

@@ -146,7 +146,7 @@ def open_model(path: str | Path | None = None, device: str = "auto", precision: 
         UserError: no export, a damaged one, or no such device or precision.
     """
     if precision not in INFERENCE_PRECISIONS:
-        raise UserError(f"--precision {precision}: choose one of {', '.join(INFERENCE_PRECISIONS)}")
+        raise UserError(f"choose one of {', '.join(INFERENCE_PRECISIONS)}", option="precision", value=precision)
     path = newest_export() if path is None else Path(path)
     settings, learn = load(path)
     place = choose_device(device)

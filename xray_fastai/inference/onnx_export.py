@@ -22,7 +22,8 @@ from xray_fastai import __version__
 from xray_fastai.data.sources.phantom import draw
 from xray_fastai.inference.model import newest_export, open_model
 from xray_fastai.model.transforms import equalize
-from xray_fastai.system.errors import UserError, reason
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.files import check_new, reason
 from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.system.text import shown
 
@@ -74,7 +75,7 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
     if output is None and export is not None:
         output = f"{Path(export).resolve().name}.onnx"
     if output is not None:
-        _check_new(Path(output))
+        check_new(Path(output), "output")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else onnxruntime leaves an identifier in the user's cache
     try:
         import onnx
@@ -84,7 +85,7 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
 
     export = newest_export() if export is None else Path(export)
     output = Path(f"{export.resolve().name}.onnx") if output is None else Path(output)
-    _check_new(output)
+    check_new(output, "output")
     model = open_model(export, "cpu")
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     with sigterm_raises():
@@ -100,7 +101,9 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
                 os.fsync(stream.fileno())
             os.replace(partial, output)
         except OSError as error:
-            raise UserError(f"--output {output}: can't be written ({reason(error)}); give another name") from None
+            raise UserError(
+                f"can't be written ({reason(error)}); give another name", option="output", value=output
+            ) from None
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
@@ -183,13 +186,6 @@ def _metadata(model: "Model", versions: dict[str, str]) -> dict[str, str]:
         for key, value in values.items()
         if value is not None
     }
-
-
-def _check_new(output: Path) -> None:
-    if output.exists() or output.is_symlink():
-        raise UserError(f"--output {output}: is there already; give another name, or remove it first")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or give another name")
 
 
 def _difference(model: "Model", path: Path, onnxruntime) -> float:

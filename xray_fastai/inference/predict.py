@@ -74,9 +74,13 @@ class Rows:
         self.model, self.calibrated = model, not uncalibrated
         self.views = Views() if tta else None
         if threshold is not None and len(model.classes) != 2:
-            raise UserError(f"--threshold {threshold:g}: of {len(model.classes)} classes the most probable is called")
+            raise UserError(
+                f"of {len(model.classes)} classes the most probable is called",
+                option="threshold",
+                value=f"{threshold:g}",
+            )
         if threshold is not None and not 0 <= threshold <= 1:
-            raise UserError(f"--threshold {threshold:g}: give a probability, from 0 to 1")
+            raise UserError("give a probability, from 0 to 1", option="threshold", value=f"{threshold:g}")
         self.threshold = model.threshold_of(self.calibrated) if threshold is None else float(threshold)
         self.columns = ["path", "prediction", *(f"p_{name}" for name in model.classes), "threshold", "error"]
 
@@ -121,4 +125,6 @@ def check_folders(paths: list, recursive: bool, heatmaps: Path | None = None) ->
             if heatmaps is not None:
                 folder, maps = Path(path).resolve(), heatmaps.resolve()
                 if maps == folder or (recursive and folder in maps.parents):
-                    raise UserError(f"--heatmaps {heatmaps}: among the images of {path}; give a folder outside of it")
+                    raise UserError(
+                        f"among the images of {path}; give a folder outside of it", option="heatmaps", value=heatmaps
+                    )

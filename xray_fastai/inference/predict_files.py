@@ -25,6 +25,7 @@ from xray_fastai.system import distributed
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import progress_bar
+from xray_fastai.system.signals import ignore_closed_output
 from xray_fastai.system.text import count_of
 
 SHOWN = 50
@@ -121,7 +122,7 @@ def _predict(
     if output is not None:
         RowFile.check(output, resume)
     elif resume:
-        raise UserError("--resume: give the file to continue by --output")
+        raise UserError("give the file to continue by --output", option="resume")
     check_folders(paths, recursive, heatmaps)
     opened = open_model(model, device, precision)
     rows = Rows(opened, threshold, uncalibrated, tta)
@@ -146,8 +147,7 @@ def _predict(
             print(f"Error: {calls[None]:,} of {calls.total():,} files could not be read; {where}", file=sys.stderr)
         print(DISCLAIMER, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python flushes once more at its end
-        raise SystemExit(141) from None
+        raise SystemExit(ignore_closed_output()) from None
     return calls[None]
 
 
@@ -209,7 +209,9 @@ class _HeatMaps:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--heatmaps {folder}: can't be made ({error.strerror}); give another folder") from None
+            raise UserError(
+                f"can't be made ({error.strerror}); give another folder", option="heatmaps", value=folder
+            ) from None
         self.folder, self.model = folder, model
         self.taken: dict[str, int] = {}  # the last number of names that are there more than once
         self.made: list[Path] = []  # of the batch at hand
@@ -252,7 +254,9 @@ class _HeatMaps:
                 self.taken[stem] = number
                 continue
             except OSError as error:
-                raise UserError(f"--heatmaps {path}: can't be written ({error.strerror or error})") from None
+                raise UserError(
+                    f"can't be written ({error.strerror or error})", option="heatmaps", value=path
+                ) from None
             return
 
 
@@ -283,12 +287,13 @@ def _skip_done(file: RowFile, sources: Iterator[Source], rows: Rows) -> Counter:
         if source != row["path"]:
             there = "there are fewer inputs" if source is None else f"that input is {source}"
             raise UserError(
-                f"--resume: row {number} of {file.path} is {row['path']}, but {there}; give the same inputs"
+                f"row {number} of {file.path} is {row['path']}, but {there}; give the same inputs", option="resume"
             )
         if row["threshold"] != rows.threshold:
             raise UserError(
-                f"--resume: the threshold in {file.path} is {row['threshold']}, here {rows.threshold}; give the same "
-                "--model and --threshold"
+                f"the threshold in {file.path} is {row['threshold']}, here {rows.threshold}; give the same "
+                "--model and --threshold",
+                option="resume",
             )
         calls[row["prediction"]] += 1
         last = row if row["error"] is None else last
@@ -298,7 +303,8 @@ def _skip_done(file: RowFile, sources: Iterator[Source], rows: Rows) -> Counter:
         names = [name for name in rows.columns if name.startswith("p_")]
         if again["error"] is None and max(abs(again[name] - last[name]) for name in names) > SAME[rows.model.precision]:
             raise UserError(
-                f"--resume: another model (or --precision, or --tta) gave the rows in {file.path}, or the images "
-                f"changed since (by {last['path']})"
+                f"another model (or --precision, or --tta) gave the rows in {file.path}, or the images "
+                f"changed since (by {last['path']})",
+                option="resume",
             )
     return calls

@@ -42,12 +42,14 @@ class RowFile:
             self.path.parent.stat()  # a lock would make it
             lock = acquire(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
             if lock is None:
-                raise UserError(f"--output {path}: another predict is writing it; wait for that, or give another name")
+                raise UserError(
+                    "another predict is writing it; wait for that, or give another name", option="output", value=path
+                )
             self._file = open(self.path, "r+b" if resume and self.path.exists() else "xb", buffering=0)  # noqa: SIM115
         except OSError as error:
             if lock is not None:
                 release(lock)
-            raise UserError(f"--output {path}: can't be written to ({error.strerror})") from None
+            raise UserError(f"can't be written to ({error.strerror})", option="output", value=path) from None
         self._lock = lock
         self._csv = self.path.suffix.lower() == ".csv"
         self._head = _csv_line(columns) if self._csv else b""
@@ -62,11 +64,13 @@ class RowFile:
             UserError: another suffix, a folder, or a file that is there and not to be continued.
         """
         if path.suffix.lower() not in (".csv", ".jsonl"):
-            raise UserError(f"--output {path}: give a name that ends in .csv or .jsonl")
+            raise UserError("give a name that ends in .csv or .jsonl", option="output", value=path)
         if path.is_dir():
-            raise UserError(f"--output {path}: a folder, not a file")
+            raise UserError("a folder, not a file", option="output", value=path)
         if path.exists() and not resume:
-            raise UserError(f"--output {path}: is there already; give another name, or continue it by --resume")
+            raise UserError(
+                "is there already; give another name, or continue it by --resume", option="output", value=path
+            )
 
     def __enter__(self) -> "RowFile":
         return self
@@ -89,7 +93,9 @@ class RowFile:
             start = self._head or b'{"path": '
             if (found := stream.read(len(start))) != start[: len(found)]:
                 wanted = ", ".join(self.columns)
-                raise UserError(f"--resume: {self.path} does not begin with the columns of this model ({wanted})")
+                raise UserError(
+                    f"{self.path} does not begin with the columns of this model ({wanted})", option="resume"
+                )
             if found != start:  # nothing there, or the first line cut short
                 return
             stream.seek(len(self._head))
@@ -127,7 +133,8 @@ class RowFile:
         except (ValueError, TypeError, csv.Error):
             if not cut:  # else the last row's quotation marks are open: it was cut at a line break in a path
                 raise UserError(
-                    f"--resume: row {self.rows + 1} of {self.path} does not have the columns {', '.join(self.columns)}"
+                    f"row {self.rows + 1} of {self.path} does not have the columns {', '.join(self.columns)}",
+                    option="resume",
                 ) from None
 
     def write(self, rows: Iterable[Row]) -> None:
@@ -152,8 +159,9 @@ class RowFile:
             with suppress(OSError):
                 self._file.truncate(self._end)
             raise UserError(
-                f"--output {self.path}: {error.strerror} after {count_of(self.rows, 'row')}, which stand; "
-                "make room, then go on by --resume"
+                f"{error.strerror} after {count_of(self.rows, 'row')}, which stand; make room, then go on by --resume",
+                option="output",
+                value=self.path,
             ) from None
         self._end, self.rows = self._end + len(content), self.rows + len(rows)
 

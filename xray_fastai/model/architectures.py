@@ -1,42 +1,55 @@
-"""How each of torchvision's networks is taken apart: its features, its classifier, its earlier and later layers."""
+"""Builds torchvision's networks as backbone and head, and splits them into parameter groups (`config.ARCHITECTURES`).
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+Everything that a pickled learner refers to is a function of this module, so that `learner.pkl` holds names
+and no bytecode.
+"""
 
+import torch
+import torchvision
+from fastai.vision.all import L, params
 from torch import nn
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one of torchvision's networks is taken apart."""
-
-    features: int  # channels that leave the last convolutional block
-    classifier: str  # the name its classifier's tensors begin with
-    layers: Callable[[nn.Module], Sequence[nn.Module]]  # network -> what comes before the pooling
-    early: Callable[[nn.Sequential], tuple[nn.Module, nn.Module]]  # body -> its earlier and later part
+from xray_fastai.config import ARCHITECTURES
+from xray_fastai.model.pretrained import load_backbone
 
 
-def _resnet(features: int) -> Architecture:
-    # stem, layer1, layer2 | layer3, layer4: fastai's own split of a resnet
-    return Architecture(features, "fc", lambda net: list(net.children())[:-2], lambda body: (body[:6], body[6:]))
+def build_backbone(arch: str, weights: tuple[dict[str, torch.Tensor], str] | None = None, **_) -> nn.Sequential:
+    """Build a network up to its last convolutional block, with a pooling layer behind it, where fastai cuts it off.
+
+    Args:
+        arch: a name in `ARCHITECTURES`.
+        weights: tensors under torchvision's names, and their origin (`pretrained.pretrained_state`); None leaves
+            random weights.
+        **_: what fastai's `vision_learner` passes to every architecture.
+
+    Raises:
+        UserError: the tensors are not those of `arch`.
+    """
+    network = torchvision.models.get_model(arch, weights=None)
+    if weights is not None:
+        load_backbone(network, ARCHITECTURES[arch].classifier, *weights)
+    if not hasattr(network, "features"):  # a resnet: all but its pooling and classifier
+        layers = list(network.children())[:-2]
+    else:
+        layers = [network.features]
+        if isinstance(network, torchvision.models.DenseNet):
+            layers.append(nn.ReLU(inplace=True))  # torchvision applies it in forward(), outside of any module
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "resnet18": _resnet(512),
-    "resnet34": _resnet(512),
-    "resnet50": _resnet(2048),
-    "resnet101": _resnet(2048),
-    # torchvision applies this ReLU in forward(), outside of any module
-    "densenet121": Architecture(
-        1024,
-        "classifier",
-        lambda net: [net.features, nn.ReLU(inplace=True)],
-        lambda body: (body[0][:7], body[0][7:]),
-    ),
-    "convnext_tiny": Architecture(
-        768, "classifier", lambda net: [net.features], lambda body: (body[0][:4], body[0][4:])
-    ),
-    "efficientnet_b0": Architecture(
-        1280, "classifier", lambda net: [net.features], lambda body: (body[0][:5], body[0][5:])
-    ),
-}
+def build_head(arch: str, classes: int, dropout: float) -> nn.Sequential:
+    """Build pooling, dropout and one linear layer: (B, features, h, w) -> (B, classes)."""
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(1),  # (B, features, 1, 1)
+        nn.Flatten(),  # (B, features)
+        nn.Dropout(dropout),
+        nn.Linear(ARCHITECTURES[arch].features, classes),  # (B, classes)
+    )
+
+
+def split_parameters(model: nn.Sequential, arch: str) -> L:
+    """Split backbone and head into three parameter groups: early layers, late layers, head."""
+    backbone, head = model
+    layers = backbone[0] if isinstance(backbone[0], nn.Sequential) else backbone  # a resnet has no `features`
+    early = ARCHITECTURES[arch].early_layers
+    return L(layers[:early], layers[early:], head).map(params)

@@ -1,26 +1,24 @@
 """Backbone, dropout + linear head, weighted loss: the fastai `Learner`."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
-import torchvision
 from fastai.vision.all import (
     CrossEntropyLossFlat,
     DataLoaders,
-    L,
     Learner,
     RocAuc,
     RocAucBinary,
     accuracy,
-    params,
     vision_learner,
 )
 from torch import nn
 
-from xray_fastai.config import ARCHITECTURES, FitConfig
+from xray_fastai.config import FitConfig
+from xray_fastai.model.architectures import build_backbone, build_head, split_parameters
 from xray_fastai.model.optimizer import FusedAdam
-from xray_fastai.model.pretrained import load_backbone
 
 
 class CalibratedCrossEntropy(CrossEntropyLossFlat):
@@ -83,39 +81,21 @@ def build_learner(
     Raises:
         UserError: the tensors are not those of `arch`.
     """
-    made = ARCHITECTURES[arch]
     classes = len(dls.vocab)
-
-    def backbone(**_):
-        network = torchvision.models.get_model(arch, weights=None)
-        if pretrained is not None:
-            load_backbone(network, made.classifier, *pretrained)
-        return nn.Sequential(*made.layers(network), nn.AdaptiveAvgPool2d(1))  # fastai cuts at the pooling
-
-    head = nn.Sequential(
-        nn.AdaptiveAvgPool2d(1),  # (B, features, 1, 1)
-        nn.Flatten(),  # (B, features)
-        nn.Dropout(dropout),
-        nn.Linear(made.features, classes),  # (B, classes)
-    )
-
-    def splitter(model: nn.Sequential) -> L:
-        return L(*made.early(model[0]), model[1]).map(params)
-
     weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32, device=dls.device)
     learn = vision_learner(
         dls,
-        backbone,
+        partial(build_backbone, arch, pretrained),
         normalize=False,  # the `DataBlock` does it
-        pretrained=False,  # `backbone` does it
-        custom_head=head,
-        splitter=splitter,
+        pretrained=False,  # `build_backbone` loads the weights
+        custom_head=build_head(arch, classes, dropout),
+        splitter=partial(split_parameters, arch=arch),
         loss_func=CalibratedCrossEntropy(weight=weight),
         opt_func=FusedAdam,
         metrics=[accuracy, RocAucBinary() if classes == 2 else RocAuc()],
         train_bn=False,
     )
-    learn.arch = arch  # fastai keeps `backbone`, which holds the pretrained tensors
+    learn.arch = arch  # in place of the partial, which holds the pretrained tensors
     return learn
 
 

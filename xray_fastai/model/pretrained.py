@@ -89,9 +89,11 @@ def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
     except (OSError, RuntimeError) as error:
         reason = str(getattr(error, "reason", None) or error).splitlines()[0]
         raise UserError(
-            f"--weights imagenet: {name} could not be downloaded ({reason}). Where there is internet, get "
+            f"{name} could not be downloaded ({reason}). Where there is internet, get "
             f"{enum.DEFAULT.url} and put it into {cache}, or give its place by --weights FILE; "
-            "--weights none trains from scratch"
+            "--weights none trains from scratch",
+            option="weights",
+            value="imagenet",
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -99,7 +101,9 @@ def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
 
 def _from_file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     if not path.is_file():
-        raise UserError(f"--weights {path}: no such file; give imagenet, none, or a .pth or .safetensors file")
+        raise UserError(
+            "no such file; give imagenet, none, or a .pth or .safetensors file", option="weights", value=path
+        )
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -107,12 +111,14 @@ def _from_file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"--weights {path}: holds more than tensors, so loading it could run code, or is no weights file; "
-            "save a state_dict, best as .safetensors"
+            "holds more than tensors, so loading it could run code, or is no weights file; "
+            "save a state_dict, best as .safetensors",
+            option="weights",
+            value=path,
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--weights {path}: not a readable weights file ({reason}); get it anew") from None
+        raise UserError(f"not a readable weights file ({reason}); get it anew", option="weights", value=path) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"--weights {path}: not a state_dict (names to tensors); save network.state_dict()")
+        raise UserError("not a state_dict (names to tensors); save network.state_dict()", option="weights", value=path)
     return state, path.name

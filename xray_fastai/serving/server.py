@@ -107,17 +107,23 @@ def listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except (socket.gaierror, UnicodeError):
-        raise UserError(f"--host {host}: no such name or address; give 127.0.0.1, or 0.0.0.0 for all") from None
+        raise UserError(
+            "no such name or address; give 127.0.0.1, or 0.0.0.0 for all", option="host", value=host
+        ) from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(
-                f"--port {port}: in use; end what uses it, or give another (--port 0 takes a free one)"
+                "in use; end what uses it, or give another (--port 0 takes a free one)", option="port", value=port
             ) from None
         if error.errno == errno.EACCES:
-            raise UserError(f"--port {port}: no permission to listen there; give one from 1024 on") from None
+            raise UserError("no permission to listen there; give one from 1024 on", option="port", value=port) from None
         if error.errno == errno.EADDRNOTAVAIL:
-            raise UserError(f"--host {host}: no address of this machine; give 127.0.0.1, or 0.0.0.0 for all") from None
-        raise UserError(f"--host {host} --port {port}: can't be listened on ({error.strerror})") from None
+            raise UserError(
+                "no address of this machine; give 127.0.0.1, or 0.0.0.0 for all", option="host", value=host
+            ) from None
+        raise UserError(
+            f"cannot listen on port {port} ({error.strerror}); give another address", option="host", value=host
+        ) from None
 
 
 def _is_local(listener: socket.socket) -> bool:

@@ -17,7 +17,9 @@ def choose_device(wanted: str) -> torch.device:
         wanted = next(name for name in ("cuda", "mps", "cpu") if there[name])
     if not there[wanted]:
         found = ", ".join(name for name, here in there.items() if here)
-        raise UserError(f"--device {wanted}: torch finds none on this machine (there is {found}); or leave it to auto")
+        raise UserError(
+            f"torch finds none on this machine (there is {found}); or leave it to auto", option="device", value=wanted
+        )
     return own_device(torch.device(wanted))
 
 
@@ -39,9 +41,13 @@ def choose_precision(wanted: str, device: torch.device) -> str:
             return "bf16"
         return "fp16" if device.type == "cuda" else "fp32"
     if wanted == "fp16" and device.type != "cuda":
-        raise UserError(f"--precision fp16: needs a CUDA GPU, and this fit runs on {device.type}; choose fp32 or bf16")
+        raise UserError(
+            f"needs a CUDA GPU, and this fit runs on {device.type}; choose fp32 or bf16",
+            option="precision",
+            value=wanted,
+        )
     if wanted == "bf16" and device.type == "cuda" and not cuda_bf16:
-        raise UserError("--precision bf16: this GPU has none; choose fp16")
+        raise UserError("this GPU does not compute in bf16; choose fp16", option="precision", value=wanted)
     return wanted
 
 

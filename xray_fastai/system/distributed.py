@@ -90,7 +90,7 @@ def batch_size(wanted: int, images: int) -> int:
     if wanted % world:
         near = [n for n in (wanted // world * world, (wanted // world + 1) * world) if n]
         told = " or ".join(map(str, near))
-        raise UserError(f"--batch-size {wanted}: can't be shared evenly by {world} processes; give {told}")
+        raise UserError(f"can't be shared evenly by {world} processes; give {told}", option="batch_size", value=wanted)
     if images < world:
         raise UserError(f"{images} images to train on are too few for {world} processes; start fewer")
     return size // world * world
@@ -108,7 +108,7 @@ def own_device(device: "torch.device") -> "torch.device":
         return device
     if device.type != "cuda":
         raise UserError(
-            f"--device {device.type}: one process alone can use it; give --device cpu, or leave torchrun out"
+            "one process alone can use it; give --device cpu, or leave torchrun out", option="device", value=device.type
         )
     if local_rank() >= torch.cuda.device_count():
         raise UserError(

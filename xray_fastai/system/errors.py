@@ -1,28 +1,54 @@
-"""What is told to the user in one line instead of a traceback."""
+"""Errors that the user reads as one line instead of a traceback."""
 
 import re
 
 
 class UserError(Exception):
-    """Something that the user can put right: the text names the file or option, what is wrong, and what to do."""
+    """An error that the user can fix: the message names the file or option, what is wrong, and what to do.
+
+    In Python `str(error)` is "threshold 1.5: give a probability"; on the command line it is "--threshold 1.5: give a
+    probability" (`on_command_line`).
+    """
+
+    def __init__(
+        self,
+        message: str,  # what is wrong, and what to do
+        *,
+        option: str | None = None,  # Python's name of the option that is wrong
+        value: object = None,  # the option's value; None leaves it out
+    ):
+        super().__init__(message)
+        self.option, self.value = option, value
 
     def __str__(self) -> str:
-        # torch re-raises what happens in a loading process with that process's traceback as the text; its last line
-        # is "module.Class: text".
-        text = super().__str__()
-        if text.startswith("Caught "):
-            text = text.strip().splitlines()[-1].partition(": ")[2]
-        return text
+        return self._text(self.option)
+
+    def on_command_line(self, options: set[str]) -> str:
+        """Return the message with the option as the user types it.
+
+        Args:
+            options: Python's names of the options that the command has; another (a positional argument) is not named.
+        """
+        return self._text(f"--{self.option.replace('_', '-')}" if self.option in options else None)
+
+    def _text(self, option: str | None) -> str:
+        message = super().__str__()
+        # torch re-raises an error of a loading process with that process's traceback as the message; its last line is
+        # "module.Class: message"
+        if message.startswith("Caught "):
+            return message.strip().splitlines()[-1].partition(": ")[2]
+        head = " ".join(str(part) for part in (option, self.value) if part is not None)
+        return f"{head}: {message}" if head else message
 
 
 class ImageError(UserError):
-    """A file that can't be read as one X-ray image."""
+    """A file that cannot be read as one X-ray image."""
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be written or read, as the operating system words it ("No space left on device")."""
+    """Return why a file could not be written or read, as the operating system words it ("No space left on device")."""
     text = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
     if "inline_container" in text:  # torch.save, which does not say why
-        return "a file could not be written to its end"
-    told = re.search(r"I/O error: (.*) \(os error \d+\)", text)  # as safetensors words it
-    return told[1] if told else text
+        return "a file could not be written completely"
+    match = re.search(r"I/O error: (.*) \(os error \d+\)", text)  # as safetensors words it
+    return match[1] if match else text

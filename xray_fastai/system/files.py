@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks, and folders that replace earlier ones."""
+"""Files and folders that appear complete or not at all, and locks."""
 
 import contextlib
 import hashlib
@@ -44,6 +44,47 @@ def release(lock: FileLock) -> None:
         os.unlink(lock.lock_file)
     with contextlib.suppress(OSError):
         lock.release()
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Give a temporary file beside `path` to write, which replaces `path` once the block ends without an error.
+
+    An error deletes the temporary file; `path` stays as it was.
+
+    Args:
+        path: the file to make or to replace.
+        sync: wait until the content and the new name are on the disk, so that a power loss cannot undo them.
+
+    Yields:
+        The temporary file, which does not exist yet.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        if sync:
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        if sync:
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_new(path: Path, option: str) -> None:
+    """Check that a file can be made at `path`.
+
+    Raises:
+        UserError: `path` exists, or its folder does not.
+    """
+    if path.exists() or path.is_symlink():
+        raise UserError("already exists; give another name, or delete it first", option=option, value=path)
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent}; make it, or give another name", option=option, value=path)
 
 
 @contextlib.contextmanager

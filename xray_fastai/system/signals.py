@@ -1,26 +1,37 @@
-"""SIGTERM, where there is no training under way, is as Ctrl-C: it stops at once and leaves nothing half done."""
+"""How a command ends at SIGTERM, at Ctrl-C, and when nobody reads its output any more."""
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where Ctrl-C would raise a `KeyboardInterrupt`."""
+    """Raised at SIGTERM, as `KeyboardInterrupt` is at Ctrl-C."""
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Have SIGTERM raise `Terminated`, so that what is half done is cleaned up."""
+    """Raise `Terminated` at SIGTERM, so that unfinished files are deleted. (Training stops after the batch instead.)"""
 
     def terminate(_number, _frame):
         raise Terminated
 
-    before = None
-    with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
-        before = signal.signal(signal.SIGTERM, terminate)
+    previous = None
+    with contextlib.suppress(ValueError):  # only the main thread can set a handler
+        previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def ignore_closed_output() -> int:
+    """Silence standard output once its reader has gone (`| head`), and return the exit code of SIGPIPE, 141.
+
+    Python flushes standard output at its end. Without this it would raise `BrokenPipeError` again there.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141

@@ -1,5 +1,6 @@
 """Text from files of others, fit for one line of a terminal or a table."""
 
+import base64
 import re
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -24,3 +25,8 @@ def shown(value: object, longest: int = 60) -> str:
 def count_of(number: int, what: str) -> str:
     """`1 row`, `1,234 rows`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def data_uri(content: bytes, mime_type: str) -> str:
+    """Return `content` as a data URI (RFC 2397), which a page shows without loading a file."""
+    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"

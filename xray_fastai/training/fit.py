@@ -138,8 +138,10 @@ def _read_checkpoint(
         counts = [f"{told['train']} to train on and {told['valid']} to validate on" for told in (then, images)]
         how = f"{counts[0]} then, {counts[1]} now" if counts[0] != counts[1] else "a name, label or content changed"
         raise UserError(
-            f"--data {config.data}: not the images that {found.name} was trained on ({how}); bring them back, or give "
-            "their folder by --data, or start a new fit"
+            f"not the images that {found.name} was trained on ({how}); bring them back, or give "
+            "their folder by --data, or start a new fit",
+            option="data",
+            value=config.data,
         )
     saved, faults = checkpoints.load(found.checkpoint)
     for fault in faults:

@@ -58,9 +58,11 @@ def train(
                 raise
             if (processes := distributed.world_size()) > 1:
                 raise UserError(
-                    f"--batch-size {plan.config.batch_size}: out of memory on {plan.device}, with "
+                    f"out of memory on {plan.device}, with "
                     f"{plan.batch_size // processes} images at once in each of {processes} processes; give a smaller "
-                    "one, or more processes"
+                    "one, or more processes",
+                    option="batch_size",
+                    value=plan.config.batch_size,
                 ) from None
             part = "train" if learn.training else "valid"
         # out of the `except`, whose error holds the frames that hold the tensors
@@ -69,8 +71,10 @@ def train(
         batches = progress.batches | {part: smaller(plan.batch_size if part == "train" else at_once, at_once)}
         if not batches[part]:
             raise UserError(
-                f"--device {plan.config.device}: out of memory on {plan.device_name} even with one image at once; "
-                f"try a --size below {plan.config.size} or a smaller --arch than {plan.config.arch}"
+                f"out of memory on {plan.device_name} even with one image at once; "
+                f"try a --size below {plan.config.size} or a smaller --arch than {plan.config.arch}",
+                option="device",
+                value=plan.config.device,
             )
         learn.model.cpu()  # what calls this still holds the learner
         learn.opt = None

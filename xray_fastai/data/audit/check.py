@@ -100,7 +100,7 @@ def _find_splits(data: str | Path) -> tuple[Path, tuple[str, ...]]:
     """The folder that holds the splits, and those that are there; ("",) where it holds classes without splits."""
     try:
         root = find_root(data)
-    except UserError as error:
+    except UserError:
         for split in SPLITS[1:3]:
             try:
                 root = find_root(data, split)
@@ -111,7 +111,7 @@ def _find_splits(data: str | Path) -> tuple[Path, tuple[str, ...]]:
             root = Path(data)
             if root.is_dir() and any(find_images(folder) for folder in class_folders(root)):
                 return root, ("",)
-            raise UserError(str(error).removeprefix("--data ")) from None
+            raise
     return root, tuple(split for split in SPLITS[:3] if (root / split).is_dir())
 
 

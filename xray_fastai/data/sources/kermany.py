@@ -115,7 +115,7 @@ def obtain(folder: str | Path, url: str | None = None, archive: str | Path | Non
     """
     folder = Path(folder)
     if url is not None and archive is not None:
-        raise UserError("--url, --archive: give one of them")
+        raise UserError("give this or --archive, not both", option="url", value=url)
     _check_place(folder)
     part = folder.with_name(f"{folder.name}.zip.part")
     if archive is not None:
@@ -155,9 +155,11 @@ def _check_place(folder: Path) -> None:
 def _check_archive(archive: Path) -> None:
     try:
         if not stat.S_ISREG(archive.stat().st_mode):
-            raise UserError(f"--archive {archive}: not a file; give the collection's .zip")
+            raise UserError("not a file; give the collection's .zip", option="archive", value=archive)
     except OSError as error:
-        raise UserError(f"--archive {archive}: can't be read ({error.strerror}); give the collection's .zip") from None
+        raise UserError(
+            f"can't be read ({error.strerror}); give the collection's .zip", option="archive", value=archive
+        ) from None
 
 
 def _check_room(folder: Path, as_published: bool, size: int, left: int) -> None:
