@@ -88,12 +88,12 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete them.")] = False,
 ) -> None:
     """The decoded images that fits keep in the user's cache folder: how many files, where, how large."""
+    from rich.filesize import decimal
+
     from xray_fastai.data import pixel_cache
+    from xray_fastai.system.files import cache_dir
     from xray_fastai.system.text import count_of
 
-    files = pixel_cache.kept()
+    files = pixel_cache.cache_files()
     size = pixel_cache.clear() if clear else sum(file.stat().st_size for file in files)
-    print(
-        f"{pixel_cache.folder()}: {pixel_cache.told(size)} in {count_of(len(files), 'file')}"
-        + (", deleted" if clear else "")
-    )
+    print(f"{cache_dir()}: {decimal(size)} in {count_of(len(files), 'file')}" + (", deleted" if clear else ""))
