@@ -15,7 +15,7 @@ from tests.conftest import QUICK
 from xray_fastai.data import pixel_cache
 from xray_fastai.data.images import open_image
 from xray_fastai.data.pixel_cache import PixelCache
-from xray_fastai.model import loaders
+from xray_fastai.model import transforms
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def decoded(monkeypatch):
             seen.append(source)
         return open_image(source, size)
 
-    monkeypatch.setattr(loaders, "open_image", counted)
+    monkeypatch.setattr(transforms, "open_image", counted)
     return seen
 
 
