@@ -114,6 +114,12 @@ def test_auto_uses_a_large_val_as_it_stands_and_leaves_out_what_leaks(with_val):
         assert not set(frame[column][frame.is_valid]) & set(frame[column][~frame.is_valid])
 
 
+def test_auto_looks_at_the_smallest_class_of_val(with_val):
+    train, val = with_val
+    _, line, _ = assign_validation(train, val.drop(val.index[val.label == "PNEUMONIA"][-1]), "auto", 0)
+    assert "too small alone (99 images)" in line  # 50 NORMAL, 49 PNEUMONIA
+
+
 def test_auto_adds_a_tenth_of_train_to_a_small_val(with_val):
     train, val = with_val
     frame, line, _ = assign_validation(train, val[val.index % 2 == 0], "auto", 0)

@@ -22,6 +22,7 @@ from xray_fastai.data.dataset import labelled_images, read_collection
 from xray_fastai.data.dicom import reader
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.images import open_image, size_of
+from xray_fastai.data.patients import patients_in
 from xray_fastai.system.errors import ImageError, UserError
 
 pydicom = pytest.importorskip("pydicom", reason='pip install "xray-fastai[test]" brings pydicom')
@@ -174,6 +175,13 @@ def test_without_a_window_the_picture_fills_the_range_whatever_the_header_allows
     for window in ({}, {"WindowCenter": 0, "WindowWidth": 0}, {"WindowCenter": None, "WindowWidth": None}):
         opened = grey(written(ten_bits, bits=16, **window))
         assert np.abs(opened - RAMP * 255 / 63).max() <= 0.5
+
+
+def test_a_window_narrower_than_one_is_used_where_the_standard_allows_it():
+    """PS3.3, C.11.2.1.3.2: only the function LINEAR needs a width of 1 or more."""
+    window = {"WindowCenter": 0.3, "WindowWidth": 0.5, "VOILUTFunction": "LINEAR_EXACT"}
+    opened = grey(written(RAMP.astype(np.uint16), RescaleSlope="0.01", RescaleIntercept=0, **window))
+    assert np.abs(opened - ((RAMP * 0.01 - 0.3) / 0.5 + 0.5).clip(0, 1) * 255).max() <= 0.51
 
 
 def test_signed_values_go_through_slope_and_intercept_then_the_window():
@@ -503,6 +511,16 @@ def test_a_pattern_of_ones_own_wins_over_patient_id(patients):
     for label in ("NORMAL", "PNEUMONIA"):
         for path in (patients / "train" / label).iterdir():
             assert reader.patient_key(path) and reader.patient_key(path) != reader.patient_key(__file__)
+
+
+def test_patient_id_wins_over_kaggles_names_and_a_pattern_over_both(tmp_path):
+    names = ["person1_bacteria_1.dcm", "person2_bacteria_2.dcm"]
+    for name in names:
+        (tmp_path / name).write_bytes(written(RAMP.astype(np.uint8), PatientID=PATIENT))
+    table = pd.DataFrame({"path": [str(tmp_path / name) for name in names], "file": names})
+    first, second = patients_in(table)
+    assert first == second and "person" not in first
+    assert patients_in(table, r"person\d+") == ["person1", "person2"]
 
 
 def test_one_patient_id_for_all_says_what_to_do(tmp_path):

@@ -191,6 +191,13 @@ def test_copies_are_found_across_blocks_and_blank_images_are_no_copies(monkeypat
     assert len(set(same_image(table))) == 3 and same_image(table)[2] == same_image(table)[3]
 
 
+def test_copies_are_as_close_as_edits_leave_them_and_closer_than_different_x_rays():
+    """24 bits, and the 30 of the closest two of the phantom's drawings: see `duplicates`."""
+    hashes = np.zeros((3, 4), np.uint64)
+    hashes[1, 0], hashes[2, 2] = 2**24 - 1, 2**6 - 1  # 24 and 6 bits from the first, 30 from each other
+    assert np.concatenate(list(near_pairs(hashes))).tolist() == [[0, 1], [0, 2]]
+
+
 def test_the_hash_outlasts_what_people_do_to_files_but_not_a_different_x_ray(drawn, tmp_path):
     hashes = []
     for path in images(drawn / "train" / "NORMAL")[:6]:
@@ -260,6 +267,16 @@ def test_jpeg_quality_that_tells_the_classes_apart_is_a_warning_and_few_patients
     assert sorted(audit.images[audit.images.split == "train"].quality.round().unique()) == [60, 90]
     few = audit.images[audit.images.split == "train"].groupby("label").head(9)
     assert find_shortcuts(few) == {}
+
+
+def test_what_tells_the_patients_apart_is_no_shortcut():
+    """Each patient's images have a width of their own; by chance, it says nothing of the class."""
+    patient = np.repeat(np.arange(60), 6)
+    width = np.random.default_rng(0).permutation(np.arange(100, 160))[patient]
+    table = pd.DataFrame({"patient": patient, "label": np.where(patient % 2, "A", "B"), "width": width, "height": 100})
+    table = table.assign(mode="L", format="JPEG", quality=75.0, bytes=width * 100)
+    form = find_shortcuts(table)["form"]
+    assert form.auc.value < 0.65 and not form.alarming
 
 
 def test_more_than_two_classes_have_a_shortcut_too(tmp_path):
