@@ -1,4 +1,4 @@
-"""DICOM files: their pixels as they are meant, their patients kept on one side, and nothing of their headers told."""
+"""DICOM files: correct pixels, patients on one side of the split, and nothing of the headers in any output."""
 
 import io
 import json
@@ -570,11 +570,11 @@ def test_data_check_finds_a_patient_in_two_splits_by_patient_id(tmp_path, run):
 
 @pytest.fixture(scope="module")
 def worked(patients, tmp_path_factory, run):
-    """A folder in which every command has been run on DICOM files, one fit of them interrupted and gone on with."""
+    """A folder in which every command has been run on DICOM files, one fit of them interrupted and resumed."""
     root = tmp_path_factory.mktemp("worked")
     from xray_fastai.training.callbacks import StopOnNonFiniteLoss
 
-    told, plain, calls = [], StopOnNonFiniteLoss.after_batch, []
+    outputs, plain, calls = [], StopOnNonFiniteLoss.after_batch, []
 
     def stopping(self):
         calls.append(1)
@@ -585,7 +585,7 @@ def worked(patients, tmp_path_factory, run):
     def command(*args, code=0):
         result = run(*args)
         assert result.exit_code == code, result.output
-        told.append(result.output)
+        outputs.append(result.output)
         return result
 
     here = os.getcwd()
@@ -609,7 +609,7 @@ def worked(patients, tmp_path_factory, run):
     command("predict", *new, "--model", export, code=1)
     broken.unlink()
     os.chdir(here)
-    return root, export, told, checkpoint
+    return root, export, outputs, checkpoint
 
 
 def contents(root, checkpoint):
@@ -625,22 +625,22 @@ def contents(root, checkpoint):
 
 
 def test_nothing_of_the_headers_is_in_what_the_commands_say_and_write(worked):
-    root, _, told, checkpoint = worked
+    root, _, outputs, checkpoint = worked
     secrets = [*{part for text in SECRETS.values() for part in text.split("^")}, PATIENT]
     assert "Zwetschgenknoedel" in secrets
     looked = list(contents(root, checkpoint))
     assert len(looked) > 40 and {"learner.pkl", "model.safetensors"} <= {Path(name).name for name, _ in looked}
-    for name, content in [*looked, *((f"output {i}", text.encode()) for i, text in enumerate(told))]:
+    for name, content in [*looked, *((f"output {i}", text.encode()) for i, text in enumerate(outputs))]:
         for secret in secrets:
             assert secret.encode() not in content, (name, secret)
 
 
 def test_the_interrupted_fit_went_on_and_its_patients_are_known(worked):
-    _, export, told, _ = worked
+    _, export, outputs, _ = worked
     model = settings_of(export)
     assert model["status"] == "complete" and [p["epochs"] for p in model["training"]["phases"]] == [2]
     assert model["data"]["patients"]["train"] + model["data"]["patients"]["valid"] == 16
-    assert "training      " in told[0] and "going on" in told[1]
+    assert "training      " in outputs[0] and "going on" in outputs[1]
 
 
 def test_evaluate_and_interpret_count_patients(worked, patients):
