@@ -341,7 +341,7 @@ def test_images_without_labels(refuse, data, tmp_path):
 
 def test_a_class_that_the_model_does_not_know(refuse, tmp_path):
     root = draw_collection(tmp_path / "data", {"test/NORMAL": 1, "test/COVID": 1})
-    refuse(root, "holds class COVID", "the classes known are NORMAL, PNEUMONIA")
+    refuse(root, "holds class COVID", "the known classes are NORMAL, PNEUMONIA")
 
 
 @pytest.mark.parametrize("threshold", ["half", "1.5", "-0.1", "nan", ""])
@@ -352,7 +352,7 @@ def test_a_threshold_that_is_none(threshold, refuse, data):
 def test_output_below_a_file(run, refused, export, data, tmp_path):
     (tmp_path / "file").write_text("mine")
     options = ["--model", export, "--data", data, "--output", tmp_path / "file"]
-    refused(run("evaluate", *options), tmp_path / "file", "can't be written", "--output")
+    refused(run("evaluate", *options), tmp_path / "file", "cannot be written", "--output")
 
 
 def test_a_folder_of_that_name_that_is_no_evaluation(run, refused, export, data, tmp_path):

@@ -192,7 +192,7 @@ def test_top_zero(run):
 
 def test_output_below_a_file(look, refused, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(look(output=tmp_path / "file")[0], "can't be written", "--output")
+    refused(look(output=tmp_path / "file")[0], "cannot be written", "--output")
 
 
 def test_data_that_does_not_fit(look, refused, data, tmp_path):
@@ -204,7 +204,7 @@ def test_data_that_does_not_fit(look, refused, data, tmp_path):
     refused(look(data=tmp_path / "flat")[0], "images without a class")
     refused(look(data=draw_collection(tmp_path / "flu", {"test/FLU": 1}))[0], "holds class FLU")
     other = draw_collection(tmp_path / "other", {"train/NORMAL": 2, "train/PNEUMONIA": 2})
-    refused(look(split="valid", data=other)[0], "files that fit validated on are not there", "--data")
+    refused(look(split="valid", data=other)[0], "files that the fit validated on are missing", "--data")
 
 
 def test_one_class_only(look, tmp_path):

@@ -115,7 +115,7 @@ def assign_validation(
         held_out = hold_out(train, fraction, seed)
         line = f"{held_out.sum():,} images held out of train/, by patient"
         if val is not None:
-            line += f", and val/, too small alone ({len(val)} images)"
+            line += f", and val/, which is too small alone ({len(val)} images)"
     frames = [train.assign(is_valid=held_out)]
     if val is not None:
         frames.append(val.assign(is_valid=True))
