@@ -77,7 +77,7 @@ def files(an_image):
 
 
 def test_the_readmes_lines_say_what_predict_says(written, export, files, capsys):
-    assert SNIPPET.strip() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert SNIPPET.strip() in (Path(__file__).parents[2] / "xray_fastai/inference/README.md").read_text("utf-8")
     output, _ = written
     table = predict(files, export, device="cpu", precision="fp32")
     for row in table.itertuples():
