@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.config import PredictConfig
 from xray_fastai.data.images import has_no_extension, open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model, open_model
@@ -191,8 +193,10 @@ def _run(
     return calls
 
 
-def predict_command(paths: list[str], model=None, **options) -> int:
-    """`_predict`, by all processes that there are; in each the same number comes back."""
+def predict_command(paths: list[str], model: Path | None, config: PredictConfig) -> int:
+    """Predict by all processes; each returns the same number."""
+    options = asdict(config)
+    options |= {name: Path(options[name]) for name in ("output", "heatmaps") if options[name] is not None}
     with distributed.session() as first:
         if first:
             return distributed.share(_predict(paths, model, **options))
