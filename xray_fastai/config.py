@@ -58,8 +58,8 @@ SMALLEST, LARGEST = 32, 4096
 MOST_CLASSES = 1000
 
 
-def _setting(default, help: str):
-    return field(default=default, metadata={"help": help})
+def _setting(default, help: str, **limits):
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,46 @@ class FitConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """The options of `predict`, in Python and on the command line.
+
+    Limits stand in the metadata of a field: `min` and `max` of a number, the `choices` of a name. `metavar` is how the
+    command line names a value.
+
+    Raises:
+        UserError: a value is outside its limits, or `resume` lacks `output`.
+    """
+
+    output: str | None = _setting(None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE")
+    resume: bool = _setting(False, "Continue an interrupted --output.")
+    heatmaps: str | None = _setting(None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR")
+    recursive: bool = _setting(False, "Search the subfolders, too.")
+    threshold: float | None = _setting(
+        None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
+    )
+    uncalibrated: bool = _setting(False, "Give the probabilities without temperature scaling.")
+    tta: bool = _setting(False, "Test-time augmentation: the mean over five views of an image.")
+    batch_size: int = _setting(32, "Batch size.", min=1)
+    device: str = _setting("auto", f"{', '.join(DEVICES)}.", choices=DEVICES)
+    precision: str = _setting("auto", "auto: bf16 where the model was trained in it.", choices=INFERENCE_PRECISIONS)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = _as_declared(f.name, f.type, getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
+            low, high, choices = (f.metadata.get(limit) for limit in ("min", "max", "choices"))
+            if value is None:
+                continue
+            if (low is not None and not value >= low) or (high is not None and not value <= high):
+                limits = f"{low:g} or more" if high is None else f"a number from {low:g} to {high:g}"
+                raise _refused(f.name, f"{value:g}", f"give {limits}")
+            if choices is not None and value not in choices:
+                raise _refused(f.name, value, f"choose one of {', '.join(choices)}")
+        if self.resume and self.output is None:
+            raise UserError("give the file to continue by --output", option="resume")
 
 
 def class_fault(name: str) -> str | None:
