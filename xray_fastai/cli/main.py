@@ -20,6 +20,7 @@ from xray_fastai.config import (
     RECIPES,
     SCHEDULES,
     FitConfig,
+    PredictConfig,
 )
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
@@ -234,10 +235,11 @@ def predict(
     """What a model says of new images. Exit code 1 where a file could not be read."""
     from xray_fastai.inference.predict_files import predict_command as run
 
-    bad = run(
-        paths, model, output=output, resume=resume, heatmaps=heatmaps, recursive=recursive, threshold=threshold,
+    config = PredictConfig(
+        output=output, resume=resume, heatmaps=heatmaps, recursive=recursive, threshold=threshold,
         uncalibrated=uncalibrated, tta=tta, batch_size=batch_size, device=device, precision=precision,
     )  # fmt: skip
+    bad = run(paths, model, config)
     if bad:
         raise typer.Exit(1)
 
