@@ -107,9 +107,10 @@ class Setting:
         return f"a number that is {low} and {high}"
 
 
-def setting_of(option: Field) -> Setting:
+def setting_of(option: Field[Any]) -> Setting:
     """Return the description of a field of `FitConfig` or `PredictConfig`."""
-    return option.metadata["setting"]
+    setting: Setting = option.metadata["setting"]
+    return setting
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
@@ -130,7 +131,7 @@ def _check_fields(config: Any) -> None:
             raise UserError(advice, option=option.name, value=text)
 
 
-def _converted(option: Field, value: Any) -> Any:
+def _converted(option: Field[Any], value: Any) -> Any:
     """Convert a value from Python to what JSON holds: a path to text, a NumPy number to Python's."""
     kind, *others = get_args(option.type) or (option.type,)
     if value is None and type(None) in others:

@@ -80,8 +80,7 @@ def fit(
     if resume is None:
         result = run(FitConfig(**settings))
     else:
-        given = {k: v for k, v in settings.items() if ctx.get_parameter_source(k).name == "COMMANDLINE"}
-        result = run(resume=resume or True, **given)
+        result = run(resume=resume or True, **{k: v for k, v in settings.items() if _is_given(ctx, k)})
     if open and distributed.rank() == 0:
         _open(result.path / "report.html")
     if result.error:
@@ -91,6 +90,11 @@ def fit(
     if result.signal:
         distributed.tell("Interrupted: the best weights so far were exported.")
         raise typer.Exit(128 + result.signal)
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _open(report: Path) -> None:

@@ -63,7 +63,7 @@ def one_of(*choices: str) -> Callable[[str | None], str | None]:
     return check
 
 
-def _option(field: Field) -> Any:
+def _option(field: Field[Any]) -> Any:
     setting, option = setting_of(field), f"--{field.name.replace('_', '-')}"
     if field.default is True:
         option = f"{option}/--no{option[1:]}"
