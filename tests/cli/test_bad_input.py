@@ -208,7 +208,7 @@ def test_a_disk_that_fills_up_before_an_epoch_is_kept(start, collection, tmp_pat
 def test_a_disk_that_fills_up_while_exporting(start, collection, tmp_path):
     """The weights fit, as they do into a checkpoint, but the pickle doesn't; it goes on where there is space."""
     trained, line = limited(44_800_000, start, collection, tmp_path)
-    assert "exports/full: the export could not be written (a file could not be written to its end); free" in line
+    assert "exports/full: the export could not be written (a file could not be written completely); free" in line
     assert "go on by 'xray-fastai fit --resume full', or delete exports/.full.partial" in line
     assert [path.name for path in (tmp_path / "exports" / ".full.partial").iterdir()] == ["checkpoint"]
     process = start("fit", "--resume", cwd=tmp_path)

@@ -1,5 +1,11 @@
 """The package in Python: every public name is there, and gives what the commands give."""
 
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +17,29 @@ from xray_fastai.system.device import choose_precision
 @pytest.mark.parametrize("name", xray_fastai.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(xray_fastai, name)
+
+
+def test_the_public_names_are_listed():
+    """For `dir`, for editors and type checkers, and for the import at first use: three lists of the same names."""
+    assert dir(xray_fastai) == sorted(xray_fastai.__all__)
+    tree = ast.parse(Path(xray_fastai.__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "xray_fastai." in node.module]
+    modules = {node.names[0].name: node.module.removeprefix("xray_fastai.") for node in imports}
+    assert modules == xray_fastai._MODULES
+    assert {*modules, "__version__"} == set(xray_fastai.__all__)
+    assert Path(xray_fastai.__file__).with_name("py.typed").is_file()
+
+
+def test_importing_the_package_loads_no_framework():
+    code = "import sys, xray_fastai; sys.exit(' '.join({'torch', 'fastai', 'matplotlib'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+
+
+@pytest.mark.parametrize("name", sorted(xray_fastai._MODULES))
+def test_a_public_function_is_fully_typed(name):
+    signature = inspect.signature(getattr(xray_fastai, name))
+    assert all(p.annotation is not p.empty for p in signature.parameters.values())
+    assert signature.return_annotation is not signature.empty
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import DISCLAIMER, load_learner
 from xray_fastai.cli import app
-from xray_fastai.inference import gradcam
+from xray_fastai.inference import predict_files
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
 from xray_fastai.inference.row_file import RowFile
@@ -50,8 +50,10 @@ def model(export):
 @pytest.fixture
 def says(export, model, monkeypatch):
     """Run `predict` with the small export, opened once for all tests, on these lines of standard input."""
-    opened = predict.open_model
-    monkeypatch.setattr(predict, "open_model", lambda path, *args: model if path == export else opened(path, *args))
+    opened = predict_files.open_model
+    monkeypatch.setattr(
+        predict_files, "open_model", lambda path, *args: model if path == export else opened(path, *args)
+    )
 
     def says(*args, stdin=None):
         command = ["predict", *map(str, args), "--model", str(export), "--device", "cpu"]
@@ -147,8 +149,8 @@ def test_more_than_two_classes(run, tmp_path):
     scores = table[["p_A", "p_B", "p_PNEUMONIA"]]
     assert table.threshold.isna().all() and (table.prediction == scores.idxmax(axis=1).str[2:]).all()
     result = run("predict", data / "train" / "A", "--model", tmp_path / "three", "--output", "out.csv")
-    assert "the most probable is called" in result.stdout and pd.read_csv("out.csv").threshold.isna().all()
-    with pytest.raises(UserError, match=r"--threshold 0\.3: of 3 classes"):
+    assert "the most probable class is predicted" in result.stdout and pd.read_csv("out.csv").threshold.isna().all()
+    with pytest.raises(UserError, match=r"^threshold 0\.3: a model of 3 classes"):
         predict(data / "train" / "A", three, threshold=0.3)
 
 
@@ -259,12 +261,12 @@ def test_a_name_that_is_not_utf8(says, files):
     ("options", "words"),
     [
         (["--output", "out.txt"], "ends in .csv or .jsonl"),
-        (["--output", "there.csv"], "there.csv: is there already"),
-        (["--output", "nowhere/out.csv"], "nowhere/out.csv: can't be written to (No such file or directory)"),
+        (["--output", "there.csv"], "--output there.csv: already exists"),
+        (["--output", "nowhere/out.csv"], "nowhere/out.csv: cannot be written to (No such file or directory)"),
         (["--output", "folder.csv"], "a folder, not a file"),
         (["--resume"], "--resume: give the file to continue by --output"),
-        (["empty"], "empty: no image in it (looked for .jpeg"),
-        (["--heatmaps", "there.csv"], "--heatmaps there.csv: can't be made"),
+        (["empty"], "empty: no image in this folder (looked for .jpeg"),
+        (["--heatmaps", "there.csv"], "--heatmaps there.csv: cannot be made"),
         (["images", "--heatmaps", "images"], "give a folder outside"),
         (["images", "--recursive", "--heatmaps", "images/maps"], "give a folder outside"),
         (["--model", "empty"], "empty: not an export"),
@@ -289,13 +291,13 @@ def test_no_export(run, refused, an_image):
 
 
 def test_a_folder_whose_images_lie_deeper(says, refused, images):
-    refused(says(images), f"{images}: no image in it", "--recursive")
+    refused(says(images), f"{images}: no image in this folder", "--recursive")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(says, refused, files, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
-    refused(says(files[0], "--output", tmp_path / "closed" / "out.csv"), "can't be written to (Permission denied)")
+    refused(says(files[0], "--output", tmp_path / "closed" / "out.csv"), "cannot be written to (Permission denied)")
 
 
 # continuing
@@ -365,7 +367,7 @@ def _other_probability(content):
         (lambda content: content + b"a,b\n", "row 5 of out.csv does not have the columns"),
         (lambda content: content + content.splitlines()[1] + b"\n", "row 5 of out.csv is", ),
         (lambda content: content.replace(b"train1.jpeg", b"train9.jpeg"), "but that input is"),
-        (_other_probability, "another model (or --precision, or --tta) gave the rows"),
+        (_other_probability, "the rows in out.csv came from another model, --precision or --tta"),
     ],
     ids=["class", "text", "columns", "too many", "path", "model"],
 )  # fmt: skip
@@ -394,7 +396,7 @@ def test_a_disk_that_fills_up(suffix, says, refused, files):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     stand = len(read(output))
-    refused(result, f"--output {output}: File too large after {stand} rows, which stand", "--resume")
+    refused(result, f"--output {output}: File too large after {stand} rows, which are kept", "--resume")
     assert 0 < stand < 40 and stand % 4 == 0
     assert says(*files, "--output", output, "--resume").exit_code == 0
     assert read(output).path.tolist() == files
@@ -413,8 +415,8 @@ def test_ctrl_c_leaves_whole_rows(start, says, export, files):
     assert process.wait(timeout=10) == 130
     with open("out.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    stands = f"Stopped; {len(rows)} rows of out.csv stand, --resume goes on."
-    assert process.stderr.read().strip() == stands
+    kept = f"Stopped; out.csv has {len(rows)} rows, continue it by --resume."
+    assert process.stderr.read().strip() == kept
     assert [row["path"] for row in rows] == files[: len(rows)] and rows[-1]["threshold"]
     process.stdin.detach()
     assert says("-", "--output", "out.csv", "--resume", stdin="\n".join(files)).exit_code == 0
@@ -448,7 +450,7 @@ def test_heat_maps(says, files, model, monkeypatch):
         return np.tile(np.linspace(0, 1, 4), (len(images), 4, 1))
 
     asked = []
-    monkeypatch.setattr(gradcam, "grad_cam", ramp)  # at this size the network's own map is a single place
+    monkeypatch.setattr(predict_files, "grad_cam", ramp)  # at this size the network's own map is a single place
     assert says(*files[14:18], "--heatmaps", "ramps", "--threshold", 0, "--batch-size", 3).exit_code == 0
     assert asked == [1, 1, 1, 1]  # the class that is called
     with Image.open(f"ramps/{Path(files[14]).stem}.png") as picture:
@@ -472,7 +474,7 @@ def test_heat_maps_of_rows_that_do_not_stand_go(says, files, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", interrupted)
         result = says(*files[:8], "--heatmaps", "maps", "--output", "out.csv", "--batch-size", 4)
-    assert result.exit_code == 130 and "4 rows of out.csv stand" in result.stderr
+    assert result.exit_code == 130 and "out.csv has 4 rows" in result.stderr
     assert [path.name for path in sorted(Path("maps").iterdir())] == names[:4]
     assert [path.name for path in made_by(says, files, "maps", "--output", "out.csv", "--resume")] == names
 
@@ -483,7 +485,7 @@ def made_by(says, files, folder, *options):
 
 
 def test_an_output_that_another_process_is_writing_is_left_to_it(says, refused, files):
-    with RowFile("out.csv", ["path"]):
+    with RowFile("out.csv", {"path": str}):
         for resume in ([], ["--resume"]):
             assert says(files[0], "--output", "out.csv", *resume).exit_code == 1
         refused(says(files[0], "--output", "out.csv", "--resume"), "--output out.csv: another predict is writing it")

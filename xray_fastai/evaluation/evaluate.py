@@ -1,6 +1,7 @@
 """An export, predicting images whose truth is known, becomes metrics with intervals, a table of predictions, plots."""
 
 import math
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from xray_fastai.evaluation.evaluation_result import Evaluation
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
-from xray_fastai.inference.tta import Views
+from xray_fastai.inference.tta import describe as describe_tta
 from xray_fastai.metrics import RESAMPLES, Interval, Measured, Scored, measure
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
@@ -70,8 +71,9 @@ def evaluate(
     thresholds = _operating_points(opened, given, uncalibrated)
     final = Path(opened.path if output is None else output) / f"evaluation-{split}"
     with replaced(final, METRICS) as folder:
-        views = Views() if tta else None
-        logits = predict_all(opened, table.path, views)
+        start = time.perf_counter()
+        logits = predict_all(opened, table.path, tta)
+        seconds = time.perf_counter() - start
         probabilities = opened.probabilities(logits, not uncalibrated)
         truth = np.array([opened.classes.index(label) for label in table.label])
         positive = opened.classes.index(opened.positive) if len(opened.classes) == 2 else None
@@ -80,7 +82,7 @@ def evaluate(
         measured = measure(scored, called)
         summary = _summary(opened, data, split, uncalibrated, thresholds, scored, called, measured) | {"tta": tta}
         predictions = _predictions(opened.classes, table, scored, called["chosen"])
-        about = _about(opened, summary, given) | ({} if views is None else {"tta": str(views)})
+        about = _about(opened, summary, given) | ({"tta": describe_tta(seconds)} if tta else {})
         result = Evaluation(final, summary, predictions, about)
         (folder / METRICS).write_text(result.to_json() + "\n", encoding="utf-8")
         # a file name may hold bytes that are no text

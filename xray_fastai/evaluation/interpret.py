@@ -161,7 +161,7 @@ def interpret(
         raise UserError("shows images called rightly, --only-errors those called wrongly; give one", option="confident")
     model = open_model(model, device, precision)
     if label is not None and label not in model.classes:
-        raise UserError(f"no such class; the classes are {', '.join(model.classes)}", option="class", value=label)
+        raise UserError(f"no such class; the classes are {', '.join(model.classes)}", option="label", value=label)
     images = labelled_images(model.settings, data, split)
     if images.empty:
         raise UserError("no image is left in it without those that fit validated on", option="split", value=split)

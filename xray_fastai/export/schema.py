@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from xray_fastai.config import ARCHITECTURES, CONTRASTS, LARGEST, MOST_CLASSES, SMALLEST, FitConfig, class_fault
+from xray_fastai.config import ARCHITECTURES, CONTRASTS, MAX_CLASSES, MAX_SIZE, MIN_SIZE, FitConfig, class_fault
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import fault_of, shown
 from xray_fastai.system.untrusted import read_received
@@ -96,7 +96,7 @@ class Part(BaseModel):
 
 
 class Preprocessing(Part):
-    size: Annotated[int, Field(ge=SMALLEST, le=LARGEST)]
+    size: Annotated[int, Field(ge=MIN_SIZE, le=MAX_SIZE)]
     channels: Literal["grey"]
     resize: Literal["whole image, bilinear"]
     contrast: Literal[CONTRASTS] = "none"  # what exports had before there was a choice
@@ -195,10 +195,10 @@ class Export(Part):
     status: Literal["complete", "interrupted", "diverged"]
     disclaimer: Text
     architecture: Literal[tuple(ARCHITECTURES)]
-    classes: Annotated[list[Class], Field(min_length=2, max_length=MOST_CLASSES, fail_fast=True)]
+    classes: Annotated[list[Class], Field(min_length=2, max_length=MAX_CLASSES, fail_fast=True)]
     positive: str | None
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    class_weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(max_length=MOST_CLASSES, fail_fast=True)] | None
+    class_weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(max_length=MAX_CLASSES, fail_fast=True)] | None
     preprocessing: Preprocessing
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)]
     threshold: Annotated[float, Field(ge=0, le=1)] | None

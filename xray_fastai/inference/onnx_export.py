@@ -22,8 +22,8 @@ from xray_fastai import __version__
 from xray_fastai.data.sources.phantom import draw
 from xray_fastai.inference.model import newest_export, open_model
 from xray_fastai.model.transforms import equalize
-from xray_fastai.system.errors import UserError
-from xray_fastai.system.files import check_new, reason
+from xray_fastai.system.errors import UserError, reason
+from xray_fastai.system.files import check_new
 from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.system.text import shown
 

@@ -4,6 +4,7 @@ import gc
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from xray_fastai.config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
@@ -25,7 +26,7 @@ CHANGEABLE = ("data", "device", "workers", "cache", "exports")
 """Settings that may differ when a fit is gone on with. `data` is checked to hold the same images."""
 
 
-def fit(config: FitConfig | None = None, *, resume: bool | str | Path = False, **settings) -> Result:
+def fit(config: FitConfig | None = None, *, resume: bool | str | Path = False, **settings: Any) -> Result:
     """Train a classifier and export it; what is done is printed as it goes.
 
     Args:
