@@ -89,11 +89,11 @@ def cache(
 ) -> None:
     """The decoded images that fits keep in the user's cache folder: how many files, where, how large."""
     from xray_fastai.data import pixel_cache
-    from xray_fastai.system.text import count_of
+    from xray_fastai.system.text import count_of, format_bytes
 
     files = pixel_cache.kept()
     size = pixel_cache.clear() if clear else sum(file.stat().st_size for file in files)
     print(
-        f"{pixel_cache.folder()}: {pixel_cache.told(size)} in {count_of(len(files), 'file')}"
+        f"{pixel_cache.folder()}: {format_bytes(size)} in {count_of(len(files), 'file')}"
         + (", deleted" if clear else "")
     )
