@@ -218,7 +218,7 @@ def test_a_table_for_a_few(says, files, tmp_path):
     rows = lines[lines.index(next(line for line in lines if line.startswith("path"))) :][:6]
     assert max(map(len, rows)) <= 80 and rows[0].split() == ["path", "prediction", "p_NORMAL", "p_PNEUMONIA"]
     assert len({len(row) for row in rows[:5]}) == 1  # aligned
-    assert "..." in rows[4] and "an ?[31mimage.jpeg" in rows[4] and rows[5].endswith("no such file")
+    assert "…" in rows[4] and "an ?[31mimage.jpeg" in rows[4] and rows[5].endswith("no such file")
     assert result.stderr == "Error: 1 of 5 files could not be read; their rows say why\n"
     assert "5 files in" in result.stdout and "errors: 1" in result.stdout
 

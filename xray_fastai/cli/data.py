@@ -11,7 +11,7 @@ from xray_fastai.cli.options import option_of
 from xray_fastai.config import FitConfig
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import check_new
-from xray_fastai.system.text import count_of
+from xray_fastai.system.text import count_of, format_bytes
 
 data_app = typer.Typer(help="Check a data set, download the public one, or draw a synthetic one.", no_args_is_help=True)
 
@@ -105,4 +105,4 @@ def cache(
     files = pixel_cache.kept()
     size = pixel_cache.clear() if clear else sum(file.stat().st_size for file in files)
     deleted = ", deleted" if clear else ""
-    print(f"{pixel_cache.folder()}: {pixel_cache.told(size)} in {count_of(len(files), 'file')}{deleted}")
+    print(f"{pixel_cache.folder()}: {format_bytes(size)} in {count_of(len(files), 'file')}{deleted}")

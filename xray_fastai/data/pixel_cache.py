@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import format_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +68,8 @@ class PixelCache:
     def _make(self) -> None:
         folder().mkdir(parents=True, exist_ok=True)
         if self.bytes > shutil.disk_usage(folder()).free / 2:
-            raise OSError(errno.ENOSPC, f"{told(self.bytes)} are more than half of the free space", str(folder()))
+            message = f"{format_bytes(self.bytes)} are more than half of the free space"
+            raise OSError(errno.ENOSPC, message, str(folder()))
         handle, made = tempfile.mkstemp(prefix=".making-", suffix=ENDING, dir=folder())
         try:
             with os.fdopen(handle, "wb") as file:
@@ -126,16 +128,11 @@ class PixelCache:
             self.sums[row] = _sum(image)
 
     def __str__(self) -> str:
-        return f"{self.path}, {told(self.bytes)}"
+        return f"{self.path}, {format_bytes(self.bytes)}"
 
 
 def _sum(image: "np.ndarray") -> int:
     return zlib.crc32(image) or 1  # 0 is what nothing was written to
-
-
-def told(count: int) -> str:
-    """A number of bytes, for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count:,} bytes"
 
 
 def kept() -> list[Path]:

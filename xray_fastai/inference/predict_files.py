@@ -28,12 +28,10 @@ from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import progress_bar
 from xray_fastai.system.signals import ignore_closed_output
-from xray_fastai.system.text import count_of
+from xray_fastai.system.text import WIDTH, count_of, printable, shorten
 
 MAX_ROWS = 50
 """Rows that the terminal shows; an output file gets all."""
-WIDTH = 80
-"""Columns of the terminal that a row may take."""
 SAME_MODEL = {"fp32": 1e-3, "bf16": 0.05}
 """By precision: the probabilities that one model gives for an image differ by less, on any device and in any batch."""
 
@@ -75,24 +73,12 @@ class Table:
         return [row["path"], row["prediction"], *(f"{row[probability_column(name)]:.4f}" for name in names)]
 
     def _line(self, cells: list[str]) -> str:
-        path, second, *numbers = (_printable(cell) for cell in cells)
-        cells = [f"{_shorten(path, self.widths[0]):<{self.widths[0]}}", _shorten(second, WIDTH - self.widths[0] - 2)]
+        path, second, *numbers = (printable(cell) for cell in cells)
+        cells = [f"{shorten(path, self.widths[0]):<{self.widths[0]}}", shorten(second, WIDTH - self.widths[0] - 2)]
         if numbers:
-            cells[1] = f"{_shorten(second, self.widths[1]):<{self.widths[1]}}"
+            cells[1] = f"{shorten(second, self.widths[1]):<{self.widths[1]}}"
             cells += [f"{number:>{width}}" for number, width in zip(numbers, self.widths[2:], strict=True)]
         return "  ".join(cells).rstrip()
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _shorten(text: str, width: int) -> str:
-    "Long text without its middle: folders and names are told apart by both ends."
-    if len(text) <= width:
-        return text
-    tail = (width - 3) * 2 // 3
-    return f"{text[: width - 3 - tail]}...{text[len(text) - tail :]}"
 
 
 def predict_command(paths: list[str], model: Path | None, config: PredictConfig) -> int:

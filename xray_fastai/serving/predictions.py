@@ -1,6 +1,5 @@
 """What the server says of an uploaded image, as the program that asked gets it."""
 
-import base64
 import io
 
 import numpy as np
@@ -12,6 +11,7 @@ from xray_fastai.data.images import open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.stream import predict_batches
+from xray_fastai.system.text import data_uri
 
 PICTURE = 640
 """Pixels of the longer side, at most, of the pictures that an answer holds."""
@@ -138,4 +138,4 @@ def _refused(model: Model, name: str, why: str) -> Prediction:
 def _uri(picture: Image.Image) -> str:
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return data_uri(stream.getvalue(), "image/jpeg")

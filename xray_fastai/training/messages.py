@@ -6,6 +6,7 @@ from xray_fastai import DISCLAIMER
 from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
 from xray_fastai.system import distributed
+from xray_fastai.system.text import format_interval
 from xray_fastai.training.checkpoint import Saved
 from xray_fastai.training.plan import Plan
 
@@ -87,8 +88,8 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
         share = f"the {worst.name} tenth of each class, {worst.images} images"
         parted = worst.parts_from(best["roc_auc"])
         print(
-            f"{'WARNING, ' if parted else ''}worst group: {share}: AUC {worst.roc_auc:.3f} "
-            f"({worst.low:.3f} to {worst.high:.3f})"
+            f"{'WARNING, ' if parted else ''}worst group: {share}: AUC "
+            + format_interval(worst.roc_auc, worst.low, worst.high)
         )
         if parted:
             print("  images that were taken differently may fare as badly: test on some before you trust the model")

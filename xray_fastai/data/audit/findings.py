@@ -1,7 +1,6 @@
 """What was found in a data set: text for a person, JSON for a program, and a list of files for `fit --exclude`."""
 
 import json
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pandas as pd
 
 from xray_fastai.data.audit.shortcuts import Shortcut
 from xray_fastai.data.exclusions import LEAVE_OUT, write_list
-from xray_fastai.system.text import count_of
+from xray_fastai.system.text import count_of, printable, wrap
 
 FORMAT = 1
 """The layout of the JSON; it counts the changes that a reader of it must know of."""
@@ -18,7 +17,6 @@ FORMAT = 1
 SPLITS = ("train", "val", "test", "")  # "" holds classes without splits
 SEVERITIES = ("error", "warning", "remark")
 SHOWN = 3  # files of a finding on the terminal
-WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,12 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        lines = _wrapped(f"{self.severity:<9}", self.text)
+        lines = wrap(self.text, f"{self.severity:<9}")
         for file in self.files[:SHOWN]:
-            name = "".join(c if c.isprintable() else "?" for c in file.name)
-            lines.append(f"{'':11}{name}" + (f": {file.detail}" if file.detail else ""))
+            lines.append(f"{'':11}{printable(file.name)}" + (f": {file.detail}" if file.detail else ""))
         if len(self.files) > SHOWN:
             lines.append(f"{'':11}... and {len(self.files) - SHOWN:,} more (--json names all)")
-        return "\n".join([*lines, *_wrapped(f"{'':9}-> ", self.advice)])
+        return "\n".join([*lines, *wrap(self.advice, f"{'':9}-> ")])
 
 
 @dataclass(frozen=True)
@@ -194,10 +191,3 @@ def _span(values: pd.Series) -> dict[str, float]:
 
 def _counts(values: pd.Series) -> dict[str, int]:
     return values.value_counts().to_dict()
-
-
-def _wrapped(start: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip
