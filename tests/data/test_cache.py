@@ -53,10 +53,10 @@ def fit(run, collection, decoded):
 def test_a_file_is_decoded_once_and_the_fit_is_the_same(fit, run, collection):
     images = sum(1 for _ in collection.glob("tra*/*/*")) + sum(1 for _ in collection.glob("val/*/*"))
     _, plain, often = fit("plain", "--no-cache")
-    assert often > images and not pixel_cache.kept()
+    assert often > images and not pixel_cache.cache_files()
 
     output, first, once = fit("first")
-    (file,) = pixel_cache.kept()
+    (file,) = pixel_cache.cache_files()
     assert f"{file}, " in output.replace("\n", "") and first == plain and once <= images
     _, second, none = fit("second")
     assert second == plain and none == 0
@@ -73,12 +73,12 @@ def test_a_file_is_decoded_once_and_the_fit_is_the_same(fit, run, collection):
         Image.open(changed).rotate(180).save(changed, quality=95)
     _, other, all_again = fit("changed")
     assert other != plain and all_again == once
-    (new,) = pixel_cache.kept()
+    (new,) = pixel_cache.cache_files()
     assert new != file
 
     told = run("data", "cache")
     assert told.exit_code == 0 and "in 1 file\n" in told.output and str(new.parent) in told.output
-    assert "deleted" in run("data", "cache", "--clear").output and not pixel_cache.kept()
+    assert "deleted" in run("data", "cache", "--clear").output and not pixel_cache.cache_files()
 
 
 def test_two_at_once(tmp_path):
@@ -88,7 +88,7 @@ def test_two_at_once(tmp_path):
         Image.fromarray(image).save(path)
     with ThreadPoolExecutor(8) as pool:
         caches = list(pool.map(lambda _: PixelCache(paths, 32), range(8)))
-        assert len({cache.path for cache in caches}) == 1 and len(pixel_cache.kept()) == 1
+        assert len({cache.path for cache in caches}) == 1 and len(pixel_cache.cache_files()) == 1
 
         def use(cache):
             for path in rng.permutation(paths):
@@ -108,11 +108,11 @@ def test_where_no_cache_can_be(fit, monkeypatch, tmp_path):
     with monkeypatch.context() as patched:
         patched.setattr(os, "posix_fallocate", full)
         output, history, _ = fit("full")
-    assert "No space left on device" in output and not pixel_cache.kept()
+    assert "No space left on device" in output and not pixel_cache.cache_files()
     with monkeypatch.context() as patched:
         patched.setattr(pixel_cache, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=60_000)))
         output, _, _ = fit("scarce")
-    assert "more than half of the free space" in output and not pixel_cache.kept()
+    assert "more than half of the free space" in output and not pixel_cache.cache_files()
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     output, same, _ = fit("nowhere")
@@ -124,7 +124,7 @@ def test_what_is_long_unused_goes(tmp_path, monkeypatch):
     path = tmp_path / "an.png"
     Image.new("L", (32, 32)).save(path)
     small, large = (PixelCache([str(path)], size) for size in (32, 64))
-    assert pixel_cache.kept() == [large.path] != [small.path]
+    assert pixel_cache.cache_files() == [large.path] != [small.path]
 
 
 def test_a_loading_process_that_starts_after_the_cache_was_cleared_decodes(collection):

@@ -122,5 +122,5 @@ def test_positive_class():
     assert positive_class(["A", "B"]) == "B"
     assert positive_class(["A", "B", "C"]) is None
     assert positive_class(["NORMAL", "PNEUMONIA"], "NORMAL") == "NORMAL"
-    with pytest.raises(UserError, match="--positive FLU: no such class"):
+    with pytest.raises(UserError, match="positive FLU: no such class"):
         positive_class(["NORMAL", "PNEUMONIA"], "FLU")

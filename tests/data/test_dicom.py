@@ -293,8 +293,8 @@ def refusals():
         "frames": ((SHIPPED / "SC_rgb_rle_2frame.dcm").read_bytes(), "2 frames"),
         "zero rows": (written(small, Rows=0), "64 x 0 pixels"),
         "too large": (written(small, Rows=60_000, Columns=60_000), "60000 x 60000 pixels"),
-        "cut short": (whole[:-1000], "cut short"),
-        "cut short at all": (shipped["MR_truncated"], "cut short"),
+        "truncated": (whole[:-1000], "truncated"),
+        "truncated in the pixels": (shipped["MR_truncated"], "truncated"),
         "cut in the header": (whole[:380], "DICOM file"),
         "32 bits": (shipped["rtdose_1frame"], "32 bits"),
         "frames that are no number": (shipped["badVR"], "broken DICOM file"),
@@ -302,16 +302,16 @@ def refusals():
         "video": (written(small, syntax=uid.MPEG2MPML, PixelData=encapsulate([b"film"])), "MPEG2"),
         "unknown syntax": (
             whole.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0"),
-            "names no transfer syntax",
+            "names no known transfer syntax",
         ),
         "samples": (written(small, kind="RGB"), "neither grey nor colours"),
         "slope of 0": (written(small, RescaleSlope=0, RescaleIntercept=1), "slope"),
         "endless intercept": (written(small, RescaleSlope=1, RescaleIntercept="1e400"), "slope"),
         "strange LUT": (written(small, VOILUTFunction="BENT", WindowCenter=5, WindowWidth=9), "broken DICOM file"),
-        "torn JPEG": (written(RAMP.astype(np.uint8), PixelData=encapsulate([jpeg[:-200]]), **header), "cut short"),
+        "truncated JPEG": (written(RAMP.astype(np.uint8), PixelData=encapsulate([jpeg[:-200]]), **header), "truncated"),
         "JPEG bomb": (written(RAMP.astype(np.uint8), PixelData=encapsulate([bomb]), **header), "65535 x 65535"),
-        "no JPEG": (written(RAMP.astype(np.uint8), PixelData=encapsulate([b"no JPEG"]), **header), "no JPEG"),
-        "torn JPEG-LS": (content_of(ls), "cut short"),
+        "no JPEG": (written(RAMP.astype(np.uint8), PixelData=encapsulate([b"no JPEG"]), **header), "not JPEG"),
+        "truncated JPEG-LS": (content_of(ls), "truncated"),
         "other size": (content_of(wide), "its header says 65 x 48"),
         "RLE bomb": (content_of(rle), "more pixels"),
         "a list of files": (dirs[0].read_bytes(), "PixelData"),
@@ -334,7 +334,7 @@ def test_what_is_not_one_xray_is_named_with_what_is_wrong(tmp_path, kind, reader
 
 def test_dcm_files_that_are_none(tmp_path):
     path = tmp_path / "x.dcm"
-    for content, words in ((b"", "0 bytes"), (b"text" * 100, "no DICOM file")):
+    for content, words in ((b"", "0 bytes"), (b"text" * 100, "not a DICOM file")):
         path.write_bytes(content)
         with pytest.raises(ImageError, match=words):
             open_image(path)
@@ -347,7 +347,7 @@ def test_a_deflated_file_opens_and_a_bomb_does_not(monkeypatch):
     plain = written(stored)
     packed = written(stored, syntax=uid.DeflatedExplicitVRLittleEndian)
     assert len(packed) < len(plain) / 2 and (grey(packed) == grey(plain)).all()
-    monkeypatch.setattr(reader, "MOST_BYTES", len(plain) // 2)
+    monkeypatch.setattr(reader, "MAX_BYTES", len(plain) // 2)
     with pytest.raises(ImageError, match="deflated"):
         open_image(packed)
     moved = packed[:140] + bytes(4) + packed[144:]  # the group is said to be empty
@@ -420,8 +420,8 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path):
     ended = python(code, tmp_path)
     assert ended.returncode == 1 and not ended.stderr
     first, *rest = ended.stdout.splitlines()
-    assert first == f'{folder / "IM0001"}: a DICOM file; to read such, pip install "xray-fastai[dicom]"'
-    assert any('train/NORMAL/IM0001: a DICOM file; to read such, pip install "xray-fastai[dicom]"' in r for r in rest)
+    assert first == f'{folder / "IM0001"}: a DICOM file; to read it, pip install "xray-fastai[dicom]"'
+    assert any('train/NORMAL/IM0001: a DICOM file; to read it, pip install "xray-fastai[dicom]"' in r for r in rest)
 
 
 def test_nothing_is_printed_warned_or_logged_of_what_is_odd_in_a_header(tmp_path):
@@ -436,7 +436,7 @@ def test_nothing_is_printed_warned_or_logged_of_what_is_odd_in_a_header(tmp_path
         path.write_bytes(content_of(ds))
     code = (
         "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
-        "from xray_fastai import dicom\nfrom xray_fastai.data.images import open_image\n"
+        "from xray_fastai.data.dicom import reader\nfrom xray_fastai.data.images import open_image\n"
         "open_image(sys.argv[1])\nassert reader.patient_key(sys.argv[1])\n"
         "try: open_image(sys.argv[2])\nexcept Exception: pass\n"
         "else: raise SystemExit(3)\n"
@@ -643,7 +643,7 @@ def test_predict_takes_folders_of_all_kinds_of_names(worked, patients):
     named = [path for label in ("NORMAL", "PNEUMONIA") for path in sorted((patients / "test" / label).iterdir())]
     assert list(rows.path) == [*map(str, named), str(root / "broken.dcm")]
     assert rows.error.notna().tolist() == [False] * 18 + [True]
-    assert "cut short" in rows.error.iloc[-1]
+    assert "truncated" in rows.error.iloc[-1]
     maps = {path.name for path in (root / "maps").iterdir()}
     assert len(maps) == 18 and "1.2.840.1.20.png" in maps and "a120.png" in maps
 

@@ -359,7 +359,7 @@ def test_a_folder_of_that_name_that_is_no_evaluation(run, refused, export, data,
     (tmp_path / "evaluation-test").mkdir()
     (tmp_path / "evaluation-test" / "mine").write_text("mine")
     options = ["--model", export, "--data", data, "--output", tmp_path]
-    refused(run("evaluate", *options), "evaluation-test: is there already", "--output")
+    refused(run("evaluate", *options), "evaluation-test: already exists", "--output")
     assert (tmp_path / "evaluation-test" / "mine").read_text() == "mine"
 
 

@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from xray_fastai.system import text
-from xray_fastai.system.text import fault_of, format_bytes, format_number, printable, shorten, shown, wrap
+from xray_fastai.system.text import fault_of, format_number, printable, shorten, shown, wrap
 
 
 def test_the_examples():
@@ -31,13 +31,6 @@ def test_wrap():
     assert wrap(f"{path} stays whole", "head ")[0] == f"head {path}"
     assert max(map(len, wrap("many words " * 30, "head "))) <= 80
     assert wrap("", "head ") == ["head"] and wrap("") == [""]
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"), [(999, "999 bytes"), (1_000_000, "1 MB"), (2_500_000_000, "2.5 GB"), (1000, "1,000 bytes")]
-)
-def test_bytes(count, expected):
-    assert format_bytes(count) == expected
 
 
 @pytest.mark.parametrize(

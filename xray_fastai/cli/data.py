@@ -10,8 +10,8 @@ from xray_fastai.cli.command import Command
 from xray_fastai.cli.options import option_of
 from xray_fastai.config import FitConfig
 from xray_fastai.system.errors import UserError
-from xray_fastai.system.files import check_new
-from xray_fastai.system.text import count_of, format_bytes
+from xray_fastai.system.files import cache_dir, check_new
+from xray_fastai.system.text import count_of
 
 data_app = typer.Typer(help="Check a data set, download the public one, or draw a synthetic one.", no_args_is_help=True)
 
@@ -100,9 +100,11 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete the decoded images.")] = False,
 ) -> None:
     """Show the decoded images that fits keep in the user's cache folder: where, how many, how large."""
+    from rich.filesize import decimal
+
     from xray_fastai.data import pixel_cache
 
-    files = pixel_cache.kept()
+    files = pixel_cache.cache_files()
     size = pixel_cache.clear() if clear else sum(file.stat().st_size for file in files)
     deleted = ", deleted" if clear else ""
-    print(f"{pixel_cache.folder()}: {format_bytes(size)} in {count_of(len(files), 'file')}{deleted}")
+    print(f"{cache_dir()}: {decimal(size)} in {count_of(len(files), 'file')}{deleted}")

@@ -1,7 +1,7 @@
-"""Split folders become a table (path, label, split, patient), and the table a fastai `DataBlock` and `DataLoaders`.
+"""Read a folder of images as a table with the path, label, split and patient of each.
 
-The layout is the Kaggle collection's: `DIR/{train,val,test}/CLASS/*`. What is odd in its archive (a second
-`chest_xray/chest_xray`, `__MACOSX`, `.DS_Store`, extensions in capitals) is taken as it comes.
+The layout is that of the Kaggle collection: `DIR/{train,val,test}/CLASS/*`. The oddities of its archive are accepted: a
+second `chest_xray/chest_xray`, `__MACOSX`, `.DS_Store`, extensions in capitals.
 """
 
 import hashlib
@@ -25,28 +25,26 @@ from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of
 
-REHEARSAL = "built-in phantom"
-"""The name of the collection that the package draws itself."""
+PHANTOM_NAME = "built-in phantom"
+"""The displayed name of the X-rays that the package draws."""
+DEFAULT_FOLDER = "chest_xray"
 
 
 @dataclass(frozen=True)
 class Collection:
     """The images of a fit.
 
-    `table` has an image a row: path, file (relative to the root), label, split, patient, is_valid, what `facts.Facts`
-    has, and image (a number, equal for files that show the same).
+    `table` has one row for each image. Its columns are path, file (relative to the root), label, split, patient,
+    is_valid, the fields of `image_facts.Facts`, and image (a number, equal for files that show the same image).
     """
 
     name: str
+    rehearsal: bool  # the images are the X-rays that the package draws
     classes: list[str]
     positive: str | None
     table: pd.DataFrame
     notes: list[str]
-    skipped: list[str]  # what is wrong with each file that `skip_bad` left out
-
-    @property
-    def rehearsal(self) -> bool:
-        return self.name == REHEARSAL
+    skipped: list[str]  # the errors of the files that `skip_bad` left out
 
     @property
     def train(self) -> pd.DataFrame:
@@ -58,24 +56,36 @@ class Collection:
 
 
 def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
-    """Read and check the images of a fit; `test` is never looked at.
+    """Read and check the images of a fit. The test split is not read.
 
     Returns:
-        The settings, with what they left to the kind of data filled in, and the images.
+        The settings, completed by `with_data_defaults`, and the images.
 
     Raises:
-        UserError: the folder is not such a collection, or an image can't be read; by name.
+        UserError: the folder is not such a collection, or an image cannot be read.
     """
-    data = config.data
-    if data is None and Path("chest_xray").is_dir():
-        data = "chest_xray"
-    if data is None:
-        root = cached()
+    config = with_data_defaults(config)
+    return config, _read_collection(config)
+
+
+def with_data_defaults(config: FitConfig) -> FitConfig:
+    """Fill in the settings that depend on the data. Without a data folder (`data` None) the fit is a rehearsal."""
+    config = config.with_choices(data=default_data())
+    if config.data is None:
         config = config.with_choices(weights="none", size=64)
     else:
-        root = find_root(data)
-        config = config.with_choices(data=data, weights="imagenet", size=224)
-    config = config.with_choices(freeze_epochs=config.epochs)
+        config = config.with_choices(weights="imagenet", size=224)
+    return config.with_choices(freeze_epochs=config.epochs)
+
+
+def default_data() -> str | None:
+    """Return the data folder to use if none is given: ./chest_xray, or None for the X-rays that the package draws."""
+    return DEFAULT_FOLDER if Path(DEFAULT_FOLDER).is_dir() else None
+
+
+def _read_collection(config: FitConfig) -> Collection:
+    rehearsal = config.data is None
+    root = cached() if rehearsal else find_root(config.data)
     train = read_split(root, "train", patient_pattern=config.patient_pattern)
     classes = sorted(train.label.unique())
     check_classes(classes)
@@ -85,43 +95,44 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     if config.valid == "folder" or (config.valid == "auto" and (root / "val").is_dir()):
         val = read_split(root, "val", classes, config.patient_pattern)
     table = numbered(pd.concat([train, val], ignore_index=True))
-    listed = []
+    exclusions = []
     if config.exclude is not None:
-        table, listed = leave_out(table, root, config.exclude)
-    table, bad = check_files(table, skip_bad=config.skip_bad)
+        table, exclusions = leave_out(table, root, config.exclude)
+    table, skipped = check_files(table, skip_bad=config.skip_bad)
     parts = {split: rows.reset_index(drop=True) for split, rows in table.groupby("split")}
     table, line, leaking = assign_validation(parts["train"], parts.get("val"), config.valid, config.seed)
-    notes = [line, *listed]
+    notes = [line, *exclusions]
     if leaking:
         notes.append(f"left out of training: {leaking} images whose patient, or a copy, is in val/")
-    if bad:
-        notes.append(f"left out by --skip-bad: {len(bad)} images")
-    return config, Collection(REHEARSAL if data is None else str(root), classes, positive, table, notes, bad)
+    if skipped:
+        notes.append(f"left out by --skip-bad: {len(skipped)} images")
+    name = PHANTOM_NAME if rehearsal else str(root)
+    return Collection(name, rehearsal, classes, positive, table, notes, skipped)
 
 
 def fingerprint(data: Collection) -> dict:
-    """What tells these images, and their split, from others: counts, and a SHA-256 over names, labels and contents."""
-    told = hashlib.sha256()
+    """Return what identifies the images and their split: counts, and a SHA-256 over names, labels and contents."""
+    digest = hashlib.sha256()
     for row in data.table[["file", "label", "patient", "digest", "is_valid"]].itertuples(index=False):
-        told.update(repr(tuple(map(str, row))).encode())
-    return {"train": len(data.train), "valid": len(data.valid), "sha256": told.hexdigest()}
+        digest.update(repr(tuple(map(str, row))).encode())
+    return {"train": len(data.train), "valid": len(data.valid), "sha256": digest.hexdigest()}
 
 
 def find_root(data: str | Path, split: str = "train") -> Path:
-    """The folder that holds `split`: `data` itself, or a `chest_xray` (in a `chest_xray`) in it.
+    """Find the folder that holds `split`: `data` itself, or `chest_xray` or `chest_xray/chest_xray` in it.
 
     Raises:
-        UserError: `data` is missing, a file, or does not have the split anywhere it is looked for.
+        UserError: `data` is missing or a file, or none of these folders has the split.
     """
     data = Path(data)
     try:
         return _find_root(data, split)
     except OSError as error:  # a name too long, or no permission
-        raise UserError(f"can't be read ({error.strerror}); give another folder", option="data", value=data) from None
+        raise UserError(f"cannot be read ({error.strerror}); give another folder", option="data", value=data) from None
 
 
 def _find_root(data: Path, split: str) -> Path:
-    layout = f"expected {split}/NORMAL, {split}/PNEUMONIA and the like in it"
+    layout = f"expected folders such as {split}/NORMAL and {split}/PNEUMONIA in it"
     if not data.exists():
         raise UserError(f"no such folder; {layout}", option="data", value=data)
     if not data.is_dir():
@@ -129,28 +140,71 @@ def _find_root(data: Path, split: str) -> Path:
     for root in (data, data / "chest_xray", data / "chest_xray" / "chest_xray"):
         if (root / split).is_dir():
             return root
-    inside = sorted(entry.name for entry in data.iterdir() if not is_hidden(entry.name))
-    if not inside:
+    entries = sorted(entry.name for entry in data.iterdir() if not is_hidden(entry.name))
+    if not entries:
         raise UserError(f"the folder is empty; {layout}", option="data", value=data)
-    raise UserError(f"no {split}/ in it (there is {', '.join(inside[:5])}); {layout}", option="data", value=data)
+    raise UserError(f"no {split}/ in it (it has {', '.join(entries[:5])}); {layout}", option="data", value=data)
 
 
 def find_images(folder: Path) -> list[str]:
-    """Image files (`images.is_image_file`) below a folder, at any depth, as sorted relative paths, but hidden ones."""
-    found = []
+    """List the image files (`images.is_image_file`) in a folder, at any depth, as sorted relative paths.
+
+    Hidden files and folders are left out.
+    """
+    names = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        found += [
+        names += [
             os.path.relpath(os.path.join(parent, name), folder)
             for name in files
             if not is_hidden(name) and is_image_file(os.path.join(parent, name))
         ]
-    return sorted(Path(name).as_posix() for name in found)
+    return sorted(Path(name).as_posix() for name in names)
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """The folders in a split's folder: each is a class."""
+    """List the folders in a split's folder. Each is a class."""
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+
+
+def list_split(folder: Path) -> dict[str, list[str]]:
+    """List the images in a split's folder by class, as `find_images`; a class folder without images has an empty list.
+
+    Nothing is checked here: see `check_split`.
+    """
+    return {entry.name: find_images(entry) for entry in class_folders(folder)}
+
+
+def check_split(folder: Path, images: dict[str, list[str]], classes: Sequence[str] | None, partial: bool) -> None:
+    """Check the classes and the images of a split.
+
+    Args:
+        folder: the split's folder, for the messages.
+        images: the images by class (`list_split`).
+        classes: see `read_split`.
+        partial: see `read_split`.
+
+    Raises:
+        UserError: see `read_split`.
+    """
+    no_image = f"no image in it (supported: {' '.join(EXTENSIONS)})"
+    if not images and partial:
+        unlabelled = ", but images without a class" if find_images(folder) else ""
+        expected = ", ".join(classes or ["CLASS"])
+        raise UserError(f"no class folders in it{unlabelled}; expected one of {expected}", value=folder)
+    if classes is None and len(images) < 2:
+        problem = f"one class only ({', '.join(images)})" if images else "no class folders"
+        expected = "expected one folder for each of two or more classes, such as NORMAL and PNEUMONIA"
+        raise UserError(f"{problem}; {expected}", value=folder)
+    if classes is not None and (surplus := sorted(images.keys() - set(classes))):
+        known = ", ".join(classes)
+        raise UserError(f"holds class {', '.join(surplus)}; the known classes are {known}", value=folder)
+    if classes is not None and not partial and (missing := sorted(set(classes) - images.keys())):
+        raise UserError(f"no folder for class {', '.join(missing)}, which train/ has", value=folder)
+    if empty := [label for label, names in images.items() if not names and not partial]:
+        raise UserError(no_image, value=folder / empty[0])
+    if not any(images.values()):
+        raise UserError(no_image, value=folder)
 
 
 def read_split(
@@ -160,116 +214,97 @@ def read_split(
     patient_pattern: str | None = None,
     partial: bool = False,
 ) -> pd.DataFrame:
-    """List one split.
+    """List and check one split.
 
     Args:
         root: the folder that holds the split's folder.
         split: train, val or test.
-        classes: the classes that must be there, and no other; None takes the folders that there are, two or more.
-        patient_pattern: regular expression that finds the patient in a file name; None is PatientID of DICOM files,
-            and the Kaggle names'.
+        classes: the classes that the split must have; it must have no others. None accepts any two or more classes.
+        patient_pattern: regular expression that finds the patient in a file name. None uses the PatientID of DICOM
+            files, and the Kaggle collection's file names.
         partial: some of `classes` may be missing or empty, as in a split to evaluate on.
 
     Returns:
-        A data frame, an image a row: `path`, `file` (relative to `root`), `label`, `split`, `patient` (as
-        `patients.patients_in`, to be `numbered` once all splits are there).
+        A table with one row for each image: `path`, `file` (relative to `root`), `label`, `split`, `patient` (from
+        `patients.patients_in`; call `numbered` on the table of all splits).
 
     Raises:
-        UserError: the split or a class is missing or empty, or there is a class too few or too many.
+        UserError: the split or a class is missing or empty, or the split has fewer or other classes.
     """
     folder = root / split
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    found = [entry.name for entry in class_folders(folder)]
-    if not found and partial:
-        unlabelled = ", but images without a class" if find_images(folder) else ""
-        raise UserError(
-            f"{folder}: no class folders in it{unlabelled}; expected one of {', '.join(classes or ['CLASS'])}"
-        )
-    if classes is None:
-        if len(found) < 2:
-            raise UserError(
-                f"{folder}: {'one class only (' + found[0] + ')' if found else 'no class folders'}; "
-                "expected one folder for each of two or more classes, such as NORMAL and PNEUMONIA"
-            )
-        classes = found
-    if surplus := sorted(set(found) - set(classes)):
-        raise UserError(f"{folder}: holds class {', '.join(surplus)}; the classes known are {', '.join(classes)}")
-    if (missing := sorted(set(classes) - set(found))) and not partial:
-        raise UserError(f"{folder}: no folder for class {', '.join(missing)}, which train/ has")
-    rows = []
-    for label in sorted(set(classes) & set(found)):
-        names = find_images(folder / label)
-        if not names and not partial:
-            raise UserError(f"{folder / label}: no image in it (looked for {' '.join(EXTENSIONS)})")
-        for name in names:
-            rows.append((str(folder / label / name), f"{split}/{label}/{name}", label, split))
-    if not rows:
-        raise UserError(f"{folder}: no image in it (looked for {' '.join(EXTENSIONS)})")
+        raise UserError("no such folder", value=folder)
+    images = list_split(folder)
+    check_split(folder, images, classes, partial)
+    rows = [
+        (str(folder / label / name), f"{split}/{label}/{name}", label, split)
+        for label, names in images.items()
+        for name in names
+    ]
     table = pd.DataFrame(rows, columns=["path", "file", "label", "split"])
     return table.assign(patient=patients_in(table, patient_pattern))
 
 
 def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.DataFrame, list[str]]:
-    """Decode every file once, before hours go into training on them.
+    """Decode every file once, so that a bad file is found before the training.
 
     Returns:
-        The table with what `facts.Facts` has of each file and a column `image`, a number that is equal for identical
-        and near-identical images; and the errors of the rows that `skip_bad` left out.
+        The table with the fields of `image_facts.Facts` and a column `image`, a number that is equal for identical and
+        near-identical images; and the errors of the rows that `skip_bad` left out.
 
     Raises:
-        UserError: a file can't be read, and `skip_bad` is off; or a class has no readable file left.
+        UserError: a file cannot be read and `skip_bad` is off, or a class has no readable file left.
     """
-    found = list(track(examine_all(table.path), "reading", len(table)))
-    errors = [str(f) for f in found if isinstance(f, ImageError)]
+    facts = list(track(examine_all(table.path), "reading", len(table)))
+    errors = [str(item) for item in facts if isinstance(item, ImageError)]
     if errors and not skip_bad:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; mend or remove it, or go on without it by --skip-bad")
-    kept = with_facts(table, found)
+        raise UserError(f"{errors[0]}{more}; repair or remove it, or leave out such files by --skip-bad")
+    kept = with_facts(table, facts)
     for split, label in {(s, c) for s, c in zip(table.split, table.label, strict=True)}:
         if not ((kept.split == split) & (kept.label == label)).any():
             raise UserError(f"{split}/{label}: no readable image in it; the first error: {errors[0]}")
     return kept.assign(image=same_image(kept)), errors
 
 
-def with_facts(table: pd.DataFrame, found: Sequence[Facts | ImageError]) -> pd.DataFrame:
-    """The readable rows of a table, with a column for each of the facts."""
-    readable = [isinstance(f, Facts) for f in found]
+def with_facts(table: pd.DataFrame, facts: Sequence[Facts | ImageError]) -> pd.DataFrame:
+    """Return the readable rows of a table, with a column for each field of their facts."""
+    readable = [isinstance(item, Facts) for item in facts]
     names = [field.name for field in fields(Facts)]
-    values = [[getattr(f, name) for name in names] for f in found if isinstance(f, Facts)]
+    values = [[getattr(item, name) for name in names] for item in facts if isinstance(item, Facts)]
     kept = table[readable].reset_index(drop=True)
     return kept.assign(**pd.DataFrame(values, columns=names))
 
 
 def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame, list[str]]:
-    """Drop the images that a list (`fixlist`) says to leave out.
+    """Drop the images that a list (`exclusions`) says to leave out.
 
     Returns:
-        The rows that stay, and notes on what was done.
+        The rows that stay, and notes for the user.
 
     Raises:
-        UserError: not such a list, or it names every image of a class.
+        UserError: the file is not such a list, or it names every image of a class.
     """
-    listed = read_list(path)
-    dropped = table.file.isin(listed)
+    excluded = read_list(path)
+    dropped = table.file.isin(excluded)
     kept = table[~dropped].reset_index(drop=True)
     for split, label in sorted({(s, c) for s, c in zip(table.split, table.label, strict=True)}):
         if not ((kept.split == split) & (kept.label == label)).any():
             raise UserError(f"names every image of {split}/{label}, so none is left", option="exclude", value=path)
     notes = [f"left out by --exclude: {count_of(int(dropped.sum()), 'image')}"]
-    if gone := sum(not (root / file).exists() for file in listed - set(table.file)):
-        notes.append(f"not there, but named by --exclude: {count_of(gone, 'file')}")
+    if missing := sum(not (root / file).exists() for file in excluded - set(table.file)):
+        notes.append(f"named by --exclude, but missing: {count_of(missing, 'file')}")
     return kept, notes
 
 
 def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | None:
-    """The class to detect: the one wanted, PNEUMONIA where there is one, or of two the one that is not NORMAL.
+    """Choose the class to detect: `wanted`, else PNEUMONIA, else the one of two classes that is not NORMAL.
 
     Returns:
-        None where there are more than two classes, none is wanted and none is PNEUMONIA.
+        None if there are more than two classes, none is wanted and none is PNEUMONIA.
 
     Raises:
-        UserError: the wanted class is not there.
+        UserError: the wanted class does not exist.
     """
     if wanted is not None:
         if wanted not in classes:
@@ -284,26 +319,27 @@ def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | N
 
 
 def file_key(file: str) -> str:
-    """A file's relative name as `model.json` knows it: the first 12 hexadecimal digits of its SHA-256.
+    """Return the key of a file in `model.json`: the first 12 hexadecimal digits of the SHA-256 of its relative name.
 
-    Enough to find the validation files again; and no file name, which may hold a patient's, goes where the model goes.
+    The key is enough to find the validation files again. File names may hold a patient's name, so an export has none.
     """
     return hashlib.sha256(file.encode()).hexdigest()[:12]
 
 
 def labelled_images(model: dict[str, Any], data: str | Path | None, split: str) -> pd.DataFrame:
-    """The images, with their true classes, that an export is evaluated or interpreted on.
+    """List the images, with their true classes, that an export is evaluated or interpreted on.
 
     Args:
-        model: its `model.json`.
-        data: the folder that holds the split; None is the one that `fit` used.
-        split: train, test, or valid: exactly the files that `fit` validated on. A model's `train` is without these.
+        model: the content of its `model.json`.
+        data: the folder that holds the split; None is the data of the fit.
+        split: train, test or valid. `valid` is exactly the files that the fit validated on, from train/ and val/;
+            `train` is train/ without these.
 
     Returns:
-        As `read_split`; classes may be missing.
+        A table like that of `read_split`. Classes may be missing.
 
     Raises:
-        UserError: no such folder or split, a class that the model does not know, or validation files that are gone.
+        UserError: the folder or split is missing, a class is unknown to the model, or validation files are missing.
     """
     if data is not None:
         root = find_root(data, "train" if split == "valid" else split)
@@ -322,9 +358,9 @@ def labelled_images(model: dict[str, Any], data: str | Path | None, split: str) 
     validated = table.file.map(file_key).isin(keys)
     if split == "train":
         return table[~validated].reset_index(drop=True)
-    if validated.sum() < len(keys):
+    if (missing := len(keys) - validated.sum()) > 0:
         raise UserError(
-            f"{root}: {len(keys) - validated.sum()} of the {len(keys)} files that fit validated on are not there; "
-            "give the folder that it used by --data"
+            f"{missing} of the {len(keys)} files that the fit validated on are missing; give its data folder by --data",
+            value=root,
         )
     return table[validated].reset_index(drop=True)

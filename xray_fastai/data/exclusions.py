@@ -1,7 +1,8 @@
-"""A list of files to leave out of a fit: `data check --fix` writes it, people edit it, `fit --exclude` reads it.
+"""Write and read the list of files to leave out of a fit.
 
-A .csv file with the columns `file` (relative to the folder that holds train/), `finding`, `action` and `detail`. A row
-whose action is not "leave out" changes nothing.
+`data check --fix` writes it, the user may edit it, and `fit --exclude` reads it. It is a .csv file with the columns
+`file` (relative to the folder that holds train/), `finding`, `action` and `detail`. A row whose action is not
+"leave out" changes nothing.
 """
 
 import csv
@@ -16,10 +17,10 @@ LEAVE_OUT = "leave out"
 
 
 def write_list(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Write the list whole, or not at all; names that are no UTF-8 keep their bytes.
+    """Write the complete list or nothing. File names that are not UTF-8 keep their bytes.
 
     Raises:
-        UserError: as `check_new`, or it can't be written.
+        UserError: see `check_new`; or the file cannot be written.
     """
     check_new(path, "fix")
     try:
@@ -35,10 +36,10 @@ def write_list(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def read_list(path: str | Path) -> set[str]:
-    """The files that a list says to leave out, as it names them.
+    """Read the names of the files to leave out.
 
     Raises:
-        UserError: no such file, or not such a list.
+        UserError: the file is missing, or is not such a list.
     """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
@@ -57,9 +58,9 @@ def read_list(path: str | Path) -> set[str]:
             }
     except OSError as error:
         raise UserError(
-            f"can't be read ({error.strerror}); give a list by its path", option="exclude", value=path
+            f"cannot be read ({error.strerror}); give the path of a list", option="exclude", value=path
         ) from None
     except csv.Error:
         raise UserError(
-            f"after line {reader.line_num} it is no .csv file; mend it", option="exclude", value=path
+            f"not a .csv file after line {reader.line_num}; correct it", option="exclude", value=path
         ) from None

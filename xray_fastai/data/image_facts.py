@@ -1,4 +1,4 @@
-"""One look at an image file: decoded to its end, and what its header and its pixels tell of it."""
+"""Decode one image file to its end, and collect facts from its header and its pixels."""
 
 import hashlib
 import os
@@ -17,67 +17,64 @@ from xray_fastai.data.images import MAX_PIXELS, check_file, open_file, open_imag
 from xray_fastai.system.errors import ImageError
 
 SIZE = 112
-"""Side in pixels that images are decoded for: enough for the hash, and half of 224, which JPEGs give at once."""
+"""Side in pixels for decoding: enough for the hash, and half of 224 (libjpeg decodes at half the size directly)."""
 STANDARD_QUANTISATION = 3688
-"""The sum of the luminance table of JPEG (ITU-T T.81, table K.1), which libjpeg calls quality 50."""
+"""Sum of JPEG's luminance table (ITU-T T.81, table K.1), which is quality 50 for libjpeg."""
 TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 CHROMA, COLOURED_SHARE = 20, 0.005
-"""A picture has colours where more than this share of it is further than this from grey in Cb or Cr (0 to 255):
-above what JPEG does to a grey picture, and below a mark in one corner."""
+"""An image is coloured if more than this share of its pixels differs from grey by more than `CHROMA` in Cb or Cr (0 to
+255). JPEG artefacts in a grey image stay below this; a coloured mark in one corner is above it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a readable file without looking at what the X-ray shows."""
+    """Facts about a readable file that do not depend on what the X-ray shows."""
 
     digest: str  # MD5 of the content, in hexadecimal
     bytes: int
-    format: str  # as Pillow names it, by the content: JPEG, PNG, ...; or DICOM
-    mode: str  # likewise: L, RGB, I;16, ...; or DICOM's photometric interpretation: MONOCHROME1, ...
+    format: str  # Pillow's name of the format of the content: JPEG, PNG, ...; or DICOM
+    mode: str  # Pillow's: L, RGB, I;16, ...; or DICOM's photometric interpretation: MONOCHROME1, ...
     width: int  # in pixels, upright
     height: int
     quality: float  # of a JPEG, on libjpeg's scale from 0 to 100; NaN for other formats
     orientation: int  # EXIF's: 1 is upright
     transparent: bool
-    coloured: bool  # its channels differ visibly
+    coloured: bool  # the channels differ visibly
     contrast: float  # standard deviation of the grey values, 0 to 255
-    hash: bytes  # as `duplicates.perceptual_hash`
+    hash: bytes  # `duplicates.perceptual_hash`
 
 
 def examine(path: Path | str) -> Facts:
-    """Decode a file to its end, and gather what it tells.
-
-    Args:
-        path: the file.
+    """Decode a file to its end, and collect its facts.
 
     Raises:
-        ImageError: as `images.open_image`; the text names the file.
+        ImageError: see `images.open_image`; `value` is the path.
     """
     try:
         check_file(path)
         content = Path(path).read_bytes()
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}") from None
+        raise ImageError(error.strerror or str(error), value=path) from None
     if not content:
-        raise ImageError(f"{path}: the file is empty (0 bytes)")
+        raise ImageError("the file is empty (0 bytes)", value=path)
     try:
         try:
-            image = open_file(content, "image")
-            told = _header(image)
+            image = open_file(content)
+            header = _header(image)
             _decode_in_colour(image)
         except ImageError:
             raise
         except Exception as error:
-            open_image(content, SIZE)  # says what is wrong
-            raise ImageError(f"image: broken header ({type(error).__name__})") from None
+            open_image(content, SIZE)  # raises an error that says what is wrong
+            raise ImageError(f"broken header ({type(error).__name__})") from None
         grey = open_image(image, SIZE)
     except ImageError as error:
-        raise ImageError(f"{path}{str(error).removeprefix('image')}") from None
+        raise ImageError(error.message, value=path) from None
     small = grey.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return Facts(
         digest=hashlib.md5(content, usedforsecurity=False).hexdigest(),
         bytes=len(content),
-        **told,
+        **header,
         coloured=_is_coloured(image),
         contrast=round(float(np.asarray(small).std()), 2),
         hash=perceptual_hash(small),
@@ -85,7 +82,10 @@ def examine(path: Path | str) -> Facts:
 
 
 def examine_all(paths: Iterable[str]) -> Iterator[Facts | ImageError]:
-    """`examine` for many files, in their order, on all cores (Pillow decodes without Python's lock)."""
+    """Run `examine` on many files in parallel, and yield the results in order (Pillow releases Python's lock).
+
+    A file that cannot be read yields its error.
+    """
 
     def examined(path: str) -> Facts | ImageError:
         try:
@@ -115,7 +115,7 @@ def _header(image: Image.Image) -> dict[str, Any]:
 
 
 def _quality(image: Image.Image) -> float:
-    """libjpeg's quality setting, from how coarse the luminance table is (the inverse of `jpeg_quality_scaling`)."""
+    """Estimate libjpeg's quality setting from the luminance table (the inverse of its `jpeg_quality_scaling`)."""
     table = (getattr(image, "quantization", None) or {}).get(0)
     if not table:
         return float("nan")
@@ -124,7 +124,7 @@ def _quality(image: Image.Image) -> float:
 
 
 def _decode_in_colour(image: Image.Image) -> None:
-    """Decode a three-channel JPEG into luminance and chroma, so that one decoding serves both."""
+    """Decode a three-channel JPEG as luminance and chroma, so that the file is decoded once for grey and colour."""
     if image.format == "JPEG" and image.mode == "RGB" and image.width * image.height <= MAX_PIXELS:
         image.draft("YCbCr", (SIZE, SIZE))
         image.load()

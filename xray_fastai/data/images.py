@@ -1,8 +1,8 @@
-"""A file, PIL image or array becomes one eight-bit, one-channel X-ray image; what can't become one is named.
+"""Read a file, PIL image or array as one 8-bit, one-channel X-ray image.
 
-X-rays are one-channel, so images stay one-channel until the network's normalisation broadcasts them to three. JPEGs are
+X-rays have one channel. Images keep one channel until the network's normalisation broadcasts them to three. JPEGs are
 decoded at the smallest of libjpeg's scales (1, 1/2, 1/4, 1/8) that still covers twice the wanted size (Pillow's
-`draft`): so the same picture as a JPEG, a PNG or an array is the same to the network, or nearly so.
+`draft`). The same picture as a JPEG, a PNG or an array is then nearly the same for the network.
 """
 
 import io
@@ -19,32 +19,35 @@ from xray_fastai.system.errors import ImageError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp", *dicom.EXTENSIONS)
 GAP = 2
-"""JPEGs are decoded at no less than this times the wanted size, and resized from there (Pillow's `reducing_gap`). On 50
-originals at 224 px: 71 images/s, 99 % of the grey values within 1 of full decoding's, the worst 29 off; decoded at no
-less than the size itself: 96 images/s, 99 % within 5, the worst 85 off."""
-FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What Pillow may take a file for, whatever its name: not, for one, PostScript, which it would have Ghostscript run."""
-MAX_PIXELS, MAX_BYTES = 40_000_000, 500_000_000
-"""Larger images are refused before memory is taken: the largest X-ray detectors have some 20 million pixels. A file of
-5 kB can hold 40 million, which take up to 0.7 GB while they become grey."""
+"""JPEGs are decoded at this many times the wanted size or more, then resized (Pillow's `reducing_gap`).
 
-# Pillow warns at 89 million pixels; here `MAX_PIXELS` refuses, so the warning would only repeat it.
+Measured on 50 originals at 224 px, against full decoding: 71 images/s, 99 % of the grey values differ by at most 1, the
+largest difference is 29. With a gap of 1: 96 images/s, 99 % differ by at most 5, the largest difference is 85.
+"""
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""The formats that Pillow may open, whatever the file's name; not PostScript, for which Pillow runs Ghostscript."""
+MAX_PIXELS, MAX_BYTES = 40_000_000, 500_000_000
+"""Larger images are refused before memory is allocated. The largest X-ray detectors have about 20 million pixels. A
+file of 5 kB can hold 40 million pixels, which take up to 0.7 GB during the conversion to grey."""
+
+# Pillow warns at 89 million pixels. `MAX_PIXELS` refuses such images anyway.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int | None = None) -> Image.Image:
-    """Read one image as eight-bit grey.
+    """Read one image as 8-bit grey.
 
     Args:
-        source: a path, an encoded image's bytes, a PIL image, or an array (H, W), (H, W, 1|3|4) or (1|3, H, W):
-            integers from 0, or floats from 0 to 1.
-        size: the side in pixels to resize to; the whole image is kept, its aspect ratio is not. None: as it is.
+        source: a path, an encoded image's bytes, a PIL image, or an array (H, W), (H, W, 1|3|4) or (1|3, H, W) with
+            integers from 0 up or floats from 0 to 1.
+        size: resize to a square with this side in pixels. The whole image is kept, its aspect ratio is not. None keeps
+            the size.
 
     Returns:
         A PIL image of mode "L".
 
     Raises:
-        ImageError: not an image, truncated, several frames, or too large; the text names the file.
+        ImageError: the source is not an image, is truncated or too large, or has several frames. `value` is the path.
     """
     name = str(source) if isinstance(source, (str, Path)) else "image"
     try:
@@ -53,46 +56,48 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
         elif isinstance(source, (str, Path, bytes)):
             if not isinstance(source, bytes):
                 check_file(source)
-            image = open_file(source, name)
+            image = open_file(source)
         else:
             image = _from_array(np.asarray(source))
-        return _to_grey(image, name, size)
-    except ImageError:
-        raise
+        return _to_grey(image, size)
+    except ImageError as error:
+        raise ImageError(error.message, value=name) from None
     except FileNotFoundError:
-        raise ImageError(f"{name}: no such file") from None
+        raise ImageError("no such file", value=name) from None
     except IsADirectoryError:
-        raise ImageError(f"{name}: a folder, not an image") from None
+        raise ImageError("a folder, not an image", value=name) from None
     except PermissionError:
-        raise ImageError(f"{name}: no permission to read it") from None
+        raise ImageError("no permission to read it", value=name) from None
     except UnidentifiedImageError:
         if isinstance(source, (str, Path)) and Path(source).stat().st_size == 0:
-            raise ImageError(f"{name}: the file is empty (0 bytes)") from None
+            raise ImageError("the file is empty (0 bytes)", value=name) from None
         if name.lower().endswith(dicom.EXTENSIONS):
-            raise ImageError(f"{name}: no DICOM file (the mark DICM is missing behind its first 128 bytes)") from None
-        raise ImageError(f"{name}: not an image (readable are {', '.join(EXTENSIONS)})") from None
+            raise ImageError(
+                "not a DICOM file (the mark DICM is missing after the first 128 bytes)", value=name
+            ) from None
+        raise ImageError(f"not an image (supported: {', '.join(EXTENSIONS)})", value=name) from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; no X-ray is that large") from None
+        raise ImageError(f"more than {MAX_PIXELS:,} pixels; no X-ray is that large", value=name) from None
     except Exception as error:  # Pillow's decoders raise whatever a broken stream leads them to
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ImageError(f"{name}: broken image ({text})") from None
+        raise ImageError(f"broken image ({text})", value=name) from None
 
 
-def open_file(source: Path | str | bytes, name: str) -> Image.Image:
-    """Open a file or its bytes as what its content is, whatever its name: DICOM, or one of Pillow's `FORMATS`.
+def open_file(source: Path | str | bytes) -> Image.Image:
+    """Open a file or its bytes by the content, not by the name: DICOM, or one of Pillow's `FORMATS`.
 
     Raises:
-        ImageError: as `dicom.open_dicom`.
-        Exception: as `Image.open`.
+        ImageError: see `dicom.open_dicom`.
+        Exception: see `Image.open`.
     """
     if dicom.has_mark(source):
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        return dicom.open_dicom(content, name, MAX_PIXELS)
+        return dicom.open_dicom(content, MAX_PIXELS)
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
 
 
 def size_of(path: Path | str) -> tuple[int, int]:
-    """Width and height in pixels of a readable file, upright."""
+    """Return the width and height in pixels of a readable file, upright."""
     if dicom.has_mark(path):
         return dicom.size_of(path)
     with Image.open(path, formats=FORMATS) as image:
@@ -101,47 +106,51 @@ def size_of(path: Path | str) -> tuple[int, int]:
 
 
 def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or the resource folder of a macOS archive."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def may_be_image(name: str) -> bool:
-    """Whether a file's name allows that it is an image: it has one of `EXTENSIONS`, or none, as many DICOM files."""
+    """Return whether a name may be an image's: it has one of `EXTENSIONS`, or none, like many DICOM files."""
     return name.lower().endswith(EXTENSIONS) or has_no_extension(name)
 
 
 def has_no_extension(name: str) -> bool:
-    """Digits are none: DICOM files are often called by an identifier such as 1.2.840.10008.1. A DICOMDIR is a list."""
+    """Return whether a name has no extension, or only digits after its last dot.
+
+    DICOM files are often named by an identifier such as 1.2.840.10008.1. A DICOMDIR holds a list, not an image.
+    """
     extension = os.path.splitext(name)[1]
     return (not extension or extension[1:].isdigit()) and name.upper() != "DICOMDIR"
 
 
 def is_image_file(path: str) -> bool:
-    """Whether a file is taken for an image when a folder is listed: by its extension; without one, if it is DICOM."""
+    """Return whether the listing of a folder takes a file: by its extension, or, without one, if it is DICOM."""
     name = os.path.basename(path)
     return name.lower().endswith(EXTENSIONS) or (has_no_extension(name) and dicom.has_mark(path))
 
 
 def check_file(path: Path | str) -> None:
-    """See that to read a file ends, and fits into memory.
+    """Check that a file can be read to its end, and fits into memory.
 
     Raises:
-        ImageError: a folder, a pipe, a device, or too large.
-        OSError: it can't be looked at.
+        ImageError: the path is a folder, a pipe or a device, or the file is too large.
+        OSError: the path cannot be inspected.
     """
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{path}: a folder, not an image")
+        raise ImageError("a folder, not an image", value=path)
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{path}: a pipe or a device, not a file")
+        raise ImageError("a pipe or a device, not a file", value=path)
     if status.st_size > MAX_BYTES:
-        raise ImageError(f"{path}: {status.st_size:,} bytes; no X-ray is that large")
+        raise ImageError(f"{status.st_size:,} bytes; no X-ray is that large", value=path)
 
 
-def _to_grey(image: Image.Image, name: str, size: int | None) -> Image.Image:
+def _to_grey(image: Image.Image, size: int | None) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{name}: {image.width} x {image.height} pixels; no X-ray is that large")
+        raise ImageError(f"{image.width} x {image.height} pixels; no X-ray is that large")
     if frames := _frames(image):
-        raise ImageError(f"{name}: {frames} frames; split it into one image a file")
+        raise ImageError(f"{frames} frames; split it into one image a file")
     if size is not None and getattr(image, "format", None) == "JPEG":
         image.draft("L", (GAP * size, GAP * size))
     image = ImageOps.exif_transpose(image)
@@ -149,7 +158,7 @@ def _to_grey(image: Image.Image, name: str, size: int | None) -> Image.Image:
         image = _from_array(np.asarray(image))
     elif image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         grey, alpha = image.convert("RGBA").convert("LA").split()
-        image = ImageChops.multiply(grey, alpha)  # on black
+        image = ImageChops.multiply(grey, alpha)  # on a black background
     elif image.mode == "P":
         image = image.convert("RGB").convert("L")
     elif image.mode != "L":
@@ -161,16 +170,17 @@ def _to_grey(image: Image.Image, name: str, size: int | None) -> Image.Image:
 
 
 def _frames(image: Image.Image) -> str | None:
-    """How many frames there are; None: one."""
+    """Return the number of frames for a message, or None if there is one frame."""
     if getattr(image, "format", None) != "TIFF":
         frames = getattr(image, "n_frames", 1)
         return str(frames) if frames > 1 else None
-    at = image.tell()
+    position = image.tell()
     try:
-        image.seek(at + 1)  # to count them, Pillow takes time as their square: 81 s for a TIFF of 11 MB
+        # counting all frames takes quadratic time in Pillow: 81 s for a TIFF of 11 MB
+        image.seek(position + 1)
     except EOFError:
         return None
-    image.seek(at)
+    image.seek(position)
     return "several"
 
 
@@ -180,16 +190,16 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-        raise ImageError(f"image: an array of shape {array.shape}; give (height, width) or (height, width, 3)")
+        raise ImageError(f"an array of shape {array.shape}; give (height, width) or (height, width, 3)")
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     if array.dtype != np.uint8:
         low, high = float(array.min()), float(array.max())
         if not np.isfinite([low, high]).all() or low < 0:
-            raise ImageError(f"image: values from {low:g} to {high:g}; give integers from 0, or floats from 0 to 1")
+            raise ImageError(f"values from {low:g} to {high:g}; give integers from 0, or floats from 0 to 1")
         if np.issubdtype(array.dtype, np.floating) and high <= 1:
             full = 1.0
-        else:  # detectors give 12 bits in files of 16
+        else:  # detectors store 12 bits in 16-bit files
             full = next((full for full in (255, 4095, 65535) if high <= full), high)
         scaled = np.multiply(array, 255.0 / full, dtype=np.float32)
         array = np.rint(scaled, out=scaled).astype(np.uint8)

@@ -1,9 +1,9 @@
-"""Images as they leave `images.open_image`, kept on disk, so that a fit decodes each file once and not every epoch.
+"""Cache decoded images on disk, so that a fit decodes each file once and not in every epoch.
 
-One memory-mapped file for the images of a fit at one size: a checksum an image, then the pixels. An image is written
-when it is first asked for, by whichever process is asked, and counts as there when its checksum fits: so neither a
-second fit at the same time nor a loss of power can leave a wrong one. The file's name comes from the paths, sizes and
-modification times of the images, so what changed is decoded anew.
+The cache is one memory-mapped file for the images of a fit at one size: a checksum for each image, then the pixels. The
+process that first needs an image writes it. An image is valid if its checksum matches, so neither a second fit at the
+same time nor a power loss can leave a wrong one. The file's name depends on the paths, sizes and modification times of
+the images, so a changed image is decoded again.
 """
 
 import errno
@@ -18,36 +18,33 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
 from xray_fastai.system.errors import UserError
-from xray_fastai.system.text import format_bytes
+from xray_fastai.system.files import cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
 
 LAYOUT = 1
-"""Counts the changes of the file, and of how `images.open_image` decodes."""
+"""Version of the file's layout and of the decoding in `images.open_image`."""
 ENDING = ".pixels"
 UNUSED_DAYS = 30
-"""After which a file goes when another is made."""
-
-
-def folder() -> Path:
-    """The user's cache folder of this program: below XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xray-fastai"
+"""A file that no fit has used for so many days is deleted when another is created."""
 
 
 class PixelCache:
-    """Eight-bit images (size, size) by the path of their file."""
+    """Holds 8-bit images (size, size) by the path of their file."""
 
     def __init__(self, paths: Sequence[str], size: int):
-        """Open the file for these images, or make it; that of the same images as they were before goes.
+        """Open the cache file for these images, or create it and delete that of earlier versions of the same images.
 
         Args:
-            paths: of the images, in any order.
+            paths: the files of the images, in any order.
             size: side in pixels.
 
         Raises:
-            OSError: an image is gone; or the cache folder can't be written to, or has not twice the room.
+            OSError: an image is missing, the cache folder cannot be written to, or has less than twice the space free.
         """
         paths = sorted(map(os.path.abspath, paths))
         self.rows = {path: row for row, path in enumerate(paths)}
@@ -58,36 +55,36 @@ class PixelCache:
             images.update(os.fsencode(path) + b"\0")
             states.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
         name = images.hexdigest()[:16]
-        self.path = folder() / f"{name}-{states.hexdigest()[:16]}{ENDING}"
+        self.path = cache_dir() / f"{name}-{states.hexdigest()[:16]}{ENDING}"
         self.bytes = len(paths) * (4 + size * size)
         if not self.path.exists():
-            self._make()
-            self._tidy(f"{name}-")
+            self._create()
+            self._delete_old(f"{name}-")
         self._open()
 
-    def _make(self) -> None:
-        folder().mkdir(parents=True, exist_ok=True)
-        if self.bytes > shutil.disk_usage(folder()).free / 2:
-            message = f"{format_bytes(self.bytes)} are more than half of the free space"
-            raise OSError(errno.ENOSPC, message, str(folder()))
-        handle, made = tempfile.mkstemp(prefix=".making-", suffix=ENDING, dir=folder())
+    def _create(self) -> None:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        if self.bytes > shutil.disk_usage(cache_dir()).free / 2:
+            text = f"{decimal(self.bytes)} are more than half of the free space"
+            raise OSError(errno.ENOSPC, text, str(cache_dir()))
+        handle, temporary = tempfile.mkstemp(prefix=".making-", suffix=ENDING, dir=cache_dir())
         try:
             with os.fdopen(handle, "wb") as file:
-                # a page without a place on the disk would end the process when it is written to
+                # writing to a page without space on the disk would kill the process
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, self.bytes)
                 else:
                     for start in range(0, self.bytes, 1 << 20):
                         file.write(bytes(min(1 << 20, self.bytes - start)))
-            with suppress(FileExistsError):  # another fit was faster
-                os.link(made, self.path)
+            with suppress(FileExistsError):  # another fit has just created it; a link never replaces that file
+                os.link(temporary, self.path)
         finally:
             with suppress(OSError):
-                os.unlink(made)
+                os.unlink(temporary)
 
-    def _tidy(self, prefix: str) -> None:
-        "Delete the images as they were before, and what no fit has used for long."
-        for other in kept():
+    def _delete_old(self, prefix: str) -> None:
+        """Delete the files of earlier versions of these images, and those unused for `UNUSED_DAYS`."""
+        for other in cache_files():
             with suppress(OSError):
                 unused = time.time() - other.stat().st_mtime > UNUSED_DAYS * 86400
                 if other != self.path and (unused or other.name.startswith(prefix)):
@@ -97,23 +94,22 @@ class PixelCache:
         import numpy as np
 
         os.utime(self.path)
-
         self.map = np.memmap(self.path, np.uint8, "r+", shape=(self.bytes,))
         self.sums = self.map[: 4 * len(self.rows)].view(np.uint32)  # (N,)
         self.pixels = self.map[4 * len(self.rows) :].reshape(-1, self.size, self.size)  # (N, size, size)
 
-    def __getstate__(self) -> dict:  # a loading process opens the file for itself
+    def __getstate__(self) -> dict:  # a loading process opens the file again
         return {name: value for name, value in self.__dict__.items() if name not in ("map", "sums", "pixels")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         try:
             self._open()
-        except OSError:  # it was cleared meanwhile
+        except OSError:  # the cache was cleared meanwhile
             self.rows = {}
 
     def get(self, path: str) -> "np.ndarray | None":
-        """The image, (size, size); None where it is not there yet."""
+        """Return the image (size, size), or None if it is not in the cache yet."""
         row = self.rows.get(os.path.abspath(path))
         if row is None or not self.sums[row]:
             return None
@@ -121,40 +117,40 @@ class PixelCache:
         return image if _sum(image) == self.sums[row] else None
 
     def put(self, path: str, image: "np.ndarray") -> None:
-        """Keep the image (size, size)."""
+        """Store the image (size, size)."""
         row = self.rows.get(os.path.abspath(path))
         if row is not None:
             self.pixels[row] = image
             self.sums[row] = _sum(image)
 
     def __str__(self) -> str:
-        return f"{self.path}, {format_bytes(self.bytes)}"
+        return f"{self.path}, {decimal(self.bytes)}"
 
 
 def _sum(image: "np.ndarray") -> int:
-    return zlib.crc32(image) or 1  # 0 is what nothing was written to
+    return zlib.crc32(image) or 1  # 0 marks an image that has not been written
 
 
-def kept() -> list[Path]:
-    """The files of the cache, those that a killed fit was making included."""
-    return sorted(folder().glob(f"*{ENDING}")) + sorted(folder().glob(f".making-*{ENDING}"))
+def cache_files() -> list[Path]:
+    """List the files of the cache, and the temporary files of fits that were killed."""
+    return sorted(cache_dir().glob(f"*{ENDING}")) + sorted(cache_dir().glob(f".making-*{ENDING}"))
 
 
 def clear() -> int:
-    """Delete the cache's files; fits that use them go on with what they have open.
+    """Delete the cache's files. Fits that use them continue with their open files.
 
     Returns:
-        The bytes that they had.
+        The number of bytes deleted.
 
     Raises:
-        UserError: one can't be deleted.
+        UserError: a file cannot be deleted.
     """
     total = 0
-    for path in kept():
+    for path in cache_files():
         size = path.stat().st_size
         try:
             path.unlink()
         except OSError as error:
-            raise UserError(f"{path}: can't be deleted ({error.strerror})") from None
+            raise UserError(f"cannot be deleted ({error.strerror})", value=path) from None
         total += size
     return total

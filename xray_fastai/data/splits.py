@@ -1,4 +1,7 @@
-"""Which images train and which validate: by patient, never with copies of one image on both sides."""
+"""Split images into training and validation by patient.
+
+Copies of one image are never on both sides.
+"""
 
 from fractions import Fraction
 
@@ -9,14 +12,19 @@ from xray_fastai.data.patients import is_numbered
 from xray_fastai.system.errors import UserError
 
 ENOUGH_TO_VALIDATE = 50
-"""Images of each class from which `val/` is used as it stands."""
+"""`val/` alone is the validation set if each class has this many images or more."""
 
 
 def patient_groups(table: pd.DataFrame) -> np.ndarray:
-    """A number for each image, equal for images of one patient and for copies of one image, and for what these link.
+    """Number the groups of images that must stay on one side.
+
+    Images of one patient are in the same group, and so are copies of one image. Groups that share an image are joined.
 
     Args:
-        table: with columns `patient` and `image`.
+        table: has the columns `patient` and `image`.
+
+    Returns:
+        (N,): the number of each image's group.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -31,12 +39,12 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
     """Choose images to validate on, stratified by class and grouped by patient.
 
     Args:
-        table: with columns `label`, `patient` and `image`.
-        fraction: the share of images to hold out; met as closely as the groups allow.
-        seed: of the choice.
+        table: has the columns `label`, `patient` and `image`.
+        fraction: the share of images to hold out. The result is as close to it as the groups allow.
+        seed: the seed of the random choice.
 
     Returns:
-        A boolean a row, True for those held out.
+        (N,): True for the images held out.
 
     Raises:
         UserError: a class has too few patients to be on both sides.
@@ -44,44 +52,51 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
     from sklearn.model_selection import StratifiedGroupKFold
 
     groups = patient_groups(table)
-    least = pd.Series(groups).groupby(table.label.to_numpy()).nunique()
-    if least.min() < 2:
-        by_header = table.patient[table.label == least.idxmin()].map(is_numbered).any()
-        names = " (by PatientID; if that is not so, --patient-pattern tells them by file names)" if by_header else ""
+    patients = pd.Series(groups).groupby(table.label.to_numpy()).nunique()  # of each class
+    rarest = patients.idxmin()
+    if patients.min() < 2:
+        by_header = table.patient[table.label == rarest].map(is_numbered).any()
+        wrong = "if that is wrong, find patients in the file names by --patient-pattern"
+        source = f" (by PatientID; {wrong})" if by_header else ""
         raise UserError(
-            f"train/{least.idxmin()}: all images are of one patient{names}, so none can be held out to validate on; "
-            "add patients, or give a validation split in val/ and --valid folder"
+            f"all images are of one patient{source}, so none can be held out for validation; "
+            "add patients, or give a validation split in val/ and --valid folder",
+            value=f"train/{rarest}",
         )
     share = Fraction(fraction).limit_denominator(20)
-    folds = min(share.denominator, int(least.min()))
+    folds = min(share.denominator, int(patients.min()))
     wanted = max(1, min(folds - 1, round(fraction * folds)))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     chosen = [fold for _, fold in splitter.split(table.path, table.label, groups)]
-    for start in range(folds):  # of few patients, a fold may lack a class
+    for start in range(folds):  # with few patients, a fold may lack a class
         held_out = np.zeros(len(table), bool)
         held_out[np.concatenate((chosen[start:] + chosen[:start])[:wanted])] = True
         if table.label[held_out].nunique() == table.label[~held_out].nunique() == table.label.nunique():
             return held_out
     raise UserError(
-        f"train/{least.idxmin()}: {least.min()} patients are too few to have some in training and some in validation; "
-        "add patients, or give a validation split in val/ and --valid folder"
+        f"{patients.min()} patients are too few for training and validation; "
+        "add patients, or give a validation split in val/ and --valid folder",
+        value=f"train/{rarest}",
     )
 
 
 def assign_validation(
     train: pd.DataFrame, val: pd.DataFrame | None, valid: str, seed: int
 ) -> tuple[pd.DataFrame, str, int]:
-    """Say which images train and which validate.
+    """Decide which images train and which validate.
 
     Args:
-        train: as from `check_files`.
-        val: likewise; None where there is no such folder, or it is not wanted.
+        train: the table of train/, from `check_files`.
+        val: the table of val/, or None if it is missing or not wanted.
         valid: auto, folder, or a fraction as text.
-        seed: of what is held out.
+        seed: the seed of `hold_out`.
 
     Returns:
-        The table with a column `is_valid`; a line that says what was done; the number of training images left out
-        because their patient, or a copy, is in `val`.
+        The table with a column `is_valid`; a line for the user about the choice; the number of training images left
+        out because their patient, or a copy, is in `val`.
+
+    Raises:
+        UserError: see `hold_out`; or no image of a class is left to train on.
     """
     leaking = 0
     if val is not None:
@@ -100,11 +115,14 @@ def assign_validation(
         held_out = hold_out(train, fraction, seed)
         line = f"{held_out.sum():,} images held out of train/, by patient"
         if val is not None:
-            line += f", and val/, which is too small alone ({len(val)} images)"
+            line += f", and val/, too small alone ({len(val)} images)"
     frames = [train.assign(is_valid=held_out)]
     if val is not None:
         frames.append(val.assign(is_valid=True))
     table = pd.concat(frames, ignore_index=True)
     if missing := sorted(set(table.label) - set(table.label[~table.is_valid])):
-        raise UserError(f"train/{missing[0]}: every image's patient is also in val/, so none is left to train on")
+        raise UserError(
+            "every image's patient is also in val/, so none is left to train on; remove these patients from val/",
+            value=f"train/{missing[0]}",
+        )
     return table, line, leaking

@@ -32,18 +32,21 @@ class UserError(Exception):
         """
         return self._text(options.get(self.option or ""))
 
-    def _text(self, option: str | None) -> str:
-        message = super().__str__()
+    @property
+    def message(self) -> str:
+        """The message without the option and its value."""
+        text = super().__str__()
         # torch re-raises an error of a loading process with that process's traceback as the message; its last line is
         # "module.Class: message"
-        if message.startswith("Caught "):
-            return message.strip().splitlines()[-1].partition(": ")[2]
+        return text.strip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+
+    def _text(self, option: str | None) -> str:
         head = " ".join(str(part) for part in (option, self.value) if part is not None)
-        return f"{head}: {message}" if head else message
+        return f"{head}: {self.message}" if head else self.message
 
 
 class ImageError(UserError):
-    """A file that cannot be read as one X-ray image."""
+    """A file that cannot be read as one X-ray image; `value` is its path, or "image" for an image without a path."""
 
 
 def reason(error: Exception) -> str:

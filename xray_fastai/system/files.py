@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, and locks."""
+"""Write files and folders completely or not at all, lock files, and find the cache folder."""
 
 import contextlib
 import hashlib
@@ -8,14 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 
 from xray_fastai.system.errors import UserError
 
-PROBE = 0.5  # seconds to wait for a lock: longer than the moment that `unfinished` of another fit holds it
+PROBE = 0.5  # seconds to wait for a lock; `unfinished` in another process holds it for a shorter time
+
+
+def cache_dir() -> Path:
+    """Return the program's cache folder of the user, on Linux $XDG_CACHE_HOME/xray-fastai or ~/.cache/xray-fastai.
+
+    The folder may not exist yet.
+    """
+    return user_cache_path("xray-fastai", appauthor=False)
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder written to the disk, where the system can."""
+    """Write the names in a folder to the disk, on systems that support it."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -25,10 +34,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def acquire(path: Path, timeout: float = PROBE) -> FileLock | None:
-    """A lock on a file made for it, held by nobody else; None where somebody has it still after `timeout` seconds.
+    """Lock a file, which is created for this purpose.
+
+    Args:
+        path: the lock file.
+        timeout: seconds to wait for another process to release it.
+
+    Returns:
+        The lock, or None if another process still holds it.
 
     Raises:
-        OSError: the file can't be made.
+        OSError: the file cannot be created.
     """
     lock = FileLock(path, timeout=timeout, poll_interval=0.02, thread_local=False)
     try:
@@ -39,8 +55,8 @@ def acquire(path: Path, timeout: float = PROBE) -> FileLock | None:
 
 
 def release(lock: FileLock) -> None:
-    """Give a lock up, and delete its file."""
-    with contextlib.suppress(OSError):  # its folder may have vanished
+    """Release a lock and delete its file."""
+    with contextlib.suppress(OSError):  # the folder may have been deleted
         os.unlink(lock.lock_file)
     with contextlib.suppress(OSError):
         lock.release()
@@ -89,19 +105,24 @@ def check_new(path: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def replaced(folder: Path, marker: str) -> Iterator[Path]:
-    """A new folder to fill, which then takes the place of an earlier one, whole or not at all.
+    """Give an empty folder to fill, which replaces `folder` once the block ends without an error.
+
+    An error deletes the new folder; `folder` stays as it was.
 
     Args:
-        folder: the name it gets.
-        marker: a file that an earlier one has; what has none is not ours to replace.
+        folder: the folder to create or to replace.
+        marker: a file in every folder of this kind; an existing folder without it is not replaced.
+
+    Yields:
+        The new folder.
 
     Raises:
-        UserError: it can't be written to, or what is there lacks the marker.
+        UserError: the folder cannot be written, or an existing one has no marker.
     """
     partial, earlier = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "earlier"))
     try:
         if folder.exists() and not (folder / marker).is_file():
-            raise UserError(f"{folder}: is there already and holds no {marker}; give another folder by --output")
+            raise UserError(f"already exists and holds no {marker}; give another folder by --output", value=folder)
         partial.mkdir(parents=True)
         yield partial
         if folder.exists():
@@ -109,7 +130,7 @@ def replaced(folder: Path, marker: str) -> Iterator[Path]:
         partial.rename(folder)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{folder}: can't be written ({reason}); give another folder by --output") from None
+        raise UserError(f"cannot be written ({reason}); give another folder by --output", value=folder) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if earlier.exists() and not folder.exists():
@@ -118,6 +139,6 @@ def replaced(folder: Path, marker: str) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

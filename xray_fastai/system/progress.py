@@ -1,4 +1,4 @@
-"""What a person sees of many rows: the first of them in 80 columns, and how far it is."""
+"""Show progress bars on standard error."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,14 @@ Step = TypeVar("Step")
 
 @contextmanager
 def progress_bar(total: Callable[[], int] | None) -> Iterator[Callable[[int], None]]:
-    "A bar on standard error, where that is a terminal; `total` counts the images (None: nobody knows)."
+    """Show a bar of images if standard error is a terminal.
+
+    Args:
+        total: returns the number of images; None if it is unknown. It is called for a terminal only.
+
+    Yields:
+        A function that takes the number of images done so far.
+    """
     if not sys.stderr.isatty():
         yield lambda done: None
         return
@@ -34,7 +41,15 @@ def progress_bar(total: Callable[[], int] | None) -> Iterator[Callable[[int], No
 
 @contextmanager
 def transfer_bar(total: int | None, done: int) -> Iterator[Callable[[int], None]]:
-    "A bar of bytes on standard error, where that is a terminal; is told of each that came after the first `done`."
+    """Show a bar of bytes if standard error is a terminal.
+
+    Args:
+        total: the size in bytes, or None if it is unknown.
+        done: the bytes that an earlier transfer brought.
+
+    Yields:
+        A function that takes the number of new bytes.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -46,7 +61,7 @@ def transfer_bar(total: int | None, done: int) -> Iterator[Callable[[int], None]
 
 
 def track(steps: Iterable[Step], what: str, total: int) -> Iterator[Step]:
-    "The steps, with a bar where standard error is a terminal."
+    """Iterate over `steps`, with a bar if standard error is a terminal."""
     from rich.console import Console
     from rich.progress import track
 

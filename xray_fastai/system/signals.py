@@ -1,4 +1,4 @@
-"""How a command ends at SIGTERM, at Ctrl-C, and when nobody reads its output any more."""
+"""End a command at SIGTERM, and when the reader of its output has closed the pipe."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def sigterm_raises() -> Iterator[None]:
 
 
 def ignore_closed_output() -> int:
-    """Silence standard output once its reader has gone (`| head`), and return the exit code of SIGPIPE, 141.
+    """Discard further output after the reader has closed the pipe (`| head`), and return the exit code of SIGPIPE, 141.
 
     Python flushes standard output at its end. Without this it would raise `BrokenPipeError` again there.
     """

@@ -74,11 +74,6 @@ def count_of(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def format_bytes(count: int) -> str:
-    """Return a number of bytes: `1.2 GB`, `45 MB`, `999 bytes`."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count:,} bytes"
-
-
 def format_number(value: object) -> str:
     """Return a cell of a table: a float with three decimals, an integer with separators, `-` for a missing value.
 

@@ -75,7 +75,7 @@ def test_an_unreadable_file_is_an_error_with_its_reason(kind, run, data):
     path.write_bytes(spoil(path.read_bytes()))
     result = run("data", "check", data)
     assert result.exit_code == 1, result.output
-    assert "1 file can't be read" in result.stdout
+    assert "1 file cannot be read" in result.stdout
     (line,) = (line for line in result.stdout.splitlines() if path.name in line)
     assert reason in line and line.strip().startswith(f"train/NORMAL/{path.name}: ")
 
@@ -303,7 +303,7 @@ def test_small_splits_are_told_with_the_width_of_an_interval(data):
     small = [finding.text for finding in audit.findings if finding.kind == "few-images"]
     assert len(small) == 3 and any("test/" in text for text in small)
     (advice,) = (f.advice for f in audit.findings if f.kind == "few-images" and f.text.startswith("test/"))
-    assert "with 4, a sensitivity of 0.9 could be 0.42 to 0.99" in advice
+    assert "if 4 of 4 are detected, the sensitivity is 0.51 to 1.00 (95 %)" in advice
 
 
 def test_imbalance_is_a_remark(data):
@@ -367,7 +367,7 @@ def test_a_list_is_written_whole_and_nothing_is_overwritten(run, refused, data):
     assert (row["file"], row["finding"], row["action"]) == (f"train/NORMAL/{spoilt.name}", "unreadable", "leave out")
     assert "0 bytes" in row["detail"]
     before = Path("list.csv").read_bytes()
-    refused(run("data", "check", data, "--fix", "list.csv"), "--fix list.csv: is there already")
+    refused(run("data", "check", data, "--fix", "list.csv"), "--fix list.csv: already exists")
     refused(run("data", "check", data, "--fix", "nowhere/list.csv"), "--fix nowhere/list.csv", "no folder")
     assert Path("list.csv").read_bytes() == before and sorted(os.listdir(".")) == ["list.csv"]
 
@@ -397,7 +397,7 @@ def test_a_fit_leaves_out_what_the_list_says(run, collection):
     result = run("fit", "--data", collection, *QUICK, *FIT, "--exclude", "list.csv", "--name", "without")
     assert result.exit_code == 0, result.output
     assert "left out by --exclude: 2 images" in result.stdout
-    assert "not there, but named by --exclude: 1 file" in result.stdout
+    assert "named by --exclude, but missing: 1 file" in result.stdout
     model = settings_of(Path("exports/without"))
     assert sum(model["data"]["train"].values()) + sum(model["data"]["valid"].values()) == 42
     assert model["settings"]["exclude"] == "list.csv"
@@ -438,8 +438,8 @@ def test_a_fit_says_what_matters_and_names_no_file_in_its_export(run, data):
     model = settings_of(Path("exports/told"))
     notes = " | ".join(model["data"]["notes"])
     assert "same image under two classes: 2 files" in notes
-    assert "same image under two patients' names: 2 files, kept on one side" in notes
-    assert "few to validate on" in notes
+    assert "same image under two patients: 2 files, kept on one side" in notes
+    assert "few validation images: " in notes
     for word in ("person9", "IM-9000", ".jpeg"):
         assert word not in json.dumps(model["data"])
     for note in model["data"]["notes"]:

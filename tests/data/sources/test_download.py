@@ -138,7 +138,7 @@ def answers(body, kind):
 
 @pytest.fixture
 def host(monkeypatch):
-    for name, value in [("BACKOFF", 0.001), ("STALL", 20), ("CHUNK", 4096)]:
+    for name, value in [("RETRY", download.RETRY.new(backoff_factor=0.001)), ("STALL", 20), ("CHUNK", 4096)]:
         monkeypatch.setattr(download, name, value)
     monkeypatch.setattr(kermany, "PUBLISHED", PUBLISHED)
     host = Host(zipped(xrays() | JUNK))
@@ -200,15 +200,15 @@ def test_an_empty_folder_is_filled_and_any_other_left_alone(get, run, refused, h
     Path("chest_xray").mkdir()
     assert get().exit_code == 0 and whole()
     for args in (["--url", host.url], ["--archive", "none.zip"]):
-        refused(run("data", "download", *args), "chest_xray: is there already; give a new folder or an empty one")
+        refused(run("data", "download", *args), "chest_xray: already exists; give a new folder or an empty one")
     assert whole() and len(host.asked) == 1
     Path("file").write_text("mine")
-    refused(get("file"), "file: is there already")
+    refused(get("file"), "file: already exists")
     Path("empty").mkdir()
     os.chdir("empty")
-    refused(get("."), "the folder that you are in")
+    refused(get("."), "the current folder")
     os.chdir("..")
-    refused(get("file/below"), "file/below: can't be")
+    refused(get("file/below"), "file/below: cannot be")
 
 
 def test_kaggles_archive_with_everything_twice(run, monkeypatch):
@@ -277,7 +277,7 @@ def test_a_download_of_unknown_size_that_is_whole_is_not_got_again(get, run, hos
     assert nothing_but(*KEPT)
     room[0] = usage.free
     result = get()
-    assert result.exit_code == 0 and "downloaded    before" in result.stdout and whole()
+    assert result.exit_code == 0 and "downloaded    already" in result.stdout and whole()
     assert host.ranges_asked() == [None, f"bytes={len(host.content)}-"]
 
 
@@ -307,12 +307,12 @@ def test_a_host_that_goes_on_in_another_file_is_seen_through(get, host):
 
 def test_it_gives_up_in_the_end_and_goes_on_the_next_time(get, host, refused):
     host.plan = [closes(60_000)] + [503] * 5
-    refused(get(), "503", "6 times in a row", PART.name, "is kept", "goes on from there")
+    refused(get(), "503", "6 times in a row", PART.name, "is kept", "the same command resumes it")
     assert nothing_but(*KEPT) and PART.stat().st_size == 60_000 and len(host.asked) == 6
     host.asked.clear()
     result = get()
     assert result.exit_code == 0 and whole()
-    assert host.ranges_asked() == ["bytes=60000-"] and "going on" in result.stdout
+    assert host.ranges_asked() == ["bytes=60000-"] and "resuming" in result.stdout
 
 
 @pytest.mark.parametrize("note", ["other", "damaged", "missing"])
@@ -346,14 +346,14 @@ def test_nobody_there(run, host, refused, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/"
-        refused(run("data", "download", "--url", url), url, "nobody answers (Connection refused)", "--archive FILE")
+        refused(run("data", "download", "--url", url), url, "no server answers (Connection refused)", "--archive FILE")
         monkeypatch.setenv("http_proxy", url)
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)
         refused(run("data", "download", "--url", "http://example.invalid/"), "proxy")
     for url in ("file:///etc/passwd", "there", "https://[::1"):
         refused(run("data", "download", "--url", url), url, "not an address")
-    refused(run("data", "download", "--url", url, "--archive", "a.zip"), "--url, --archive: give one of them")
+    refused(run("data", "download", "--url", url, "--archive", "a.zip"), f"--url {url}: give this or --archive")
     assert nothing_but()
 
 
@@ -377,7 +377,7 @@ def spoiled(content, at):
 
 FULL = xrays() | JUNK
 WRONG = {
-    "cut short": (zipped(FULL)[:150_000], "not a .zip archive, or cut short"),
+    "cut short": (zipped(FULL)[:150_000], "not a .zip archive, or truncated"),
     "an image spoiled": (spoiled(zipped(FULL), 30_000), "Bad CRC-32"),
     "what is left out spoiled": (zipped(FULL | {"z.txt": b"unlike"}).replace(b"unlike", b"unlikf"), "Bad CRC-32"),
     "its end alone": (b"PK\3\4", "not a .zip archive"),
@@ -412,7 +412,7 @@ WRONG |= {"a link": (link(), "a link or a device"), "encrypted": (encrypted(), "
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_archive_is_refused_and_removed(what, get, host, run, refused):
     host.content, words = WRONG[what]
-    refused(get(), PART.name, words, "so it was removed")
+    refused(get(), PART.name, words, "it was deleted")
     assert nothing_but() and not Path("../out.jpeg").exists()
     Path("a.zip").write_bytes(host.content)
     refused(run("data", "download", "--archive", "a.zip"), "a.zip: ", words)
@@ -420,11 +420,11 @@ def test_a_wrong_archive_is_refused_and_removed(what, get, host, run, refused):
 
 
 def test_more_files_than_a_collection_has(get, host, refused, monkeypatch):
-    monkeypatch.setattr(kermany, "NAMES", 100)
+    monkeypatch.setattr(kermany, "MAX_NAMES", 100)
     refused(get(), "lists more files")
-    monkeypatch.setattr(kermany, "NAMES", 10_000)
-    monkeypatch.setattr(kermany, "BYTES", 100_000)
-    refused(get(), "becomes more than 100.0 kB")
+    monkeypatch.setattr(kermany, "MAX_NAMES", 10_000)
+    monkeypatch.setattr(kermany, "MAX_BYTES", 100_000)
+    refused(get(), "unpacks to more than 100.0 kB")
     assert nothing_but()
 
 
@@ -440,7 +440,7 @@ def test_no_archive(what, run, refused):
 
 def test_the_published_address_gives_what_was_published(run, host, refused, monkeypatch):
     monkeypatch.setattr(kermany, "ADDRESS", host.url)
-    refused(run("data", "download"), host.url, "where the collection has some 1.2 GB")
+    refused(run("data", "download"), host.url, "but the collection has about 1.2 GB")
     assert nothing_but()
     monkeypatch.setattr(kermany, "SIZES", (100_000, 300_000))
     monkeypatch.setattr(kermany, "PUBLISHED", {**PUBLISHED, ("test", "NORMAL"): 5})
@@ -461,14 +461,14 @@ def test_room_is_looked_for_before_it_is_taken(get, run, host, refused, monkeypa
     free = [2 * size - 1]
     usage = type("Usage", (), {"free": property(lambda _: free.pop(0))})
     monkeypatch.setattr(kermany.shutil, "disk_usage", lambda _: usage())
-    refused(get(), "free", "needed for the archive and its images; make room")
+    refused(get(), "free", "needed for the archive and its images; free some space")
     assert nothing_but()
     free += [2 * size, 100_000]
-    refused(get(), "needed to unpack the images; make room", "is kept")
+    refused(get(), "needed to unpack the images; free some space", "is kept")
     assert nothing_but(*KEPT)
     free += [10**9]
     result = get()
-    assert result.exit_code == 0 and whole() and "downloaded    before" in result.stdout
+    assert result.exit_code == 0 and whole() and "downloaded    already" in result.stdout
     assert len(host.asked) == 2
 
 
@@ -476,7 +476,7 @@ def test_two_at_once(get, host, refused, start):
     host.plan = [stalls(60_000)]
     other = start("data", "download", "--url", host.url)
     wait_for(lambda: host.asked)
-    refused(get(), "another download is at it")
+    refused(get(), "another download writes this file")
     other.send_signal(signal.SIGTERM)
     other.communicate(timeout=60)
 

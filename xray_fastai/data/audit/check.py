@@ -1,7 +1,7 @@
-"""What is wrong with a data set, before hours go into it: `check_data`, and `fit_notes` on what a fit has read anyway.
+"""Find what is wrong with a data set before the training: `check_data`, and `fit_notes` for the images of a fit.
 
-Every finding has a severity. An error would spoil a result: a fit refuses it, or a figure would mean less than it says.
-A warning wants a look. A remark is good to know.
+Every finding has a severity. An error would spoil a result: a fit refuses the data, or a figure would mean less than it
+says. A warning needs a look. A remark is good to know.
 """
 
 import os
@@ -13,7 +13,15 @@ import pandas as pd
 from xray_fastai.data.audit import file_checks, split_checks
 from xray_fastai.data.audit.findings import SPLITS, Audit
 from xray_fastai.data.audit.shortcuts import find_shortcuts
-from xray_fastai.data.dataset import REHEARSAL, Collection, class_folders, find_images, find_root, with_facts
+from xray_fastai.data.dataset import (
+    PHANTOM_NAME,
+    Collection,
+    class_folders,
+    default_data,
+    find_images,
+    find_root,
+    with_facts,
+)
 from xray_fastai.data.duplicates import same_image
 from xray_fastai.data.image_facts import examine_all
 from xray_fastai.data.images import is_hidden, is_image_file
@@ -28,22 +36,23 @@ SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 
 
 def check_data(data: str | Path | None = None, patient_pattern: str | None = None) -> Audit:
-    """Look at every file of a data set.
+    """Check every file of a data set.
 
     Args:
-        data: the folder with train/CLASS/* (and val, test); None is ./chest_xray where it exists, else the phantom. A
-            folder of classes without splits is looked at as well, and the lack of train/ is one of the findings.
-        patient_pattern: regular expression that finds the patient in a file name; None is the Kaggle names'.
+        data: the folder with train/CLASS/* (and val, test). None is ./chest_xray if it exists, else the phantom. A
+            folder of classes without splits is checked as well; the missing train/ is then one of the findings.
+        patient_pattern: regular expression that finds the patient in a file name; None is the one for the Kaggle
+            collection's names.
 
     Returns:
-        What was found: `print(audit)`, `audit.ok`, `audit.findings`, `audit.to_dict()`, `audit.write_fix("LIST.csv")`.
+        The findings: `print(audit)`, `audit.ok`, `audit.findings`, `audit.to_dict()`, `audit.write_fix("LIST.csv")`.
 
     Raises:
-        UserError: no such folder, or nothing in it that could be a data set.
+        UserError: the folder is missing, or holds nothing that could be a data set.
     """
     started = time.perf_counter()
-    if data is None and Path("chest_xray").is_dir():
-        data = "chest_xray"
+    if data is None:
+        data = default_data()
     if data is None:
         root, splits = cached(), SPLITS[:3]
     else:
@@ -52,27 +61,30 @@ def check_data(data: str | Path | None = None, patient_pattern: str | None = Non
     is_image = ~listed.hidden & (listed.label != "") & listed.path.map(is_image_file)
     table = listed[is_image].drop(columns="hidden").reset_index(drop=True)
     table = numbered(table.assign(patient=patients_in(table, patient_pattern)))
-    found = list(track(examine_all(table.path), "reading", len(table)))
-    images = with_facts(table, found)
+    facts = list(track(examine_all(table.path), "reading", len(table)))
+    images = with_facts(table, facts)
     images["image"] = same_image(images)
     shortcuts = find_shortcuts(images[images.split == "train"] if "train" in splits else images)
     findings = [
         *split_checks.layout(root, splits, table, images),
-        *file_checks.unreadable(table, found),
+        *file_checks.unreadable(table, facts),
         *split_checks.copies(images),
         *split_checks.patients(images, patient_pattern),
         *split_checks.shortcuts(shortcuts),
         *split_checks.sizes_of_splits(images, splits),
-        *file_checks.odd_pictures(images),
-        *file_checks.ways_of_opening(images),
+        *file_checks.odd_images(images),
+        *file_checks.conversions(images),
         *file_checks.other_files(listed[~is_image]),
     ]
     seconds = time.perf_counter() - started
-    return Audit(REHEARSAL if data is None else str(data), root, images, findings, shortcuts, seconds)
+    return Audit(PHANTOM_NAME if data is None else str(data), root, images, findings, shortcuts, seconds)
 
 
 def fit_notes(data: Collection) -> list[str]:
-    """The findings that matter most for a fit, from what it has read anyway: at most four lines, which name no file."""
+    """Return at most four lines on the findings that matter most for a fit, from the facts that it has read.
+
+    They name no file.
+    """
     notes, table = [], data.table
     copies = table.groupby("image")
     conflict = copies.label.transform("nunique") > 1
@@ -80,24 +92,19 @@ def fit_notes(data: Collection) -> list[str]:
         notes.append(f"same image under two classes: {count_of(int(conflict.sum()), 'file')}; data check names them")
     strangers = (copies.patient.transform("nunique") > 1) & ~conflict
     if strangers.any():
-        notes.append(
-            f"same image under two patients' names: {count_of(int(strangers.sum()), 'file')}, kept on one side"
-        )
+        notes.append(f"same image under two patients: {count_of(int(strangers.sum()), 'file')}, kept on one side")
     for name, shortcut in find_shortcuts(table).items():
         if shortcut.alarming:
-            said = split_checks.SHORTCUTS[name][0]
-            notes.append(f"{said}: AUC {shortcut.auc.value:.2f}; data check says more")
-    least = data.valid.label.value_counts().min()
-    if least < ENOUGH_TO_VALIDATE:
-        low, high = split_checks.wilson(least)
-        notes.append(
-            f"few to validate on: {least} of a class; a sensitivity of 0.9 would mean {low:.2f} to {high:.2f} (95 %)"
-        )
+            text = split_checks.SHORTCUTS[name][0]
+            notes.append(f"{text}: AUC {shortcut.auc.value:.2f}; data check says more")
+    fewest = data.valid.label.value_counts().min()
+    if fewest < ENOUGH_TO_VALIDATE:
+        notes.append(f"few validation images: {fewest} of a class; {split_checks.precision_of(fewest)}")
     return notes[:4]
 
 
 def _find_splits(data: str | Path) -> tuple[Path, tuple[str, ...]]:
-    """The folder that holds the splits, and those that are there; ("",) where it holds classes without splits."""
+    """Find the folder that holds the splits, and the splits in it; ("",) if it holds classes without splits."""
     try:
         root = find_root(data)
     except UserError:
@@ -116,16 +123,21 @@ def _find_splits(data: str | Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _listed(root: Path, split: str) -> pd.DataFrame:
-    """All files of a split, as `dataset.read_split`, but `hidden` for `patient`; label "": in none."""
+    """List all files of a split.
+
+    Returns:
+        The columns of `dataset.read_split`, with `hidden` instead of `patient`. The label of a file outside the class
+        folders is "".
+    """
     rows, base = [], root / split
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: can't be read ({error.strerror})") from None
+        raise UserError(f"cannot be read ({error.strerror})", value=error.filename) from None
 
     for parent, folders, files in os.walk(base, followlinks=True, onerror=refuse):
         folders.sort()
         inside = Path(parent).relative_to(base).parts
-        if not split and not inside:  # what lies beside class folders is not ours to judge
+        if not split and not inside:  # files beside class folders are not part of the data set
             continue
         for name in sorted(files):
             file = Path(parent, name).relative_to(root).as_posix()

@@ -1,22 +1,25 @@
-"""What was found in a data set: text for a person, JSON for a program, and a list of files for `fit --exclude`."""
+"""Hold the findings about a data set; write them as text, as JSON, and as a list of files for `fit --exclude`."""
 
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.console import Console
+from rich.table import Table
 
 from xray_fastai.data.audit.shortcuts import Shortcut
 from xray_fastai.data.exclusions import LEAVE_OUT, write_list
-from xray_fastai.system.text import count_of, printable, wrap
+from xray_fastai.system.text import WIDTH, count_of, printable, wrap
 
 FORMAT = 1
-"""The layout of the JSON; it counts the changes that a reader of it must know of."""
+"""Version of the JSON layout; it changes if a program that reads the JSON must change."""
 
-SPLITS = ("train", "val", "test", "")  # "" holds classes without splits
+SPLITS = ("train", "val", "test", "")  # "": class folders without splits
 SEVERITIES = ("error", "warning", "remark")
-SHOWN = 3  # files of a finding on the terminal
+MAX_SHOWN = 3  # files of a finding on the terminal
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,15 @@ class File:
 
     name: str  # relative to the root
     detail: str = ""
-    leave_out: bool = False  # of a fit
+    leave_out: bool = False  # `--fix` lists it for `fit --exclude`
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is odd."""
+    """One problem or oddity of a data set."""
 
-    severity: str  # error: a result would be spoilt; warning: look at it; remark: good to know
-    kind: str  # a name that does not change, for programs
+    severity: str  # error: it would spoil a result; warning: look at it; remark: good to know
+    kind: str  # a stable name for programs
     text: str
     advice: str
     files: list[File] = field(default_factory=list)
@@ -51,19 +54,19 @@ class Finding:
 
     def __str__(self) -> str:
         lines = wrap(self.text, f"{self.severity:<9}")
-        for file in self.files[:SHOWN]:
+        for file in self.files[:MAX_SHOWN]:
             lines.append(f"{'':11}{printable(file.name)}" + (f": {file.detail}" if file.detail else ""))
-        if len(self.files) > SHOWN:
-            lines.append(f"{'':11}... and {len(self.files) - SHOWN:,} more (--json names all)")
+        if len(self.files) > MAX_SHOWN:
+            lines.append(f"{'':11}... and {len(self.files) - MAX_SHOWN:,} more (--json names all)")
         return "\n".join([*lines, *wrap(self.advice, f"{'':9}-> ")])
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What `check_data` found.
+    """The result of `check_data`.
 
-    `images` has a readable image a row: path, file, label, split, patient, what `facts.Facts` has, and image (a number,
-    equal for files that show the same).
+    `images` has one row for each readable image. Its columns are path, file, label, split, patient, the fields of
+    `image_facts.Facts`, and image (a number, equal for files that show the same image).
     """
 
     name: str
@@ -74,17 +77,17 @@ class Audit:
     seconds: float
 
     def of(self, severity: str) -> list[Finding]:
-        """The findings of one severity."""
+        """Return the findings of one severity."""
         return [finding for finding in self.findings if finding.severity == severity]
 
     @property
     def ok(self) -> bool:
-        """Nothing was found that would spoil a result."""
+        """Whether there is no error, so nothing that would spoil a result."""
         return not self.of("error")
 
     @property
     def left_out(self) -> list[dict[str, str]]:
-        """The rows of a list for `fit --exclude`: each file once, with the first finding that asks for it."""
+        """The rows of the list for `fit --exclude`: each file once, with the first finding that leaves it out."""
         rows = {}
         for finding in self.findings:
             for file in finding.files:
@@ -97,12 +100,12 @@ class Audit:
         """Write the list of files to leave out, for `fit --exclude`.
 
         Raises:
-            UserError: the file is there already, or can't be written.
+            UserError: the file already exists, or cannot be written.
         """
         write_list(Path(path), self.left_out)
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs; `format` says which layout this is."""
+        """Return all results as data for JSON; `format` is the version of the layout."""
         splits = []
         for (split, label), rows in _by_class(self.images):
             spans = {"width": rows.width, "height": rows.height, "aspect": rows.width / rows.height}
@@ -141,42 +144,44 @@ class Audit:
             f"{'data':<9}{self.name}",
             f"{'images':<9}{len(self.images):,} readable, checked in {self.seconds:.1f} s",
             "",
-            *_tables(self.images),
+            _tables(self.images),
         ]
         for severity in SEVERITIES:
             for finding in self.of(severity):
                 lines += ["", str(finding)]
         counts = [count_of(len(self.of(severity)), severity) for severity in SEVERITIES]
-        verdict = "nothing found that would spoil a result" if self.ok else "mend the errors before a fit"
+        verdict = "nothing found that would spoil a result" if self.ok else "correct the errors before a fit"
         return "\n".join([*lines, "", f"{'verdict':<9}{', '.join(counts)}: {verdict}"])
 
 
-def _tables(images: pd.DataFrame) -> list[str]:
-    """By split and class: how many images of how many patients, and of what sizes and kinds."""
-    counts, sizes = [("split", "class", "images", "patients", "kinds")], [("", "", "width", "height", "aspect ratio")]
+def _tables(images: pd.DataFrame) -> str:
+    """Return two tables by split and class: the numbers of images and patients and the formats; and the sizes."""
+    if images.empty:
+        return "no readable image"
+    counts = Table("split", "class", "images", "patients", "kinds")
+    sizes = Table("split", "class", "width (min/median/max)", "height", "aspect ratio")
+    for column in (2, 3):
+        counts.columns[column].justify = "right"
     for (split, label), rows in _by_class(images):
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in _counts(rows.format + " " + rows["mode"]).items())
-        counts.append((split or "-", label, f"{len(rows):,}", f"{rows.patient.nunique():,}", kinds))
+        counts.add_row(split or "-", label, f"{len(rows):,}", f"{rows.patient.nunique():,}", kinds)
         aspect = rows.width / rows.height
         spans = [_spanned(values, digits) for values, digits in ((rows.width, 0), (rows.height, 0), (aspect, 2))]
-        sizes.append((split or "-", label, *spans))
-    if len(counts) == 1:
-        return ["no readable image"]
-    sizes[0] = ("split", "class", "width (least/median/most)", "height", "aspect ratio")
-    return [*_aligned(counts, "<<>><"), "", *_aligned(sizes, "<<<<<")]
+        sizes.add_row(split or "-", label, *spans)
+    return f"{_plain(counts)}\n\n{_plain(sizes)}"
+
+
+def _plain(table: Table) -> str:
+    """Return a table as text of `WIDTH` columns, without lines and colours."""
+    table.box, table.pad_edge, table.padding = None, False, (0, 2, 0, 0)
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, markup=False, emoji=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def _by_class(images: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
     groups = list(images.groupby(["split", "label"]))
     return sorted(groups, key=lambda group: (SPLITS.index(group[0][0]), group[0][1]))
-
-
-def _aligned(rows: list[tuple[str, ...]], sides: str) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
-    return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _spanned(values: pd.Series, digits: int) -> str:

@@ -1,6 +1,6 @@
-"""Does the form of the files alone, without a look at what they show, tell the classes apart?
+"""Test whether the form of the files alone, without their content, tells the classes apart.
 
-Where it does, a network may learn the form in place of the disease, and fail where both classes are made alike
+If it does, a network may learn the form instead of the disease, and fail on images in which both classes have one form
 (Zech et al., Variable generalization performance of a deep learning model to detect pneumonia in chest radiographs,
 PLOS Medicine 2018; DeGrave et al., AI for radiographic COVID-19 detection selects shortcuts over signal, Nature Machine
 Intelligence 2021).
@@ -16,12 +16,12 @@ from xray_fastai.metrics import Interval, Scored, measure
 from xray_fastai.system.text import format_interval
 
 ALARM, ALARM_LOW = 0.7, 0.6
-"""An AUC is worth a warning from the first on, if its 95 % interval lies above the second. The phantom, which has no
-shortcut, has 0.46 by detail; 50 originals of the Kaggle collection have 0.85 by form, and 1.00 by coding."""
-ENOUGH = 10
-"""Patients of each class from which an AUC is taken."""
-MOST = 20_000
-"""Images that are looked at: more would make the figure no better, and the forest slow."""
+"""There is a warning if the AUC is at least `ALARM` and its 95 % interval lies above `ALARM_LOW`. The phantom, which
+has no shortcut, has 0.46 by detail; 50 originals of the Kaggle collection have 0.85 by form and 1.00 by coding."""
+MIN_PATIENTS = 10
+"""Patients of each class that an AUC needs."""
+MAX_IMAGES = 20_000
+"""A larger table is sampled: more images would not improve the figure, and the forest would be slow."""
 FOLDS, RESAMPLES, SEED = 5, 500, 0
 
 FEATURES = {
@@ -29,16 +29,16 @@ FEATURES = {
     "coding": {"format": "file type", "quality": "JPEG quality"},
     "detail": {"density": "bytes a pixel"},
 }
-"""What is looked at together, with the names that people know it by. Bytes a pixel tell, at one JPEG quality, how much
-detail and noise a picture has."""
+"""The features that are tested together, with their displayed names. At one JPEG quality, the bytes a pixel measure how
+much detail and noise an image has."""
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """How well some features of the files predict the class."""
+    """The AUC with which some features of the files predict the class."""
 
     auc: Interval  # of all features together
-    single: dict[str, float]  # AUC of each by itself, the highest first
+    single: dict[str, float]  # AUC of each feature alone, the highest first
     images: int
 
     @property
@@ -49,28 +49,29 @@ class Shortcut:
         auc = "AUC " + format_interval(*self.auc, digits=2)
         if len(self.single) < 2:
             return auc
-        return f"{auc}; by itself, " + ", ".join(f"{name} {value:.2f}" for name, value in self.single.items())
+        return f"{auc}; alone, " + ", ".join(f"{name} {value:.2f}" for name, value in self.single.items())
 
 
 def find_shortcuts(table: pd.DataFrame) -> dict[str, Shortcut]:
     """Predict the class from the form of the files.
 
-    A random forest for several features together and a small tree for each alone, cross-validated in five folds that
-    share no patient; the interval is a bootstrap over patients.
+    A random forest takes several features together, and a small tree each feature alone. They are cross-validated in
+    five folds that share no patient. The interval is a bootstrap over patients.
 
     Args:
-        table: an image a row: label, patient, and what `facts.Facts` has.
+        table: has one row for each image: label, patient, and the fields of `image_facts.Facts`.
 
     Returns:
-        By the names of `FEATURES`, the AUC (of more than two classes the mean of each against the rest), where the
-        features are not the same for all images; nothing where a class has less than `ENOUGH` patients.
+        The shortcuts by the names of `FEATURES`, without those whose features are the same for all images. The AUC of
+        more than two classes is the mean of each against the rest. The result is empty if a class has fewer than
+        `MIN_PATIENTS` patients.
     """
     patients = pd.factorize(table.patient)[0]
     truth, classes = pd.factorize(table.label, sort=True)
-    if len(classes) < 2 or pd.Series(patients).groupby(truth).nunique().min() < ENOUGH:
+    if len(classes) < 2 or pd.Series(patients).groupby(truth).nunique().min() < MIN_PATIENTS:
         return {}
-    if len(table) > MOST:
-        chosen = np.random.default_rng(SEED).choice(len(table), MOST, replace=False)
+    if len(table) > MAX_IMAGES:
+        chosen = np.random.default_rng(SEED).choice(len(table), MAX_IMAGES, replace=False)
         return find_shortcuts(table.iloc[np.sort(chosen)])
     features = pd.DataFrame(
         {
@@ -87,12 +88,12 @@ def find_shortcuts(table: pd.DataFrame) -> dict[str, Shortcut]:
 
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=SEED)
     folds = list(splitter.split(features, truth, patients))
-    found = {}
-    for name, of in FEATURES.items():
-        varied = [column for column in of if features[column].nunique() > 1]
+    shortcuts = {}
+    for name, titles in FEATURES.items():
+        varied = [column for column in titles if features[column].nunique() > 1]
         if varied:
-            found[name] = _predict(features[varied].rename(columns=of), truth, patients, folds)
-    return found
+            shortcuts[name] = _predict(features[varied].rename(columns=titles), truth, patients, folds)
+    return shortcuts
 
 
 def _predict(features: pd.DataFrame, truth: np.ndarray, patients: np.ndarray, folds: list) -> Shortcut:
@@ -104,7 +105,7 @@ def _predict(features: pd.DataFrame, truth: np.ndarray, patients: np.ndarray, fo
 
     def auc(model, values: pd.DataFrame, resamples: int) -> Interval:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a fold may lack a class of few patients
+            warnings.simplefilter("ignore", UserWarning)  # a fold may lack a class with few patients
             scores = cross_val_predict(model, values, truth, cv=folds, method="predict_proba")  # (N, classes)
         return measure(Scored(truth, scores, patients, positive), {}, resamples).free["roc_auc"]
 

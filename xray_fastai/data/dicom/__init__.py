@@ -1,1 +1,1 @@
-"""DICOM files become 8-bit grey images."""
+"""Reading of DICOM files as 8-bit grey images."""

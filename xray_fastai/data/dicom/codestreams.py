@@ -1,61 +1,61 @@
-"""What a compressed image says of its size, looked at before a decoder takes memory for it or stops at its torn end.
+"""Check a compressed image's own size and end, before a decoder allocates memory for it.
 
-A decoder believes what it decodes: a JPEG of a hundred bytes may claim 65,535 x 65,535 pixels. And libjpeg gives grey
-where a JPEG, or a JPEG-LS, was cut off, without a word. Formats: JPEG, ITU-T T.81, B.2; JPEG-LS, ITU-T T.87, C.2; JPEG
-2000, ITU-T T.800, A.5; DICOM's RLE, PS3.5, annex G.
+A decoder believes its stream: a JPEG of a hundred bytes may claim 65,535 x 65,535 pixels. libjpeg fills the missing
+part of a truncated JPEG or JPEG-LS with grey, without an error. Formats: JPEG, ITU-T T.81, B.2; JPEG-LS, ITU-T T.87,
+C.2; JPEG 2000, ITU-T T.800, A.5; DICOM's RLE, PS3.5, annex G.
 """
 
 from xray_fastai.system.errors import ImageError
 
 ALONE = {0x01, *range(0xD0, 0xD9)}  # JPEG's markers without a segment
-FRAMES = {0xF7, 0xDE, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those that tell the size of a frame, or of several
-CUT = "its pixel data are cut short"
+FRAMES = {0xF7, 0xDE, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that hold the size of a frame or of several
+TRUNCATED = "its pixel data are truncated"
 
 
 def check_jpeg(stream: bytes, shape: tuple[int, int, int]) -> None:
-    """See that a JPEG or JPEG-LS is as large as the header says, and has an end.
+    """Check that a JPEG or JPEG-LS has the size in the header, and is complete.
 
     Args:
-        stream: from its first byte; zeros and 0xFF may fill it up.
+        stream: the whole stream; it may be padded with zeros and 0xFF.
         shape: height, width and samples a pixel, by the DICOM header.
 
     Raises:
-        ImageError: it is not; the text names no file.
+        ImageError: the size differs, or the stream is truncated. The message names no file.
     """
-    at = 2
+    at = 2  # the position of the next marker
     while stream[:2] == b"\xff\xd8" and at + 10 <= len(stream) and stream[at] == 0xFF:
         kind = stream[at + 1]
         if kind in FRAMES:
             height, width = (int.from_bytes(stream[i : i + 2], "big") for i in (at + 5, at + 7))
             _check_shape((height, width, stream[at + 9]), shape)
             if not stream.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
-                raise ImageError(CUT)
+                raise ImageError(TRUNCATED)
             return
-        if kind == 0xFF:  # before a marker there may be more of them
+        if kind == 0xFF:  # fill bytes before a marker
             at += 1
         else:
             at += 2 if kind in ALONE else 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-    raise ImageError("its pixel data are no JPEG, though the header says so")
+    raise ImageError("its pixel data are not JPEG, although the header says so")
 
 
 def check_jpeg2000(stream: bytes, shape: tuple[int, int, int]) -> None:
-    """See that a JPEG 2000 is as large as the header says; its decoder knows where it ends.
+    """Check that a JPEG 2000 has the size in the header. Its decoder reports a missing end.
 
     Args and errors are those of `check_jpeg`.
     """
     start = 0
-    if stream[4:8] == b"jP  ":  # the boxes of a JP2 file, which some programs write although DICOM has none
+    if stream[4:8] == b"jP  ":  # boxes of a JP2 file: some programs write them, although DICOM does not allow it
         while stream[start + 4 : start + 8] not in (b"jp2c", b""):
             start += max(8, int.from_bytes(stream[start : start + 4], "big"))
         start += 8
     if stream[start : start + 4] != b"\xff\x4f\xff\x51" or len(stream) < start + 42:
-        raise ImageError("its pixel data are no JPEG 2000, though the header says so")
+        raise ImageError("its pixel data are not JPEG 2000, although the header says so")
     x, y, x0, y0 = (int.from_bytes(stream[i : i + 4], "big") for i in range(start + 8, start + 24, 4))
     _check_shape((y - y0, x - x0, int.from_bytes(stream[start + 40 : start + 42], "big")), shape)
 
 
 def check_rle(stream: bytes, shape: tuple[int, int, int]) -> None:
-    """See that no segment becomes more bytes than there are pixels, but for one that fills it up.
+    """Check that no segment expands to more bytes than there are pixels, except for one byte of padding.
 
     Args and errors are those of `check_jpeg`.
     """
@@ -71,7 +71,7 @@ def check_rle(stream: bytes, shape: tuple[int, int, int]) -> None:
             raise ImageError("its pixel data hold more pixels than its header says")
 
 
-def _check_shape(told: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
-    if told != shape:
-        by_pixels, by_header = (f"{width} x {height} x {samples}" for height, width, samples in (told, shape))
+def _check_shape(decoded: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
+    if decoded != shape:
+        by_pixels, by_header = (f"{width} x {height} x {samples}" for height, width, samples in (decoded, shape))
         raise ImageError(f"its pixel data are {by_pixels}, its header says {by_header} (width, height, samples)")

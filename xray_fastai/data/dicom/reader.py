@@ -1,11 +1,11 @@
-"""A DICOM file becomes one eight-bit X-ray, and who it shows becomes a key that tells nothing.
+"""Read one DICOM file as an 8-bit image, and its patient's identifier as a salted hash.
 
-What its pixels mean stands in its header: which bits of a word count, what is no picture (padding), and the way from
-stored values to what a screen shows (PS3.3, C.7.6.3, C.7.5.1.1.2, C.11.1 and C.11.2), which pydicom's own functions go.
+The header says what the pixels mean: which bits of a word are used, which values are padding, and how stored values
+become what a screen shows (PS3.3, C.7.6.3, C.7.5.1.1.2, C.11.1 and C.11.2). pydicom's own functions do these steps.
 
-Names, dates and identifiers of the header are not for logs, reports and exports. So no more of it is read than is
-needed, what pydicom says of it reaches nobody (its texts quote values), and a patient is known by a hash that no other
-process can make again.
+Names, dates and identifiers in the header must not reach logs, reports and exports. This module therefore reads only
+the elements that it needs. It suppresses pydicom's messages, which quote values. A patient is known by a hash with a
+random salt, which no other process can compute again.
 """
 
 import functools
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from xray_fastai.data.dicom.codestreams import CUT, check_jpeg, check_jpeg2000, check_rle
+from xray_fastai.data.dicom.codestreams import TRUNCATED, check_jpeg, check_jpeg2000, check_rle
 from xray_fastai.data.dicom.grey import as_colour, as_grey
 from xray_fastai.system.errors import ImageError
 
@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 EXTENSIONS = (".dcm", ".dicom")
 FORMAT = "DICOM"
-"""What the images made here have for Pillow's `format`; `info["photometric"]` is how the file holds grey or colour."""
+"""Pillow's `format` of the images from this module. `info["photometric"]` is the PhotometricInterpretation."""
 INSTALL = 'pip install "xray-fastai[dicom]"'
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax's UID
-MOST_BYTES, MOST_ITEMS = 500_000_000, 10_000
-"""What a deflated file may become; and items in all sequences, of which pydicom takes 3 s and 60 MB for 100,000."""
+MAX_BYTES, MAX_ITEMS = 500_000_000, 10_000
+"""Limits on the size of an inflated file, and on the items of all sequences (pydicom takes 3 s and 60 MB for
+100,000)."""
 HEAD = 2**20
-"""Bytes from the start in which a patient, and mostly all but the pixels, stand."""
+"""Bytes at the start of a file that hold the PatientID, and in most files everything but the pixels."""
 
 NEEDED = (
     "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
@@ -58,15 +59,15 @@ COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_R
 GREYS = ("MONOCHROME1", "MONOCHROME2")
 
 _SALT = secrets.token_bytes(32)
-_here = threading.local()  # `.reading`: this thread is in pydicom
+_thread = threading.local()  # `.reading`: this thread runs pydicom
 
 
 def has_mark(source: bytes | str | os.PathLike) -> bool:
-    """Whether bytes, or a file, have DICOM's mark behind a preamble of 128 bytes; what can't be read has none."""
+    """Return whether bytes, or a readable file, have DICOM's mark after a preamble of 128 bytes."""
     if isinstance(source, bytes):
         return source[128:132] == b"DICM"
     try:
-        if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe may take for ever
+        if not stat.S_ISREG(os.stat(source).st_mode):  # opening a pipe may block
             return False
         with open(source, "rb", buffering=0) as stream:
             return has_mark(stream.read(132))
@@ -74,29 +75,29 @@ def has_mark(source: bytes | str | os.PathLike) -> bool:
         return False
 
 
-def open_dicom(content: bytes, name: str, most: int) -> Image.Image:
+def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
     """Read the one image of a DICOM file.
 
-    Grey goes through the modality LUT or rescale, then the first VOI LUT or, without one, the first window; MONOCHROME1
-    is inverted; padding is black. Without a LUT or window, or with one of no width, black and white are the least and
-    the largest value of the picture, padding aside: over all that BitsStored could hold, ten bits in a file that
-    declares sixteen (many detectors' "for processing" images) would be 4 greys of 256. Colour comes as it is.
+    Grey values go through the modality LUT or rescale, then the first VOI LUT or, without one, the first window.
+    MONOCHROME1 is inverted. Padding is black. Without a LUT, and without a window of a usable width, black and white
+    are the smallest and the largest value of the image, without padding. The full range of BitsStored would not do:
+    an image with ten bits in a file that declares sixteen (many detectors' "for processing" images) would have 4 greys
+    of 256. Colours stay as they are.
 
     Args:
-        content: of the file.
-        name: of the file, for errors.
-        most: pixels that it may have.
+        content: the bytes of the file.
+        max_pixels: the number of pixels above which the image is refused.
 
     Returns:
-        A PIL image of mode "L", or "RGB" where the file has colours.
+        A PIL image of mode "L", or "RGB" if the file has colours.
 
     Raises:
-        ImageError: pydicom is not installed, or it is not one whole X-ray; no value of the header but numbers on the
-            form of its pixels, and names of DICOM's own, are in the text.
+        ImageError: pydicom is not installed, or the file is not one complete X-ray. The message holds no values from
+            the header except numbers about the form of the pixels, and names defined by DICOM. It names no file.
     """
-    with _reading(name):
+    with _reading():
         header = _read(content, [*NEEDED, *OPTIONAL])
-        _check(header, most)
+        _check(header, max_pixels)
         pixels, photometric = _decode(header)
         image = Image.fromarray(as_grey(pixels, header) if photometric in GREYS else as_colour(pixels, header))
         image.format = FORMAT
@@ -105,27 +106,30 @@ def open_dicom(content: bytes, name: str, most: int) -> Image.Image:
 
 
 def size_of(path: str | os.PathLike) -> tuple[int, int]:
-    """Width and height in pixels, by the header.
+    """Return the width and height in pixels, by the header.
 
     Raises:
-        ImageError: as `open_dicom`.
-        OSError: it can't be read.
+        ImageError: see `open_dicom`; `value` is the path.
+        OSError: the file cannot be read.
     """
-    with _reading(os.fspath(path)):
+    with _reading(path):
         header = _first(path, ["Rows", "Columns"])
         return int(header.Columns), int(header.Rows)
 
 
 def patient_key(path: str | os.PathLike) -> str | None:
-    """What files with one PatientID share in this process, and in no other; it can't be turned back into the ID.
+    """Return a hash of a file's PatientID, salted so that it is valid in this process only.
+
+    Files with the same PatientID have the same key. The ID cannot be computed from it.
 
     Returns:
-        None: no DICOM file, one that can't be read (which its pixels' reader says), or one that names no patient.
+        None for a file that is not DICOM, that cannot be read (the reader of the pixels reports that), or that has no
+        PatientID.
     """
     if not has_mark(path):
         return None
     try:
-        with _reading(""):
+        with _reading():
             element = _first(path, ["PatientID"]).get_item("PatientID")
             identifier = b"" if element is None else bytes(element.value or b"").strip(b" \0").upper()
     except (ImageError, OSError):
@@ -134,58 +138,59 @@ def patient_key(path: str | os.PathLike) -> str | None:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Whatever goes wrong with a DICOM file becomes one error without values of the header, and nothing is logged."""
-    _here.reading = True
+def _reading(path: str | os.PathLike | None = None) -> Iterator[None]:
+    """Turn every error about a DICOM file into an `ImageError` without values of the header, and log nothing."""
+    _thread.reading = True
     try:
         yield
     except ImageError as error:
-        raise ImageError(f"{name}: {error}") from None
-    except Exception as error:  # pydicom and the decoders raise whatever a broken file leads them to
-        if isinstance(error, OSError) and error.errno is not None:  # pydicom's own have no number
+        raise ImageError(error.message, value=path) from None
+    except Exception as error:  # pydicom and the decoders raise errors of any class for a broken file
+        if isinstance(error, OSError) and error.errno is not None:  # pydicom's own OSErrors have no number
             raise
-        raise ImageError(f"{name}: broken DICOM file ({type(error).__name__})") from None
+        raise ImageError(f"broken DICOM file ({type(error).__name__})", value=path) from None
     finally:
-        _here.reading = False
+        _thread.reading = False
 
 
 @functools.cache
 def _pydicom() -> Any:
-    """pydicom, told to keep quiet while this module reads."""
+    """Import pydicom, and suppress its warnings and log records while this module reads."""
     try:
         import pydicom
         import pydicom.filereader
         import pydicom.pixels.processing
     except ImportError:
-        raise ImageError(f"a DICOM file; to read such, {INSTALL}") from None
+        raise ImageError(f"a DICOM file; to read it, {INSTALL}") from None
     warnings.filterwarnings("ignore", module="pydicom|libjpeg|openjpeg")
-    for name in [*logging.root.manager.loggerDict]:  # a logger's filter is not asked for its children's records
+    # a filter of a logger does not apply to the records of its children
+    for name in [*logging.root.manager.loggerDict]:
         if name.partition(".")[0] in ("pydicom", "pylibjpeg", "libjpeg", "openjpeg"):
             logging.getLogger(name).addFilter(_unless_reading)
     return pydicom
 
 
 def _unless_reading(record: logging.LogRecord) -> bool:
-    return not getattr(_here, "reading", False)
+    return not getattr(_thread, "reading", False)
 
 
 def _read(content: bytes, keywords: list[str], stop: Callable | None = None) -> "Dataset":
-    """These elements of a file, and its file meta information."""
+    """Read these elements of a file, and its file meta information."""
     pydicom = _pydicom()
     tags = [pydicom.tag.Tag(keyword) for keyword in keywords]
     content = _inflated(content)
-    if any(content.count(item) > MOST_ITEMS for item in (b"\xfe\xff\0\xe0", b"\xff\xfe\xe0\0")):
-        raise ImageError(f"more than {MOST_ITEMS:,} items in its sequences; no X-ray has so many")
+    if any(content.count(item) > MAX_ITEMS for item in (b"\xfe\xff\0\xe0", b"\xff\xfe\xe0\0")):
+        raise ImageError(f"more than {MAX_ITEMS:,} items in its sequences; no X-ray has that many")
     header = pydicom.filereader.read_partial(io.BytesIO(content), stop, specific_tags=tags)
-    for tag in tags:  # empty is as good as absent, and pydicom's functions fall over it
+    for tag in tags:  # an empty element means the same as none, and pydicom's functions fail on it
         if tag in header and header.get_item(tag).value in (None, b"", ""):
             del header[tag]
     return header
 
 
 def _first(path: str | os.PathLike, keywords: list[str]) -> "Dataset":
-    """These elements, the last of which is the highest tag; mostly without reading all of the file."""
-    passed = []
+    """Read these elements, in most files without reading the whole file. The last keyword has the highest tag."""
+    passed = []  # tags above the last one
 
     def stop(tag: int, vr: str | None, length: int) -> bool:
         if tag > last:
@@ -195,7 +200,7 @@ def _first(path: str | os.PathLike, keywords: list[str]) -> "Dataset":
     last = _pydicom().tag.Tag(keywords[-1])
     with open(path, "rb") as stream:
         content = stream.read(HEAD)
-        with suppress(Exception):  # pydicom's, where a sequence before them is cut short
+        with suppress(Exception):  # pydicom's, if a sequence before these elements is cut short
             header = _read(content, keywords, stop)
             if passed or len(content) < HEAD:
                 return header
@@ -204,32 +209,34 @@ def _first(path: str | os.PathLike, keywords: list[str]) -> "Dataset":
 
 
 def _inflated(content: bytes) -> bytes:
-    """A deflated file as it would be without. pydicom does so too, but takes all the memory that a bomb asks for, so it
-    must not get to see one."""
+    """Return the file without deflate compression, or unchanged if it has none.
+
+    pydicom can inflate as well, but without a limit on memory, so it must never receive a deflated file.
+    """
     if DEFLATED not in content:
         return content
     start = 144 + int.from_bytes(content[140:144], "little")
-    meta, opened = content[:start], zlib.decompressobj(-zlib.MAX_WBITS)
+    meta, inflate = content[:start], zlib.decompressobj(-zlib.MAX_WBITS)
     if content[132:140] != b"\2\0\0\0UL\4\0" or DEFLATED not in meta or DEFLATED in content[start:]:
-        raise ImageError("deflated, with file meta information that is not as it should be")
-    rest = opened.decompress(content[start:], MOST_BYTES)
-    if opened.unconsumed_tail or DEFLATED in rest:
-        raise ImageError(f"deflated, from more than {MOST_BYTES:,} bytes or twice; no X-ray is like that")
+        raise ImageError("deflated, with wrong file meta information")
+    rest = inflate.decompress(content[start:], MAX_BYTES)
+    if inflate.unconsumed_tail or DEFLATED in rest:
+        raise ImageError(f"deflated twice, or from more than {MAX_BYTES:,} bytes; no X-ray is like that")
     return meta.replace(DEFLATED, b"1.2.840.10008.1.2.1\0\0\0") + rest
 
 
-def _check(header: "Dataset", most: int) -> None:
-    """See that the header tells of one X-ray, before memory is taken.
+def _check(header: "Dataset", max_pixels: int) -> None:
+    """Check that the header describes one X-ray, before memory is allocated.
 
     Raises:
-        ImageError: it doesn't.
+        ImageError: it does not.
     """
     if "PixelData" not in header:
-        raise ImageError("a DICOM file without an image, or cut short: it has no PixelData")
+        raise ImageError("a DICOM file without an image, or truncated: it has no PixelData")
     if missing := [keyword for keyword in NEEDED if keyword not in header]:
         raise ImageError(f"its header lacks {', '.join(missing)}")
     rows, columns, samples = int(header.Rows), int(header.Columns), int(header.SamplesPerPixel)
-    if rows < 1 or columns < 1 or rows * columns > most:
+    if rows < 1 or columns < 1 or rows * columns > max_pixels:
         raise ImageError(f"{columns} x {rows} pixels; no X-ray is like that")
     if (frames := int(header.get("NumberOfFrames", 1))) > 1:
         raise ImageError(f"{frames} frames; split it into one image a file")
@@ -237,26 +244,30 @@ def _check(header: "Dataset", most: int) -> None:
     if allocated not in (8, 16) or not 1 <= stored <= allocated:
         raise ImageError(f"{stored} bits of {allocated} a pixel; an X-ray has 8 or 16")
     if int(header.get("HighBit", stored - 1)) != stored - 1:
-        raise ImageError(f"HighBit {int(header.HighBit)} for {stored} bits a pixel; it has to be {stored - 1}")
+        raise ImageError(f"HighBit {int(header.HighBit)} for {stored} bits a pixel; it must be {stored - 1}")
     palette = header.PhotometricInterpretation == "PALETTE COLOR"
-    of = GREYS if samples == 1 and not palette else COLOURS
-    if header.PhotometricInterpretation not in of or samples not in (1, 3):
-        raise ImageError(f"{samples} samples a pixel that are neither grey nor colours (PhotometricInterpretation)")
+    allowed = GREYS if samples == 1 and not palette else COLOURS
+    if header.PhotometricInterpretation not in allowed or samples not in (1, 3):
+        raise ImageError(f"{samples} samples a pixel, neither grey nor colours (PhotometricInterpretation)")
 
 
 def _decode(header: "Dataset") -> tuple[np.ndarray, str]:
-    """The stored values (rows, columns) or (rows, columns, 3), and what they are: one of `GREYS` or of `COLOURS`."""
+    """Decode the stored values.
+
+    Returns:
+        An array (rows, columns) or (rows, columns, 3), and its photometric interpretation, one of `GREYS` or `COLOURS`.
+    """
     from pydicom import uid
     from pydicom.encaps import get_frame
     from pydicom.pixels import get_decoder
 
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax not in uid.UID_dictionary:
-        raise ImageError("its file meta information names no transfer syntax that is known")
+        raise ImageError("its file meta information names no known transfer syntax")
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise ImageError(f"its transfer syntax is {syntax.name}, which is not read") from None
+        raise ImageError(f"its transfer syntax is {syntax.name}, which is not supported") from None
     if not decoder.is_available:
         raise ImageError(f"its transfer syntax is {syntax.name}; to read it, {INSTALL}")
     shape = int(header.Rows), int(header.Columns), int(header.SamplesPerPixel)
@@ -264,19 +275,19 @@ def _decode(header: "Dataset") -> tuple[np.ndarray, str]:
         halves = 2 if header.PhotometricInterpretation == "YBR_FULL_422" else 3
         expected = shape[0] * shape[1] * shape[2] * int(header.BitsAllocated) // 8 * halves // 3
         if len(header.PixelData) < expected:
-            raise ImageError(f"{CUT} ({len(header.PixelData):,} bytes of {expected:,})")
+            raise ImageError(f"{TRUNCATED} ({len(header.PixelData):,} bytes of {expected:,})")
     else:
         stream = get_frame(header.PixelData, 0, number_of_frames=1)
         check = check_rle if syntax == uid.RLELossless else check_jpeg
         (check_jpeg2000 if syntax in uid.JPEG2000TransferSyntaxes else check)(stream, shape)
-    # Pillow's JPEG tells of a torn end; pylibjpeg-rle panics on some broken streams, past any `except Exception`
+    # Pillow reports a truncated JPEG; pylibjpeg-rle panics on some broken streams, which no `except Exception` catches
     plugin = {uid.JPEGBaseline8Bit: "pillow", uid.RLELossless: "pydicom"}.get(syntax, "")
     try:
-        pixels, told = decoder.as_array(header, index=0, decoding_plugin=plugin, number_of_frames=1)
-    except Exception as error:  # decoders raise whatever a broken stream leads them to
+        pixels, properties = decoder.as_array(header, index=0, decoding_plugin=plugin, number_of_frames=1)
+    except Exception as error:  # decoders raise errors of any class for a broken stream
         kind = type(error).__name__
         raise ImageError(f"its pixel data are broken, or not {syntax.name} as its header says ({kind})") from None
-    photometric = str(told["photometric_interpretation"])
+    photometric = str(properties["photometric_interpretation"])
     if pixels.itemsize > 2 or (pixels.ndim == 3) != (photometric == "RGB"):
-        raise ImageError(f"its pixel data are {photometric} of {8 * pixels.itemsize} bits, which is not read")
+        raise ImageError(f"its pixel data are {photometric} of {8 * pixels.itemsize} bits, which is not supported")
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False), photometric

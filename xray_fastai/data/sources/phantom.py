@@ -1,11 +1,11 @@
-"""Synthetic chest X-rays, drawn from formulas, for the first run and for tests.
+"""Draw synthetic chest X-rays from formulas, for the first run and for tests.
 
-No picture shows a patient and none carries a medical meaning. A fit on them is a rehearsal: it proves the pipeline.
+No image shows a patient, and none has a medical meaning. A fit on them is a rehearsal of the pipeline.
 
-Measured on `write(images=600, size=128)`: a threshold on mean brightness has an AUC of 0.53 (mean of seeds 0 to 2, at
-most 0.56). From scratch on train at 64 px (Adam, one-cycle to 2e-3, turns of 10 degrees, zoom to 1.1), torchvision's
-ResNet18 has 0.97 on test (20 epochs, batch 64; seeds 0 and 1), ResNet50 0.96 (45 epochs, batch 80; seed 0). On all
-600 images of another seed they have 0.97 and 0.96, and 0.93.
+Measured on `write(images=600, size=128)`: a threshold on mean brightness has an AUC of 0.53 (mean of seeds 0 to 2,
+maximum 0.56). Trained from scratch on train at 64 px (Adam, one-cycle to 2e-3, rotation by 10 degrees, zoom to 1.1),
+torchvision's ResNet18 has an AUC of 0.97 on test (20 epochs, batch 64; seeds 0 and 1) and ResNet50 0.96 (45 epochs,
+batch 80; seed 0). On all 600 images of another seed they have 0.97 and 0.96, and 0.93.
 """
 
 import os
@@ -17,10 +17,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from xray_fastai.data import pixel_cache
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.files import cache_dir
 
-DRAWING = 1  # counts the changes of what is drawn, so that a cache is never of an older drawing
+DRAWING = 1  # version of the drawings; a cache folder of another version is not used
 
 Disease = Literal["bacteria", "virus"]
 
@@ -30,21 +30,21 @@ MINIMUM_IMAGES = 24  # 4 in val and in test, 2 of each class
 
 
 def _edge(distance: np.ndarray, softness: float = 0.02) -> np.ndarray:
-    """0 outside, 1 inside: a step at `distance` 0 that takes about 4 `softness` to rise."""
+    """Return 0 outside and 1 inside: a step at `distance` 0 with a width of about 4 `softness`."""
     return 0.5 + 0.5 * np.tanh(distance / (2 * softness))
 
 
 def _ellipse(x: np.ndarray, y: np.ndarray, cx: float, cy: float, a: float, b: float, tilt: float = 0.0) -> np.ndarray:
-    """Distance from the centre in units of the radius: 1 on the border of the ellipse."""
+    """Return the distance from the centre in units of the radius: 1 on the border of the ellipse."""
     cos, sin = np.cos(tilt), np.sin(tilt)
     return np.hypot(((x - cx) * cos + (y - cy) * sin) / a, ((y - cy) * cos - (x - cx) * sin) / b)
 
 
 def _texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, frequency: float, waves: int = 40) -> np.ndarray:
-    """A smooth random field of unit variance, the same at every resolution: a sum of plane waves.
+    """Return a smooth random field of unit variance, a sum of plane waves that is the same at every resolution.
 
-    `x` and `y` are affine in row and column, so each wave is an outer product, and their sum one matrix
-    product: by einsum, which no BLAS and so no number of threads can change by a bit.
+    `x` and `y` are affine in row and column, so each wave is an outer product, and their sum one matrix product.
+    einsum computes it without BLAS, so the number of threads cannot change a bit of the result.
     """
     angle, phase = rng.uniform(0, 2 * np.pi, (2, waves))
     k = 2 * np.pi * frequency * rng.uniform(0.5, 1.5, waves)
@@ -56,7 +56,7 @@ def _texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, frequency: 
 
 
 def _ribs(anatomy: np.random.Generator, x: np.ndarray, y: np.ndarray, cage: np.ndarray) -> np.ndarray:
-    """Posterior ribs, nearly level and strong, crossed by the fainter anterior ones that fall towards the sternum."""
+    """Draw the strong, nearly level posterior ribs, and the fainter anterior ribs that fall towards the sternum."""
     u = np.minimum(np.abs(x) / cage, 1.1)  # 0 at the spine, 1 at the chest wall
     spacing, start = anatomy.uniform(0.145, 0.18), anatomy.uniform()
     strength = anatomy.uniform(0.04, 0.085)
@@ -77,7 +77,7 @@ def _ribs(anatomy: np.random.Generator, x: np.ndarray, y: np.ndarray, cage: np.n
 def _opacities(
     anatomy: np.random.Generator, rng: np.random.Generator, x: np.ndarray, y: np.ndarray, disease: Disease, width: float
 ) -> np.ndarray:
-    """Bacteria: one consolidated lobe, rarely two. Virus: several faint patches on both sides."""
+    """Draw opacities: for bacteria one or two consolidated lobes; for a virus several faint patches on both sides."""
     lobar = disease == "bacteria"
     count = anatomy.choice([1, 2], p=[0.8, 0.2]) if lobar else anatomy.integers(3, 7)
     side = anatomy.choice([-1, 1])
@@ -97,13 +97,13 @@ def _opacities(
 def draw(
     rng: np.random.Generator, disease: Disease | None = None, size: int = 128, patient: int | None = None
 ) -> Image.Image:
-    """Draw one chest X-ray, AP view, the heart to the right of the picture.
+    """Draw one chest X-ray in AP view, with the heart on the right of the image.
 
     Args:
-        rng: What differs between two images of a patient: position, exposure, noise.
-        disease: `None` draws a NORMAL.
-        size: Width and height in pixels.
-        patient: Seed of the anatomy and of the place of the opacities; `None` takes one from `rng`.
+        rng: determines what differs between two images of a patient: position, exposure, noise.
+        disease: None draws a NORMAL image.
+        size: width and height in pixels.
+        patient: seed of the anatomy and of the position of the opacities; None takes one from `rng`.
 
     Returns:
         An image of mode "L".
@@ -167,7 +167,7 @@ def draw(
 
 
 def _expose(rng: np.random.Generator, density: np.ndarray) -> Image.Image:
-    """Density to grey values, with a random window, gamma and grain: brightness must not tell the class."""
+    """Convert density to grey values. Window, gamma and grain are random, so brightness does not show the class."""
     low, high = np.percentile(density, [2, 99])
     grey = np.clip((density - low) / (high - low), 0, 1.1)
     grey = grey ** np.exp(rng.uniform(-0.55, 0.55)) * rng.uniform(0.6, 1.0) + rng.uniform(0, 0.15)
@@ -183,21 +183,21 @@ def _expose(rng: np.random.Generator, density: np.ndarray) -> Image.Image:
 def write(root: Path, images: int = 600, seed: int = 0, size: int = 128) -> Path:
     """Write `root`/{train,val,test}/{NORMAL,PNEUMONIA}/*.jpeg, laid out and named as the Kaggle collection.
 
-    A patient has 1 to 4 images, all in one split. The same arguments give the same bytes. From 586 images on,
-    val has 50 or more of each class.
+    A patient has 1 to 4 images, all in one split. The same arguments give the same bytes. From 586 images on, val has
+    50 or more of each class.
 
     Args:
-        root: A folder that is empty or not there yet.
-        images: How many in all, `MINIMUM_IMAGES` or more.
-        seed: Of the whole collection.
-        size: Width and height in pixels.
+        root: a folder that is empty or does not exist.
+        images: the number of images, `MINIMUM_IMAGES` or more.
+        seed: the seed of the whole collection.
+        size: width and height in pixels.
 
     Returns:
         `root`.
 
     Raises:
         ValueError: `images` is below `MINIMUM_IMAGES`.
-        FileExistsError: `root` holds something already.
+        FileExistsError: `root` is not empty.
     """
     if images < MINIMUM_IMAGES:
         raise ValueError(
@@ -209,28 +209,28 @@ def write(root: Path, images: int = 600, seed: int = 0, size: int = 128) -> Path
 
     counts = {split: round(share * images) for split, share in SPLITS.items() if split != "train"}
     counts = {"train": images - sum(counts.values()), **counts}
-    patient = 0  # counts over all splits, so that none comes twice
+    patient = 0  # numbered over all splits, so that no patient is in two
     for split, count in counts.items():
         pneumonia = round(PNEUMONIA[split] * count)
-        for label, left in (("NORMAL", count - pneumonia), ("PNEUMONIA", pneumonia)):
+        for label, remaining in (("NORMAL", count - pneumonia), ("PNEUMONIA", pneumonia)):
             folder = root / split / label
             folder.mkdir(parents=True)
-            while left > 0:
+            while remaining > 0:
                 patient += 1
-                taken = _write_patient(folder, patient, np.random.SeedSequence([seed, patient]), left, size)
-                left -= taken
+                taken = _write_patient(folder, patient, np.random.SeedSequence([seed, patient]), remaining, size)
+                remaining -= taken
     return root
 
 
-def _write_patient(folder: Path, patient: int, entropy: np.random.SeedSequence, most: int, size: int) -> int:
-    """Write one patient's 1 to 4 images, `most` at most, and return their number."""
+def _write_patient(folder: Path, patient: int, entropy: np.random.SeedSequence, max_images: int, size: int) -> int:
+    """Write 1 to 4 images of one patient, but at most `max_images`, and return their number."""
     rng = np.random.default_rng(entropy)
-    count = min(most, int(rng.choice([1, 2, 3, 4], p=[0.4, 0.3, 0.2, 0.1])))
+    count = min(max_images, int(rng.choice([1, 2, 3, 4], p=[0.4, 0.3, 0.2, 0.1])))
     anatomy = int(rng.integers(2**32))
     disease = None
     if folder.name == "PNEUMONIA":
         disease = "bacteria" if rng.random() < 0.6 else "virus"
-        first = int(rng.integers(1, 2000))  # Kaggle's count runs over the collection, not over the patient
+        first = int(rng.integers(1, 2000))  # Kaggle counts over the collection, not over each patient's images
         names = [f"person{patient}_{disease}_{first + i}" for i in range(count)]
     else:
         prefix = "NORMAL2-IM" if rng.random() < 0.4 else "IM"
@@ -241,15 +241,12 @@ def _write_patient(folder: Path, patient: int, entropy: np.random.SeedSequence, 
 
 
 def cached() -> Path:
-    """The collection that `write` draws by default, made once in the user's cache folder.
-
-    Returns:
-        Its folder, below XDG_CACHE_HOME or ~/.cache.
+    """Return the folder of the default drawings, in the user's cache folder. The first call draws them.
 
     Raises:
-        UserError: the cache folder can't be written to.
+        UserError: the cache folder cannot be written to.
     """
-    cache = pixel_cache.folder()
+    cache = cache_dir()
     folder = cache / f"phantom-{DRAWING}"
     if folder.is_dir():
         return folder
@@ -260,13 +257,14 @@ def cached() -> Path:
             write(drawn)
             os.rename(drawn, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster
+            if not folder.is_dir():  # otherwise another process was faster
                 raise
         finally:
             shutil.rmtree(drawn, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"{cache}: the rehearsal's images can't be written there ({error.strerror}); "
-            "name another folder by XDG_CACHE_HOME, or give --data"
+            f"the rehearsal's images cannot be written there ({error.strerror}); "
+            "give --data, or another cache folder by the environment variable XDG_CACHE_HOME",
+            value=cache,
         ) from None
     return folder
