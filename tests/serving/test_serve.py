@@ -22,7 +22,7 @@ from xray_fastai import DISCLAIMER
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
 from xray_fastai.serving import uploads
-from xray_fastai.serving.app import MAX_REQUESTS, Desk, create_app
+from xray_fastai.serving.app import MAX_REQUESTS, Predictor, create_app
 
 BROKEN = b"\xff\xd8\xff\xe0 no JPEG after all"
 
@@ -105,7 +105,7 @@ def test_too_many_pixels_and_too_large_a_file(server):
     Image.new("1", (30_000, 2_000)).save(wide, "PNG")
     found = send(server, ("wide.png", wide.getvalue()), ("large.bmp", bytes(51_000_000))).json()["predictions"]
     assert "30000 x 2000 pixels" in found[0]["error"]
-    assert "51 MB; at most 50 MB" in found[1]["error"]
+    assert "51 MB; the maximum is 50 MB" in found[1]["error"]
 
 
 def test_large_files_stay_in_memory(server):
@@ -214,7 +214,7 @@ def test_the_page_answers_while_a_large_image_is_looked_at(server):
 
 def test_a_slow_upload_is_given_up(export, monkeypatch):
     monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 0.1)
-    desk, said = Desk(open_model(export, "cpu")), []
+    predictor, sent = Predictor(open_model(export, "cpu")), []
     headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
     scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": headers}
 
@@ -222,11 +222,11 @@ def test_a_slow_upload_is_given_up(export, monkeypatch):
         await asyncio.sleep(30)
 
     async def collect(message):
-        said.append(message)
+        sent.append(message)
 
-    asyncio.run(create_app(desk, {"localhost"})(scope, receive, collect))
-    desk.close()
-    assert said[0]["status"] == 408 and desk.requests == 0
+    asyncio.run(create_app(predictor, {"localhost"})(scope, receive, collect))
+    predictor.close()
+    assert sent[0]["status"] == 408 and predictor.requests == 0
 
 
 def test_openapi(server, photos):
@@ -302,7 +302,7 @@ def test_to_others_with_a_warning_until_sigterm(run, export, photos):
     assert found == {"own name": 200, "other": 421, "end": b""}
     assert result.exit_code == 0 and result.stderr == "" and result.stdout.endswith("Stopped.\n"), result.output
     lines = {line[:14].strip(): line[14:] for line in result.stdout.splitlines()}
-    assert lines["warning"].startswith("other machines reach this too; there is no login")
+    assert lines["warning"].startswith("other machines can reach this server; it has no login")
     assert lines["model"] == str(export) and lines["device"].startswith("cpu (") and "fp32" in lines["device"]
     assert result.stdout.startswith(DISCLAIMER)
 
