@@ -163,9 +163,9 @@ def test_killed_and_gone_on_with_it_is_as_if_nothing_had_been(ranks, there):
     ranks(0, *fit, "--name", "whole")
     told = ranks(1, *fit, "--name", "killed", rank=1, do="kill", at=f"{BATCH}@8")
     (line,) = errors(told)
-    assert "another of the 2 processes ended" in line and "go on by 'xray-fastai fit --resume killed'" in line
+    assert "another of the 2 processes ended" in line and "'xray-fastai fit --resume killed'" in line
     told = ranks(0, "fit", "--resume", "killed")
-    assert "going on      with killed after frozen epoch 1" in told
+    assert "resuming      killed after frozen epoch 1" in told
     for name in ("history.csv", "model.safetensors"):
         assert Path("exports/killed", name).read_bytes() == Path("exports/whole", name).read_bytes()
 
@@ -179,7 +179,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_batch(ranks, there, run):
     assert settings_of(Path("exports/stopped"))["status"] == "interrupted"
     result = run("fit", "--resume", "stopped")
     assert result.exit_code == 0, result.output
-    assert "going on      with stopped after the frozen phase, as stopped-2" in result.stdout
+    assert "resuming      stopped after the frozen phase, as stopped-2" in result.stdout
 
 
 def test_an_error_in_one_process_is_told_once_and_ends_all(ranks, there):
