@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up_while_exporting(start, collection, tmp_path):
     process = start("fit", "--resume", cwd=tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert re.search(r"^going on +with full after the unfrozen phase$", out, re.M)
+    assert re.search(r"^resuming +full after the unfrozen phase$", out, re.M)
     assert [line for line in trained.splitlines() if line.startswith("unfrozen ")] and "\nunfrozen   " not in out
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["full"]
 

@@ -265,7 +265,7 @@ def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(number, eve
     model = json.loads((tmp_path / "exports" / "stopped" / "model.json").read_text())
     assert model["status"] == "interrupted" and model["best"]["epoch"] >= 1
     load_learner(tmp_path / "exports" / "stopped")
-    assert "go on:  xray-fastai fit --resume stopped" in out
+    assert "resume: xray-fastai fit --resume stopped" in out
     wait_for(lambda: not members(process.pid), seconds=5)
     shared = [file.name for file in Path("/dev/shm").glob("torch_*")]  # torch_<process>_...
     assert not [name for name in shared if name.split("_")[1] in map(str, seen)]

@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from tests.test_fit import history_of
+from tests.training.test_fit import history_of
 from xray_fastai import load_learner
 from xray_fastai.export.run_folder import reopen, reserve
 from xray_fastai.training.checkpoint import read_json, write_json
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are fo
 
 BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth in validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
+CHECKPOINTS = "xray_fastai.training.checkpoint:Checkpoints"
 END = "xray_fastai.training.loop:save_between_phases@1"
 # The longer it trains, the worse it gets: the frozen phase is stopped early, after the rate was cut, and has the best
 # epoch; the unfrozen phase ends with its last.
@@ -81,7 +82,7 @@ def whole(fits):
 @pytest.fixture(scope="module")
 def killed(fits):
     """What is left of a fit that was killed after its fourth epoch: two checkpoints of the frozen phase."""
-    at = "xray_fastai.training.checkpoint:Checkpoints._write@4"  # those before it are on the disk
+    at = f"{CHECKPOINTS}._write@4"  # those before it are on the disk
     fits(-signal.SIGKILL, {"do": "kill", "at": at}, **SETTINGS, name="crashed")
     return (fits.exports / ".crashed.partial").rename(fits.root / ".crashed.partial")
 
@@ -96,8 +97,8 @@ def crashed(killed, fits, monkeypatch):
     return exports
 
 
-def going_on(output: str) -> str:
-    return re.search(r"^going on +with (.*)$", output, re.M)[1]
+def resumed(output: str) -> str:
+    return re.search(r"^resuming +(.*)$", output, re.M)[1]
 
 
 def same(a: Path, b: Path) -> None:
@@ -113,17 +114,21 @@ def same(a: Path, b: Path) -> None:
 
 KILLED = [  # when, where that is in a process that goes on from the kill before, and what it says it goes on from
     ("before anything was kept but the settings", "xray_fastai.training.fit:read_collection@1", None),
-    ("in the first epoch", f"{BATCH}@3", "from the beginning: no epoch had been completed"),
+    ("in the first epoch", f"{BATCH}@3", "from the beginning: no epoch was completed"),
     (
         "while the second checkpoint is written",
-        "xray_fastai.training.checkpoint:checked@5",
-        "from the beginning: no epoch had been completed",
+        "xray_fastai.training.checkpoint:checksum@5",
+        "from the beginning: no epoch was completed",
     ),
     ("before a checkpoint has its name", "os:replace@4", "after frozen epoch 1"),
     ("in the validation of the fourth epoch", f"{BATCH}@18", "after frozen epoch 1"),
     ("between the phases, before that is kept", END, "after frozen epoch 3"),
     ("in the next phase", f"{BATCH}@11", "after frozen epoch 3"),
-    ("while old files are removed", "pathlib:Path.unlink@1", "after the frozen phase"),
+    (
+        "before old files are deleted",
+        f"{CHECKPOINTS}._delete_all_but@1",
+        "after the frozen phase",
+    ),
     ("in the last epoch", f"{BATCH}@9", "after the frozen phase"),
     ("before the end is kept", END, "after unfrozen epoch 1"),
     ("while the export is written", "xray_fastai.training.finish:plot_curves@1", "after unfrozen epoch 1"),
@@ -134,8 +139,8 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(fits, whole):
     for when, where, place in KILLED:
         settings = {"resume": "killed"} if place else SETTINGS | {"name": "killed"}
         output = fits(-signal.SIGKILL, {"do": "kill", "at": where}, **settings)
-        assert place is None or going_on(output) == f"killed {place}", when
-    assert going_on(fits(resume="killed")) == "killed after the unfrozen phase"
+        assert place is None or resumed(output) == f"killed {place}", when
+    assert resumed(fits(resume="killed")) == "killed after the unfrozen phase"
     same(whole, fits.exports / "killed")
     assert not list(fits.exports.glob(".killed*"))
     model = settings_of(whole)
@@ -150,12 +155,12 @@ def test_terminated_and_gone_on_with_it_is_the_same_under_another_name(fits, who
     at = {"do": "terminate", "at": f"{BATCH}@27"}  # in the unfrozen phase's first epoch
     output = fits(**{"do": at} | SETTINGS, name="preempted")
     path = fits.exports / "preempted"
-    assert re.search(r"^go on:  xray-fastai fit --resume preempted \(.*/checkpoint, \d+ MB; delete", output, re.M)
+    assert re.search(r"^resume: xray-fastai fit --resume preempted \(needs .*/checkpoint, \d+ MB; delete", output, re.M)
     assert settings_of(path)["status"] == "interrupted"
     load_learner(path)
     assert len({file.stat().st_mode for file in (path / "checkpoint").iterdir()}) == 1
     output = fits(resume="preempted")
-    assert going_on(output) == "preempted after the frozen phase, as preempted-2"
+    assert resumed(output) == "preempted after the frozen phase, as preempted-2"
     same(whole, fits.exports / "preempted-2")
     assert not (path / "checkpoint").exists()
     seconds = [settings_of(export)["training"]["seconds"] for export in (path, fits.exports / "preempted-2")]
@@ -167,9 +172,9 @@ def test_a_disk_that_fills_up_at_a_checkpoint(fits, whole):
     output = fits(1, {"limit": 60_000_000}, **SETTINGS, name="full")
     (line,) = [line for line in output.splitlines() if "UserError" in line]
     assert "exports/.full.partial: a checkpoint could not be written (File too large); free space" in line
-    assert "go on by 'xray-fastai fit --resume full', or delete exports/.full.partial" in output
-    assert not list(fits.exports.glob(".full.partial/checkpoint/*.tmp"))
-    assert going_on(fits(resume="full")) == "full after the frozen phase"
+    assert "'xray-fastai fit --resume full', or delete exports/.full.partial" in output
+    assert not list(fits.exports.glob(".full.partial/checkpoint/.*"))
+    assert resumed(fits(resume="full")) == "full after the frozen phase"
     same(whole, fits.exports / "full")
 
 
@@ -179,7 +184,7 @@ def test_a_folder_that_vanishes(fits, whole):
     assert "exports/.gone.partial: a checkpoint could not be written (No such file or directory)" in output
     assert "fit --resume gone" in output
     (fits.root / "vanished").rename(fits.exports)
-    assert going_on(fits(resume="gone")) == "gone after frozen epoch 1"
+    assert resumed(fits(resume="gone")) == "gone after frozen epoch 1"
     same(whole, fits.exports / "gone")
 
 
@@ -187,9 +192,9 @@ def test_out_of_memory_the_batch_is_halved(fits):
     at = {"do": "starve", "at": f"{LOSS}@8", "most": 7}  # in the second epoch's second batch
     output = fits(**{"do": at} | SETTINGS | {"freeze_epochs": 2, "epochs": 1}, name="starved")
     assert re.findall(r"^out of memory in (.*)$", output, re.M) == [
-        "training: 4 images at once instead of 8, the gradients of 8 summed up for a step; "
-        "going on after frozen epoch 1",
-        "validation: 4 images at once instead of 8; going on after frozen epoch 1",
+        "training: batches of 4 instead of 8 images, gradients summed over 8 images for each step; "
+        "resuming after frozen epoch 1",
+        "validation: batches of 4 instead of 8 images; resuming after frozen epoch 1",
     ]
     model = settings_of(fits.exports / "starved")
     assert model["status"] == "complete" and model["settings"]["batch_size"] == 8
@@ -201,8 +206,9 @@ def test_out_of_memory_while_features_are_computed_the_batch_is_halved(fits):
     at = {"do": "starve", "at": "torch.nn:Flatten.forward@2", "most": 7}  # in the second batch
     output = fits(**{"do": at} | SETTINGS | {"freeze_epochs": 2, "epochs": 1}, name="starved-early")
     assert re.findall(r"^out of memory in (.*)$", output, re.M) == [
-        "training: 4 images at once instead of 8, the gradients of 8 summed up for a step; going on from the beginning",
-        "validation: 4 images at once instead of 8; going on from the beginning",
+        "training: batches of 4 instead of 8 images, gradients summed over 8 images for each step; "
+        "resuming from the beginning",
+        "validation: batches of 4 instead of 8 images; resuming from the beginning",
     ]
     assert settings_of(fits.exports / "starved-early")["status"] == "complete"
 
@@ -210,7 +216,7 @@ def test_out_of_memory_while_features_are_computed_the_batch_is_halved(fits):
 def test_out_of_memory_with_one_image_is_told(fits):
     at = {"do": "starve", "at": f"{LOSS}@1"}
     output = fits(**{"do": at} | SETTINGS, code=1, name="starved-out")
-    assert "out of memory on cpu (1 thread) even with one image at once; try a --size below 32" in output
+    assert "out of memory on cpu (1 thread) even with one image in a batch; try a --size below 32" in output
     assert not list(fits.exports.glob(".starved*"))
 
 
@@ -260,8 +266,10 @@ def test_the_newest_run_and_its_last_whole_checkpoint_are_gone_on_with(crashed, 
     Path("data").rename("moved")
     result = run("fit", "--resume", "--data", "moved")
     assert result.exit_code == 0, result.output
-    assert "00003.json: damaged (00003.head.safetensors is not as it was written); going on from" in result.stdout
-    assert going_on(result.stdout) == "newer after frozen epoch 2"
+    assert (
+        "00003.json: damaged (00003.head.safetensors has changed since it was written); resuming from" in result.stdout
+    )
+    assert resumed(result.stdout) == "newer after frozen epoch 2"
     assert sorted(path.name for path in crashed.iterdir()) == [".crashed.partial", "newer"]
     assert settings_of(crashed / "newer")["settings"]["data"] == "moved"
 
@@ -269,7 +277,10 @@ def test_the_newest_run_and_its_last_whole_checkpoint_are_gone_on_with(crashed, 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--resume", "crashed", "--epochs", 5, "--lr", 1], ["--epochs, --lr: can't change"]),
+        (
+            ["--resume", "crashed", "--epochs", 5, "--lr", 1],
+            ["--epochs: cannot change when crashed is resumed; leave out epochs, lr,"],
+        ),
         (["--resume", "nosuch"], ["--resume nosuch: no such run in exports", "unfinished there: crashed"]),
         (["--resume", "done"], ["--resume done: exports/done is finished", "unfinished in exports: crashed"]),
         (["--resume", "--exports", "other"], ["--resume: no unfinished run in other"]),
@@ -322,12 +333,12 @@ def test_damaged_checkpoints_are_refused(suffix, crashed, run, refused):
     assert len(list(folder.glob(f"[0-9]*.{suffix}"))) == (3 if suffix == "head.safetensors" else 2)
     for path in folder.glob(f"[0-9]*.{suffix}"):
         damage(path)
-    refused(run("fit", "--resume", "crashed"), "damaged", "no other is whole", "delete exports/.crashed.partial")
+    refused(run("fit", "--resume", "crashed"), "damaged", "and so are the others", "delete exports/.crashed.partial")
     assert folder.is_dir()
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [(1, "an older version (format 1); start anew"), (99, "a newer version")]
+    ("version", "words"), [(1, "an older version (format 1), which cannot be resumed"), (99, "a newer version")]
 )
 def test_a_checkpoint_of_another_version_is_refused(version, words, crashed, run, refused):
     settings = crashed / ".crashed.partial" / "checkpoint" / "settings.json"
@@ -354,7 +365,7 @@ def test_a_run_that_another_fit_is_at_is_left_alone(crashed, run, refused):
         other.resumable = True
         result = run("fit", "--data", "nowhere")
         assert "unfinished    exports/.crashed.partial of 2" in result.stdout and "other" not in result.stdout
-        assert "go on with it by 'xray-fastai fit --resume crashed', or delete it" in result.stdout
+        assert "resume it with 'xray-fastai fit --resume crashed', or delete it" in result.stdout
 
 
 def test_too_little_space_is_told_before_training(fits, crashed, run, refused, monkeypatch):
