@@ -54,8 +54,8 @@ class Model:
 
     @property
     def calibrated(self) -> bool:
-        """Whether its temperature and threshold were settled on validation images."""
-        return not self.settings["calibration"].startswith("not calibrated")
+        """Whether temperature and threshold were chosen on validation images."""
+        return self.settings["calibrated"]
 
     def threshold_of(self, calibrated: bool = True) -> float | None:
         """The threshold on calibrated probabilities, or that on raw ones which makes the same decisions; None where the
