@@ -27,6 +27,7 @@ from xray_fastai import fit
 from xray_fastai.config import FitConfig
 from xray_fastai.data.dataset import find_root, read_split
 from xray_fastai.data.sources import phantom
+from xray_fastai.model.augmentation import AUGMENT, FASTAI_VALUES
 from xray_fastai.system.device import choose_device, choose_precision
 
 DEVICE = choose_device("auto")
@@ -85,7 +86,8 @@ def random_weights(folder: Path, arch: str) -> Path:
 
 def plain_learner(data: Path, arch: str, size: int, batch: int) -> Learner:
     """Return the learner of a user of fastai alone, with the part of `fit`'s augmentation that fastai has."""
-    augmentation = aug_transforms(do_flip=False, max_rotate=15.0, min_zoom=0.85, max_zoom=1.2, max_warp=0.0)
+    values = {name: AUGMENT["strong"][name] for name in FASTAI_VALUES}
+    augmentation = aug_transforms(do_flip=False, max_warp=0.0, **values)
     dls = ImageDataLoaders.from_folder(
         data, train="train", valid="val", item_tfms=Resize(size, method="squash"), batch_tfms=augmentation, bs=batch,
         device=DEVICE,

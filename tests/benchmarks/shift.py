@@ -69,9 +69,9 @@ RECIPES = {  # settings of a fit that differ from the common ones
     "less-stretched": {},
 }
 AUGMENTATIONS = {  # of these, what differs from AUGMENT["strong"]
-    "unstretched": {"stretch": 1.0, "blur": 0.0, "noise": 0.0},
-    "stretched": {"stretch": 1.15, "blur": 0.0, "noise": 0.0},
-    "less-stretched": {"stretch": 1.15},
+    "unstretched": {"max_stretch": 1.0, "max_blur": 0.0, "max_noise": 0.0},
+    "stretched": {"max_stretch": 1.15, "max_blur": 0.0, "max_noise": 0.0},
+    "less-stretched": {"max_stretch": 1.15},
 }
 HOLDOUTS = os.environ.get("HOLDOUTS", "least typical,thumbnail").split(",")
 SEEDS = range(int(os.environ.get("SEEDS", "3")))

@@ -220,10 +220,12 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "data.valid_files": [([["a"]], "string"), (["../../etc/pas"], "pattern"), (None, "should be a list")],
     "settings.data": [(None, "which only a rehearsal has"), ("a\0b", "unprintable"), (["a"], "string")],
     "settings.patient_pattern": [(3, "string"), ("x" * 5000, "5,000 characters")],
-    "settings.lr": [(-1, "--lr -1")],
+    "settings.lr": [(-1, "settings: lr -1.0: ")],
     "settings.epochs": [("all", "integer")],
     "training.phases": [([{}], "training.phases[0].name: field required"), (["a"], "object")],
     "training.seconds": [(-1, "equal to 0")],
+    "calibrated": [("yes", "boolean"), (1, "boolean")],
+    "augmentation": [([15], "an object"), ({"max_rotate": "15"}, "number"), ({"max_rotate": 10**400}, "")],
     "best.valid_loss": [("low", "number")],
     "versions": [({"torch": 2}, "versions.torch"), ({f"v{i}": "1" for i in range(2000)}, "2,000 entries")],
     "weights.file": [("../sent/model.safetensors", "'model.safetensors'"), ("/etc/passwd", "'model.safetensors'")],
@@ -251,13 +253,13 @@ def test_a_value_that_can_not_be(path, copy, run, refused, refuse):
 def test_each_key_is_needed(copy, run, refused):
     """But for those that an export of an earlier version does not have."""
     model = settings_of(copy)
-    later = [("preprocessing", "contrast"), ("worst_group",)]
+    later = [("preprocessing", "contrast"), ("worst_group",), ("calibrated",), ("augmentation",)]
 
     def paths(node, above=()):
         for key, value in node.items():
             if (*above, key) not in later:
                 yield (*above, key)
-            if isinstance(value, dict) and key not in ("settings", "versions", "train", "valid"):
+            if isinstance(value, dict) and key not in ("settings", "versions", "train", "valid", "augmentation"):
                 yield from paths(value, (*above, key))
 
     for *parents, last in paths(model):
@@ -630,7 +632,7 @@ def test_settings_from_python_are_as_json_has_them():
     assert [config.data, config.epochs, config.patience, config.lr] == ["x", 3, 5, 1.0]
     assert type(config.epochs) is int and type(config.patience) is int
     for wrong in ({"epochs": 2.5}, {"data": 3}, {"skip_bad": 1}, {"size": "64"}, {"size": 5000}, {"data": "a\x1b"}):
-        with pytest.raises(UserError, match=f"--{next(iter(wrong)).replace('_', '-')} "):
+        with pytest.raises(UserError, match=f"^{next(iter(wrong))} "):
             FitConfig(**wrong)
 
 

@@ -147,7 +147,7 @@ def test_other_networks(architecture, contrast, export):
     settings |= {"architecture": architecture, "preprocessing": settings["preprocessing"] | {"contrast": contrast}}
     learn = build_learner(empty_loaders(settings["classes"], 32, contrast), architecture)
     learn.model.eval()
-    images = torch.from_numpy(onnx_export._varied(32))
+    images = torch.from_numpy(onnx_export._test_images(32))
     logits = Model(export, settings, learn).logits(images).numpy()
     learn.model[1][-1].weight.data /= np.ptp(logits[:, 1] - logits[:, 0]) / 4  # else all have the same probabilities
     model = Model(export, settings, learn)
@@ -176,7 +176,7 @@ def test_what_onnxruntime_does_not_take_is_not_written(written_before, export, r
         path.write_bytes(path.read_bytes()[:10_000])
 
     monkeypatch.setattr(onnx_export, "_write", spoil)
-    refused(run("export", export), "does not run what was written")
+    refused(run("export", export), "cannot run the written file")
     assert not list(Path().iterdir())
 
 
@@ -192,7 +192,7 @@ def test_stopped_it_leaves_nothing(written_before, export, run, monkeypatch):
 
 def test_bad_input(export, run, refused, monkeypatch):
     Path("there.onnx").write_text("mine")
-    refused(run("export", export, "--output", "there.onnx"), "--output there.onnx: is there already")
+    refused(run("export", export, "--output", "there.onnx"), "--output there.onnx: already exists")
     assert Path("there.onnx").read_text() == "mine"
     refused(run("export", export, "--output", "none/a.onnx"), "--output none/a.onnx: there is no folder none")
     refused(run("export", "none"), "none: not an export")

@@ -200,9 +200,12 @@ class Export(Part):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     class_weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(max_length=MAX_CLASSES, fail_fast=True)] | None
     preprocessing: Preprocessing
+    # what training images were varied by (`model.augmentation.AUGMENT`); 0.1.0 wrote no such key
+    augmentation: Annotated[dict[Text, float], BeforeValidator(_few)] | None = None
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)]
     threshold: Annotated[float, Field(ge=0, le=1)] | None
-    calibration: Text
+    calibration: Text  # how temperature and threshold were chosen
+    calibrated: bool | None = None  # by validation images; 0.1.0 wrote no such key: `_with_calibrated`
     data: Data
     settings: Settings
     training: Training
@@ -271,7 +274,14 @@ def parse(content: bytes, file: Path) -> tuple[dict[str, Any], list[str]]:
         export = Export.model_validate(model)
     except ValidationError as error:
         raise _damaged(file, _first(error)) from None
-    return model, list(export.unknown())
+    return _with_calibrated(model), list(export.unknown())
+
+
+def _with_calibrated(model: dict[str, Any]) -> dict[str, Any]:
+    """Add the key `calibrated` to settings of version 0.1.0, where the first words of the note say it."""
+    if model.get("calibrated") is None:
+        model["calibrated"] = not model["calibration"].startswith("not calibrated")
+    return model
 
 
 def warn(file: Path, unknown: list[str]) -> None:

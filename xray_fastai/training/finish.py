@@ -26,6 +26,7 @@ from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
 from xray_fastai.export.run_folder import Reservation
 from xray_fastai.export.schema import FORMAT, PICKLE, SETTINGS, WEIGHTS
+from xray_fastai.model.augmentation import augmentation_values
 from xray_fastai.model.learner import set_temperature
 from xray_fastai.system.errors import ImageError, UserError, reason
 from xray_fastai.system.files import sha256
@@ -63,6 +64,7 @@ def model_record(trainer: Trainer, status: str, calibration: Calibration, worst:
             "contrast": config.contrast,
             "scale": "imagenet",
         },
+        "augmentation": augmentation_values(config.augment),
         "temperature": calibration.temperature,
         "threshold": calibration.threshold,
         "calibration": calibration.note,
