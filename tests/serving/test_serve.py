@@ -477,9 +477,7 @@ def test_a_folder_by_drop(page, photos, tmp_path):
 
 def test_by_keyboard_alone(page, photos):
     choosers = []
-    page.on(
-        "filechooser", lambda chooser: choosers.append(chooser)
-    )  # before the key is pressed: the event arrives late
+    page.on("filechooser", lambda chooser: choosers.append(chooser))  # before the key: the event arrives late
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent").startswith("Skip")
     page.keyboard.press("Tab")
