@@ -86,7 +86,7 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
     if model["worst_group"]:
         worst = Group(**model["worst_group"])
         share = f"the {worst.name} tenth of each class, {worst.images} images"
-        parted = worst.parts_from(best["roc_auc"])
+        parted = worst.is_worse_than(best["roc_auc"])
         print(
             f"{'WARNING, ' if parted else ''}worst group: {share}: AUC "
             + format_interval(worst.roc_auc, worst.low, worst.high)
