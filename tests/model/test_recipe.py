@@ -110,9 +110,9 @@ def test_the_group_that_a_model_fails_on_is_named(tmp_path):
     scores = np.where(positives, 0.9, 0.1) + np.random.default_rng(1).uniform(-0.1, 0.1, 400)
     scores[:40] = 1 - scores[:40]  # the darkest tenth of each class is called the other
     worst = worst_group(appearance(paths), positives, np.arange(400), scores)
-    assert worst.name == "darkest" and worst.images == 40 and worst.roc_auc < 0.05 and worst.parts_from(0.9)
+    assert worst.name == "darkest" and worst.images == 40 and worst.roc_auc < 0.05 and worst.is_worse_than(0.9)
     sound = worst_group(appearance(paths), positives, np.arange(400), np.where(positives, 0.9, 0.1))
-    assert sound.roc_auc == 1 and not sound.parts_from(1.0)
+    assert sound.roc_auc == 1 and not sound.is_worse_than(1.0)
 
 
 def test_the_shape_makes_groups_where_it_varies(tmp_path):

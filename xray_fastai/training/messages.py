@@ -117,7 +117,7 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
         print("no epoch was completed: the export has the weights at the time of the stop")
     if model["worst_group"]:
         worst = Group(**model["worst_group"])
-        differs = worst.parts_from(best["roc_auc"])
+        differs = worst.is_worse_than(best["roc_auc"])
         print(
             f"{'WARNING, ' if differs else ''}worst group: the {worst.name} tenth of each class, "
             f"{worst.images} images: AUC {format_interval(worst.roc_auc, worst.low, worst.high)}"

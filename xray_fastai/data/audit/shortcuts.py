@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from xray_fastai.metrics import Interval, Scored, measure
+from xray_fastai.metrics.intervals import Interval, measure
+from xray_fastai.metrics.scored import Scored
 from xray_fastai.system.text import format_interval
 
 ALARM, ALARM_LOW = 0.7, 0.6
