@@ -1,4 +1,4 @@
-"""The cache of decoded images: the same fit, fewer decodings; stale, damaged, shared, cleared, or not to be had."""
+"""The cache of decoded images: the same fit with fewer decodings; a stale, damaged, shared or missing cache."""
 
 import copy
 import errno
@@ -15,7 +15,7 @@ from tests.conftest import QUICK
 from xray_fastai.data import pixel_cache
 from xray_fastai.data.images import open_image
 from xray_fastai.data.pixel_cache import PixelCache
-from xray_fastai.model import loaders
+from xray_fastai.model import transforms
 
 
 @pytest.fixture(autouse=True)
@@ -25,16 +25,16 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The files that loaders decode, as often as they do."""
-    seen = []
+    """The files that are decoded, once for each decoding."""
+    sources = []
 
     def counted(source, size):
         if isinstance(source, str):
-            seen.append(source)
+            sources.append(source)
         return open_image(source, size)
 
-    monkeypatch.setattr(loaders, "open_image", counted)
-    return seen
+    monkeypatch.setattr(transforms, "open_image", counted)
+    return sources
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def test_a_file_is_decoded_once_and_the_fit_is_the_same(fit, run, collection):
     (new,) = pixel_cache.cache_files()
     assert new != file
 
-    told = run("data", "cache")
-    assert told.exit_code == 0 and "in 1 file\n" in told.output and str(new.parent) in told.output
+    result = run("data", "cache")
+    assert result.exit_code == 0 and "in 1 file\n" in result.output and str(new.parent) in result.output
     assert "deleted" in run("data", "cache", "--clear").output and not pixel_cache.cache_files()
 
 
@@ -119,7 +119,7 @@ def test_where_no_cache_can_be(fit, monkeypatch, tmp_path):
     assert "none: " in output and same == history
 
 
-def test_what_is_long_unused_goes(tmp_path, monkeypatch):
+def test_files_unused_for_long_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(pixel_cache, "UNUSED_DAYS", 0)
     path = tmp_path / "an.png"
     Image.new("L", (32, 32)).save(path)

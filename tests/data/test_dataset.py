@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import draw_collection
 from xray_fastai.data.dataset import check_files, find_root, positive_class, read_split
-from xray_fastai.data.patients import patient_of
+from xray_fastai.data.patients import patient_of, patients_of
 from xray_fastai.data.splits import assign_validation, hold_out
 from xray_fastai.system.errors import UserError
 
@@ -31,6 +31,12 @@ def table(patients, labels, images=None):
 )
 def test_kaggle_names_hold_the_patient(name, patient):
     assert patient_of(name) == patient
+
+
+def test_a_pattern_finds_what_it_found_before():
+    names = ["p1-a.png", "p22-b.png", "x.png", "p3-\udcff.png"]
+    assert patients_of(names, r"^(?:p(\d+)|q)-") == ["1", "22", None, "3"]
+    assert patients_of(names, r"^p\d+") == ["p1", "p22", None, "p3"]
 
 
 def test_other_names_are_patients_of_their_own_and_a_pattern_finds_others(tmp_path):
@@ -106,6 +112,12 @@ def test_auto_uses_a_large_val_as_it_stands_and_leaves_out_what_leaks(with_val):
     assert frame.is_valid.sum() == 100 and (~frame.is_valid).sum() == 98
     for column in ("patient", "image"):
         assert not set(frame[column][frame.is_valid]) & set(frame[column][~frame.is_valid])
+
+
+def test_auto_looks_at_the_smallest_class_of_val(with_val):
+    train, val = with_val
+    _, line, _ = assign_validation(train, val.drop(val.index[val.label == "PNEUMONIA"][-1]), "auto", 0)
+    assert "too small alone (99 images)" in line  # 50 NORMAL, 49 PNEUMONIA
 
 
 def test_auto_adds_a_tenth_of_train_to_a_small_val(with_val):

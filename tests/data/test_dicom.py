@@ -1,4 +1,4 @@
-"""DICOM files: their pixels as they are meant, their patients kept on one side, and nothing of their headers told."""
+"""DICOM files: correct pixels, patients on one side of the split, and nothing of the headers in any output."""
 
 import io
 import json
@@ -22,6 +22,7 @@ from xray_fastai.data.dataset import labelled_images, read_collection
 from xray_fastai.data.dicom import reader
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.images import open_image, size_of
+from xray_fastai.data.patients import patients_in
 from xray_fastai.system.errors import ImageError, UserError
 
 pydicom = pytest.importorskip("pydicom", reason='pip install "xray-fastai[test]" brings pydicom')
@@ -174,6 +175,13 @@ def test_without_a_window_the_picture_fills_the_range_whatever_the_header_allows
     for window in ({}, {"WindowCenter": 0, "WindowWidth": 0}, {"WindowCenter": None, "WindowWidth": None}):
         opened = grey(written(ten_bits, bits=16, **window))
         assert np.abs(opened - RAMP * 255 / 63).max() <= 0.5
+
+
+def test_a_window_narrower_than_one_is_used_where_the_standard_allows_it():
+    """PS3.3, C.11.2.1.3.2: only the function LINEAR needs a width of 1 or more."""
+    window = {"WindowCenter": 0.3, "WindowWidth": 0.5, "VOILUTFunction": "LINEAR_EXACT"}
+    opened = grey(written(RAMP.astype(np.uint16), RescaleSlope="0.01", RescaleIntercept=0, **window))
+    assert np.abs(opened - ((RAMP * 0.01 - 0.3) / 0.5 + 0.5).clip(0, 1) * 255).max() <= 0.51
 
 
 def test_signed_values_go_through_slope_and_intercept_then_the_window():
@@ -505,6 +513,16 @@ def test_a_pattern_of_ones_own_wins_over_patient_id(patients):
             assert reader.patient_key(path) and reader.patient_key(path) != reader.patient_key(__file__)
 
 
+def test_patient_id_wins_over_kaggles_names_and_a_pattern_over_both(tmp_path):
+    names = ["person1_bacteria_1.dcm", "person2_bacteria_2.dcm"]
+    for name in names:
+        (tmp_path / name).write_bytes(written(RAMP.astype(np.uint8), PatientID=PATIENT))
+    table = pd.DataFrame({"path": [str(tmp_path / name) for name in names], "file": names})
+    first, second = patients_in(table)
+    assert first == second and "person" not in first
+    assert patients_in(table, r"person\d+") == ["person1", "person2"]
+
+
 def test_one_patient_id_for_all_says_what_to_do(tmp_path):
     for number in range(8):
         folder = tmp_path / "train" / ["NORMAL", "PNEUMONIA"][number % 2]
@@ -552,11 +570,11 @@ def test_data_check_finds_a_patient_in_two_splits_by_patient_id(tmp_path, run):
 
 @pytest.fixture(scope="module")
 def worked(patients, tmp_path_factory, run):
-    """A folder in which every command has been run on DICOM files, one fit of them interrupted and gone on with."""
+    """A folder in which every command has been run on DICOM files, one fit of them interrupted and resumed."""
     root = tmp_path_factory.mktemp("worked")
     from xray_fastai.training.callbacks import StopOnNonFiniteLoss
 
-    told, plain, calls = [], StopOnNonFiniteLoss.after_batch, []
+    outputs, plain, calls = [], StopOnNonFiniteLoss.after_batch, []
 
     def stopping(self):
         calls.append(1)
@@ -567,7 +585,7 @@ def worked(patients, tmp_path_factory, run):
     def command(*args, code=0):
         result = run(*args)
         assert result.exit_code == code, result.output
-        told.append(result.output)
+        outputs.append(result.output)
         return result
 
     here = os.getcwd()
@@ -591,7 +609,7 @@ def worked(patients, tmp_path_factory, run):
     command("predict", *new, "--model", export, code=1)
     broken.unlink()
     os.chdir(here)
-    return root, export, told, checkpoint
+    return root, export, outputs, checkpoint
 
 
 def contents(root, checkpoint):
@@ -607,22 +625,22 @@ def contents(root, checkpoint):
 
 
 def test_nothing_of_the_headers_is_in_what_the_commands_say_and_write(worked):
-    root, _, told, checkpoint = worked
+    root, _, outputs, checkpoint = worked
     secrets = [*{part for text in SECRETS.values() for part in text.split("^")}, PATIENT]
     assert "Zwetschgenknoedel" in secrets
     looked = list(contents(root, checkpoint))
     assert len(looked) > 40 and {"learner.pkl", "model.safetensors"} <= {Path(name).name for name, _ in looked}
-    for name, content in [*looked, *((f"output {i}", text.encode()) for i, text in enumerate(told))]:
+    for name, content in [*looked, *((f"output {i}", text.encode()) for i, text in enumerate(outputs))]:
         for secret in secrets:
             assert secret.encode() not in content, (name, secret)
 
 
 def test_the_interrupted_fit_went_on_and_its_patients_are_known(worked):
-    _, export, told, _ = worked
+    _, export, outputs, _ = worked
     model = settings_of(export)
     assert model["status"] == "complete" and [p["epochs"] for p in model["training"]["phases"]] == [2]
     assert model["data"]["patients"]["train"] + model["data"]["patients"]["valid"] == 16
-    assert "training      " in told[0] and "resuming" in told[1]
+    assert "training      " in outputs[0] and "resuming" in outputs[1]
 
 
 def test_evaluate_and_interpret_count_patients(worked, patients):

@@ -1,6 +1,8 @@
 """Every kind of picture opens as the same eight-bit grey image, or is refused by name."""
 
 import io
+import struct
+import time
 
 import numpy as np
 import pytest
@@ -121,6 +123,26 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
     path = saved(tmp_path / "bomb.png", Image.new("1", (20_000, 20_000)))
     with pytest.raises(ImageError, match=r"bomb\.png"):
         open_image(path)
+
+
+def test_a_tiff_of_many_directories_takes_no_time():
+    """Counting them takes Pillow time as their square: over a minute for these."""
+    stream = io.BytesIO()
+    Image.new("L", (4, 4)).save(stream, "TIFF")
+    content = bytearray(stream.getvalue())
+    (at,) = struct.unpack("<I", content[4:8])
+    (entries,) = struct.unpack("<H", content[at : at + 2])
+    end = at + 2 + 12 * entries
+    directory = bytes(content[at:end])
+    struct.pack_into("<I", content, end, len(content))
+    content += b"".join(
+        directory + struct.pack("<I", len(content) + (i + 1) * (len(directory) + 4)) for i in range(99_999)
+    )
+    content += directory + bytes(4)
+    started = time.perf_counter()
+    with pytest.raises(ImageError, match="several frames"):
+        open_image(bytes(content))
+    assert time.perf_counter() - started < 5
 
 
 def test_missing_and_folder(tmp_path):

@@ -1,7 +1,6 @@
 """Broken exports, and those made to do harm: each is refused in one line, by `verify` and by what would use it."""
 
 import contextlib
-import io
 import json
 import os
 import pickle
@@ -25,9 +24,7 @@ from safetensors.torch import load, save
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import load_learner, verify
 from xray_fastai.config import FitConfig
-from xray_fastai.data.images import open_image
-from xray_fastai.data.patients import patients_of
-from xray_fastai.system.errors import ImageError, UserError
+from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import sha256
 
 SETTINGS, WEIGHTS = "model.json", "model.safetensors"
@@ -528,7 +525,7 @@ def test_an_archive_that_lies_of_its_sizes(archive, run, refused):
     path.write_bytes(content.replace(struct.pack("<I", 5000), struct.pack("<I", 2_000_000_000)))
     refused(run("verify", path), "a bomb")
     path.write_bytes(content[:-30])
-    refused(run("verify", path), "not a .zip archive, or cut short")
+    refused(run("verify", path), "not a .zip archive, or truncated")
     path.write_bytes(content[:100] + content[2000:])
     refused(run("verify", path), "sent.zip: ")
 
@@ -551,12 +548,6 @@ def test_a_pattern_that_would_never_end(pattern, copy, run, refused, monkeypatch
     change(copy, lambda model: model["settings"].update(patient_pattern=pattern))
     refused(run("evaluate", "--model", copy, "--data", data), "patient pattern (" if pattern[0] == "(" else "a{9999")
     assert not list(copy.glob("evaluation-*"))
-
-
-def test_a_pattern_finds_what_it_found_before():
-    names = ["p1-a.png", "p22-b.png", "x.png", "p3-\udcff.png"]
-    assert patients_of(names, r"^(?:p(\d+)|q)-") == ["1", "22", None, "3"]
-    assert patients_of(names, r"^p\d+") == ["p1", "p22", None, "p3"]
 
 
 @pytest.mark.parametrize("data", ["x" * 300, "/proc/1/root", "/dev/null", "\\\\host\\share", "nowhere"])
@@ -603,26 +594,6 @@ def test_an_image_that_would_do_harm(run, export, tmp_path):
     errors = {Path(row.path).name: row.error for row in pd.read_csv(tmp_path / "rows.csv").itertuples()}
     assert "a pipe or a device" in errors["pipe.png"] and "not an image" in errors["script.png"]
     assert "10000 x 5000 pixels" in errors["bomb.png"] and "600,000,000 bytes" in errors["sparse.png"]
-
-
-def test_a_tiff_of_many_directories_takes_no_time():
-    """Counting them takes Pillow time as their square: over a minute for these."""
-    stream = io.BytesIO()
-    Image.new("L", (4, 4)).save(stream, "TIFF")
-    content = bytearray(stream.getvalue())
-    (at,) = struct.unpack("<I", content[4:8])
-    (entries,) = struct.unpack("<H", content[at : at + 2])
-    end = at + 2 + 12 * entries
-    directory = bytes(content[at:end])
-    struct.pack_into("<I", content, end, len(content))
-    content += b"".join(
-        directory + struct.pack("<I", len(content) + (i + 1) * (len(directory) + 4)) for i in range(99_999)
-    )
-    content += directory + bytes(4)
-    started = time.perf_counter()
-    with pytest.raises(ImageError, match="several frames"):
-        open_image(bytes(content))
-    assert time.perf_counter() - started < 5
 
 
 def test_settings_from_python_are_as_json_has_them():

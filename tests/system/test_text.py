@@ -1,11 +1,12 @@
 """Text for people: shortened, wrapped and printable, whatever a name holds."""
 
+import base64
 import doctest
 
 import pytest
 
 from xray_fastai.system import text
-from xray_fastai.system.text import fault_of, format_number, printable, shorten, shown, wrap
+from xray_fastai.system.text import count_of, data_uri, fault_of, format_number, printable, shorten, shown, wrap
 
 
 def test_the_examples():
@@ -21,9 +22,6 @@ def test_shorten():
 
 def test_what_cannot_be_printed():
     assert printable("a\x1b[31mb") == "a?[31mb"
-    assert shown("a\x1b[31mb") == r"a\x1b[31mb" and len(shown("\x1b" * 100)) == 60
-    assert fault_of("plain", 5) is None and fault_of("plainer", 5) == "is 7 characters long, more than 5"
-    assert fault_of("a\u202eb", 5) == r"holds the unprintable character '\u202e'"
 
 
 def test_wrap():
@@ -39,3 +37,27 @@ def test_wrap():
 )
 def test_number(value, expected):
     assert format_number(value) == expected
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\x7f", "\u2028", "\u202e", "\ud800"])
+def test_an_unprintable_character_is_named_and_escaped(character):
+    assert "unprintable character" in fault_of(f"a{character}b", 10)
+    assert shown(f"a{character}b") == f"a{ascii(character)[1:-1]}b"
+
+
+def test_a_long_text_is_a_fault_and_is_shortened():
+    assert fault_of("é" * 10, 10) is None
+    assert "11 characters" in fault_of("é" * 11, 10)
+    assert shown("é" * 60) == "é" * 60
+    assert shown("é" * 61) == "é" * 59 + "…"
+    assert len(shown("\x1b" * 10_000)) == 60
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1234, "1,234 rows")])
+def test_a_count_has_its_plural(number, text):
+    assert count_of(number, "row") == text
+
+
+def test_a_data_uri_holds_the_content():
+    head, _, content = data_uri(b"\0\xff", "image/png").partition(",")
+    assert head == "data:image/png;base64" and base64.b64decode(content) == b"\0\xff"

@@ -1,1 +1,1 @@
-"""Files become images, and images become a table with labels, patients and splits."""
+"""Reading of image files as images, and of folders as tables with labels, patients and splits."""

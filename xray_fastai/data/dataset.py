@@ -15,7 +15,7 @@ import pandas as pd
 
 from xray_fastai.config import FitConfig, check_classes
 from xray_fastai.data.duplicates import same_image
-from xray_fastai.data.exclusions import read_list
+from xray_fastai.data.exclusions import leave_out
 from xray_fastai.data.image_facts import Facts, examine_all
 from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file
 from xray_fastai.data.patients import numbered, patients_in
@@ -23,7 +23,6 @@ from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.splits import assign_validation
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
-from xray_fastai.system.text import count_of
 
 PHANTOM_NAME = "built-in phantom"
 """The displayed name of the X-rays that the package draws."""
@@ -274,27 +273,6 @@ def with_facts(table: pd.DataFrame, facts: Sequence[Facts | ImageError]) -> pd.D
     values = [[getattr(item, name) for name in names] for item in facts if isinstance(item, Facts)]
     kept = table[readable].reset_index(drop=True)
     return kept.assign(**pd.DataFrame(values, columns=names))
-
-
-def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame, list[str]]:
-    """Drop the images that a list (`exclusions`) says to leave out.
-
-    Returns:
-        The rows that stay, and notes for the user.
-
-    Raises:
-        UserError: the file is not such a list, or it names every image of a class.
-    """
-    excluded = read_list(path)
-    dropped = table.file.isin(excluded)
-    kept = table[~dropped].reset_index(drop=True)
-    for split, label in sorted({(s, c) for s, c in zip(table.split, table.label, strict=True)}):
-        if not ((kept.split == split) & (kept.label == label)).any():
-            raise UserError(f"names every image of {split}/{label}, so none is left", option="exclude", value=path)
-    notes = [f"left out by --exclude: {count_of(int(dropped.sum()), 'image')}"]
-    if missing := sum(not (root / file).exists() for file in excluded - set(table.file)):
-        notes.append(f"named by --exclude, but missing: {count_of(missing, 'file')}")
-    return kept, notes
 
 
 def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | None:

@@ -9,8 +9,11 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+import pandas as pd
+
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import atomic_write, check_new
+from xray_fastai.system.text import count_of
 
 COLUMNS = ("file", "finding", "action", "detail")
 LEAVE_OUT = "leave out"
@@ -64,3 +67,24 @@ def read_list(path: str | Path) -> set[str]:
         raise UserError(
             f"not a .csv file after line {reader.line_num}; correct it", option="exclude", value=path
         ) from None
+
+
+def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame, list[str]]:
+    """Drop the images that a list says to leave out.
+
+    Returns:
+        The rows that stay, and notes for the user.
+
+    Raises:
+        UserError: the file is not such a list, or it names every image of a class.
+    """
+    excluded = read_list(path)
+    dropped = table.file.isin(excluded)
+    kept = table[~dropped].reset_index(drop=True)
+    for split, label in sorted({(s, c) for s, c in zip(table.split, table.label, strict=True)}):
+        if not ((kept.split == split) & (kept.label == label)).any():
+            raise UserError(f"names every image of {split}/{label}, so none is left", option="exclude", value=path)
+    notes = [f"left out by --exclude: {count_of(int(dropped.sum()), 'image')}"]
+    if missing := sum(not (root / file).exists() for file in excluded - set(table.file)):
+        notes.append(f"named by --exclude, but missing: {count_of(missing, 'file')}")
+    return kept, notes

@@ -16,15 +16,12 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.filesize import decimal
 
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import cache_dir
-
-if TYPE_CHECKING:
-    import numpy as np
 
 LAYOUT = 1
 """Version of the file's layout and of the decoding in `images.open_image`."""
@@ -91,8 +88,6 @@ class PixelCache:
                     other.unlink()
 
     def _open(self) -> None:
-        import numpy as np
-
         os.utime(self.path)
         self.map = np.memmap(self.path, np.uint8, "r+", shape=(self.bytes,))
         self.sums = self.map[: 4 * len(self.rows)].view(np.uint32)  # (N,)
@@ -108,7 +103,7 @@ class PixelCache:
         except OSError:  # the cache was cleared meanwhile
             self.rows = {}
 
-    def get(self, path: str) -> "np.ndarray | None":
+    def get(self, path: str) -> np.ndarray | None:
         """Return the image (size, size), or None if it is not in the cache yet."""
         row = self.rows.get(os.path.abspath(path))
         if row is None or not self.sums[row]:
@@ -116,7 +111,7 @@ class PixelCache:
         image = self.pixels[row].copy()
         return image if _sum(image) == self.sums[row] else None
 
-    def put(self, path: str, image: "np.ndarray") -> None:
+    def put(self, path: str, image: np.ndarray) -> None:
         """Store the image (size, size)."""
         row = self.rows.get(os.path.abspath(path))
         if row is not None:
@@ -127,7 +122,7 @@ class PixelCache:
         return f"{self.path}, {decimal(self.bytes)}"
 
 
-def _sum(image: "np.ndarray") -> int:
+def _sum(image: np.ndarray) -> int:
     return zlib.crc32(image) or 1  # 0 marks an image that has not been written
 
 

@@ -44,7 +44,7 @@ def open_zip(archive: Path, max_names: int, max_bytes: int) -> Iterator[zipfile.
         The open archive. Reading a damaged file in the block raises an `ArchiveError` too.
 
     Raises:
-        ArchiveError: the file is not a .zip, is damaged, or could harm whoever unpacks it.
+        ArchiveError: the file is not a .zip, is damaged, or could do harm when it is unpacked.
         OSError: the file cannot be read.
     """
     with archive.open("rb") as stream:

@@ -98,7 +98,7 @@ def save_as(path, mode, to):
     image.save(to)
 
 
-def test_every_mode_opens_and_is_told_of_once(data):
+def test_every_mode_opens_and_is_counted_once(data):
     paths = images(data / "train" / "NORMAL")
     for path, mode in zip(paths, ["RGB", "P", "RGBA", "CMYK", "I;16", "1"], strict=False):
         save_as(path, mode, path.with_suffix(".tif" if mode == "CMYK" else ".png"))
@@ -110,7 +110,7 @@ def test_every_mode_opens_and_is_told_of_once(data):
     assert "coloured" not in findings
 
 
-def test_names_and_headers_that_belie_the_picture_are_remarks(data):
+def test_misleading_names_and_headers_are_remarks(data):
     first, second = images(data / "train" / "NORMAL")[:2]
     Image.open(first).save(first.with_suffix(".png"), "JPEG")
     first.unlink()
@@ -150,12 +150,12 @@ def test_blank_tiny_and_long_pictures_are_named(data):
     assert [row["file"] for row in audit.left_out if row["finding"] == "blank"] == ["train/PNEUMONIA/blank.png"]
 
 
-def saved_anew(path, to):
+def edited_copy(path, to):
     picture = Image.open(path)
     ImageEnhance.Contrast(picture.resize((150, 140))).enhance(0.8).save(to, quality=60)
 
 
-@pytest.mark.parametrize("copied", [shutil.copy, saved_anew], ids=["identical", "near-identical"])
+@pytest.mark.parametrize("copied", [shutil.copy, edited_copy], ids=["identical", "near-identical"])
 @pytest.mark.parametrize(
     ("to", "kind", "severity", "out"),
     [
@@ -191,10 +191,17 @@ def test_copies_are_found_across_blocks_and_blank_images_are_no_copies(monkeypat
     assert len(set(same_image(table))) == 3 and same_image(table)[2] == same_image(table)[3]
 
 
+def test_copies_are_as_close_as_edits_leave_them_and_closer_than_different_x_rays():
+    """24 bits, and the 30 of the closest two of the phantom's drawings: see `duplicates`."""
+    hashes = np.zeros((3, 4), np.uint64)
+    hashes[1, 0], hashes[2, 2] = 2**24 - 1, 2**6 - 1  # 24 and 6 bits from the first, 30 from each other
+    assert np.concatenate(list(near_pairs(hashes))).tolist() == [[0, 1], [0, 2]]
+
+
 def test_the_hash_outlasts_what_people_do_to_files_but_not_a_different_x_ray(drawn, tmp_path):
     hashes = []
     for path in images(drawn / "train" / "NORMAL")[:6]:
-        saved_anew(path, tmp_path / path.name)
+        edited_copy(path, tmp_path / path.name)
         hashes += [examine(path).hash, examine(tmp_path / path.name).hash]
     words = np.frombuffer(b"".join(hashes), np.uint64).reshape(len(hashes), -1)
     assert np.concatenate(list(near_pairs(words))).tolist() == [[i, i + 1] for i in range(0, len(hashes), 2)]
@@ -262,12 +269,22 @@ def test_jpeg_quality_that_tells_the_classes_apart_is_a_warning_and_few_patients
     assert find_shortcuts(few) == {}
 
 
+def test_what_tells_the_patients_apart_is_no_shortcut():
+    """Each patient's images have a width of their own; by chance, it says nothing of the class."""
+    patient = np.repeat(np.arange(60), 6)
+    width = np.random.default_rng(0).permutation(np.arange(100, 160))[patient]
+    table = pd.DataFrame({"patient": patient, "label": np.where(patient % 2, "A", "B"), "width": width, "height": 100})
+    table = table.assign(mode="L", format="JPEG", quality=75.0, bytes=width * 100)
+    form = find_shortcuts(table)["form"]
+    assert form.auc.value < 0.65 and not form.alarming
+
+
 def test_more_than_two_classes_have_a_shortcut_too(tmp_path):
     counts = {f"train/{name}": 30 for name in "ABC"}
     root = draw_collection(tmp_path / "data", counts)
     for i, path in enumerate(images(root / "train" / "A")):
         Image.open(path).resize((100 + i % 3, 60)).save(path)
-    assert 0.7 < check_data(root).shortcuts["form"].auc.value < 0.95  # B and C can't be told apart
+    assert 0.7 < check_data(root).shortcuts["form"].auc.value < 0.95  # B and C are the same
 
 
 @pytest.mark.parametrize(
@@ -298,7 +315,7 @@ def test_every_file_of_a_class_unreadable(run, data):
     json.loads(run("data", "check", data, "--json").stdout)
 
 
-def test_small_splits_are_told_with_the_width_of_an_interval(data):
+def test_small_splits_are_reported_with_an_interval(data):
     audit = check_data(data)
     small = [finding.text for finding in audit.findings if finding.kind == "few-images"]
     assert len(small) == 3 and any("test/" in text for text in small)
@@ -312,13 +329,13 @@ def test_imbalance_is_a_remark(data):
     assert "PNEUMONIA as NORMAL" in found(data)[0]["imbalance"].text
 
 
-def test_classes_without_splits_are_checked_and_told_where_to_go(run, data):
+def test_classes_without_splits_are_checked_with_advice(run, data):
     result = run("data", "check", data / "train")
     assert result.exit_code == 1
     assert "there is no train/, but folders of classes: NORMAL, PNEUMONIA" in result.stdout
 
 
-def test_stray_files_are_told_apart(data):
+def test_stray_files_are_distinguished(data):
     folder = data / "train" / "NORMAL"
     (folder / "Thumbs.db").write_bytes(b"x")
     (folder / ".DS_Store").write_bytes(b"x")
@@ -348,13 +365,13 @@ def test_json_is_all_that_is_printed_and_names_every_file(start, data, tmp_path)
     process = start("data", "check", data, "--json", "--fix", tmp_path / "list.csv")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1 and not err
-    told = json.loads(out)
-    assert told["format"] == 1 and told["ok"] is False and told["counts"]["error"] == 1
-    assert told["images"] == 55 and sum(row["images"] for row in told["splits"]) == 55
-    (unreadable,) = (f for f in told["findings"] if f["kind"] == "unreadable")
+    report = json.loads(out)
+    assert report["format"] == 1 and report["ok"] is False and report["counts"]["error"] == 1
+    assert report["images"] == 55 and sum(row["images"] for row in report["splits"]) == 55
+    (unreadable,) = (f for f in report["findings"] if f["kind"] == "unreadable")
     assert unreadable["count"] == len(unreadable["files"]) == 5
     assert unreadable["files"][0].keys() == {"file", "detail", "action"}
-    assert {f["severity"] for f in told["findings"]} <= {"error", "warning", "remark"}
+    assert {f["severity"] for f in report["findings"]} <= {"error", "warning", "remark"}
 
 
 def test_a_list_is_written_whole_and_nothing_is_overwritten(run, refused, data):
@@ -415,7 +432,7 @@ def test_a_fit_leaves_out_what_the_list_says(run, collection):
     ],
     ids=["missing", "columns", "binary", "empty", "quotes"],
 )
-def test_a_list_that_is_none_is_refused(content, words, run, refused, collection):
+def test_a_wrong_list_is_refused(content, words, run, refused, collection):
     if content is not None:
         Path("list.csv").write_bytes(content)
     refused(run("fit", "--data", collection, *QUICK, *FIT, "--exclude", "list.csv"), "--exclude list.csv", words)
@@ -429,13 +446,13 @@ def test_a_list_of_a_whole_class_is_refused(run, refused, collection):
 
 
 def test_a_fit_says_what_matters_and_names_no_file_in_its_export(run, data):
-    """A copy under another patient's name stays on its side, a wrong label and a few images are told of."""
+    """A copy under another patient's name stays on its side, a wrong label and too few images are reported."""
     one, two = images(data / "train" / "PNEUMONIA")[:2]
-    saved_anew(one, data / "train" / "PNEUMONIA" / "person900_virus_1.jpeg")
-    saved_anew(two, data / "train" / "NORMAL" / "IM-9000-0001.jpeg")
-    result = run("fit", "--data", data, *QUICK, *FIT, "--valid", "0.5", "--name", "told")
+    edited_copy(one, data / "train" / "PNEUMONIA" / "person900_virus_1.jpeg")
+    edited_copy(two, data / "train" / "NORMAL" / "IM-9000-0001.jpeg")
+    result = run("fit", "--data", data, *QUICK, *FIT, "--valid", "0.5", "--name", "noted")
     assert result.exit_code == 0, result.output
-    model = settings_of(Path("exports/told"))
+    model = settings_of(Path("exports/noted"))
     notes = " | ".join(model["data"]["notes"])
     assert "same image under two classes: 2 files" in notes
     assert "same image under two patients: 2 files, kept on one side" in notes
@@ -452,7 +469,7 @@ def test_near_identical_copies_stay_on_one_side_of_the_hold_out(tmp_path):
 
     root = write(tmp_path / "data", images=60, size=96)
     for i, path in enumerate(images(root / "train" / "PNEUMONIA")[:12]):
-        saved_anew(path, path.with_name(f"person{900 + i}_virus_1.jpeg"))
+        edited_copy(path, path.with_name(f"person{900 + i}_virus_1.jpeg"))
     table = check_files(read_split(root, "train"))[0]
     for seed in range(5):
         held_out = hold_out(table, 0.3, seed)

@@ -51,7 +51,7 @@ JUNK = {
 
 
 class Host:
-    """One file on a local server, which for its first answers does as it is told."""
+    """One file on a local server, which gives its first answers by a plan."""
 
     def __init__(self, content):
         self.content, self.etag, self.modified, self.ranges = content, '"one"', DATE, True
@@ -226,7 +226,7 @@ def test_kaggles_archive_with_everything_twice(run, monkeypatch):
 
 
 @pytest.mark.parametrize("breaks", [resets, stalls, closes])
-def test_a_broken_connection_is_gone_on_with(breaks, get, host, monkeypatch):
+def test_a_broken_connection_is_resumed(breaks, get, host, monkeypatch):
     if breaks is stalls:
         monkeypatch.setattr(download, "STALL", 1)
     host.plan = [breaks(60_000), breaks(50_000)]
@@ -251,7 +251,7 @@ def test_a_host_that_sends_on_to_another_address(get, host):
     assert [asked is None for asked in host.ranges_asked()] == [True, True, False, False]
 
 
-def test_a_host_without_ranges_is_asked_anew(get, host):
+def test_a_host_without_ranges_is_asked_again(get, host):
     host.ranges, host.plan = False, [resets(60_000)]
     assert get().exit_code == 0 and whole()
     assert len(host.asked) == 2
@@ -282,7 +282,7 @@ def test_a_download_of_unknown_size_that_is_whole_is_not_got_again(get, run, hos
 
 
 @pytest.mark.parametrize(("etag", "asked"), [('"one"', '"one"'), ('W/"one"', DATE), (None, DATE)])
-def test_a_file_that_changed_meanwhile_is_got_anew(etag, asked, get, host):
+def test_a_file_that_changed_meanwhile_is_downloaded_again(etag, asked, get, host):
     def change(host, handler):
         host.send(handler, 60_000)
         host.content, host.modified, host.etag = zipped(xrays(seed=1)), "Wed, 16 Nov 1994 12:45:26 GMT", '"two"'
@@ -293,7 +293,7 @@ def test_a_file_that_changed_meanwhile_is_got_anew(etag, asked, get, host):
     assert whole(files={name.removeprefix("chest_xray/"): data for name, data in xrays(seed=1).items()})
 
 
-def test_a_host_that_goes_on_in_another_file_is_seen_through(get, host):
+def test_a_part_of_another_file_is_refused(get, host):
     def lie(host, handler):
         host.content, host.etag = zipped(xrays(seed=1)), '"two"'
         handler.headers.replace_header("If-Range", '"two"')
@@ -305,7 +305,7 @@ def test_a_host_that_goes_on_in_another_file_is_seen_through(get, host):
     assert whole(files={name.removeprefix("chest_xray/"): data for name, data in xrays(seed=1).items()})
 
 
-def test_it_gives_up_in_the_end_and_goes_on_the_next_time(get, host, refused):
+def test_it_stops_after_six_failures_and_resumes_the_next_time(get, host, refused):
     host.plan = [closes(60_000)] + [503] * 5
     refused(get(), "503", "6 times in a row", PART.name, "is kept", "the same command resumes it")
     assert nothing_but(*KEPT) and PART.stat().st_size == 60_000 and len(host.asked) == 6
@@ -316,7 +316,7 @@ def test_it_gives_up_in_the_end_and_goes_on_the_next_time(get, host, refused):
 
 
 @pytest.mark.parametrize("note", ["other", "damaged", "missing"])
-def test_what_is_here_of_an_unknown_file_is_not_gone_on_with(note, get, run, host):
+def test_a_part_of_an_unknown_file_is_not_resumed(note, get, run, host):
     host.plan = [closes(60_000), 404]
     assert get().exit_code == 1
     host.asked.clear()
@@ -482,14 +482,14 @@ def test_two_at_once(get, host, refused, start):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_in_the_middle_it_goes_on_later(number, code, start, get, host):
+def test_a_stopped_download_is_resumed_later(number, code, start, get, host):
     host.content = zipped(xrays() | {"big": random.Random(1).randbytes(200_000)})
     host.plan = [stalls(180_000)]
     process = start("data", "download", "--url", host.url)
     wait_for(lambda: PART.is_file() and PART.stat().st_size >= 2 * 65536)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    (line,) = told.strip().splitlines()
+    _, message = process.communicate(timeout=60)
+    (line,) = message.strip().splitlines()
     assert process.returncode == code and line.startswith("Stopped; chest_xray.zip.part (131.1 kB) is kept")
     assert nothing_but(*KEPT)
     assert get().exit_code == 0 and whole()

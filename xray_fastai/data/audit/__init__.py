@@ -1,1 +1,1 @@
-"""`data check`: what is wrong with a data set."""
+"""The check of a data set (`data check`)."""

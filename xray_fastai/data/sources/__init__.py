@@ -1,1 +1,1 @@
-"""Where images come from: the public collection, and X-rays that the package draws."""
+"""Sources of images: the public collection, and X-rays that the package draws."""
