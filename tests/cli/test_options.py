@@ -2,13 +2,17 @@
 
 import inspect
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import typer
 import typer.main
 from typer.testing import CliRunner
 
+import xray_fastai
 from xray_fastai import FitConfig
+from xray_fastai.cli import main
 from xray_fastai.cli.command import Command
 from xray_fastai.cli.main import app, fit, predict
 from xray_fastai.cli.options import settings_from
@@ -29,6 +33,75 @@ def test_a_command_has_one_option_for_each_field(function, config):
         assert options[field.name].opts == [f"--{field.name.replace('_', '-')}"]
         assert options[field.name].help == setting_of(field).help
         assert options[field.name].default == field.default
+
+
+def other_values(config):
+    """Return a value for each field that is not its default, and the command line that gives these values."""
+    texts = {"valid": "0.2", "class_weights": "1,2"}
+    by_type = {bool: None, int: 40, float: 0.25, str: "text"}
+    values, args = {}, []
+    for field in fields(config):
+        (kind,) = (kind for kind in by_type if kind in (field.type, *get_args(field.type)))
+        option = f"--{field.name.replace('_', '-')}"
+        if kind is bool:
+            values[field.name] = not field.default
+            args.append(option.replace("--", "--no-") if field.default else option)
+        else:
+            choices = setting_of(field).choices
+            value = choices[-1] if choices else texts.get(field.name, by_type[kind])
+            values[field.name] = value
+            args += [option, value]
+    assert not [field.name for field in fields(config) if values[field.name] == field.default]
+    return values, args
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replace what `fit` and `predict` call by a function that notes its arguments."""
+    calls = []
+
+    def replace(function, result):
+        monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
+
+    replace("xray_fastai.training.fit.fit", SimpleNamespace(error=None, signal=None))
+    replace("xray_fastai.inference.predict_files.predict_command", 2)  # unreadable files
+    return calls
+
+
+def test_every_option_reaches_the_fit(run, calls):
+    values, args = other_values(FitConfig)
+    assert run("fit", *args).exit_code == 0
+    assert calls == [((FitConfig(**values),), {})]
+
+
+def test_a_resumed_fit_gets_only_the_options_that_were_given(run, calls):
+    run("fit", "--resume", "--no-cache", "--epochs", FitConfig.epochs)
+    run("fit", "--workers", 0, "--resume", "small")
+    assert calls == [
+        ((), {"resume": True, "cache": False, "epochs": FitConfig.epochs}),
+        ((), {"resume": "small", "workers": 0}),
+    ]
+
+
+def test_every_option_reaches_the_prediction(run, calls):
+    values, args = other_values(PredictConfig)
+    result = run("predict", "a", "-", *args)
+    assert calls == [((["a", "-"], None, PredictConfig(**values)), {})]
+    assert result.exit_code == 1  # for the unreadable files
+
+
+@pytest.mark.parametrize("name", ["evaluate", "interpret"])
+def test_a_command_and_its_function_have_the_same_defaults(name):
+    command, function = (inspect.signature(getattr(home, name)).parameters for home in (main, xray_fastai))
+    assert set(function) <= set(command)
+    for parameter in function.values():
+        assert command[parameter.name].default == parameter.default, parameter
+
+
+def test_predict_has_the_same_defaults_in_python():
+    parameters = inspect.signature(xray_fastai.predict).parameters
+    for field in fields(PredictConfig):
+        assert field.name not in parameters or parameters[field.name].default == field.default, field.name
 
 
 def test_the_export_has_one_entry_for_each_field():
