@@ -104,9 +104,9 @@ def test_two_files_are_enough(copy, run):
 
 
 WEIGHTS_FAULTS = {
-    "truncated": (lambda f: put_weights(f, (f / WEIGHTS).read_bytes()[:-1000]), ["cut short, or not the weights of"]),
-    "nearly nothing": (lambda f: put_weights(f, b"1234567"), ["header is cut short"]),
-    "empty": (lambda f: put_weights(f, b""), ["header is cut short"]),
+    "truncated": (lambda f: put_weights(f, (f / WEIGHTS).read_bytes()[:-1000]), ["incomplete, or not the weights of"]),
+    "nearly nothing": (lambda f: put_weights(f, b"1234567"), ["header is incomplete"]),
+    "empty": (lambda f: put_weights(f, b""), ["header is incomplete"]),
     "a bit flipped": (
         lambda f: put_weights(f, (f / WEIGHTS).read_bytes()[:-1] + b"\x01", hashed=False),
         ["its SHA-256 is not the one in model.json"],
@@ -119,9 +119,12 @@ WEIGHTS_FAULTS = {
     "a tensor missing": (lambda f: put_tensors(f, lambda t: t.pop(NAME)), ["not the weights of resnet18"]),
     "a tensor of another name": (
         lambda f: put_header(f, lambda h: h.update({"other": h.pop(NAME)})),
-        [f"1 tensors are missing: {NAME}"],
+        [f"1 missing tensor: {NAME}"],
     ),
-    "a tensor too many": (lambda f: put_tensors(f, lambda t: t.update(evil=torch.zeros(0))), ["too many: evil"]),
+    "a tensor too many": (
+        lambda f: put_tensors(f, lambda t: t.update(evil=torch.zeros(0))),
+        ["1 unknown tensor: evil"],
+    ),
     "a large tensor too many": (
         lambda f: put_tensors(f, lambda t: t.update(evil=torch.zeros(9999))),
         ["not the weights of resnet18"],
@@ -134,7 +137,7 @@ WEIGHTS_FAULTS = {
     ),
     "a header longer than the file": (
         lambda f: put_weights(f, struct.pack("<Q", 2**63) + (f / WEIGHTS).read_bytes()[8:]),
-        ["header is cut short, or longer"],
+        ["header is incomplete, or longer"],
     ),
     "a header of no JSON": (lambda f: put_header(f, lambda h: "{" * 9999), ["its header is damaged"]),
     "a header nested deeply": (lambda f: put_header(f, lambda h: "[" * 9999 + "]" * 9999), ["header is damaged"]),
@@ -176,7 +179,7 @@ RAW_FAULTS = {
     "zero bytes": (b"\0" * 100, "Expecting value"),
     "NaN": (b'{"format": 1, "temperature": NaN}', "NaN is not JSON"),
     "Infinity": (b'{"format": 1, "temperature": -Infinity}', "-Infinity is not JSON"),
-    "a key twice": (b'{"format": 1, "format": 1}', "the key format is there twice"),
+    "a key twice": (b'{"format": 1, "format": 1}', "the key format appears twice"),
     "a number of 5,000 digits": (b'{"format": ' + b"9" * 5000 + b"}", "damaged"),
     "a newer version": (b'{"format": 2}', "written by a newer version (format 2); update xray-fastai"),
 }
@@ -195,7 +198,7 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "architecture": [("vit_b_16", "resnet18"), (["resnet18"], "resnet18")],
     "classes": [
         (["A"], "at least 2 items"),
-        (["NORMAL", "NORMAL"], "there twice"),
+        (["NORMAL", "NORMAL"], "appears twice"),
         (["NORMAL", ""], "is empty"),
         (["NORMAL", "a/b"], "slash"),
         (["NORMAL", "\x1b[2J"], "unprintable character '\\x1b'"),
@@ -204,13 +207,17 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
         ([f"c{i}" for i in range(2000)], "at most 1000 items"),
         ({"NORMAL": 1}, "should be a list"),
     ],
-    "positive": [("COVID", "COVID is none of the classes"), (None, "one is to be detected"), (1, "valid string")],
+    "positive": [
+        ("COVID", "COVID is none of the classes"),
+        (None, "two classes need the class to detect"),
+        (1, "valid string"),
+    ],
     "dropout": [(1, "less than 1"), (-0.5, "greater than or equal to 0")],
     "class_weights": [([1.0], "1 for 2 classes"), ([1.0, -1.0], "greater than 0"), ([10**400, 1], "")],
     "preprocessing.size": [(10**6, "less than or equal to 4096"), (8, "equal to 32"), (64.5, "integer")],
     "preprocessing.channels": [("rgb", "grey")],
     "temperature": [(0, "greater than or equal to 0.001"), (-1, "greater"), ("1", "number"), (10**400, "")],
-    "threshold": [(2, "less than or equal to 1"), (None, "from a threshold on"), (True, "number")],
+    "threshold": [(2, "less than or equal to 1"), (None, "two classes need"), (True, "number")],
     "calibration": [(None, "string"), ("two\nlines", "unprintable character '\\n'"), ("x" * 5000, "5,000 characters")],
     "data": [([], "an object")],
     "data.name": [("x\u202ey", "unprintable"), (3, "string")],
@@ -218,7 +225,7 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "data.train": [({"COVID": 3}, "none of the classes"), ({f"c{i}": 1 for i in range(2000)}, "2,000 entries")],
     "data.valid.NORMAL": [(-1, "equal to 0"), (1.5, "integer")],
     "data.valid_files": [([["a"]], "string"), (["../../etc/pas"], "pattern"), (None, "should be a list")],
-    "settings.data": [(None, "which only a rehearsal has"), ("a\0b", "unprintable"), (["a"], "string")],
+    "settings.data": [(None, "which is for a rehearsal only"), ("a\0b", "unprintable"), (["a"], "string")],
     "settings.patient_pattern": [(3, "string"), ("x" * 5000, "5,000 characters")],
     "settings.lr": [(-1, "settings: lr -1.0: ")],
     "settings.epochs": [("all", "integer")],
@@ -290,7 +297,7 @@ def test_keys_of_a_newer_version_are_told_of_once(copy, run, an_image):
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(f"Warning: {copy / SETTINGS}: \\x1b[2Jsafety, data.hospital, settings.optimiser, ...")
     result = run("verify", copy)
-    assert result.exit_code == 0 and "not heeded: \\x1b[2Jsafety, data.hospital" in result.output
+    assert result.exit_code == 0 and "ignored: \\x1b[2Jsafety, data.hospital" in result.output
 
 
 def test_what_a_fit_writes_has_no_unknown_keys(export, run, an_image):
@@ -370,7 +377,7 @@ def test_other_files_are_looked_at(copy, run, refused):
     refused(run("verify", copy), "history.csv: damaged")
     (copy / "history.csv").unlink()
     (copy / "batch.png").symlink_to("/etc/hostname")
-    refused(run("verify", copy), "batch.png: a link that leaves the export")
+    refused(run("verify", copy), "batch.png: a link to outside of the export")
     (copy / "batch.png").unlink()
     os.mkfifo(copy / "batch.png")
     refused(run("verify", copy), "batch.png: neither a file nor a folder")
@@ -386,7 +393,7 @@ def test_no_export(what, run, refused, tmp_path):
         path.mkdir()
     if what == "no weights":
         (path / SETTINGS).write_text("{}")
-    refused(run("verify", path), "no such file" if what == "nothing" else ": missing; get the export anew", path)
+    refused(run("verify", path), "no such file" if what == "nothing" else ": missing; get the export again", path)
 
 
 OPENED: list[str] = []

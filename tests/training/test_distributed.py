@@ -163,7 +163,7 @@ def test_killed_and_gone_on_with_it_is_as_if_nothing_had_been(ranks, there):
     ranks(0, *fit, "--name", "whole")
     told = ranks(1, *fit, "--name", "killed", rank=1, do="kill", at=f"{BATCH}@8")
     (line,) = errors(told)
-    assert "another of the 2 processes ended" in line and "go on by 'xray-fastai fit --resume killed'" in line
+    assert "another of the 2 processes ended" in line and "resume it by 'xray-fastai fit --resume killed'" in line
     told = ranks(0, "fit", "--resume", "killed")
     assert "going on      with killed after frozen epoch 1" in told
     for name in ("history.csv", "model.safetensors"):
