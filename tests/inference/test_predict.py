@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import DISCLAIMER, load_learner
 from xray_fastai.cli import app
+from xray_fastai.inference import predict as predict_module
 from xray_fastai.inference import predict_files
 from xray_fastai.inference.model import open_model
-from xray_fastai.inference.predict import predict
+from xray_fastai.inference.predict import Column, predict
 from xray_fastai.inference.row_file import RowFile
 from xray_fastai.inference.stream import predict_stream
 from xray_fastai.system.device import cpu_has_bf16
@@ -152,6 +153,29 @@ def test_more_than_two_classes(run, tmp_path):
     assert "the most probable class is predicted" in result.stdout and pd.read_csv("out.csv").threshold.isna().all()
     with pytest.raises(UserError, match=r"^threshold 0\.3: a model of 3 classes"):
         predict(data / "train" / "A", three, threshold=0.3)
+
+
+def test_a_column_is_added_in_one_place(model, says, files, monkeypatch):
+    """Text stays text and numbers stay numbers, in the data frame, in both files, and when they are continued."""
+
+    def columns_of(classes):
+        extra = [
+            Column("folder", str, lambda result: result.path.split("/")[-2]),
+            Column("seven", float, lambda _: 7.0),
+        ]
+        return [*original(classes), *extra]
+
+    original = predict_module.columns_of
+    monkeypatch.setattr(predict_module, "columns_of", columns_of)
+    table = predict(files[:3], model)
+    assert table.columns.tolist() == [*COLUMNS, "folder", "seven"] and table.folder.tolist() == ["NORMAL"] * 3
+    for output in ("out.csv", "out.jsonl"):
+        assert says(*files[:2], "--output", output).exit_code == 0
+        with RowFile(output, {c.name: c.type for c in columns_of(model.classes)}, resume=True) as file:
+            assert [(row["folder"], row["seven"], row["error"]) for row in file.done()] == [("NORMAL", 7.0, None)] * 2
+        assert says(*files[:3], "--output", output, "--resume").exit_code == 0
+        rows = read(Path(output)).drop(columns="error")
+        pd.testing.assert_frame_equal(rows, table.drop(columns="error"), check_dtype=False, atol=1e-5)
 
 
 # what is named
