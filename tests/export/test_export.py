@@ -1,4 +1,4 @@
-"""An export loads anywhere, both ways, without its training data and without running code from it."""
+"""An export loads in both ways, in any folder, without its training data and without running code from it."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ print(json.dumps([label, int(index), probabilities.tolist()]))
 
 
 def predicted(load, *args, cwd):
-    """What a new process predicts, in a folder that holds nothing."""
+    """Predict in a new process, in an empty folder."""
     command = [sys.executable, "-c", PREDICT.format(load=load), *map(str, args)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     assert result.returncode == 0, result.stderr
@@ -63,7 +63,7 @@ def test_the_weights_are_fp32_and_named_as_the_module_is(export):
 
 
 def test_loading_unpickles_nothing(export, an_image, tmp_path):
-    """A pickle that would leave a mark lies where the export's own was; neither loading nor predicting runs it."""
+    """The export's pickle is replaced by one that would write a file; neither loading nor predicting runs it."""
     copy = copy_of(export, tmp_path)
     mark = tmp_path / "mark"
 

@@ -1,6 +1,6 @@
-"""Whatever the bytes: a `model.json` or an image is taken, or refused in one line. Nothing else comes out, and it ends.
+"""Any bytes as `model.json` or as an image are accepted, or refused in one line; nothing else happens, in limited time.
 
-XRAY_FUZZ is the number of inputs for each test; without it they are few, and the same each time.
+XRAY_FUZZ is the number of inputs for each test; without it there are 500, the same each time.
 """
 
 import copy
@@ -56,7 +56,7 @@ values = st.recursive(
 
 @pytest.fixture(scope="module")
 def models(export):
-    """What fits write: two classes; three classes, of a rehearsal; one that was interrupted before its first epoch."""
+    """Three files as fits write them: two classes; three classes, a rehearsal; interrupted before the first epoch."""
     model = settings_of(export)
     three = copy.deepcopy(model) | {"classes": ["A", "B", "C"], "positive": None, "threshold": None}
     three["class_weights"] = None

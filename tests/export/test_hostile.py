@@ -1,4 +1,4 @@
-"""Broken exports, and those made to do harm: each is refused in one line, by `verify` and by what would use it."""
+"""Broken and hostile exports are refused in one line, by `verify` and by the commands that load an export."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ NAME = "0.0.weight"  # the first convolution, (64, 3, 7, 7)
 
 @pytest.fixture
 def copy(export, tmp_path):
-    """What others would send: the two files that a model needs."""
+    """Copy the two files that a model needs, as others would send them."""
     folder = tmp_path / "sent"
     folder.mkdir()
     shutil.copy(export / SETTINGS, folder)
@@ -58,7 +58,7 @@ def refuse(copy, run, refused, an_image):
 
 
 def put_weights(folder, content, hashed=True):
-    """New weights, with the hash that belongs to them."""
+    """Replace the weights, and by default the hash in `model.json` too."""
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).write_bytes(content)
     if hashed:
@@ -72,7 +72,7 @@ def change(folder, edit):
 
 
 def put_header(folder, edit):
-    """The weights with a header that tells something else of the same bytes."""
+    """Change the header of the weights, and keep the bytes of the tensors."""
     content = (folder / WEIGHTS).read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -397,7 +397,7 @@ def test_no_export(what, run, refused, tmp_path):
 
 
 OPENED: list[str] = []
-"""What was opened while `watched`: an audit hook can't be taken off again."""
+"""The files that were opened while `watched`; an audit hook cannot be removed."""
 _watching = False
 
 
@@ -451,7 +451,7 @@ def test_no_command_opens_a_pickle_and_each_reads_the_weights_once(copy, run, an
 
 @pytest.fixture
 def archive(copy, tmp_path, monkeypatch):
-    """Make a .zip of the copy, changed; what is unpacked on the way has a folder of its own, to be empty at the end."""
+    """Make a changed .zip of the copy; files are unpacked into a temporary folder, which is empty at the end."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
@@ -568,7 +568,7 @@ def test_a_pattern_finds_what_it_found_before():
 
 @pytest.mark.parametrize("data", ["x" * 300, "/proc/1/root", "/dev/null", "\\\\host\\share", "nowhere"])
 def test_a_data_folder_of_others(data, copy, run, refused):
-    """What `model.json` names is looked for, but does no harm."""
+    """The folder that `model.json` names is read, but does no harm."""
     change(copy, lambda model: model["settings"].update(data=data))
     refused(run("evaluate", "--model", copy), "--data")
 

@@ -1,4 +1,4 @@
-"""What images go through before the network, by recipe; and the validation images that a model does worst on."""
+"""Recipes, transforms and augmentation of images, and the group of validation images with the worst AUC."""
 
 import json
 

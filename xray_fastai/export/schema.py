@@ -45,7 +45,7 @@ NODES = 10_000
 """The largest number of objects and lists; a hundred are usual. An empty one takes 2 bytes in the file and 64 in
 memory."""
 ENTRIES = 1_000
-"""The most entries of a table of names, and of each list but that of the validation files."""
+"""The largest number of entries of a table of names, and of each list but that of the validation files."""
 
 
 def _text(text: str) -> str:
