@@ -154,7 +154,7 @@ def test_who_may_read_one_file_may_read_all(export):
 
 
 def globals_in(pickled):
-    """The names of modules and their members that a pickle of protocol 2 to 5 looks up, and its strings."""
+    """Return the globals that a pickle of protocol 2 to 5 looks up, and its strings."""
     strings, names, texts = [], set(), set()
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name == "GLOBAL":
@@ -168,7 +168,7 @@ def globals_in(pickled):
 
 
 def test_the_pickle_holds_names_and_no_code_and_no_path(export):
-    """Bytecode opens under one version of Python only, and holds the path of its file on the training machine."""
+    """Bytecode would open under one version of Python only, and would hold a path of the training machine."""
     with zipfile.ZipFile(export / "learner.pkl") as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
         names, texts = globals_in(archive.read(name))

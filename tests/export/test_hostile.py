@@ -258,7 +258,7 @@ def test_a_value_that_can_not_be(path, copy, run, refused, refuse):
 
 
 def test_each_key_is_needed(copy, run, refused):
-    """But for those that an export of an earlier version does not have."""
+    """Except those that exports of earlier versions lack."""
     model = settings_of(copy)
     later = [("preprocessing", "contrast"), ("worst_group",), ("calibrated",), ("augmentation",)]
 
@@ -305,7 +305,7 @@ def test_what_a_fit_writes_has_no_unknown_keys(export, run, an_image):
 
 
 def test_memory_is_bounded_before_it_is_taken():
-    """8 MB of JSON of the kinds that grow most, in 250 MB more than the module itself takes."""
+    """8 MB of the JSON that grows most are parsed in 250 MB more than the module itself takes."""
     resource = pytest.importorskip("resource")
     if not hasattr(resource, "RLIMIT_AS") or not Path("/proc/self/statm").exists():
         pytest.skip("the limit on memory is Linux's")
@@ -581,7 +581,7 @@ def test_weights_whose_outputs_are_no_numbers(copy, run, refused, tmp_path):
 
 
 def test_a_report_of_others_files_ends(copy, run, tmp_path):
-    """`evaluate` writes a report on all that the export holds."""
+    """`evaluate` writes a report from all files of the export."""
     data = draw_collection(tmp_path / "data", {"test/NORMAL": 2, "test/PNEUMONIA": 2})
     os.mkfifo(copy / "history.csv")
     (copy / "evaluation-valid").mkdir()
@@ -595,7 +595,7 @@ def test_a_report_of_others_files_ends(copy, run, tmp_path):
 
 
 def test_an_image_that_would_do_harm(run, export, tmp_path):
-    """A pipe, PostScript under a harmless name, and a few bytes that become gigabytes: rows with an error."""
+    """A pipe, PostScript under another name, and a few bytes that become gigabytes give rows with an error."""
     folder = tmp_path / "images"
     folder.mkdir()
     os.mkfifo(folder / "pipe.png")
@@ -613,7 +613,7 @@ def test_an_image_that_would_do_harm(run, export, tmp_path):
 
 
 def test_a_tiff_of_many_directories_takes_no_time():
-    """Counting them takes Pillow time as their square: over a minute for these."""
+    """Pillow's time to count them grows with the square: over a minute for these."""
     stream = io.BytesIO()
     Image.new("L", (4, 4)).save(stream, "TIFF")
     content = bytearray(stream.getvalue())
@@ -633,7 +633,7 @@ def test_a_tiff_of_many_directories_takes_no_time():
 
 
 def test_settings_from_python_are_as_json_has_them():
-    """What is written at the end of a fit has to be what can be read."""
+    """The settings that a fit writes at its end must be readable again."""
     config = FitConfig(data=Path("x"), epochs=np.int64(3), patience=5.0, lr=1)
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     assert [config.data, config.epochs, config.patience, config.lr] == ["x", 3, 5, 1.0]
