@@ -95,9 +95,9 @@ def test_weights_of_another_network(refuse, collection, tmp_path):
     state = torchvision.models.resnet18(weights=None).state_dict()
     state["conv1.weight"] = state["conv1.weight"][:, :1].contiguous()
     del state["layer1.0.bn1.bias"]
-    save_file(state, tmp_path / "misshapen.safetensors")
-    words = ["missing: layer1.0.bn1.bias", "misshapen: conv1.weight [64, 1, 7, 7] instead of [64, 3, 7, 7]"]
-    refuse(collection, *words, options=["--weights", tmp_path / "misshapen.safetensors"])
+    save_file(state, tmp_path / "bent.safetensors")
+    words = ["missing: layer1.0.bn1.bias", "of another shape: conv1.weight [64, 1, 7, 7] instead of [64, 3, 7, 7]"]
+    refuse(collection, *words, options=["--weights", tmp_path / "bent.safetensors"])
 
 
 @pytest.mark.parametrize("name", ["text.pth", "text.safetensors"])
@@ -187,13 +187,13 @@ def test_a_name_that_another_fit_is_writing(run, refused, collection):
 
 def test_exports_below_a_file(refuse, collection, tmp_path):
     (tmp_path / "file").write_text("")
-    refuse(collection, "--exports", "can't be made", options=["--exports", tmp_path / "file" / "exports"])
+    refuse(collection, "--exports", "cannot be made", options=["--exports", tmp_path / "file" / "exports"])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
 def test_exports_without_permission(refuse, collection, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
-    refuse(collection, "can't be written to", options=["--exports", tmp_path / "closed"])
+    refuse(collection, "cannot be written to", options=["--exports", tmp_path / "closed"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file size limit")
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_while_exporting(start, collection, tmp_path):
     """There is space for the weights, but not for learner.pkl; the fit resumes when there is space again."""
     trained, line = limited(44_800_000, start, collection, tmp_path)
     assert "exports/full: the export could not be written (a file could not be written completely); free" in line
-    assert "go on by 'xray-fastai fit --resume full', or delete exports/.full.partial" in line
+    assert "resume it by 'xray-fastai fit --resume full', or delete exports/.full.partial" in line
     assert [path.name for path in (tmp_path / "exports" / ".full.partial").iterdir()] == ["checkpoint"]
     process = start("fit", "--resume", cwd=tmp_path)
     out, err = process.communicate(timeout=120)

@@ -1,4 +1,4 @@
-"""An ONNX file says what `predict` says, where there is no torch; and is not written where it would not."""
+"""An ONNX file gives `predict`'s probabilities without torch; it is not written if it does not."""
 
 import ast
 import json
@@ -39,12 +39,12 @@ image = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
 (p,) = session.run(None, {"images": np.array(image)[None, None]})[0]  # (classes,)
 print(dict(zip(json.loads(told["classes"]), p)), told.get("positive"), "from", told.get("threshold"))
 """
-"""The README's."""
+"""The example in the README."""
 
 
 @pytest.fixture(scope="module")
 def written(export, run, tmp_path_factory):
-    """The small export as ONNX, and what was said."""
+    """Write the small export as ONNX; give the file and the printed text."""
     output = tmp_path_factory.mktemp("onnx") / "small.onnx"
     result = run("export", export, "--format", "onnx", "--output", output)
     assert result.exit_code == 0, result.output
@@ -53,13 +53,13 @@ def written(export, run, tmp_path_factory):
 
 @pytest.fixture
 def written_before(written, monkeypatch):
-    """For what comes after the file was written: that takes a second each time."""
+    """Copy a file that was written before, because writing one takes a second."""
     monkeypatch.setattr(onnx_export, "_write", lambda model, path, versions: shutil.copy(written[0], path))
 
 
 @pytest.fixture
 def files(an_image):
-    """Images of several kinds, sizes and codings."""
+    """Write images of several kinds, sizes and formats."""
     rng, made = np.random.default_rng(0), []
     xray = Image.open(an_image).convert("L")
     for name, picture in {
@@ -98,7 +98,7 @@ def test_the_readmes_lines_need_no_torch():
 @pytest.mark.skipif(sys.platform != "linux", reason="where onnxruntime's cache is, is known for Linux alone")
 @pytest.mark.parametrize("ours", [True, False])
 def test_onnxruntime_keeps_no_identifier(written, export, an_image, ours, tmp_path):
-    """In a process of its own: what was imported before counts."""
+    """A new process, because earlier imports would change the result."""
     export_it = ["-m", "xray_fastai", "export", str(export), "--output", str(tmp_path / "new.onnx")]
     lines = SNIPPET.replace("rehearsal.onnx", str(written[0])).replace("image.jpeg", str(an_image))
     home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / ".cache"), "PATH": os.environ["PATH"]}

@@ -1,4 +1,4 @@
-"""New images: a row each, whatever is wrong with them, however many there are and wherever the run was cut short."""
+"""`predict` gives one row an image: for unreadable files too, for any number of images, and after an interruption."""
 
 import csv
 import json
@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import DISCLAIMER, load_learner
 from xray_fastai.cli import app
+from xray_fastai.inference import predict as predict_module
 from xray_fastai.inference import predict_files
 from xray_fastai.inference.model import open_model
-from xray_fastai.inference.predict import predict
+from xray_fastai.inference.predict import Column, predict
 from xray_fastai.inference.row_file import RowFile
 from xray_fastai.inference.stream import predict_stream
 from xray_fastai.system.device import cpu_has_bf16
@@ -63,7 +64,7 @@ def says(export, model, monkeypatch):
 
 
 def read(path):
-    """The rows of an output file, by another reader than the one that continues it."""
+    """Read an output file with pandas or json, not with the reader that continues it."""
     if path.suffix == ".csv":
         return pd.read_csv(path)
     return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
@@ -80,7 +81,7 @@ def test_the_same_as_learn_predict_in_any_batch_and_order(batch_size, export, fi
         expected = [learn.predict(path)[2].tolist() for path in some]
     table = predict(some, export, batch_size=batch_size, device="cpu", precision="fp32")
     assert table.path.tolist() == some
-    # batch norm is folded into the convolutions here, which rounds otherwise
+    # predict folds batch norm into the convolutions, which changes the rounding
     np.testing.assert_allclose(table[["p_NORMAL", "p_PNEUMONIA"]].to_numpy(), expected, atol=3e-5, rtol=0)
 
 
@@ -113,6 +114,17 @@ def test_uncalibrated_makes_the_same_decisions_by_default(model, files):
     assert (calibrated.prediction == raw.prediction).all()
     assert not np.allclose(calibrated.p_NORMAL, raw.p_NORMAL)
     np.testing.assert_allclose(raw.p_NORMAL, predict(files, model, uncalibrated=True).p_NORMAL, atol=1e-6)
+
+
+def test_the_threshold_moves_with_the_temperature(model):
+    hot = type(model)(model.path, model.settings | {"temperature": 3.0, "threshold": 0.55}, model.learn)
+    margins = np.linspace(-3, 3, 61)
+    logits = np.stack([np.zeros(61), margins], axis=1)
+    calibrated, raw = hot.probabilities(logits), hot.probabilities(logits, calibrated=False)
+    decisions = hot.decide(calibrated)
+    assert (decisions == (margins >= 3 * np.log(0.55 / 0.45))).all()
+    assert (hot.decide(raw, hot.threshold_of(calibrated=False)) == decisions).all()
+    assert (hot.decide(raw) != decisions).any()  # the export's own threshold belongs to calibrated probabilities
 
 
 def test_paths_pictures_and_arrays(model, an_image, tmp_path):
@@ -152,6 +164,29 @@ def test_more_than_two_classes(run, tmp_path):
     assert "the most probable class is predicted" in result.stdout and pd.read_csv("out.csv").threshold.isna().all()
     with pytest.raises(UserError, match=r"^threshold 0\.3: a model of 3 classes"):
         predict(data / "train" / "A", three, threshold=0.3)
+
+
+def test_a_column_is_added_in_one_place(model, says, files, monkeypatch):
+    """Text stays text and numbers stay numbers, in the data frame, in both files, and when they are continued."""
+
+    def columns_of(classes):
+        extra = [
+            Column("folder", str, lambda result: result.path.split("/")[-2]),
+            Column("seven", float, lambda _: 7.0),
+        ]
+        return [*original(classes), *extra]
+
+    original = predict_module.columns_of
+    monkeypatch.setattr(predict_module, "columns_of", columns_of)
+    table = predict(files[:3], model)
+    assert table.columns.tolist() == [*COLUMNS, "folder", "seven"] and table.folder.tolist() == ["NORMAL"] * 3
+    for output in ("out.csv", "out.jsonl"):
+        assert says(*files[:2], "--output", output).exit_code == 0
+        with RowFile(output, {c.name: c.type for c in columns_of(model.classes)}, resume=True) as file:
+            assert [(row["folder"], row["seven"], row["error"]) for row in file.done()] == [("NORMAL", 7.0, None)] * 2
+        assert says(*files[:3], "--output", output, "--resume").exit_code == 0
+        rows = read(Path(output)).drop(columns="error")
+        pd.testing.assert_frame_equal(rows, table.drop(columns="error"), check_dtype=False, atol=1e-5)
 
 
 # what is named
@@ -305,7 +340,7 @@ def test_a_folder_without_permission(says, refused, files, tmp_path):
 
 @pytest.fixture
 def whole(says, files):
-    """A complete file of twelve inputs, one of them with a line break in its name, two of them bad."""
+    """Write a complete file of twelve inputs: one has a line break in its name, two cannot be read."""
     os.symlink(files[0], "a\nb, c.jpeg")
     Path("bad.jpeg").write_text("text")
     inputs = [*files[:4], "a\nb, c.jpeg", "nowhere.png", *files[4:9], "bad.jpeg"]
@@ -460,7 +495,7 @@ def test_heat_maps(says, files, model, monkeypatch):
 
 
 def test_heat_maps_of_rows_that_do_not_stand_go(says, files, monkeypatch):
-    """Ctrl-C comes while the second batch's maps are drawn; --resume draws them, under the names that are theirs."""
+    """Ctrl-C comes while the second batch's maps are drawn; --resume draws them again under the same names."""
     names = [path.name for path in made_by(says, files, "whole")]
     save, calls = Image.Image.save, []
 
@@ -493,7 +528,7 @@ def test_an_output_that_another_process_is_writing_is_left_to_it(says, refused, 
 
 
 def test_bf16_on_a_cpu_that_only_imitates_it(start, export, files):
-    """oneDNN's own operators refuse there; torch's do not."""
+    """oneDNN's own operators do not run there; torch's do."""
     args = ["predict", *files[:4], "--model", export, "--device", "cpu", "--precision", "bf16", "--output", "out.csv"]
     process = start(*args, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     _, err = process.communicate(timeout=120)

@@ -1,4 +1,4 @@
-"""Test-time augmentation: the mean over views of an image, in `predict` and `evaluate`, and its price."""
+"""Test-time augmentation is the mean over views of an image, in `predict` and in `evaluate`."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What images go through before the network, by recipe; and the validation images that a model does worst on."""
+"""Recipes, transforms and augmentation of images, and the group of validation images with the worst AUC."""
 
 import json
 
@@ -24,7 +24,7 @@ FIT = {"arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": 
 
 
 def brighter(image: Image.Image) -> Image.Image:
-    """As by another exposure, or window; no two grey values become one."""
+    """Brighten an image as another exposure or window would; no two grey values become one."""
     return image.point([(v + 40) if v < 200 else min(255, 240 + (v - 200) // 4) for v in range(256)])
 
 
@@ -95,7 +95,7 @@ def test_a_choice_that_there_is_not(run, option, value):
 
 
 def shaded(tmp_path, count: int) -> list[str]:
-    """Images from dark to bright, of one contrast and sharpness."""
+    """Write images from dark to bright, of the same contrast and sharpness."""
     rng, paths = np.random.default_rng(0), []
     for i in range(count):
         pixels = (60 + 120 * i / count + rng.normal(0, 10, (64, 64))).clip(0, 255)

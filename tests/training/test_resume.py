@@ -281,11 +281,11 @@ def test_the_newest_run_and_its_last_whole_checkpoint_are_gone_on_with(crashed, 
             ["--resume", "crashed", "--epochs", 5, "--lr", 1],
             ["--epochs: cannot change when crashed is resumed; leave out epochs, lr,"],
         ),
-        (["--resume", "nosuch"], ["--resume nosuch: no such run in exports", "unfinished there: crashed"]),
-        (["--resume", "done"], ["--resume done: exports/done is finished", "unfinished in exports: crashed"]),
+        (["--resume", "nosuch"], ["--resume nosuch: no such run in exports", "unfinished runs: crashed"]),
+        (["--resume", "done"], ["--resume done: exports/done is finished", "unfinished runs in exports: crashed"]),
         (["--resume", "--exports", "other"], ["--resume: no unfinished run in other"]),
-        (["--resume", "empty"], ["exports/.empty.partial stopped before anything was kept", "delete it"]),
-        (["--name", "crashed"], ["exports/.crashed.partial", "go on with it by 'xray-fastai fit --resume crashed'"]),
+        (["--resume", "empty"], ["exports/.empty.partial stopped before its first checkpoint", "delete it"]),
+        (["--name", "crashed"], ["exports/.crashed.partial", "resume it by 'xray-fastai fit --resume crashed'"]),
         (["--resume", "crashed", "--data", "other"], ["--data other: no such folder"]),
     ],
 )
@@ -360,8 +360,8 @@ def test_a_run_that_another_fit_is_at_is_left_alone(crashed, run, refused):
     link = crashed / ".crashed.partial"
     with reserve("exports", "other") as other:
         shutil.copytree(link / "checkpoint", other.checkpoint, copy_function=os.link)
-        refused(run("fit", "--resume", "other"), "--resume other: another fit is at it now")
-        refused(run("fit", "--name", "other"), "--name other", "belongs to a fit that runs now")
+        refused(run("fit", "--resume", "other"), "--resume other: another fit is resuming this run")
+        refused(run("fit", "--name", "other"), "--name other", "a running fit writes")
         other.resumable = True
         result = run("fit", "--data", "nowhere")
         assert "unfinished    exports/.crashed.partial of 2" in result.stdout and "other" not in result.stdout
