@@ -31,6 +31,7 @@ from fastai.vision.all import Callback, CancelFitException, DataLoader, DataLoad
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
+from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
 from xray_fastai.training.callbacks import StopOnSignal
@@ -77,11 +78,7 @@ class NextView(Callback):
 
 def views(plan: Plan, epochs: int) -> int:
     """Return the number of views to compute before a frozen phase of `epochs`; 0 runs the backbone in every epoch."""
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
+    if distributed.world_size() > 1:
         return 0
     return min(plan.config.frozen_views, 1 if plan.config.augment == "none" else epochs)
 
