@@ -62,10 +62,13 @@ def test_files_of_a_killed_process_are_deleted_and_a_failed_write_leaves_none(ch
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("xray_fastai.training.checkpoint.checksum", fails)
-    checkpoints.save({"epoch": 5}, {"model": {"w": torch.zeros(2)}}, {}, None)
-    with pytest.raises(UserError, match=r"a checkpoint could not be written \(No space left on device\); free space"):
-        checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr("xray_fastai.training.checkpoint.checksum", fails)
+        checkpoints.save({"epoch": 5}, {"model": {"w": torch.zeros(2)}}, {}, None)
+        with pytest.raises(
+            UserError, match=r"a checkpoint could not be written \(No space left on device\); free space"
+        ):
+            checkpoints.wait()
     assert not list(checkpoints.folder.glob(".*"))
     assert Checkpoints(checkpoints.run).load()[0].state["epoch"] == 4
 
