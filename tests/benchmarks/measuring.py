@@ -120,18 +120,18 @@ def real_fit(data: Path, *callbacks: Callback, **settings) -> float:
         data: split folders.
         *callbacks: added to the fit.
         **settings: of the fit.
+
+    Raises:
+        SystemExit: the fit ended before, because of a signal for example.
     """
-    with (
-        tempfile.TemporaryDirectory() as exports,
-        contextlib.suppress(Enough),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
+    with tempfile.TemporaryDirectory() as exports, contextlib.redirect_stdout(io.StringIO()):
         start = now()
         try:
-            fit(FitConfig(data=str(data), valid="folder", exports=exports, **settings), callbacks=callbacks)
-        finally:
-            seconds = now() - start
-    return seconds
+            config = FitConfig(data=str(data), valid="folder", exports=exports, **settings)
+            result = fit(config, callbacks=callbacks)
+        except Enough:
+            return now() - start
+    raise SystemExit(f"the fit ended ({result.status}) before everything was measured")
 
 
 def median(values: list[float]) -> float:

@@ -85,10 +85,10 @@ def main() -> None:
             for name, (command, code) in commands.items():
                 own = [folder / f"exports-{i}"] if name == "fit: first batch" else []
                 times[name].append(seconds(*command, *own, code=code))
-    found = {name: median(values) for name, values in times.items()}
+    medians = {name: median(values) for name, values in times.items()}
     print(f"\nmedians of {REPEATS}\n{'':<26}{'seconds':>9}{'it / limit':>12}")
-    for name, value in found.items():
-        limit = found["torch, fastai, decoding" if "batch" in name or "decoding" in name else "import typer"]
+    for name, value in medians.items():
+        limit = medians["torch, fastai, decoding" if "batch" in name or "decoding" in name else "import typer"]
         print(f"{name:<26}{value:>9.2f}{value / limit:>12.2f}")
 
 

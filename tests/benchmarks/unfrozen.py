@@ -101,9 +101,9 @@ def main() -> None:
             rates["ours"].append(ours(data))
             rates["limit"].append(limit())
     print(f"\nmedians of {REPEATS}\n{'':<8}{'images/s':>10}{'it / plain':>12}{'it / limit':>12}")
-    found = {name: median(values) for name, values in rates.items()}
-    for name, value in found.items():
-        print(f"{name:<8}{value:>10.2f}{value / found['plain']:>12.2f}{value / found['limit']:>12.2f}")
+    medians = {name: median(values) for name, values in rates.items()}
+    for name, value in medians.items():
+        print(f"{name:<8}{value:>10.2f}{value / medians['plain']:>12.2f}{value / medians['limit']:>12.2f}")
 
 
 if __name__ == "__main__":

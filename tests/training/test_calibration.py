@@ -73,6 +73,14 @@ def test_a_target_sensitivity_is_reached_at_the_highest_specificity(outputs, tar
     assert specificity == pytest.approx(1 - fpr[tpr >= target].min())
 
 
+def test_of_thresholds_with_equal_rates_the_middle_one_is_chosen():
+    scores = np.array([0.1, 0.2, 0.3, 0.4, 0.9])
+    positives = np.array([False, True, False, False, True])
+    assert choose_threshold(scores, positives, 0.5) == pytest.approx(0.65)
+    scores, positives = np.array([0.1, 0.3, 0.5, 0.7, 0.9]), np.array([False, True, True, True, True])
+    assert choose_threshold(scores, positives, 0.25) == pytest.approx(0.6)
+
+
 def test_the_threshold_of_separated_scores_lies_between_them():
     assert choose_threshold(np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, False, True, True])) == pytest.approx(0.5)
 
@@ -82,6 +90,9 @@ def test_with_too_few_images_nothing_is_chosen(outputs):
     few = calibrate(logits[:40], targets[:40], 1)
     assert (few.temperature, few.threshold, few.calibrated) == (1.0, 0.5, False)
     assert few.note.startswith("not calibrated: 40 validation images")
+    rare = np.flatnonzero(targets == 1)[:9]
+    lopsided = np.concatenate([np.flatnonzero(targets == 0)[:100], rare])
+    assert "9 of the rarest class" in calibrate(logits[lopsided], targets[lopsided], 1).note
     enough = calibrate(logits, targets, 1)
     assert enough.threshold != 0.5 and enough.calibrated and "not calibrated" not in enough.note
     assert calibrate(logits, targets, None).threshold is None

@@ -1,7 +1,9 @@
-"""A user's fastai callbacks in `fit`, and the learning rates that they see."""
+"""A user's fastai callbacks in `fit`, the learning rates that they see, and the fit's own callbacks."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -9,6 +11,8 @@ from fastai.vision.all import Callback, CancelFitException
 
 from tests.conftest import settings_of
 from xray_fastai import fit
+from xray_fastai.training.callbacks import EarlyStopping, Schedule, StopOnNonFiniteLoss
+from xray_fastai.training.frozen_features import NextView
 
 LR = 1e-3
 
@@ -72,3 +76,60 @@ def test_a_callback_stays_after_out_of_memory_and_can_end_a_phase(settings, caps
     ends = [phase["end"] for phase in settings_of(Path("exports/cancelled"))["training"]["phases"]]
     assert ends == ["reaching its last epoch", "a callback"]
     assert spy.rates[-1] == pytest.approx([LR] * 3)  # a constant rate is the same for all layers
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(0, 0.25), (0.5, 0.75), (1, 1), (6, 1), (8, 0.5), (10, 0)])
+def test_the_rate_warms_up_stays_and_falls_along_a_cosine(epochs, expected):
+    schedule = Schedule(patience=2)
+    schedule.learn, schedule.cut = SimpleNamespace(n_epoch=10), 1.0
+    assert schedule.scale(epochs, 0.25) == pytest.approx(expected)
+    schedule.cut = 0.2
+    assert schedule.scale(epochs, 0.25) == pytest.approx(0.2 * expected)
+
+
+def track(callback, losses):
+    """Run `after_epoch` for each validation loss; return how many epochs it took part in."""
+    callback.learn = SimpleNamespace(recorder=SimpleNamespace(values=[]))
+    callback.idx, callback.best, callback.wait = 0, np.inf, 0
+    for epoch, loss in enumerate(losses, start=1):
+        callback.recorder.values.append([loss])
+        try:
+            callback.after_epoch()
+        except CancelFitException:
+            return epoch
+    return None
+
+
+def test_early_stopping_counts_epochs_since_the_last_best():
+    early = EarlyStopping(patience=2)
+    assert track(early, [3, 4, 2, 3, 1, 2, 0.5, 1]) is None and not early.stopped
+    assert track(early, [3, 4, 2, 2, 3, 1]) == 5 and early.stopped
+
+
+def test_the_rate_is_cut_after_epochs_without_a_new_best():
+    schedule = Schedule(patience=2)
+    schedule.cut = 1.0
+    track(schedule, [3, 4, 2, 3, 3, 4, 1, 2])
+    assert schedule.cut == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("loss", "stops"), [(np.nan, True), (np.inf, True), (1.0, False)])
+def test_a_loss_that_is_not_finite_stops_training_and_validation(training, loss, stops):
+    callback = StopOnNonFiniteLoss()
+    callback.learn = SimpleNamespace(training=training, loss=torch.tensor(loss), epoch=1, iter=2)
+    try:
+        callback("after_batch")
+    except CancelFitException:
+        assert stops and callback.where == f"epoch 2, {'training' if training else 'validation'} batch 3"
+    else:
+        assert not stops
+
+
+def test_the_epochs_take_the_views_in_turn():
+    callback, used = NextView(), []
+    for epoch in range(4):
+        callback.learn = SimpleNamespace(epoch=epoch, dl=SimpleNamespace(features=torch.zeros(3, 1, 1)))
+        callback.before_train()
+        used.append(callback.learn.dl.view)
+    assert used == [0, 1, 2, 0]

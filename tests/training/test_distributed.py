@@ -187,7 +187,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_batch(ranks, there, run):
 
 def test_an_error_in_one_process_is_printed_once_and_ends_all(ranks, there):
     fit = [*FIT, "--freeze-epochs", 2, "--name", "starved"]
-    output = ranks(1, *fit, rank=1, do="starve", at=f"{LOSS}@3", most=2)
+    output = ranks(1, *fit, rank=1, do="starve", at=f"{LOSS}@3", max_images=2)
     (line,) = errors(output)
     assert "--batch-size 8: out of memory on cpu, with 4 images in a batch of each of 2 processes" in line
     assert line.endswith("]") and "[process 2 of 2, on " in line

@@ -48,6 +48,7 @@ def model_record(trainer: Trainer, status: str, calibration: Calibration, worst:
     """
     plan, progress = trainer.plan, trainer.progress
     config, data = plan.config, plan.data
+    total, in_frozen_phase = trainer.parameters
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": status,
@@ -75,7 +76,7 @@ def model_record(trainer: Trainer, status: str, calibration: Calibration, worst:
             "device": plan.device_name,
             "precision": plan.precision,
             "weights": plan.origin.name,
-            "parameters": dict(zip(("total", "frozen_phase"), trainer.parameters, strict=True)),
+            "parameters": {"total": total, "frozen_phase": in_frozen_phase},
             "seconds": round(progress.elapsed, 1),
             "phases": _phases(progress.history, plan.phases, progress.ends),
         },
