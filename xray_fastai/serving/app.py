@@ -21,13 +21,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.inference.model import Model
+from xray_fastai.inference.predict import columns_of
 from xray_fastai.serving.predictions import (
     Health,
     ModelFacts,
     Prediction,
     Predictions,
     Problem,
-    columns_of,
     predict_file,
     unreadable,
 )

@@ -1,10 +1,6 @@
 """Predicts one uploaded file, and defines the answers of the API as pydantic models."""
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from operator import attrgetter
 
 import numpy as np
 from PIL import Image
@@ -14,46 +10,12 @@ from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.data.images import open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model
+from xray_fastai.inference.predict import DIGITS, ImageResult, columns_of
 from xray_fastai.inference.stream import predict_batches
 from xray_fastai.system.text import data_uri
 
 MAX_SIDE = 640
 """Pixels of the longer side of the pictures in an answer; larger images are scaled down to it."""
-
-
-@dataclass(frozen=True)
-class ImageResult:
-    """Holds what is known about one image after prediction; each column shows a part of it."""
-
-    path: str  # the file's name
-    threshold: float | None  # of the class to detect; None for more than two classes
-    prediction: str | None = None  # a class; None if there is an error
-    probabilities: dict[str, float] = field(default_factory=dict)  # by class; empty if there is an error
-    error: str | None = None  # why there is no prediction
-
-
-@dataclass(frozen=True)
-class Column:
-    """Describes one column of the table of predictions."""
-
-    name: str
-    type: type  # str or float; a value may also be None
-    value: Callable[[ImageResult], str | float | None]
-
-
-def columns_of(classes: Sequence[str]) -> list[Column]:
-    """Return the columns of the table for a model of these classes, in their order."""
-    return [
-        Column("path", str, attrgetter("path")),
-        Column("prediction", str, attrgetter("prediction")),
-        *(Column(f"p_{name}", float, partial(_probability, name)) for name in classes),
-        Column("threshold", float, attrgetter("threshold")),
-        Column("error", str, attrgetter("error")),
-    ]
-
-
-def _probability(label: str, result: ImageResult) -> float | None:
-    return result.probabilities.get(label)
 
 
 class ModelFacts(BaseModel):
@@ -166,7 +128,7 @@ def predict_file(model: Model, name: str, content: bytes, heatmap: bool = True) 
         return unreadable(model, name, "the network's output is not a number")
     probabilities = model.probabilities(logits)  # (classes,)
     index = int(model.decide(probabilities[None])[0])
-    by_class = {label: round(float(p), 7) for label, p in zip(model.classes, probabilities, strict=True)}
+    by_class = {label: round(float(p), DIGITS) for label, p in zip(model.classes, probabilities, strict=True)}
     prediction = _prediction(model, ImageResult(name, model.threshold_of(), model.classes[index], by_class))
     if heatmap:
         picture = open_image(content)
