@@ -1,15 +1,28 @@
 """Train a chest X-ray classifier by transfer learning, see where it errs, hand over a model that others can trust.
 
-The names below load on first use, so that the command line answers at once.
+A public name is imported when it is first used: `import xray_fastai` loads neither torch nor fastai, and `--help`
+answers at once.
 """
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # type checkers and editors read these imports; `__getattr__` makes the same ones
+    from xray_fastai.config import FitConfig
+    from xray_fastai.data.audit.check import check_data
+    from xray_fastai.evaluation.evaluate import evaluate
+    from xray_fastai.evaluation.interpret import interpret
+    from xray_fastai.export.reader import load_learner
+    from xray_fastai.export.verification import verify
+    from xray_fastai.inference.predict import predict
+    from xray_fastai.training.fit import fit
+
+__version__ = "0.2.0"
 DISCLAIMER = "For research and teaching. It is no medical device; never diagnose by it."
 __all__ = [
     "FitConfig", "__version__", "check_data", "evaluate", "fit", "interpret", "load_learner", "predict", "verify",
 ]  # fmt: skip
 
-_HOMES = {
+_MODULES = {
     "FitConfig": "config",
     "check_data": "data.audit.check",
     "evaluate": "evaluation.evaluate",
@@ -21,9 +34,13 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,16 +1,17 @@
-"""The settings of a fit: every default once, every check once.
+"""Holds the settings of `fit` and of `predict`: each option once, with its default, limits and help text.
 
-The command line takes its defaults and help texts from here, and an export holds the settings as they were used, so
-that `FitConfig(**model["settings"])` repeats the fit.
+A field's metadata (`Setting`) says which values the field may have. `__post_init__` checks them, the command line makes
+its options of the same fields, and an export records them: `FitConfig(**model["settings"])` repeats the fit. A new
+option needs one new field.
 """
 
 import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from numbers import Real
-from typing import get_args
+from typing import Any, get_args
 
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import fault_of, shown
@@ -18,7 +19,7 @@ from xray_fastai.system.text import fault_of, shown
 
 @dataclass(frozen=True)
 class Architecture:
-    """Describes one of torchvision's networks; `model.architectures` takes it apart by this."""
+    """Describes how `model.architectures` divides one of torchvision's networks."""
 
     features: int  # channels of the last convolutional block
     classifier: str  # prefix of the classifier's tensors
@@ -35,7 +36,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "convnext_tiny": Architecture(768, "classifier", early_layers=4),
     "efficientnet_b0": Architecture(1280, "classifier", early_layers=5),
 }
-"""The backbones, by torchvision's names. A new one is added here alone."""
+"""The backbones, by torchvision's names. To add one, add it to this table."""
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INFERENCE_PRECISIONS = ("auto", "fp32", "bf16")
@@ -51,180 +52,99 @@ RECIPES: dict[str, dict[str, str]] = {
     },
     "plain": {"contrast": "none", "augment": "none", "schedule": "constant", "class_weights": "3,1"},
 }
-"""What a recipe chooses where an option is not given. `plain` is the work that this one follows: ResNet50, Adam at a
-constant 2e-3, batch 80, weights 3:1 for 1341 normal and 3875 pneumonia images, frozen and then unfrozen."""
-SMALLEST, LARGEST = 32, 4096
-"""The side in pixels of what a network can be given."""
-MOST_CLASSES = 1000
-
-
-def _setting(default, help: str):
-    return field(default=default, metadata={"help": help})
+"""The values that a recipe gives to options that the user left out. `plain` is the earlier work that this project
+follows: ResNet50, Adam at a constant 2e-3, batch size 80, class weights 3:1 for 1341 normal and 3875 pneumonia images,
+frozen and then unfrozen."""
+MIN_SIZE, MAX_SIZE = 32, 4096
+"""Limits of the side, in pixels, of a network's input."""
+MAX_CLASSES = 1000
+MAX_TEXT = 4096
+"""Characters of an option's text."""
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """What `fit` does.
+class Setting:
+    """Describes one option: its help text, and which values it may have. None leaves a limit out."""
 
-    What may be None, `fit` chooses (by `recipe`, the data or the machine); it says what it chose, and writes that into
-    the export.
-
-    Raises:
-        UserError: a value that no fit can have, named by its option.
-    """
-
-    data: str | None = _setting(
-        None, "Folder with train/CLASS/* and val/CLASS/*. [default: ./chest_xray, else phantom]"
-    )
-    epochs: int = _setting(100, "Epochs at most, in each phase.")
-    freeze_epochs: int | None = _setting(None, "Epochs at most with the backbone frozen. [default: as --epochs]")
-    frozen_views: int = _setting(
-        2, "Augmented views of an image that the frozen phase takes in turn; 0: a new one each epoch, which takes long."
-    )
-    patience: int = _setting(20, "Stop a phase after this many epochs without a better validation loss.")
-    batch_size: int = _setting(80, "Images a step.")
-    lr: float = _setting(2e-3, "Peak learning rate of the head; earlier layers get less when unfrozen.")
-    size: int | None = _setting(None, "Side in pixels that images are resized to. [default: 224; phantom: 64]")
-    arch: str = _setting("resnet50", f"Backbone: {', '.join(ARCHITECTURES)}.")
-    weights: str | None = _setting(
-        None, "imagenet, none, or a .pth or .safetensors file. [default: imagenet; phantom: none]"
-    )
-    recipe: str = _setting("default", "default, or plain: the settings of the work that this one follows.")
-    contrast: str | None = _setting(
-        None, "equalize (histogram, so exposure no longer shows) or none. [default: by recipe]"
-    )
-    augment: str | None = _setting(None, f"{', '.join(AUGMENTATIONS)}: how training images vary. [default: by recipe]")
-    schedule: str | None = _setting(None, f"Of the learning rate: {' or '.join(SCHEDULES)}. [default: by recipe]")
-    class_weights: str | None = _setting(
-        None, "balanced, none, or one number a class, such as 3,1. [default: by recipe]"
-    )
-    dropout: float = _setting(0.5, "Dropout before the last layer.")
-    valid: str = _setting(
-        "auto", "folder (val/), a fraction of train/ such as 0.1, or auto: val/ if large enough, else also a tenth."
-    )
-    positive: str | None = _setting(None, "The class to detect. [default: PNEUMONIA, where there is one]")
-    target_sensitivity: float | None = _setting(
-        None, "Put the decision threshold where validation reaches this sensitivity. [default: Youden's J]"
-    )
-    patient_pattern: str | None = _setting(
-        None,
-        "Regular expression that finds the patient in a file name. [default: PatientID in DICOM, the Kaggle names]",
-    )
-    skip_bad: bool = _setting(False, "Go on without images that can't be read.")
-    exclude: str | None = _setting(None, "A list of files to leave out, as data check --fix writes it.")
-    seed: int = _setting(42, "Seed of everything random.")
-    device: str = _setting("auto", f"{', '.join(DEVICES)}.")
-    precision: str = _setting("auto", f"{', '.join(PRECISIONS)}.")
-    workers: int | None = _setting(None, "Processes that load images. [default: by device and cores]")
-    cache: bool = _setting(True, "Keep decoded images in the user's cache folder, for later epochs and fits.")
-    name: str | None = _setting(None, "Name of the run. [default: date and time]")
-    exports: str = _setting("exports", "Folder that the run's folder is written into.")
-
-    def __post_init__(self):
-        for f in fields(self):
-            object.__setattr__(self, f.name, _as_declared(f.name, f.type, getattr(self, f.name)))
-        for option, least in [("epochs", 1), ("patience", 1), ("batch_size", 1), ("size", SMALLEST)]:
-            value = getattr(self, option)
-            if value is not None and value < least:
-                raise _refused(option, value, f"give {least} or more")
-        if self.size is not None and self.size > LARGEST:
-            raise _refused("size", self.size, f"give {LARGEST} or less")
-        for option in ("freeze_epochs", "frozen_views", "workers"):
-            value = getattr(self, option)
-            if value is not None and value < 0:
-                raise _refused(option, value, "give 0 or more")
-        for option, choices in [
-            ("arch", tuple(ARCHITECTURES)),
-            ("device", DEVICES),
-            ("precision", PRECISIONS),
-            ("recipe", tuple(RECIPES)),
-            ("contrast", (None, *CONTRASTS)),
-            ("augment", (None, *AUGMENTATIONS)),
-            ("schedule", (None, *SCHEDULES)),
-        ]:
-            if getattr(self, option) not in choices:
-                choices = [choice for choice in choices if choice is not None]
-                raise _refused(option, getattr(self, option), f"choose one of {', '.join(choices)}")
-        if not 0 < self.lr < 10:
-            raise _refused("lr", self.lr, "give a learning rate above 0, such as 2e-3")
-        if not 0 <= self.dropout < 1:
-            raise _refused("dropout", self.dropout, "give a probability from 0 to below 1")
-        if self.target_sensitivity is not None and not 0 < self.target_sensitivity <= 1:
-            raise _refused("target_sensitivity", self.target_sensitivity, "give a share above 0, such as 0.95")
-        if not 0 <= self.seed < 2**32:
-            raise _refused("seed", self.seed, "give a whole number from 0 to 4294967295")
-        if self.valid not in ("auto", "folder"):
-            fraction = _number(self.valid)
-            if fraction is None or not 0.02 <= fraction <= 0.5:
-                raise _refused("valid", self.valid, "give auto, folder, or a fraction from 0.02 to 0.5")
-        if self.class_weights not in (None, "balanced", "none"):
-            weights = [_number(part) for part in self.class_weights.split(",")]
-            if any(w is None or not 0 < w < float("inf") for w in weights):
-                raise _refused(
-                    "class_weights", self.class_weights, "give balanced, none, or numbers above 0 such as 3,1"
-                )
-        if self.patient_pattern is not None:
-            try:
-                re.compile(self.patient_pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise _refused("patient_pattern", self.patient_pattern, f"not a regular expression: {error}") from None
-        for option in ("data", "weights", "exports", "patient_pattern"):
-            value = getattr(self, option)
-            if value is not None and (fault := fault_of(str(value), 4096)):
-                raise _refused(option, shown(value), f"{fault}; give one without")
-        if self.name is not None and not re.fullmatch(r"[^\W_][\w.-]*", self.name):
-            raise _refused("name", self.name, "use letters, digits, '.', '_' and '-', a letter or digit first")
+    help: str
+    metavar: str | None = None  # stands for the value in the help text: DIR
+    choices: tuple[str, ...] = ()
+    min: float | None = None  # the smallest value
+    max: float | None = None  # the largest value
+    above: float | None = None  # all values are larger
+    below: float | None = None  # all values are smaller
+    check: Callable[[str], str | None] | None = None  # returns what the user has to do, or None for a right value
 
     @property
-    def valid_fraction(self) -> float | None:
-        """The share of train/ to hold out, where the option is a number."""
-        return None if self.valid in ("auto", "folder") else float(self.valid)
+    def is_closed(self) -> bool:
+        """Whether `min` and `max` alone limit the values."""
+        return self.above is None and self.below is None
 
-    def class_weight_list(self) -> list[float] | None:
-        """The weights given by number, in the order of the classes; None for `balanced` and `none`."""
-        return None if self.class_weights in ("balanced", "none") else [float(w) for w in self.class_weights.split(",")]
+    def advice(self, value: Any) -> str | None:
+        """Return what the user has to do about a wrong value; None for a right one."""
+        if self.choices and value not in self.choices:
+            return f"choose one of {', '.join(self.choices)}"
+        if not self._is_within(value):
+            return f"give {self._limits()}"
+        if isinstance(value, str) and (fault := fault_of(value, MAX_TEXT)):
+            return f"{fault}; give another text"
+        return None if self.check is None else self.check(value)
 
-    def check_class_weights(self, classes: Sequence[str]) -> None:
-        """Raises:
-        UserError: weights were given by number, and not one for each class.
-        """
-        given = self.class_weight_list()
-        if given is not None and len(given) != len(classes):
-            raise UserError(
-                f"{len(given)} numbers for {len(classes)} classes; give one each, in the order {', '.join(classes)}",
-                option="class_weights",
-                value=self.class_weights,
-            )
+    def _is_within(self, value: Any) -> bool:
+        # in this direction each comparison is False for NaN
+        return (
+            (self.min is None or value >= self.min)
+            and (self.max is None or value <= self.max)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
 
-    def with_recipe(self) -> "FitConfig":
-        """A copy in which what `RECIPES` choose is filled in."""
-        return self.with_choices(**RECIPES[self.recipe])
-
-    def with_choices(self, **choices) -> "FitConfig":
-        """A copy in which what was left to `fit` (None) is filled in."""
-        return replace(self, **{name: value for name, value in choices.items() if getattr(self, name) is None})
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
-def class_fault(name: str) -> str | None:
-    """What keeps a folder's name from being a class: it is printed in tables, and written into exports."""
-    return "is empty, or holds a slash" if not name or "/" in name else fault_of(name, 255)
+    def _limits(self) -> str:
+        if self.is_closed:
+            return f"{self.min} or more" if self.max is None else f"a number from {self.min} to {self.max}"
+        low = f"at least {self.min}" if self.above is None else f"above {self.above}"
+        high = f"at most {self.max}" if self.below is None else f"below {self.below}"
+        return f"a number that is {low} and {high}"
 
 
-def check_classes(classes: Sequence[str]) -> None:
-    """Raises:
-    UserError: there are too many classes, or one has a name that no export can hold.
+def setting_of(option: Field[Any]) -> Setting:
+    """Return the description of a field of `FitConfig` or `PredictConfig`."""
+    setting: Setting = option.metadata["setting"]
+    return setting
+
+
+def _setting(default: Any, help: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(help, **limits)})
+
+
+def _check_fields(config: Any) -> None:
+    """Convert and check each field of a settings object.
+
+    Raises:
+        UserError: a value has the wrong type, or is not allowed; the error names its option.
     """
-    if len(classes) > MOST_CLASSES:
-        raise UserError(f"{len(classes):,} classes; {MOST_CLASSES:,} are the most", option="data")
-    for name in classes:
-        if fault := class_fault(name):
-            raise UserError(f"the class folder {shown(name)} {fault}; rename it", option="data")
+    for option in fields(config):
+        value = _converted(option, getattr(config, option.name))
+        object.__setattr__(config, option.name, value)
+        if value is not None and (advice := setting_of(option).advice(value)):
+            text = f"{value:g}" if isinstance(value, float) else shown(value)
+            raise UserError(advice, option=option.name, value=text)
 
 
-HELP: dict[str, str] = {f.name: f.metadata["help"] for f in fields(FitConfig)}
+def _converted(option: Field[Any], value: Any) -> Any:
+    """Convert a value from Python to what JSON holds: a path to text, a NumPy number to Python's."""
+    kind, *others = get_args(option.type) or (option.type,)
+    if value is None and type(None) in others:
+        return None
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if kind in (int, float) and is_number and math.isfinite(value) and kind(value) == value:
+        return kind(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        advice = "give text" if kind is str else f"give a value of type {kind.__name__}"
+        raise UserError(advice, option=option.name, value=shown(value))
+    return value
 
 
 def _number(text: str) -> float | None:
@@ -234,20 +154,223 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _as_declared(name: str, kind: type, value):
-    """A value from Python as JSON will have it: paths as text, NumPy's numbers as Python's."""
-    kind, *others = get_args(kind) or (kind,)
-    if value is None and type(None) in others:
+def _check_valid(text: str) -> str | None:
+    fraction = _number(text)
+    if text in ("auto", "folder") or (fraction is not None and 0.02 <= fraction <= 0.5):
         return None
-    if kind is str and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if kind in (int, float) and number and math.isfinite(value) and kind(value) == value:
-        return kind(value)
-    if not isinstance(value, kind):
-        raise _refused(name, value, f"give {'text' if kind is str else f'one of type {kind.__name__}'}")
-    return value
+    return "give auto, folder, or a fraction from 0.02 to 0.5"
 
 
-def _refused(name: str, value, advice: str) -> UserError:
-    return UserError(advice, option=name, value=value)
+def _check_class_weights(text: str) -> str | None:
+    weights = [_number(part) for part in text.split(",")]
+    if text in ("balanced", "none") or all(w is not None and 0 < w < math.inf for w in weights):
+        return None
+    return "give balanced, none, or numbers above 0 such as 3,1"
+
+
+def _check_patient_pattern(text: str) -> str | None:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"not a regular expression: {error}"
+    return None
+
+
+def _check_name(text: str) -> str | None:
+    if re.fullmatch(r"[^\W_][\w.-]*", text):
+        return None
+    return "use letters, digits, '.', '_' and '-'; begin with a letter or a digit"
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Holds the settings of `fit`.
+
+    `fit` chooses a value for an option that is None: by `recipe`, by the data or by the machine. It prints its choice
+    and writes it into the export.
+
+    Raises:
+        UserError: a value is not allowed; the error names its option.
+    """
+
+    data: str | None = _setting(
+        None, "Folder with train/CLASS/* and val/CLASS/*. [default: ./chest_xray, else phantom]", metavar="DIR"
+    )
+    epochs: int = _setting(100, "Maximum number of epochs in each phase.", min=1)
+    freeze_epochs: int | None = _setting(
+        None, "Maximum number of epochs with the backbone frozen. [default: as --epochs]", min=0
+    )
+    frozen_views: int = _setting(
+        2,
+        "Number of augmented views of each image that the frozen phase trains on in turn. 0 draws a new view in each "
+        "epoch, which is much slower.",
+        min=0,
+    )
+    patience: int = _setting(20, "Stop a phase after this many epochs without a lower validation loss.", min=1)
+    batch_size: int = _setting(80, "Batch size.", min=1)
+    lr: float = _setting(
+        2e-3,
+        "Peak learning rate of the head. In the unfrozen phase the earlier layers have a lower rate.",
+        above=0,
+        below=10,
+    )
+    size: int | None = _setting(
+        None, "Side in pixels to resize images to. [default: 224; phantom: 64]", min=MIN_SIZE, max=MAX_SIZE
+    )
+    arch: str = _setting("resnet50", f"Backbone: {', '.join(ARCHITECTURES)}.", choices=tuple(ARCHITECTURES))
+    weights: str | None = _setting(
+        None,
+        "Weights to start from: imagenet, none, or a .pth or .safetensors file. [default: imagenet; phantom: none]",
+        metavar="imagenet|none|FILE",
+    )
+    recipe: str = _setting(
+        "default",
+        "Gives --contrast, --augment, --schedule and --class-weights their values where you do not. plain has the "
+        "values of the earlier work that this project follows.",
+        choices=tuple(RECIPES),
+    )
+    contrast: str | None = _setting(
+        None,
+        "Contrast of the images: equalize (histogram equalization, which removes differences in exposure) or none. "
+        "[default: by recipe]",
+        choices=CONTRASTS,
+    )
+    augment: str | None = _setting(
+        None,
+        f"How much training images are varied: {', '.join(AUGMENTATIONS)}. [default: by recipe]",
+        choices=AUGMENTATIONS,
+    )
+    schedule: str | None = _setting(
+        None, f"Learning rate schedule: {' or '.join(SCHEDULES)}. [default: by recipe]", choices=SCHEDULES
+    )
+    class_weights: str | None = _setting(
+        None,
+        "Weights of the classes in the loss: balanced, none, or one number for each class, such as 3,1. "
+        "[default: by recipe]",
+        metavar="balanced|none|LIST",
+        check=_check_class_weights,
+    )
+    dropout: float = _setting(0.5, "Dropout probability before the last layer.", min=0, below=1)
+    valid: str = _setting(
+        "auto",
+        "Validation images: folder (val/), a fraction of train/ such as 0.1, or auto (val/ if it is large enough, "
+        "else val/ and a tenth of train/).",
+        metavar="auto|folder|FRACTION",
+        check=_check_valid,
+    )
+    positive: str | None = _setting(
+        None, "Class to detect. [default: PNEUMONIA, if there is such a class]", metavar="CLASS"
+    )
+    target_sensitivity: float | None = _setting(
+        None,
+        "Put the decision threshold where the validation images reach this sensitivity. [default: Youden's J]",
+        above=0,
+        max=1,
+    )
+    patient_pattern: str | None = _setting(
+        None,
+        "Regular expression that finds the patient in a file name. [default: PatientID in DICOM, the Kaggle names]",
+        metavar="REGEX",
+        check=_check_patient_pattern,
+    )
+    skip_bad: bool = _setting(False, "Leave out images that cannot be read, instead of stopping.")
+    exclude: str | None = _setting(
+        None, "List of files to leave out, as 'data check --fix' writes it.", metavar="LIST.csv"
+    )
+    seed: int = _setting(42, "Seed of all random numbers.", min=0, below=2**32)
+    device: str = _setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
+    precision: str = _setting("auto", f"Precision: {', '.join(PRECISIONS)}.", choices=PRECISIONS)
+    workers: int | None = _setting(None, "Number of processes that load images. [default: by device and cores]", min=0)
+    cache: bool = _setting(True, "Keep decoded images in the user's cache folder, for later epochs and fits.")
+    name: str | None = _setting(None, "Name of the run. [default: date and time]", metavar="RUN", check=_check_name)
+    exports: str = _setting("exports", "Folder to write the run's folder into.", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+    @property
+    def valid_fraction(self) -> float | None:
+        """The fraction of train/ to hold out; None if `valid` is not a number."""
+        return None if self.valid in ("auto", "folder") else float(self.valid)
+
+    def class_weight_list(self) -> list[float] | None:
+        """Return the weights given as numbers, in the order of the classes; None if `class_weights` has no numbers."""
+        if self.class_weights in (None, "balanced", "none"):
+            return None
+        return [float(w) for w in self.class_weights.split(",")]
+
+    def check_class_weights(self, classes: Sequence[str]) -> None:
+        """Check that weights given as numbers are one for each class.
+
+        Raises:
+            UserError: there are more or fewer numbers than classes.
+        """
+        weights = self.class_weight_list()
+        if weights is not None and len(weights) != len(classes):
+            raise UserError(
+                f"{len(weights)} numbers for {len(classes)} classes; give one for each, in the order "
+                f"{', '.join(classes)}",
+                option="class_weights",
+                value=self.class_weights,
+            )
+
+    def with_recipe(self) -> "FitConfig":
+        """Return a copy with the recipe's values (`RECIPES`) where the user gave none."""
+        return self.with_choices(**RECIPES[self.recipe])
+
+    def with_choices(self, **choices: Any) -> "FitConfig":
+        """Return a copy with `choices` in place of those options that are None."""
+        return replace(self, **{name: value for name, value in choices.items() if getattr(self, name) is None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as `model.json` records them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Holds the options of `predict`, in Python and on the command line.
+
+    Raises:
+        UserError: a value is not allowed, or `resume` lacks `output`; the error names its option.
+    """
+
+    output: str | None = _setting(None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE")
+    resume: bool = _setting(False, "Continue an interrupted --output.")
+    heatmaps: str | None = _setting(None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR")
+    recursive: bool = _setting(False, "Search the subfolders, too.")
+    threshold: float | None = _setting(
+        None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
+    )
+    uncalibrated: bool = _setting(False, "Give the probabilities without temperature scaling.")
+    tta: bool = _setting(False, "Test-time augmentation: the mean over five views of an image.")
+    batch_size: int = _setting(32, "Batch size.", min=1)
+    device: str = _setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
+    precision: str = _setting(
+        "auto",
+        f"Precision: {', '.join(INFERENCE_PRECISIONS)}. auto is bf16 if the model was trained in it.",
+        choices=INFERENCE_PRECISIONS,
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.resume and self.output is None:
+            raise UserError("give the file to continue by --output", option="resume")
+
+
+def class_fault(name: str) -> str | None:
+    """Return why a folder's name cannot be a class, which tables and exports print; None if it can."""
+    return "is empty, or holds a slash" if not name or "/" in name else fault_of(name, 255)
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Check the classes of a data set.
+
+    Raises:
+        UserError: there are too many classes, or an export cannot hold the name of one.
+    """
+    if len(classes) > MAX_CLASSES:
+        raise UserError(f"{len(classes):,} classes; the maximum is {MAX_CLASSES:,}", option="data")
+    for name in classes:
+        if fault := class_fault(name):
+            raise UserError(f"the class folder {shown(name)} {fault}; rename it", option="data")

@@ -1,8 +1,8 @@
-"""How fast a file becomes an image of the network's size: ours, plain fastai, and the JPEG decoder's own limit.
+"""Measures how fast files are decoded to the network's size: ours, plain fastai, and the JPEG decoder's limit.
 
     python -m tests.benchmarks.decode
 
-On one core. With ORIGINALS=DIR (or XRAY_DATA, beside which `originals` lies) on those JPEGs, else on drawn ones.
+On one core. The files are the JPEGs of ORIGINALS=DIR, or of the folder `originals` next to XRAY_DATA, or drawn ones.
 """
 
 import os
@@ -20,7 +20,7 @@ from xray_fastai.data.sources.phantom import draw
 # -----------------------------------------------------------------------------
 SIZES = [int(size) for size in os.environ.get("SIZES", "128,224").split(",")]
 REPEATS = int(os.environ.get("REPEATS", "5"))
-DRAWN, SIDE = 12, 1400  # images that are drawn, and their side in pixels
+DRAWN, SIDE = 12, 1400  # the number of drawn images, and their side in pixels
 # -----------------------------------------------------------------------------
 
 

@@ -1,12 +1,12 @@
-"""The frozen phase: ours, plain fastai's, and the forward passes that it can't do without.
+"""Times the frozen phase: ours, plain fastai's, and only the forward passes that it needs.
 
     XRAY_DATA=chest_xray python -m tests.benchmarks.frozen
 
-ours    `fit`'s frozen phase of EPOCHS epochs: features of each training image in some augmented views and of the
-        validation images, and the epochs on them, with checkpoints
-plain   a frozen `vision_learner`, `fit(EPOCHS)`; PLAIN epochs are measured, and the time is taken EPOCHS / PLAIN times
-limit   the forward passes that ours needs, of one batch kept in memory: views x training + validation images through
-        the same backbone (batch norm folded in, best precision, channels last)
+ours    `fit` from its call to the end of a frozen phase of EPOCHS epochs: reading the data, the features of the
+        validation images and of some augmented views of each training image, the epochs on them, checkpoints
+plain   making a `vision_learner` and its frozen `fit(EPOCHS)`; PLAIN epochs are measured and scaled to EPOCHS
+limit   the forward passes that ours needs, with one batch in memory: views x training + validation images through the
+        same backbone (batch norm folded in, best precision, channels last)
 """
 
 import os
@@ -14,9 +14,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from fastai.vision.all import Callback
 
 from tests.benchmarks.measuring import (
     DEVICE,
+    EndAfter,
     about_the_machine,
     autocast,
     median,
@@ -35,7 +37,7 @@ from xray_fastai.training.frozen_features import pooling
 ARCH = os.environ.get("ARCH", "resnet50")
 SIZE = int(os.environ.get("SIZE", "224"))
 BATCH = int(os.environ.get("BATCH", "32"))
-IMAGES = int(os.environ.get("IMAGES", "256"))  # an eighth of them to validate on
+IMAGES = int(os.environ.get("IMAGES", "256"))  # an eighth of them for validation
 EPOCHS = int(os.environ.get("EPOCHS", "20"))
 PLAIN = int(os.environ.get("PLAIN", "1"))
 VIEWS = int(os.environ.get("VIEWS", FitConfig.frozen_views))
@@ -43,8 +45,15 @@ REPEATS = int(os.environ.get("REPEATS", "3"))
 # -----------------------------------------------------------------------------
 
 
+class Count(Callback):
+    "Counts training and validation images."
+
+    def before_fit(self):
+        self.images = [loader.n for loader in self.dls.loaders]
+
+
 def forward_rate(steps: int = 4) -> float:
-    """Images a second through the backbone and the pooling."""
+    """Measure images a second through the backbone and the pooling."""
     backbone = build_backbone(ARCH)[:-1]
     network = pooling(torch.nn.Sequential(backbone, torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1))))
     network.to(DEVICE)
@@ -63,24 +72,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = some_images(folder / "data", IMAGES - IMAGES // 8, IMAGES // 8)
-        weights, counts = random_weights(folder, ARCH), []
-
-        def count(learn, _plan):
-            counts[:] = [loader.n for loader in learn.dls.loaders]
-            return []
-
+        weights, count = random_weights(folder, ARCH), Count()
         for _ in rounds(REPEATS):
+            start = now()
             learn = plain_learner(data, ARCH, SIZE, BATCH)
             learn.freeze()
+            made = now()
             with learn.no_bar(), learn.no_logging():
-                start = now()
                 learn.fit(PLAIN)
-                times["plain"].append((now() - start) * EPOCHS / PLAIN)
+            times["plain"].append(made - start + (now() - made) * EPOCHS / PLAIN)
             del learn
             settings = {"arch": ARCH, "size": SIZE, "batch_size": BATCH, "weights": str(weights), "frozen_views": VIEWS}
             settings |= {"freeze_epochs": EPOCHS, "epochs": 1, "patience": EPOCHS}
-            times["ours"].append(real_fit(data, count, "frozen", **settings))
-            train, valid = counts
+            times["ours"].append(real_fit(data, count, EndAfter(1), **settings))
+            train, valid = count.images
             times["limit"].append((min(VIEWS, EPOCHS) * train + valid) / forward_rate())
     print(f"\n{train} training and {valid} validation images; medians of {REPEATS}")
     seconds = {name: median(values) for name, values in times.items()}

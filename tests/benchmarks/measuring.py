@@ -1,4 +1,4 @@
-"""What the benchmarks share: some images in split folders, plain fastai on them, the phases of a real fit, a table."""
+"""Shared parts of the benchmarks: images in split folders, a learner of plain fastai, a timed fit, a table."""
 
 import contextlib
 import io
@@ -27,37 +27,38 @@ from xray_fastai import fit
 from xray_fastai.config import FitConfig
 from xray_fastai.data.dataset import find_root, read_split
 from xray_fastai.data.sources import phantom
+from xray_fastai.model.augmentation import AUGMENT, FASTAI_VALUES
 from xray_fastai.system.device import choose_device, choose_precision
-from xray_fastai.training import fit as training
-from xray_fastai.training.plan import Plan
 
 DEVICE = choose_device("auto")
 PRECISION = choose_precision("auto", DEVICE)
-WIDE = 27  # columns of a ratio in a table
+RATIO_WIDTH = 27  # characters of a ratio in a table
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Enough(Exception):
-    """What was to be measured has been seen."""
+    """Ends a fit when everything is measured."""
 
 
 def autocast() -> torch.autocast:
-    """The precision that a fit chooses here."""
+    """Return a context with the precision that a fit chooses on this machine."""
     return torch.autocast(DEVICE.type, TYPES[PRECISION], enabled=PRECISION != "fp32")
 
 
 def now() -> float:
-    """Seconds, when all that was started on a GPU is done."""
+    """Return the time in seconds, after everything that was started on a GPU has ended."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def some_images(folder: Path, train: int, valid: int) -> Path:
-    """Links to images of XRAY_DATA, or of the phantom, in train/CLASS and val/CLASS; no patient is in both.
+    """Link images of XRAY_DATA, or of the drawn X-rays, into train/CLASS and val/CLASS; no patient is in both.
+
+    If there are fewer images than `train`, an image is linked several times into train/.
 
     Returns:
-        `folder`. Where there are fewer images than asked for, images are linked several times to train on.
+        `folder`.
     """
     root = find_root(os.environ["XRAY_DATA"]) if "XRAY_DATA" in os.environ else phantom.cached()
     table = read_split(root, "train")
@@ -78,14 +79,15 @@ def some_images(folder: Path, train: int, valid: int) -> Path:
 
 
 def random_weights(folder: Path, arch: str) -> Path:
-    """A file of weights for `fit --weights`, of which a benchmark wants no more than that they are there."""
+    """Write random weights for `fit --weights`: with them there is a frozen phase, which is all a benchmark needs."""
     torch.save(torchvision.models.get_model(arch, weights=None).state_dict(), folder / "weights.pth")
     return folder / "weights.pth"
 
 
 def plain_learner(data: Path, arch: str, size: int, batch: int) -> Learner:
-    """What a user would write with fastai alone; augmentation as `fit` has it, but for what fastai lacks."""
-    augmentation = aug_transforms(do_flip=False, max_rotate=15.0, min_zoom=0.85, max_zoom=1.2, max_warp=0.0)
+    """Return the learner of a user of fastai alone, with the part of `fit`'s augmentation that fastai has."""
+    values = {name: AUGMENT["strong"][name] for name in FASTAI_VALUES}
+    augmentation = aug_transforms(do_flip=False, max_warp=0.0, **values)
     dls = ImageDataLoaders.from_folder(
         data, train="train", valid="val", item_tfms=Resize(size, method="squash"), batch_tfms=augmentation, bs=batch,
         device=DEVICE,
@@ -94,35 +96,42 @@ def plain_learner(data: Path, arch: str, size: int, batch: int) -> Learner:
     return vision_learner(dls, network, pretrained=False, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
 
-def real_fit(data: Path, seen: Callable[[Learner, Plan], list[Callback]], after: str, **settings) -> float:
-    """Seconds that a phase of `xray_fastai.fit` takes; the fit is ended after it.
+class EndAfter(Callback):
+    "Ends the fit by raising `Enough` at the end of a phase."
+
+    order = 100
+
+    def __init__(
+        self,
+        phases: int,  # how many to train
+    ):
+        self.phases = phases
+
+    def after_fit(self):
+        self.phases -= 1
+        if not self.phases:
+            raise Enough("the phase is complete")  # fastai needs an exception with a message
+
+
+def real_fit(data: Path, *callbacks: Callback, **settings) -> float:
+    """Run `xray_fastai.fit` until a callback raises `Enough`, and return the seconds.
 
     Args:
         data: split folders.
-        seen: learner and plan before the phase; gives callbacks that the phase is to have.
-        after: the phase.
+        *callbacks: added to the fit.
         **settings: of the fit.
+
+    Raises:
+        SystemExit: the fit ended before, because of a signal for example.
     """
-    train_phase, seconds = training._train_phase, []
-
-    def timed(learn, plan, name, epochs, callbacks, *others):
+    with tempfile.TemporaryDirectory() as exports, contextlib.redirect_stdout(io.StringIO()):
         start = now()
-        train_phase(learn, plan, name, epochs, [*callbacks, *seen(learn, plan)], *others)
-        seconds.append(now() - start)
-        if name == after:
-            raise Enough
-
-    training._train_phase = timed
-    try:
-        with (
-            tempfile.TemporaryDirectory() as exports,
-            contextlib.suppress(Enough),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            fit(FitConfig(data=str(data), valid="folder", exports=exports, **settings))
-    finally:
-        training._train_phase = train_phase
-    return seconds[-1] if seconds else 0.0
+        try:
+            config = FitConfig(data=str(data), valid="folder", exports=exports, **settings)
+            result = fit(config, callbacks=callbacks)
+        except Enough:
+            return now() - start
+    raise SystemExit(f"the fit ended ({result.status}) before everything was measured")
 
 
 def median(values: list[float]) -> float:
@@ -130,7 +139,7 @@ def median(values: list[float]) -> float:
 
 
 def rounds(count: int) -> Iterator[int]:
-    """Repeats, each of which measures all that is compared, so that a busy machine is busy for all."""
+    """Count the repeats. Each measures everything that is compared, so that a busy machine slows all of it."""
     for i in range(count):
         print(f"repeat {i + 1} of {count}", flush=True)
         yield i
@@ -142,25 +151,32 @@ def about_the_machine() -> str:
 
 
 def rates(ways: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
-    """Things a second of each way, a number a repeat; a way does its work once and returns how many things it did.
+    """Measure items a second.
 
-    A first round, in which memory is taken and caches are filled, is not counted.
+    A first round, which allocates memory and fills caches, is not counted.
+
+    Args:
+        ways: by name, functions that do the work once and return the number of items.
+        repeats: rounds to measure.
+
+    Returns:
+        For each name one rate per repeat.
     """
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    measured: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
             start = time.perf_counter()
             count = way()
             if repeat:
-                found[name].append(count / (time.perf_counter() - start))
-    return found
+                measured[name].append(count / (time.perf_counter() - start))
+    return measured
 
 
-def show(title: str, found: dict[str, list[float]], unit: str, against: tuple[str, ...]) -> None:
-    """A row a way: the median, the lowest and the highest, and the ratio of its median to those of `against`."""
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    heads = "".join(f"{'/ ' + name:>{WIDE}}" for name in against)
+def show(title: str, measured: dict[str, list[float]], unit: str, against: tuple[str, ...]) -> None:
+    """Print for each name the median, lowest and highest rate, and its ratio to the medians of `against`."""
+    medians = {name: statistics.median(values) for name, values in measured.items()}
+    heads = "".join(f"{'/ ' + name:>{RATIO_WIDTH}}" for name in against)
     print(f"\n{title}\n{'':<28}{unit:>12}{'range':>20}{heads}")
-    for name, values in found.items():
-        ratios = "".join(f"{medians[name] / medians[other]:>{WIDE}.2f}" for other in against)
+    for name, values in measured.items():
+        ratios = "".join(f"{medians[name] / medians[other]:>{RATIO_WIDTH}.2f}" for other in against)
         print(f"{name:<28}{medians[name]:>12.1f}{f'{min(values):.1f} to {max(values):.1f}':>20}{ratios}", flush=True)

@@ -1,10 +1,10 @@
-"""How fast new images are predicted: ours, a loop of fastai's `learn.predict`, and raw forward passes.
+"""Measures how fast new images are predicted: ours, a loop of fastai's `learn.predict`, and raw forward passes.
 
     python -m tests.benchmarks.predict
 
-The model is one that `fit` exported (an epoch on a few images, so that its weights are as good as any to be timed), the
-images are those of XRAY_DATA or of the phantom. The limit is raw torch on batches that lie in memory, decoded and
-normalised, in the best precision and memory format, without and with batch norm folded into the convolutions.
+`fit` makes the model in one epoch on a few images, which is enough to time it. The images are those of XRAY_DATA, or
+the drawn X-rays. The limit is raw torch on decoded and normalised batches in memory, in the best precision and memory
+format, without and with batch norm folded into the convolutions.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ ARCH = os.environ.get("ARCH", "resnet50")
 SIZE = int(os.environ.get("SIZE", "224"))
 BATCH = int(os.environ.get("BATCH", "32"))
 IMAGES = int(os.environ.get("IMAGES", "96"))
-PLAIN = int(os.environ.get("PLAIN", "16"))  # images of the slow loop
+PLAIN = int(os.environ.get("PLAIN", "16"))  # images for the slow loop
 REPEATS = int(os.environ.get("REPEATS", "3"))
 # -----------------------------------------------------------------------------
 

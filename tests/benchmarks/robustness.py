@@ -1,11 +1,11 @@
-"""How an export holds up on validation images that were made worse on purpose.
+"""Measures an export on validation images that were degraded on purpose.
 
     python -m tests.benchmarks.robustness EXPORT [EXPORT ...]
 
-As ImageNet-C does (Hendrycks & Dietterich, Benchmarking neural network robustness to common corruptions and
-perturbations, ICLR 2019): each corruption at five strengths, judged by the ROC AUC and by the balanced accuracy at the
-export's own threshold. The last line is one curve: the mean over the corruptions at each strength. Strength 0 is the
-image as it is.
+As in ImageNet-C (Hendrycks & Dietterich, Benchmarking neural network robustness to common corruptions and
+perturbations, ICLR 2019), each corruption has five strengths. Each is measured by the ROC AUC and by the balanced
+accuracy at the export's threshold. The last lines are the means over the corruptions at each strength. Strength 0 is
+the unchanged image.
 """
 
 import io
@@ -22,7 +22,7 @@ from xray_fastai.inference.model import open_model
 from xray_fastai.inference.stream import predict_all
 
 # -----------------------------------------------------------------------------
-SIDE = 224  # px, at which images are made worse; the network's size comes after that
+SIDE = 224  # px; images are degraded at this size, then resized for the network
 STRENGTHS = (1, 2, 3, 4, 5)
 # -----------------------------------------------------------------------------
 
@@ -64,13 +64,13 @@ def cropped(image: Image.Image, s: int) -> Image.Image:
 
 
 def widened(image: Image.Image, s: int) -> Image.Image:
-    """As from a wider frame, which is squeezed more on its way to a square: less of top and bottom."""
+    """Cut top and bottom, so that the square squeezes the image as if its frame were wider."""
     margin = round(0.025 * s * SIDE)
     return image.crop((0, margin, SIDE, SIDE - margin)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
 def narrowed(image: Image.Image, s: int) -> Image.Image:
-    """As from a narrower frame: less of the sides."""
+    """Cut the sides, as if the frame were narrower."""
     margin = round(0.025 * s * SIDE)
     return image.crop((margin, 0, SIDE - margin, SIDE)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 

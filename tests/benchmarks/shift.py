@@ -1,27 +1,26 @@
-"""Does a recipe hold up on images that were taken differently? What random validation images can't show.
+"""Measures recipes on images that were taken differently, which random validation images cannot show.
 
     XRAY_DATA=chest_xray python -m tests.benchmarks.shift [RECIPE ...]
 
-Images that differ from the rest are taken out of train/ (and every image of their patients, which then goes unused),
-each recipe is trained on what is left by `fit`, and its export is judged on random validation images of the rest, on
-these in the other class's frame, and on each group that was taken out. A recipe is good when its worst group is good.
-HOLDOUTS names the groups:
+Groups of images that differ from the rest are held out of train/, and with them all images of their patients. `fit`
+trains each recipe on the rest. Its export is measured on random validation images of the rest, on the same images in
+the other class's frame, and on each group. A recipe is good if its worst group is good. HOLDOUTS names the groups:
 
-    least typical    the 15 % of each class whose brightness, contrast and sharpness speak most for the other class
+    least typical    the 15 % of each class whose brightness, contrast and sharpness are most like the other class
     darkest, ...     the 15 % of each class that are darkest, sharpest, ... (`xray_fastai.evaluation.subgroups`)
     thumbnail        the 15 % of each class that a linear model of 28 x 28 px (40 principal components) gets most wrong
     stretch, zoom    the 15 % of each class framed most like the other (`tests.benchmarks.views`: 5 minutes each)
     source           studies named IM- and virus; trained on NORMAL2-IM- and bacteria (the Kaggle collection's names)
     cluster          of four clusters by appearance, the smallest that has 30 images of each class
 
-The other class's frame: in the Kaggle collection pneumonia has the wider images (of 50 originals, width / height is
-1.46 in the mean, and 1.23 of the normal ones), which a square of the network's size makes narrow. So normal images
-lose a fifth of their height, at top and bottom, and pneumonia images a fifth of their width. That is a hard test: what
-is left of the frame in the squares tells the classes with an AUC of 0.62 (`tests.benchmarks.views`).
+The other class's frame: in the Kaggle collection pneumonia images are wider. The mean of width / height of 50 originals
+is 1.46, and 1.23 for normal images. The network's square input squeezes wide images more. So normal images lose a fifth
+of their height, at top and bottom, and pneumonia images a fifth of their width. That is a hard test: what the squares
+still show of the frame separates the classes with an AUC of 0.62 (`tests.benchmarks.views`).
 
 After Geirhos et al., Shortcut learning in deep neural networks, Nature Machine Intelligence 2020, and Zech et al.,
 Variable generalization performance of a deep learning model to detect pneumonia in chest radiographs, PLOS Medicine
-2018. Without XRAY_DATA the phantom is used, whose classes no appearance tells apart.
+2018. Without XRAY_DATA the drawn X-rays are used, whose classes have the same appearance.
 """
 
 import contextlib
@@ -47,7 +46,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from tests.benchmarks.robustness import SIDE, narrowed, widened
-from tests.benchmarks.views import MOST, views
+from tests.benchmarks.views import MAX_CHANGES, views
 from xray_fastai import fit
 from xray_fastai.data.dataset import find_root, labelled_images, read_split
 from xray_fastai.data.images import open_image
@@ -69,9 +68,9 @@ RECIPES = {  # settings of a fit that differ from the common ones
     "less-stretched": {},
 }
 AUGMENTATIONS = {  # of these, what differs from AUGMENT["strong"]
-    "unstretched": {"stretch": 1.0, "blur": 0.0, "noise": 0.0},
-    "stretched": {"stretch": 1.15, "blur": 0.0, "noise": 0.0},
-    "less-stretched": {"stretch": 1.15},
+    "unstretched": {"max_stretch": 1.0, "max_blur": 0.0, "max_noise": 0.0},
+    "stretched": {"max_stretch": 1.15, "max_blur": 0.0, "max_noise": 0.0},
+    "less-stretched": {"max_stretch": 1.15},
 }
 HOLDOUTS = os.environ.get("HOLDOUTS", "least typical,thumbnail").split(",")
 SEEDS = range(int(os.environ.get("SEEDS", "3")))
@@ -87,7 +86,7 @@ FRAME = 4  # strength at which a fifth of height or width is lost
 
 
 def held_out(name: str, table: pd.DataFrame, looks: pd.DataFrame) -> np.ndarray:
-    """The images that a hold-out takes out, a boolean (N,)."""
+    """Return which images a hold-out removes, boolean (N,)."""
     positives, patients = (table.label == "PNEUMONIA").to_numpy(), table.patient.to_numpy()
     if name == "source":
         chosen = table.file.map(lambda file: re.match(r"IM-|person\d+_virus", Path(file).name) is not None).to_numpy()
@@ -104,7 +103,7 @@ def held_out(name: str, table: pd.DataFrame, looks: pd.DataFrame) -> np.ndarray:
         p = cross_val_predict(model, small, positives, groups=patients, cv=folds, method="predict_proba")[:, 1]
         print(f"thumbnail: the linear model's own AUC is {roc_auc_score(positives, p):.3f}")
         return most_like_the_other(p, positives)
-    if name in MOST:
+    if name in MAX_CHANGES:
         values = views(table)[0][name].to_numpy()
         higher = values[positives].mean() > values[~positives].mean()
         return most_like_the_other(values if higher else -values, positives)
@@ -116,25 +115,25 @@ def held_out(name: str, table: pd.DataFrame, looks: pd.DataFrame) -> np.ndarray:
     return unusual(looks, positives, patients, SHARE)[name]
 
 
-def most_like_the_other(speaks: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Of each class the `SHARE` of whose images `speaks` (N,), higher for positives, says the other class most."""
+def most_like_the_other(score: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Return the `SHARE` of each class whose `score` (N,), higher for positives, is most like the other class."""
     return np.where(
         positives,
-        speaks < np.quantile(speaks[positives], SHARE),
-        speaks > np.quantile(speaks[~positives], 1 - SHARE),
+        score < np.quantile(score[positives], SHARE),
+        score > np.quantile(score[~positives], 1 - SHARE),
     )
 
 
 def link(root: Path, table: pd.DataFrame, chosen: np.ndarray) -> None:
-    """`root`/train without the patients of the chosen images."""
+    """Link the images into `root`/train, without the patients of the chosen images."""
     for row in table[~table.patient.isin(table.patient[chosen])].itertuples():
         target = root / "train" / row.label / Path(row.file).name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(Path(row.path).resolve())
 
 
-def judge(model: Model, images: list, positive: np.ndarray) -> dict[str, float]:
-    """AUC, balanced accuracy, sensitivity and specificity at the export's threshold.
+def measure(model: Model, images: list, positive: np.ndarray) -> dict[str, float]:
+    """Return the AUC, and balanced accuracy, sensitivity and specificity at the export's threshold.
 
     Args:
         model: an export.
@@ -143,27 +142,34 @@ def judge(model: Model, images: list, positive: np.ndarray) -> dict[str, float]:
     """
     p = model.probabilities(predict_all(model, images))
     which = model.classes.index(model.positive)
-    called = model.decide(p) == which
+    predicted = model.decide(p) == which
     return {
         "AUC": roc_auc_score(positive, p[:, which]),
-        "balanced": balanced_accuracy_score(positive, called),
-        "sensitivity": recall_score(positive, called),
-        "specificity": recall_score(~positive, ~called),
+        "balanced": balanced_accuracy_score(positive, predicted),
+        "sensitivity": recall_score(positive, predicted),
+        "specificity": recall_score(~positive, ~predicted),
     }
 
 
-def judged(export: Path, taken: dict[str, pd.DataFrame]) -> dict[tuple[str, str], float]:
-    """By images and measure, how an export does on random validation images, on these in the other class's frame, and
-    on each group that was taken out."""
+def measure_export(export: Path, held: dict[str, pd.DataFrame]) -> dict[tuple[str, str], float]:
+    """Measure an export on random validation images, on the same in the other class's frame, and on each group.
+
+    Args:
+        export: its folder.
+        held: the images of each group that was held out.
+
+    Returns:
+        Values by images and measure.
+    """
     model = open_model(export, "cpu")
     valid = labelled_images(model.settings, None, "valid")
     positive = valid.label.eq(model.positive).to_numpy()
     pictures = [open_image(path, SIDE) for path in valid.path]
     swapped = [(narrowed if p else widened)(im, FRAME) for p, im in zip(positive, pictures, strict=True)]
-    found = {"random": judge(model, list(valid.path), positive), "reframed": judge(model, swapped, positive)}
-    for name, rows in taken.items():
-        found[name] = judge(model, list(rows.path), rows.label.eq(model.positive).to_numpy())
-    return {(images, measure): value for images, values in found.items() for measure, value in values.items()}
+    values = {"random": measure(model, list(valid.path), positive), "reframed": measure(model, swapped, positive)}
+    for name, rows in held.items():
+        values[name] = measure(model, list(rows.path), rows.label.eq(model.positive).to_numpy())
+    return {(images, name): value for images, row in values.items() for name, value in row.items()}
 
 
 def main(recipes: list[str]) -> None:
@@ -171,10 +177,10 @@ def main(recipes: list[str]) -> None:
     table = read_split(root, "train")
     looks = appearance(list(table.path))
     groups = {name: held_out(name, table, looks) for name in HOLDOUTS}
-    taken = {name: table[chosen] for name, chosen in groups.items()}
+    held = {name: table[chosen] for name, chosen in groups.items()}
     out = np.any(list(groups.values()), axis=0)
-    sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in taken.items())
-    print(f"{root.name}: {len(table):,} images, of which {out.sum():,} are taken out ({sizes}); {COMMON}", flush=True)
+    sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in held.items())
+    print(f"{root.name}: {len(table):,} images, of which {out.sum():,} are held out ({sizes}); {COMMON}", flush=True)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         link(Path(folder) / "data", table, out)
@@ -186,17 +192,17 @@ def main(recipes: list[str]) -> None:
                 with contextlib.redirect_stdout(io.StringIO()), changed:
                     export = fit(**settings, name=f"{recipe}-{seed}").path
                 minutes = (time.perf_counter() - start) / 60
-                rows[recipe, seed] = judged(export, taken) | {("fit", "minutes"): minutes}
+                rows[recipe, seed] = measure_export(export, held) | {("fit", "minutes"): minutes}
                 shutil.rmtree(export)
                 print(f"\n{recipe}, seed {seed}: {minutes:.1f} minutes", flush=True)
-                print(told(pd.Series(rows[recipe, seed])), flush=True)
-    found = pd.DataFrame(rows).T.rename_axis(["recipe", "seed"])
-    for recipe, runs in found.groupby("recipe", sort=False):
-        print(f"\n{recipe}: mean of {len(runs)} seeds\n" + told(runs.mean()))
+                print(as_table(pd.Series(rows[recipe, seed])), flush=True)
+    results = pd.DataFrame(rows).T.rename_axis(["recipe", "seed"])
+    for recipe, runs in results.groupby("recipe", sort=False):
+        print(f"\n{recipe}: mean of {len(runs)} seeds\n" + as_table(runs.mean()))
 
 
-def told(values: pd.Series) -> str:
-    """A row for each kind of images."""
+def as_table(values: pd.Series) -> str:
+    """Format values as one row for each kind of images."""
     return values.drop("fit", level=0).unstack(sort=False).to_string(float_format="{:.4f}".format)
 
 

@@ -1,9 +1,9 @@
-"""Long runs: does memory stay flat, and is every row there?
+"""Checks in long runs that memory does not grow and that no row is missing.
 
     python -m tests.benchmarks.soak
 
-50,000 files, links to a few hundred drawn X-rays of which one in a hundred is broken, go through `xray-fastai predict`;
-then 20 fits run in a row in one process. Memory is the resident set of the process (Linux: /proc/self/statm).
+20 fits run one after another in one process. Then `xray-fastai predict` reads 50,000 files: links to a few hundred
+drawn X-rays, of which one in a hundred is broken. Memory is the resident set of the process (Linux: /proc/self/statm).
 """
 
 import contextlib
@@ -29,12 +29,12 @@ SETTINGS = {"arch": "resnet18", "size": 32, "epochs": 1, "device": "cpu", "worke
 
 
 def resident() -> float:
-    """Memory of this process in MB."""
+    """Return the resident set of this process in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def predict_many(export: Path, images: list[Path], folder: Path, count: int) -> float:
-    """Largest resident set of a `predict` over `count` links, in MB."""
+    """Run `predict` over `count` links, check its rows, and return its largest resident set in MB."""
     many = folder / str(count)
     many.mkdir()
     broken = folder / "broken.jpeg"
@@ -46,21 +46,21 @@ def predict_many(export: Path, images: list[Path], folder: Path, count: int) -> 
     start = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "xray_fastai", *command], stdout=subprocess.DEVNULL)
     peak = 0.0
-    while child.poll() is None:  # ru_maxrss would tell of this process, which the child was forked from
+    while child.poll() is None:  # ru_maxrss would include this process, from which the child was forked
         with contextlib.suppress(OSError, IndexError):
             status = Path(f"/proc/{child.pid}/status").read_text()
             peak = max(peak, int(status.split("VmHWM:")[1].split()[0]) / 1e3)
         time.sleep(0.1)
     seconds = time.perf_counter() - start
     with rows.open(newline="") as stream:
-        found = list(csv.DictReader(stream))
-    bad = sum(bool(row["error"]) for row in found)
+        written = list(csv.DictReader(stream))
+    bad = sum(bool(row["error"]) for row in written)
     print(
-        f"predict {count:>7,} files: {len(found):,} rows, {bad:,} of them errors, exit code "
-        f"{child.returncode}, {peak:.0f} MB at most, {count / seconds:.0f} files/s",
+        f"predict {count:>7,} files: {len(written):,} rows, {bad:,} of them errors, exit code "
+        f"{child.returncode}, {peak:.0f} MB maximum, {count / seconds:.0f} files/s",
         flush=True,
     )
-    assert len(found) == count and bad == count // 100
+    assert len(written) == count and bad == count // 100
     return peak
 
 

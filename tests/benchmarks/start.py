@@ -1,11 +1,11 @@
-"""How long until something happens: `--help`, `--version`, a usage error, and a fit's first batch.
+"""Times the start of `--help`, `--version`, a usage error, and a fit up to its first batch.
 
     XRAY_DATA=chest_xray python -m tests.benchmarks.start
 
-For the first three the yardstick is `import fastai.vision.all`, the limit `import typer`. (To refuse an option takes
-typer itself longer: since 0.29 it has pydantic read them. So there is a row of typer alone.) For the fit the limit is
-to import torch and fastai and to decode each file once, at JPEG's reduced scale, on all cores, as `fit` has to in order
-to name the first that is broken. Seconds of whole processes.
+The first three are compared with `import fastai.vision.all`, and with `import typer` as the limit. (typer itself needs
+longer to refuse an option, because since 0.29 pydantic reads the options; so there is a row for typer alone.) For the
+fit the limit is to import torch and fastai and to decode each file once, at JPEG's reduced scale, on all cores: `fit`
+has to do that to name the first broken file. Seconds of whole processes.
 """
 
 import os
@@ -31,17 +31,13 @@ app(sys.argv[1:])
 """
 FIRST_BATCH = """
 import os, sys
-import xray_fastai.training.fit as training
-from xray_fastai.cli.main import app
-train_phase = training._train_phase
-def until_the_first_batch(learn, plan, name, epochs, callbacks, *others):
-    from fastai.vision.all import Callback
-    class Leave(Callback):
-        def before_batch(self):
-            os._exit(0)
-    train_phase(learn, plan, name, epochs, [*callbacks, Leave()], *others)
-training._train_phase = until_the_first_batch
-app(sys.argv[1:])
+from xray_fastai import fit
+from fastai.vision.all import Callback
+class Leave(Callback):
+    def before_batch(self):
+        os._exit(0)
+data, arch, size, exports = sys.argv[1:]
+fit(data=data, valid="folder", arch=arch, size=int(size), weights="none", exports=exports, callbacks=[Leave()])
 """
 READING = """
 import os, sys
@@ -73,7 +69,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = some_images(folder / "data", IMAGES - 8, 8)
-        options = ["--data", data, "--valid", "folder", "--arch", ARCH, "--size", SIZE, "--weights", "none"]
         ours = ["-m", "xray_fastai"]
         commands = {
             "import fastai.vision.all": (["-c", "import fastai.vision.all"], 0),
@@ -83,17 +78,17 @@ def main() -> None:
             "typer alone: --epochs x": (["-c", TYPER_ALONE, "--epochs", "x"], 2),
             "fit --epochs x": ([*ours, "fit", "--epochs", "x"], 2),
             "torch, fastai, decoding": (["-c", READING, data], 0),
-            "fit: first batch": (["-c", FIRST_BATCH, "fit", *options, "--exports"], 0),
+            "fit: first batch": (["-c", FIRST_BATCH, data, ARCH, SIZE], 0),
         }
         times = {name: [] for name in commands}
         for i in rounds(REPEATS):
             for name, (command, code) in commands.items():
                 own = [folder / f"exports-{i}"] if name == "fit: first batch" else []
                 times[name].append(seconds(*command, *own, code=code))
-    found = {name: median(values) for name, values in times.items()}
+    medians = {name: median(values) for name, values in times.items()}
     print(f"\nmedians of {REPEATS}\n{'':<26}{'seconds':>9}{'it / limit':>12}")
-    for name, value in found.items():
-        limit = found["torch, fastai, decoding" if "batch" in name or "decoding" in name else "import typer"]
+    for name, value in medians.items():
+        limit = medians["torch, fastai, decoding" if "batch" in name or "decoding" in name else "import typer"]
         print(f"{name:<26}{value:>9.2f}{value / limit:>12.2f}")
 
 

@@ -1,12 +1,12 @@
-"""The unfrozen phase, in training images a second: ours, plain fastai's, and a raw loop without loading.
+"""Measures training images a second in the unfrozen phase: ours, plain fastai's, and a raw loop without loading.
 
     XRAY_DATA=chest_xray python -m tests.benchmarks.unfrozen
 
 ours    `fit`'s own loop: loading, augmentation on the batch, all callbacks
 plain   `vision_learner` with its defaults, unfrozen
-limit   torch alone on one batch kept in memory: best precision, channels last, fused AdamW, no loading
+limit   only torch, with one batch in memory: best precision, channels last, fused AdamW, no loading
 
-The first SKIP batches of an epoch are not counted; STEPS are.
+The first SKIP batches of an epoch are not counted, the next STEPS are.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ REPEATS = int(os.environ.get("REPEATS", "3"))
 
 
 class Stopwatch(Callback):
-    "Time the batches after the first ones, then end it all."
+    "Times STEPS batches after the first SKIP, then ends the fit."
 
     order = 100
 
@@ -52,7 +52,7 @@ class Stopwatch(Callback):
     def after_batch(self):
         self.ends.append(now())
         if len(self.ends) == SKIP + STEPS:
-            raise Enough("all batches were timed")  # fastai wants words
+            raise Enough("all batches were timed")  # fastai needs an exception with a message
 
     @property
     def rate(self) -> float:
@@ -62,7 +62,7 @@ class Stopwatch(Callback):
 def ours(data: Path) -> float:
     watch = Stopwatch()
     settings = {"arch": ARCH, "size": SIZE, "batch_size": BATCH, "weights": "none", "epochs": 1}
-    real_fit(data, lambda *_: [watch], "unfrozen", **settings)
+    real_fit(data, watch, **settings)
     return watch.rate
 
 
@@ -101,9 +101,9 @@ def main() -> None:
             rates["ours"].append(ours(data))
             rates["limit"].append(limit())
     print(f"\nmedians of {REPEATS}\n{'':<8}{'images/s':>10}{'it / plain':>12}{'it / limit':>12}")
-    found = {name: median(values) for name, values in rates.items()}
-    for name, value in found.items():
-        print(f"{name:<8}{value:>10.2f}{value / found['plain']:>12.2f}{value / found['limit']:>12.2f}")
+    medians = {name: median(values) for name, values in rates.items()}
+    for name, value in medians.items():
+        print(f"{name:<8}{value:>10.2f}{value / medians['plain']:>12.2f}{value / medians['limit']:>12.2f}")
 
 
 if __name__ == "__main__":

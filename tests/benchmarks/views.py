@@ -1,15 +1,15 @@
-"""How is each image framed? Stretch, zoom, shift and rotation, told from the picture alone.
+"""Estimates how each image is framed (stretch, zoom, shift, rotation) from its pixels alone.
 
     XRAY_DATA=chest_xray python -m tests.benchmarks.views [FOLDER OF ORIGINALS]
 
-Images that were squeezed into squares have lost their shape. A small network learns to tell by how much an image was
-stretched, zoomed, shifted and rotated on purpose (as in Gidaris et al., Unsupervised representation learning by
-predicting image rotations, ICLR 2018); what it says of an image left as it is, by patients that it never saw, is how
-that differs from the usual image. Printed are how well it tells (R2 on unseen patients) and how well each estimate
-alone tells the classes apart: a ROC AUC far from 0.5 is a shortcut. With the original files, also the correlation of
-the stretch with log(width / height), which is negative where squeezing shows.
+Images that were squeezed into squares have lost their shape. A small network learns to estimate by how much an image
+was stretched, zoomed, shifted and rotated on purpose (as in Gidaris et al., Unsupervised representation learning by
+predicting image rotations, ICLR 2018). Its estimate for an unchanged image of a patient it was not trained on says how
+the image differs from the usual one. The output is how good the estimates are (R2 on new patients), and how well each
+estimate alone separates the classes: a ROC AUC far from 0.5 is a shortcut. With the original files it also prints the
+correlation of the stretch with log(width / height), which is negative if squeezing is visible.
 
-`tests.benchmarks.shift` holds out what it finds least usual: HOLDOUTS=stretch,zoom.
+`tests.benchmarks.shift` holds out the least usual images by this: HOLDOUTS=stretch,zoom.
 """
 
 import os
@@ -33,13 +33,13 @@ from xray_fastai.model.transforms import equalize
 
 # -----------------------------------------------------------------------------
 SIDE, BATCH, EPOCHS = 64, 64, 14
-MOST = {"stretch": 0.35, "zoom": 0.35, "left": 0.12, "up": 0.12, "rotation": 0.26}
-"""By how much images are changed at most: log ratios, shares of half a side, radians."""
+MAX_CHANGES = {"stretch": 0.35, "zoom": 0.35, "left": 0.12, "up": 0.12, "rotation": 0.26}
+"""The maximum change of an image: log ratios, fractions of half a side, radians."""
 # -----------------------------------------------------------------------------
 
 
 def changed(images: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    """Images (B, 1, S, S) stretched, zoomed, shifted and rotated `by` (B, 5), in the order of `MOST`."""
+    """Stretch, zoom, shift and rotate images (B, 1, S, S) `by` (B, 5), in the order of `MAX_CHANGES`."""
     stretch, zoom, left, up, angle = by.unbind(1)
     x, y = torch.exp(-zoom - stretch / 2), torch.exp(-zoom + stretch / 2)
     rows = [x * angle.cos(), -x * angle.sin(), left, y * angle.sin(), y * angle.cos(), up]
@@ -48,13 +48,13 @@ def changed(images: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
 
 
 def drawn(count: int) -> torch.Tensor:
-    """Changes (count, 5), each evenly spread up to its most."""
-    return (2 * torch.rand(count, len(MOST)) - 1) * torch.tensor(list(MOST.values()))
+    """Draw changes (count, 5), each uniform up to its maximum."""
+    return (2 * torch.rand(count, len(MAX_CHANGES)) - 1) * torch.tensor(list(MAX_CHANGES.values()))
 
 
 def trained(images: torch.Tensor) -> nn.Module:
-    """A network that tells the changes of images (N, 1, S, S), each divided by its most: (N, 5)."""
-    net = resnet18(num_classes=len(MOST))
+    """Train a network that estimates the changes of images (N, 1, S, S), divided by their maxima: (N, 5)."""
+    net = resnet18(num_classes=len(MAX_CHANGES))
     net.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
     net = net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
@@ -65,8 +65,8 @@ def trained(images: torch.Tensor) -> nn.Module:
             by = drawn(BATCH)
             batch = changed(images[chosen], by).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
-                told = net(batch)
-            loss = F.mse_loss(told.float(), by / torch.tensor(list(MOST.values())))
+                estimates = net(batch)
+            loss = F.mse_loss(estimates.float(), by / torch.tensor(list(MAX_CHANGES.values())))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -75,31 +75,33 @@ def trained(images: torch.Tensor) -> nn.Module:
 
 
 @torch.no_grad()
-def told_by(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The changes (N, 5) that it sees."""
-    return torch.cat([net(part) for part in images.split(256)]) * torch.tensor(list(MOST.values()))
+def estimate(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the network's estimates of the changes (N, 5)."""
+    return torch.cat([net(part) for part in images.split(256)]) * torch.tensor(list(MAX_CHANGES.values()))
 
 
 def views(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """How each image is framed, as a network says that never saw its patient; and how well it tells (R2)."""
+    """Estimate how each image is framed, by a network not trained on its patient; also return R2 of the estimates."""
     torch.manual_seed(0)
     pixels = np.stack([np.asarray(open_image(path, SIDE)) for path in table.path])
     images = equalize(torch.from_numpy(pixels)[:, None]).float().div(255).sub(0.5).div(0.25)  # (N, 1, S, S)
-    found, by, seen = (torch.zeros(len(table), len(MOST)) for _ in range(3))
+    estimates, by, checked = (torch.zeros(len(table), len(MAX_CHANGES)) for _ in range(3))
     for train, rest in GroupKFold(2).split(table, groups=table.patient):
         net = trained(images[train])
-        found[rest] = told_by(net, images[rest])
-        found[rest] -= found[rest].mean(0)  # two networks: each by its own usual image
+        estimates[rest] = estimate(net, images[rest])
+        estimates[rest] -= estimates[rest].mean(0)  # two networks: each relative to its own mean
         by[rest] = drawn(len(rest))
-        seen[rest] = told_by(net, changed(images[rest], by[rest]))
-    how_well = r2_score(by, seen, multioutput="raw_values")
-    return pd.DataFrame(found.numpy(), columns=list(MOST), index=table.index), pd.Series(how_well, index=list(MOST))
+        checked[rest] = estimate(net, changed(images[rest], by[rest]))
+    how_well = r2_score(by, checked, multioutput="raw_values")
+    return pd.DataFrame(estimates.numpy(), columns=list(MAX_CHANGES), index=table.index), pd.Series(
+        how_well, index=list(MAX_CHANGES)
+    )
 
 
 def main(originals: list[str]) -> None:
     root = find_root(os.environ["XRAY_DATA"]) if "XRAY_DATA" in os.environ else phantom.cached()
     table = read_split(root, "train")
-    found, how_well = views(table)
+    estimates, how_well = views(table)
     positive = table.label.eq("PNEUMONIA")
     rows = {
         name: {
@@ -109,14 +111,14 @@ def main(originals: list[str]) -> None:
             "spread": values.std(),
             "AUC": roc_auc_score(positive, values),
         }
-        for name, values in found.items()
+        for name, values in estimates.items()
     }
     print(pd.DataFrame(rows).T.to_string(float_format="{:.3f}".format))
     for folder in originals:
         shapes = {path.name: Image.open(path).size for path in Path(folder).rglob("*") if path.is_file()}
         rows = table.file.map(lambda file: Path(file).name)
         wide = np.log(rows.map({name: width / height for name, (width, height) in shapes.items()}).astype(float))
-        print(f"{wide.notna().sum()} originals: correlation with the stretch {wide.corr(found.stretch):.2f}")
+        print(f"{wide.notna().sum()} originals: correlation with the stretch {wide.corr(estimates.stretch):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Each mistake gets one line that names it and says what to do, exit code 1, and leaves no export behind."""
+"""Each mistake ends with exit code 1 and one line that names it and says what to do; it leaves no export."""
 
 import os
 import re
@@ -19,7 +19,7 @@ FIT = ["--weights", "none", "--epochs", 1]
 
 @pytest.fixture
 def refuse(run, refused):
-    """Check that a fit is refused, and that it leaves nothing."""
+    """Return a check that a fit is refused and leaves no files."""
 
     def refuse(data, *words, options=()):
         refused(run("fit", "--data", data, *QUICK, *FIT, *options), *words)
@@ -96,31 +96,31 @@ def test_weights_of_another_network(refuse, collection, tmp_path):
     state["conv1.weight"] = state["conv1.weight"][:, :1].contiguous()
     del state["layer1.0.bn1.bias"]
     save_file(state, tmp_path / "bent.safetensors")
-    words = ["missing: layer1.0.bn1.bias", "misshapen: conv1.weight [64, 1, 7, 7] instead of [64, 3, 7, 7]"]
+    words = ["missing: layer1.0.bn1.bias", "of another shape: conv1.weight [64, 1, 7, 7] instead of [64, 3, 7, 7]"]
     refuse(collection, *words, options=["--weights", tmp_path / "bent.safetensors"])
 
 
 @pytest.mark.parametrize("name", ["text.pth", "text.safetensors"])
-def test_weights_that_are_no_weights(name, refuse, collection, tmp_path):
+def test_weights_that_are_not_weights(name, refuse, collection, tmp_path):
     (tmp_path / name).write_text("hello")
     refuse(collection, name, options=["--weights", tmp_path / name])
 
 
-def test_a_weights_file_that_would_run_code(refuse, collection, tmp_path):
-    mark = tmp_path / "mark"
+def test_a_weights_file_that_contains_code(refuse, collection, tmp_path):
+    trace = tmp_path / "trace"
 
     class Hostile:
         def __reduce__(self):
-            return open, (str(mark), "w")
+            return open, (str(trace), "w")
 
     torch.save({"conv1.weight": Hostile()}, tmp_path / "hostile.pth")
     refuse(collection, "could run code", options=["--weights", tmp_path / "hostile.pth"])
-    assert not mark.exists()
+    assert not trace.exists()
 
 
 def test_offline_and_not_cached(refuse, collection, monkeypatch):
     for proxy in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nothing listens there
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # no server listens on this port
     words = ["resnet18-f37072fd.pth", "https://", Path(torch.hub.get_dir()) / "checkpoints", "--weights FILE"]
     refuse(collection, *words, "--weights none", options=["--weights", "imagenet"])
 
@@ -139,8 +139,8 @@ def test_class_weights(weights, words, refuse, collection):
     refuse(collection, f"--class-weights {weights}", words, options=["--class-weights", weights])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there(refuse, collection):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_missing(refuse, collection):
     refuse(collection, "--device cuda", "cpu", options=["--device", "cuda"])
 
 
@@ -187,40 +187,40 @@ def test_a_name_that_another_fit_is_writing(run, refused, collection):
 
 def test_exports_below_a_file(refuse, collection, tmp_path):
     (tmp_path / "file").write_text("")
-    refuse(collection, "--exports", "can't be made", options=["--exports", tmp_path / "file" / "exports"])
+    refuse(collection, "--exports", "cannot be made", options=["--exports", tmp_path / "file" / "exports"])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
 def test_exports_without_permission(refuse, collection, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
-    refuse(collection, "can't be written to", options=["--exports", tmp_path / "closed"])
+    refuse(collection, "cannot be written to", options=["--exports", tmp_path / "closed"])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no file size limit there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file size limit")
 def test_a_disk_that_fills_up_before_an_epoch_is_kept(start, collection, tmp_path):
-    """A file-size limit stands for the full disk."""
+    """A limit on the size of files acts as a full disk."""
     _, line = limited(1_000_000, start, collection, tmp_path)
     assert "exports/.full.partial: a checkpoint could not be written (File too large); free space" in line
     assert not list((tmp_path / "exports").iterdir())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no file size limit there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file size limit")
 def test_a_disk_that_fills_up_while_exporting(start, collection, tmp_path):
-    """The weights fit, as they do into a checkpoint, but the pickle doesn't; it goes on where there is space."""
+    """There is space for the weights, but not for learner.pkl; the fit resumes when there is space again."""
     trained, line = limited(44_800_000, start, collection, tmp_path)
-    assert "exports/full: the export could not be written (a file could not be written to its end); free" in line
-    assert "go on by 'xray-fastai fit --resume full', or delete exports/.full.partial" in line
+    assert "exports/full: the export could not be written (a file could not be written completely); free" in line
+    assert "resume it by 'xray-fastai fit --resume full', or delete exports/.full.partial" in line
     assert [path.name for path in (tmp_path / "exports" / ".full.partial").iterdir()] == ["checkpoint"]
     process = start("fit", "--resume", cwd=tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert re.search(r"^going on +with full after the unfrozen phase$", out, re.M)
+    assert re.search(r"^resuming +full after the unfrozen phase$", out, re.M)
     assert [line for line in trained.splitlines() if line.startswith("unfrozen ")] and "\nunfrozen   " not in out
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["full"]
 
 
 def limited(limit, start, collection, tmp_path):
-    """What a fit that can't write larger files says, and in one line that it failed."""
+    """Run a fit that cannot write files larger than `limit` bytes; return its output and its line on standard error."""
     process = start(
         "fit", "--data", collection, *map(str, [*QUICK, *FIT]), "--name", "full", cwd=tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),

@@ -1,4 +1,10 @@
-"""The package in Python: every public name is there, and gives what the commands give."""
+"""The package in Python: every public name exists and has types, and its results are those of the commands."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +15,31 @@ from xray_fastai.system.device import choose_precision
 
 
 @pytest.mark.parametrize("name", xray_fastai.__all__)
-def test_every_public_name_is_there(name):
+def test_every_public_name_exists(name):
     assert getattr(xray_fastai, name)
+
+
+def test_the_public_names_are_listed():
+    """For `dir`, for editors and type checkers, and for the import at first use: three lists of the same names."""
+    assert dir(xray_fastai) == sorted(xray_fastai.__all__)
+    tree = ast.parse(Path(xray_fastai.__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "xray_fastai." in node.module]
+    modules = {node.names[0].name: node.module.removeprefix("xray_fastai.") for node in imports}
+    assert modules == xray_fastai._MODULES
+    assert {*modules, "__version__"} == set(xray_fastai.__all__)
+    assert Path(xray_fastai.__file__).with_name("py.typed").is_file()
+
+
+def test_importing_the_package_loads_no_framework():
+    code = "import sys, xray_fastai; sys.exit(' '.join({'torch', 'fastai', 'matplotlib'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+
+
+@pytest.mark.parametrize("name", sorted(xray_fastai._MODULES))
+def test_a_public_function_is_fully_typed(name):
+    signature = inspect.signature(getattr(xray_fastai, name))
+    assert all(p.annotation is not p.empty for p in signature.parameters.values())
+    assert signature.return_annotation is not signature.empty
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -20,15 +49,15 @@ def test_an_unknown_name_is_an_attribute_error():
 
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
 def test_evaluate_interpret_and_predict_agree(precision, export, tmp_path):
-    """The same images and precision, the same probabilities, whichever way they are asked for."""
+    """The three functions give the same probabilities for the same images and precision."""
     data = draw_collection(tmp_path / "data", {"test/NORMAL": 6, "test/PNEUMONIA": 6})
     evaluated = xray_fastai.evaluate(export, data, output=tmp_path, precision=precision).predictions.set_index("path")
-    found = xray_fastai.interpret(export, data, "test", top=2, output=tmp_path, precision=precision)
-    assert f"precision {choose_precision(precision, torch.device('cpu'))}\n" in str(found)
-    looked = found.table.set_index("path")
+    result = xray_fastai.interpret(export, data, "test", top=2, output=tmp_path, precision=precision)
+    assert f"precision {choose_precision(precision, torch.device('cpu'))}\n" in str(result)
+    interpreted = result.table.set_index("path")
     predicted = xray_fastai.predict(list(evaluated.index), export, precision=precision).set_index("path")
-    for table in (looked.loc[evaluated.index], predicted):
+    for table in (interpreted.loc[evaluated.index], predicted):
         assert (table.prediction == evaluated.prediction).all()
         assert table.p_PNEUMONIA.tolist() == pytest.approx(evaluated.p_PNEUMONIA.tolist(), abs=1e-5)
-    assert looked.loss.loc[evaluated.index].tolist() == pytest.approx(evaluated.loss.tolist(), rel=1e-3)
+    assert interpreted.loss.loc[evaluated.index].tolist() == pytest.approx(evaluated.loss.tolist(), rel=1e-3)
     assert (tmp_path / "report.html").is_file()

@@ -640,7 +640,7 @@ def test_the_interrupted_fit_went_on_and_its_patients_are_known(worked):
     model = settings_of(export)
     assert model["status"] == "complete" and [p["epochs"] for p in model["training"]["phases"]] == [2]
     assert model["data"]["patients"]["train"] + model["data"]["patients"]["valid"] == 16
-    assert "training      " in outputs[0] and "going on" in outputs[1]
+    assert "training      " in outputs[0] and "resuming" in outputs[1]
 
 
 def test_evaluate_and_interpret_count_patients(worked, patients):

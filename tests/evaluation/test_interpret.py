@@ -15,7 +15,7 @@ from PIL import Image
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import DISCLAIMER
 from xray_fastai.data.dataset import file_key
-from xray_fastai.evaluation.contact_sheet import LIMIT, Cell, draw_sheet, shorten
+from xray_fastai.evaluation.contact_sheet import LIMIT, Cell, draw_sheet
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.interpret import XrayInterpretation, interpret
 from xray_fastai.export.reader import load_learner
@@ -118,7 +118,7 @@ def test_the_newest_export_and_into_it_by_default(run, refused, export, data, tm
 
 def test_more_than_there_are(look):
     result, _ = look("--top", 1000)
-    assert result.exit_code == 0 and "--top 1000: there are 12; all are shown." in result.stdout
+    assert result.exit_code == 0 and "--top 1000: there are only 12; all are shown." in result.stdout
     assert "The 12 images with the largest loss" in result.stdout
 
 
@@ -134,20 +134,20 @@ def test_one_class_and_confident(look):
 
 
 def test_only_errors(look, found, tmp_path):
-    """Two images are put into the folder of the class that the model does not call them, or none."""
+    """Two images are put into the folder of the class that the model does not predict, or none."""
     for wrong in (2, 0):
-        called = tmp_path / f"called{wrong}"
+        moved = tmp_path / f"moved{wrong}"
         for i, row in enumerate(found.table.itertuples()):
             other = next(name for name in ("NORMAL", "PNEUMONIA") if (name == row.prediction) == (i >= wrong))
-            (called / "test" / other).mkdir(parents=True, exist_ok=True)
-            shutil.copy(row.path, called / "test" / other)
-        result, folder = look("--only-errors", data=called)
+            (moved / "test" / other).mkdir(parents=True, exist_ok=True)
+            shutil.copy(row.path, moved / "test" / other)
+        result, folder = look("--only-errors", data=moved)
         assert result.exit_code == 0, result.output
         assert len(pd.read_csv(folder / "top_losses.csv")) == 12
         assert (folder / "top_losses.png").exists() == (wrong > 0)
         assert f"Wrong: {wrong} of 12" in result.stdout
-    assert "No image called wrongly in this split, so there is no picture." in result.stdout
-    assert json.loads((folder / "summary.json").read_text())["causes"] == ["No image is called wrongly."]
+    assert "No misclassified image in this split, so there is no picture." in result.stdout
+    assert json.loads((folder / "summary.json").read_text())["causes"] == ["No image is misclassified."]
 
 
 def test_replaced_whole_or_not_at_all(look, refused, data, tmp_path):
@@ -279,11 +279,11 @@ def test_the_same_map_as_pytorch_grad_cam(arch):
         np.testing.assert_allclose(upsample(ours, (size, size)), theirs, atol=1e-4)
 
 
-def test_grad_cam_of_a_frozen_network_and_the_class_called():
+def test_grad_cam_of_a_frozen_network_and_the_predicted_class():
     model = random_model("resnet18", 64)
     images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (3, 1, 64, 64), dtype=np.uint8))
-    called = model.decide(model.probabilities(model.logits(images).numpy()))
-    expected = grad_cam(model, images, called)
+    y_pred = model.decide(model.probabilities(model.logits(images).numpy()))
+    expected = grad_cam(model, images, y_pred)
     assert all(parameter.grad is None for parameter in model.learn.model.parameters())
     model.learn.model.requires_grad_(False)
     with torch.inference_mode():
@@ -317,12 +317,6 @@ def test_the_picture_keeps_the_aspect_ratio(count, tmp_path):
     assert width > 200 and width / height == pytest.approx(1.6, abs=0.02)
 
 
-def test_shorten():
-    assert shorten("short", 9) == "short"
-    assert shorten("person1000_bacteria_2931.jpeg", 15) == "person1…31.jpeg"
-    assert shorten("a\nb\udc80", 9) == "a?b?"
-
-
 def split(n: int, **columns) -> pd.DataFrame:
     """A split of n images, all right, a patient each, of one size."""
     table = pd.DataFrame({"path": [f"{i}.png" for i in range(n)], "truth": "NORMAL", "prediction": "NORMAL"})
@@ -349,7 +343,7 @@ def test_size_and_shape_as_the_cause():
     table = split(90, width=np.repeat([100, 200, 300], 30))
     table.loc[60:79, "prediction"] = "PNEUMONIA"
     (line,) = (line for line in suspicious_causes(table) if "widest third" in line)
-    assert line.startswith("Of NORMAL the widest third (width/height from 3.00), 20 of 30 are called wrongly")
+    assert line.startswith("Of NORMAL the widest third (width/height from 3.00), 20 of 30 are misclassified")
     assert "of the rest 0 of 60" in line
     table.loc[:, "prediction"] = "NORMAL"
     table.loc[0:19, "prediction"] = "PNEUMONIA"

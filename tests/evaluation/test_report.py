@@ -12,6 +12,7 @@ from PIL import Image
 from tests.conftest import settings_of
 from xray_fastai.evaluation.learning_curves import plot_batch
 from xray_fastai.evaluation.report import embed_pictures, write_report
+from xray_fastai.metrics.points import METRICS
 from xray_fastai.system.errors import UserError
 
 EVIL = "<script>alert(1)</script>"
@@ -78,15 +79,15 @@ def summary(paths, split="valid", **changes):
     facts = {"truth": "NORMAL", "prediction": "PNEUMONIA", "probability": 0.97, "loss": 3.5066}
     worst = [{"path": path, **facts} for path in paths]
     selection, causes = "the images with the largest loss", ["Patient person12: 3 of 3 images wrong."]
-    told = {"format": 1, "split": split, "images": 102, "errors": 9, "worst": worst}
-    return told | {"causes": causes, "selection": selection} | changes
+    content = {"format": 1, "split": split, "images": 102, "errors": 9, "worst": worst}
+    return content | {"causes": causes, "selection": selection} | changes
 
 
-def add(export, name, told, pictures=(), size=(320, 240)):
+def add(export, name, content, pictures=(), size=(320, 240)):
     """A part of a report, with noise for its pictures."""
     folder = export / name
     folder.mkdir()
-    (folder / ("metrics.json" if name.startswith("evaluation") else "summary.json")).write_text(json.dumps(told))
+    (folder / ("metrics.json" if name.startswith("evaluation") else "summary.json")).write_text(json.dumps(content))
     rng = np.random.default_rng(0)
     for picture in pictures:
         Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / picture)
@@ -130,7 +131,7 @@ def test_after_fit(bare):
     assert "xray-fastai evaluate --model exports/small" in page.text
     assert "xray-fastai interpret --model exports/small" in page.text
     assert 'learn = load_learner("exports/small")'.replace('"', "'") in page.text
-    assert "complete" in page.text and "Rehearsal" not in page.text and "Not all could be shown" not in page.text
+    assert "complete" in page.text and "Rehearsal" not in page.text and "Some parts cannot be shown" not in page.text
     for value in [*model["versions"].values(), model["weights"]["sha256"], model["data"]["name"]]:
         assert value in page.text
     for name in model["settings"]:
@@ -148,10 +149,12 @@ def test_whole(whole):
     assert page.text.index("The test split: 624 images") < page.text.index("The valid split: 624 images")
     for words in ("threshold 0.4375 (chosen)", "0.955", "0.905 to 0.975", "undefined", "bootstrap over 310 patients"):
         assert words in page.text
-    assert page.text.count("took part in making the model") == 1
+    assert page.text.count("was trained or chosen on these images") == 1
     assert "train/NORMAL/IM-15.jpeg" in page.text and "/d/train" not in page.text
-    assert "9 of 102 images called wrongly" in page.text and "Patient person12" in page.text
-    assert "Not evaluated yet" not in page.text and "Not looked at yet" not in page.text
+    assert "9 of 102 images misclassified" in page.text and "Patient person12" in page.text
+    for metric in METRICS.values():
+        assert f"{metric.title} : {metric.meaning}" in page.text
+    assert "Not evaluated yet" not in page.text and "Not interpreted yet" not in page.text
 
 
 def test_loads_nothing_and_can_be_read_by_all(whole):
@@ -207,8 +210,8 @@ def test_names_from_the_data_are_text(bare, change):
 
 def test_a_hundred_images_stay_small(whole):
     shutil.rmtree(whole / "interpretation-valid")
-    told = summary([f"test/NORMAL/{i}.jpeg" for i in range(16)])
-    folder = add(whole, "interpretation-valid", told, ["top_losses.png"], (1300, 3000))
+    content = summary([f"test/NORMAL/{i}.jpeg" for i in range(16)])
+    folder = add(whole, "interpretation-valid", content, ["top_losses.png"], (1300, 3000))
     assert (folder / "top_losses.png").stat().st_size > 8e6
     path = write_report(whole)
     page = Page(path)
@@ -227,7 +230,7 @@ def test_pictures_share_the_room(tmp_path):
     assert [pictures[tmp_path / name]["reduced"] for name in ("roc.png", "batch.png", "top_losses.png")] == [0, 1, 1]
     assert sum(len(picture["uri"]) for picture in pictures.values()) < 100_000 * 4 / 3 + 200
     refused = embed_pictures([tmp_path / "batch.png"], 100)[tmp_path / "batch.png"]
-    assert "can't be shown" in refused["fault"]
+    assert "cannot be shown" in refused["fault"]
 
 
 def test_what_cannot_be_shown_is_named(whole):
@@ -237,7 +240,7 @@ def test_what_cannot_be_shown_is_named(whole):
     add(whole, "interpretation-test", summary([], worst=None))
     (whole / "history.csv").write_bytes(b"\xff\xfe\x00")
     page = Page(write_report(whole))
-    named = page.text[page.text.index("Not all could be shown") : page.text.index("At a glance")]
+    named = page.text[page.text.index("Some parts cannot be shown") : page.text.index("At a glance")]
     for part in ("evaluation-valid/metrics.json", "evaluation-test/roc.png", "interpretation-test", "history.csv"):
         assert part in named
     assert "evaluation-train/metrics.json: not readable (ValueError: written by a newer version, format 2)" in named
@@ -253,7 +256,7 @@ def test_an_unfinished_fit_says_so(change, status):
 
 def test_a_rehearsal_says_so(bare, change):
     page = change(data=settings_of(bare)["data"] | {"rehearsal": True})
-    assert "This model knows nothing of patients" in page.text and "drawn by a program" in page.text
+    assert "This model knows nothing about patients" in page.text and "drawn by a program" in page.text
 
 
 @pytest.mark.parametrize(("name", "known"), [("/x/chest_xray", True), ("C:\\chest_xray\\", True), ("/x/mine", False)])
@@ -279,13 +282,13 @@ def test_losses_that_are_missing_or_run_away(bare):
 
 def test_more_than_two_classes(bare, change):
     classes = ["A", "B", "C"]
-    told = evaluation(classes=classes, positive=None)
-    told["operating_points"] = {"chosen": told["operating_points"]["chosen"] | {"threshold": None}}
-    add(bare, "evaluation-test", told)
+    content = evaluation(classes=classes, positive=None)
+    content["operating_points"] = {"chosen": content["operating_points"]["chosen"] | {"threshold": None}}
+    add(bare, "evaluation-test", content)
     counts = dict.fromkeys(classes, 7)
     data = settings_of(bare)["data"] | {"train": counts, "valid": counts}
     page = change(classes=classes, positive=None, threshold=None, class_weights=None, data=data)
-    assert "The most probable class is called" in page.text and "most probable class" in page.text
+    assert "The most probable class is predicted" in page.text and "most probable class" in page.text
     assert "A or B or C" in page.text and page.text.count("22") >= 1
 
 
@@ -305,10 +308,10 @@ def test_refused(bare, tmp_path):
     with pytest.raises(UserError, match=r"nowhere.model\.json: no such file"):
         write_report(tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"report\.html: can't be written .*--output"):
+    with pytest.raises(UserError, match=r"report\.html: cannot be written .*--output"):
         write_report(bare, tmp_path / "file")
     (bare / "report.html").mkdir()
-    with pytest.raises(UserError, match="can't be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_report(bare)
     assert not list(bare.glob(".report*"))
     for damage in ("{", "[]", '{"classes": 3}'):

@@ -1,4 +1,4 @@
-"""An export loads anywhere, both ways, without its training data and without running code from it."""
+"""An export loads in both ways, in any folder, without its training data and without running code from it."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ print(json.dumps([label, int(index), probabilities.tolist()]))
 
 
 def predicted(load, *args, cwd):
-    """What a new process predicts, in a folder that holds nothing."""
+    """Predict in a new process, in an empty folder."""
     command = [sys.executable, "-c", PREDICT.format(load=load), *map(str, args)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     assert result.returncode == 0, result.stderr
@@ -63,7 +63,7 @@ def test_the_weights_are_fp32_and_named_as_the_module_is(export):
 
 
 def test_loading_unpickles_nothing(export, an_image, tmp_path):
-    """A pickle that would leave a mark lies where the export's own was; neither loading nor predicting runs it."""
+    """The export's pickle is replaced by one that would write a file; neither loading nor predicting runs it."""
     copy = copy_of(export, tmp_path)
     mark = tmp_path / "mark"
 
@@ -154,7 +154,7 @@ def test_who_may_read_one_file_may_read_all(export):
 
 
 def globals_in(pickled):
-    """The names of modules and their members that a pickle of protocol 2 to 5 looks up, and its strings."""
+    """Return the globals that a pickle of protocol 2 to 5 looks up, and its strings."""
     strings, names, texts = [], set(), set()
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name == "GLOBAL":
@@ -168,7 +168,7 @@ def globals_in(pickled):
 
 
 def test_the_pickle_holds_names_and_no_code_and_no_path(export):
-    """Bytecode opens under one version of Python only, and holds the path of its file on the training machine."""
+    """Bytecode would open under one version of Python only, and would hold a path of the training machine."""
     with zipfile.ZipFile(export / "learner.pkl") as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
         names, texts = globals_in(archive.read(name))

@@ -1,6 +1,6 @@
-"""Whatever the bytes: a `model.json` or an image is taken, or refused in one line. Nothing else comes out, and it ends.
+"""Any bytes as `model.json` or as an image are accepted, or refused in one line; nothing else happens, in limited time.
 
-XRAY_FUZZ is the number of inputs for each test; without it they are few, and the same each time.
+XRAY_FUZZ is the number of inputs for each test; without it there are 500, the same each time.
 """
 
 import copy
@@ -56,7 +56,7 @@ values = st.recursive(
 
 @pytest.fixture(scope="module")
 def models(export):
-    """What fits write: two classes; three classes, of a rehearsal; one that was interrupted before its first epoch."""
+    """Three files as fits write them: two classes; three classes, a rehearsal; interrupted before the first epoch."""
     model = settings_of(export)
     three = copy.deepcopy(model) | {"classes": ["A", "B", "C"], "positive": None, "threshold": None}
     three["class_weights"] = None
@@ -70,14 +70,14 @@ def models(export):
 
 
 def places(node, above=()):
-    """The paths of all nodes."""
+    """Yield the paths of all nodes."""
     yield above
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         yield from places(value, (*above, key))
 
 
 def alike(value):
-    """Values of the same type: most of these are taken, and so reach what reads them."""
+    """Draw values of the same type: most of them are accepted, and so reach the code that uses them."""
     if isinstance(value, bool):
         return st.booleans()
     if isinstance(value, int):
@@ -91,7 +91,7 @@ def alike(value):
 
 @st.composite
 def changes(draw, text):
-    """A model.json with one to three nodes replaced, removed, or added."""
+    """Draw a model.json with one to three nodes replaced, removed or added."""
     model = json.loads(text)
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         path = draw(st.sampled_from(sorted(places(model), key=str)))
@@ -116,7 +116,7 @@ def changes(draw, text):
 
 
 def taken(content):
-    """The settings, or None where they are refused as they should be."""
+    """Return the settings, or None if they are refused with a correct message."""
     try:
         return parse(content, FILE)[0]
     except UserError as error:
@@ -129,7 +129,7 @@ EACH = [None, True, False, -1, 0, 1, 10**400, 0.5, -1e300, 1e308, "", "NORMAL", 
 
 
 def test_each_node_in_turn_becomes_each_value(models, tmp_path):
-    """Where it is taken, the report can be written."""
+    """If the file is accepted, the report can be written."""
     for text in models:
         for path in [path for path in places(json.loads(text)) if path]:
             for value in EACH:
@@ -146,7 +146,7 @@ def test_each_node_in_turn_becomes_each_value(models, tmp_path):
 @FUZZ
 @given(st.data())
 def test_a_changed_model_json(models, tmp_path_factory, data):
-    """What is taken can be reported on, and its images looked for: no reader meets what it does not expect."""
+    """For accepted settings the report is written and the images are searched: no code meets an unexpected value."""
     content = json.dumps(data.draw(changes(data.draw(st.sampled_from(models))))).encode()
     model = taken(content)
     event("refused" if model is None else "taken")
@@ -163,7 +163,7 @@ def test_a_changed_model_json(models, tmp_path_factory, data):
 
 @st.composite
 def spoiled(draw, seed):
-    """Bytes with up to six of them changed, a part taken out, put in, or doubled, and perhaps the end cut off."""
+    """Draw bytes with up to six of them changed, a part removed, inserted or doubled, or the end cut off."""
     content = bytearray(seed)
     for _ in range(draw(st.integers(1, 6))):
         at = draw(st.integers(0, max(0, len(content) - 1)))
@@ -193,7 +193,7 @@ def test_a_model_json_of_spoiled_bytes(models, data):
 
 
 def encodings():
-    """A small image in each of the formats and kinds that are read."""
+    """Make a small image in each supported format and mode."""
     rng = np.random.default_rng(0)
     grey = Image.fromarray(rng.integers(0, 256, (24, 20), np.uint8))
     deep = Image.fromarray(rng.integers(0, 4096, (24, 20)).astype(np.uint16))
@@ -231,7 +231,7 @@ ENCODINGS = list(encodings())
 
 
 def with_sums(content: bytes) -> bytes:
-    """A PNG whose checksums are right again, so that what was changed reaches the decoder."""
+    """Correct the checksums of a PNG, so that the changed bytes reach the decoder."""
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content
     out, at = bytearray(content[:8]), 8

@@ -4,6 +4,7 @@
 zero so that the file is small, and what `predict --precision fp32` printed for five images.
 """
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 
 from xray_fastai import load_learner, predict, verify
+from xray_fastai.export.schema import read_settings
 
 OLD = Path(__file__).with_name("export_0_1_0")
 
@@ -42,3 +44,18 @@ def test_an_export_of_0_1_0_loads_in_python(export):
     for row in known.itertuples():
         _, _, probabilities = learn.predict(OLD / row.path)
         assert float(probabilities[1]) == pytest.approx(row.p_PNEUMONIA, abs=2e-3)
+
+
+def test_an_export_of_0_1_0_says_in_its_note_whether_it_is_calibrated(export, tmp_path):
+    old = json.loads((export / "model.json").read_text())
+    assert "calibrated" not in old and "augmentation" not in old
+    for note, calibrated in [("from 96 validation images, by Youden's J", True), ("not calibrated: too few", False)]:
+        (tmp_path / "model.json").write_text(json.dumps(old | {"calibration": note}))
+        assert read_settings(tmp_path)["calibrated"] is calibrated
+
+
+def test_the_key_counts_and_not_the_words_of_the_note(export, tmp_path):
+    old = json.loads((export / "model.json").read_text())
+    new = {"calibration": "not calibrated: the words of a note may change", "calibrated": True}
+    (tmp_path / "model.json").write_text(json.dumps(old | new))
+    assert read_settings(tmp_path)["calibrated"] is True

@@ -1,4 +1,4 @@
-"""The network that inference in bf16 computes on a CPU is the one trained (here in fp32, to see it exactly)."""
+"""The fused network for a CPU gives the outputs of the trained one; compared in fp32, where they differ least."""
 
 import pytest
 import torch

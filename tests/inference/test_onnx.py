@@ -1,4 +1,4 @@
-"""An ONNX file says what `predict` says, where there is no torch; and is not written where it would not."""
+"""An ONNX file gives `predict`'s probabilities without torch; it is not written if it does not."""
 
 import ast
 import json
@@ -39,12 +39,12 @@ image = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
 (p,) = session.run(None, {"images": np.array(image)[None, None]})[0]  # (classes,)
 print(dict(zip(json.loads(told["classes"]), p)), told.get("positive"), "from", told.get("threshold"))
 """
-"""The README's."""
+"""The example in the README."""
 
 
 @pytest.fixture(scope="module")
 def written(export, run, tmp_path_factory):
-    """The small export as ONNX, and what was said."""
+    """Write the small export as ONNX; give the file and the printed text."""
     output = tmp_path_factory.mktemp("onnx") / "small.onnx"
     result = run("export", export, "--format", "onnx", "--output", output)
     assert result.exit_code == 0, result.output
@@ -53,13 +53,13 @@ def written(export, run, tmp_path_factory):
 
 @pytest.fixture
 def written_before(written, monkeypatch):
-    """For what comes after the file was written: that takes a second each time."""
+    """Copy a file that was written before, because writing one takes a second."""
     monkeypatch.setattr(onnx_export, "_write", lambda model, path, versions: shutil.copy(written[0], path))
 
 
 @pytest.fixture
 def files(an_image):
-    """Images of several kinds, sizes and codings."""
+    """Write images of several kinds, sizes and formats."""
     rng, made = np.random.default_rng(0), []
     xray = Image.open(an_image).convert("L")
     for name, picture in {
@@ -77,7 +77,7 @@ def files(an_image):
 
 
 def test_the_readmes_lines_say_what_predict_says(written, export, files, capsys):
-    assert SNIPPET.strip() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert SNIPPET.strip() in (Path(__file__).parents[2] / "xray_fastai/inference/README.md").read_text("utf-8")
     output, _ = written
     table = predict(files, export, device="cpu", precision="fp32")
     for row in table.itertuples():
@@ -98,7 +98,7 @@ def test_the_readmes_lines_need_no_torch():
 @pytest.mark.skipif(sys.platform != "linux", reason="where onnxruntime's cache is, is known for Linux alone")
 @pytest.mark.parametrize("ours", [True, False])
 def test_onnxruntime_keeps_no_identifier(written, export, an_image, ours, tmp_path):
-    """In a process of its own: what was imported before counts."""
+    """A new process, because earlier imports would change the result."""
     export_it = ["-m", "xray_fastai", "export", str(export), "--output", str(tmp_path / "new.onnx")]
     lines = SNIPPET.replace("rehearsal.onnx", str(written[0])).replace("image.jpeg", str(an_image))
     home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / ".cache"), "PATH": os.environ["PATH"]}
@@ -147,7 +147,7 @@ def test_other_networks(architecture, contrast, export):
     settings |= {"architecture": architecture, "preprocessing": settings["preprocessing"] | {"contrast": contrast}}
     learn = build_learner(empty_loaders(settings["classes"], 32, contrast), architecture)
     learn.model.eval()
-    images = torch.from_numpy(onnx_export._varied(32))
+    images = torch.from_numpy(onnx_export._test_images(32))
     logits = Model(export, settings, learn).logits(images).numpy()
     learn.model[1][-1].weight.data /= np.ptp(logits[:, 1] - logits[:, 0]) / 4  # else all have the same probabilities
     model = Model(export, settings, learn)
@@ -176,7 +176,7 @@ def test_what_onnxruntime_does_not_take_is_not_written(written_before, export, r
         path.write_bytes(path.read_bytes()[:10_000])
 
     monkeypatch.setattr(onnx_export, "_write", spoil)
-    refused(run("export", export), "does not run what was written")
+    refused(run("export", export), "cannot run the written file")
     assert not list(Path().iterdir())
 
 
@@ -192,7 +192,7 @@ def test_stopped_it_leaves_nothing(written_before, export, run, monkeypatch):
 
 def test_bad_input(export, run, refused, monkeypatch):
     Path("there.onnx").write_text("mine")
-    refused(run("export", export, "--output", "there.onnx"), "--output there.onnx: is there already")
+    refused(run("export", export, "--output", "there.onnx"), "--output there.onnx: already exists")
     assert Path("there.onnx").read_text() == "mine"
     refused(run("export", export, "--output", "none/a.onnx"), "--output none/a.onnx: there is no folder none")
     refused(run("export", "none"), "none: not an export")

@@ -1,4 +1,4 @@
-"""New images: a row each, whatever is wrong with them, however many there are and wherever the run was cut short."""
+"""`predict` gives one row an image: for unreadable files too, for any number of images, and after an interruption."""
 
 import csv
 import json
@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import DISCLAIMER, load_learner
 from xray_fastai.cli import app
-from xray_fastai.inference import gradcam
+from xray_fastai.inference import predict as predict_module
+from xray_fastai.inference import predict_files
 from xray_fastai.inference.model import open_model
-from xray_fastai.inference.predict import predict
+from xray_fastai.inference.predict import Column, predict
 from xray_fastai.inference.row_file import RowFile
 from xray_fastai.inference.stream import predict_stream
 from xray_fastai.system.device import cpu_has_bf16
@@ -50,8 +51,10 @@ def model(export):
 @pytest.fixture
 def says(export, model, monkeypatch):
     """Run `predict` with the small export, opened once for all tests, on these lines of standard input."""
-    opened = predict.open_model
-    monkeypatch.setattr(predict, "open_model", lambda path, *args: model if path == export else opened(path, *args))
+    opened = predict_files.open_model
+    monkeypatch.setattr(
+        predict_files, "open_model", lambda path, *args: model if path == export else opened(path, *args)
+    )
 
     def says(*args, stdin=None):
         command = ["predict", *map(str, args), "--model", str(export), "--device", "cpu"]
@@ -61,7 +64,7 @@ def says(export, model, monkeypatch):
 
 
 def read(path):
-    """The rows of an output file, by another reader than the one that continues it."""
+    """Read an output file with pandas or json, not with the reader that continues it."""
     if path.suffix == ".csv":
         return pd.read_csv(path)
     return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
@@ -78,7 +81,7 @@ def test_the_same_as_learn_predict_in_any_batch_and_order(batch_size, export, fi
         expected = [learn.predict(path)[2].tolist() for path in some]
     table = predict(some, export, batch_size=batch_size, device="cpu", precision="fp32")
     assert table.path.tolist() == some
-    # batch norm is folded into the convolutions here, which rounds otherwise
+    # predict folds batch norm into the convolutions, which changes the rounding
     np.testing.assert_allclose(table[["p_NORMAL", "p_PNEUMONIA"]].to_numpy(), expected, atol=3e-5, rtol=0)
 
 
@@ -111,6 +114,17 @@ def test_uncalibrated_makes_the_same_decisions_by_default(model, files):
     assert (calibrated.prediction == raw.prediction).all()
     assert not np.allclose(calibrated.p_NORMAL, raw.p_NORMAL)
     np.testing.assert_allclose(raw.p_NORMAL, predict(files, model, uncalibrated=True).p_NORMAL, atol=1e-6)
+
+
+def test_the_threshold_moves_with_the_temperature(model):
+    hot = type(model)(model.path, model.settings | {"temperature": 3.0, "threshold": 0.55}, model.learn)
+    margins = np.linspace(-3, 3, 61)
+    logits = np.stack([np.zeros(61), margins], axis=1)
+    calibrated, raw = hot.probabilities(logits), hot.probabilities(logits, calibrated=False)
+    decisions = hot.decide(calibrated)
+    assert (decisions == (margins >= 3 * np.log(0.55 / 0.45))).all()
+    assert (hot.decide(raw, hot.threshold_of(calibrated=False)) == decisions).all()
+    assert (hot.decide(raw) != decisions).any()  # the export's own threshold belongs to calibrated probabilities
 
 
 def test_paths_pictures_and_arrays(model, an_image, tmp_path):
@@ -147,9 +161,32 @@ def test_more_than_two_classes(run, tmp_path):
     scores = table[["p_A", "p_B", "p_PNEUMONIA"]]
     assert table.threshold.isna().all() and (table.prediction == scores.idxmax(axis=1).str[2:]).all()
     result = run("predict", data / "train" / "A", "--model", tmp_path / "three", "--output", "out.csv")
-    assert "the most probable is called" in result.stdout and pd.read_csv("out.csv").threshold.isna().all()
-    with pytest.raises(UserError, match=r"--threshold 0\.3: of 3 classes"):
+    assert "the most probable class is predicted" in result.stdout and pd.read_csv("out.csv").threshold.isna().all()
+    with pytest.raises(UserError, match=r"^threshold 0\.3: a model of 3 classes"):
         predict(data / "train" / "A", three, threshold=0.3)
+
+
+def test_a_column_is_added_in_one_place(model, says, files, monkeypatch):
+    """Text stays text and numbers stay numbers, in the data frame, in both files, and when they are continued."""
+
+    def columns_of(classes):
+        extra = [
+            Column("folder", str, lambda result: result.path.split("/")[-2]),
+            Column("seven", float, lambda _: 7.0),
+        ]
+        return [*original(classes), *extra]
+
+    original = predict_module.columns_of
+    monkeypatch.setattr(predict_module, "columns_of", columns_of)
+    table = predict(files[:3], model)
+    assert table.columns.tolist() == [*COLUMNS, "folder", "seven"] and table.folder.tolist() == ["NORMAL"] * 3
+    for output in ("out.csv", "out.jsonl"):
+        assert says(*files[:2], "--output", output).exit_code == 0
+        with RowFile(output, {c.name: c.type for c in columns_of(model.classes)}, resume=True) as file:
+            assert [(row["folder"], row["seven"], row["error"]) for row in file.done()] == [("NORMAL", 7.0, None)] * 2
+        assert says(*files[:3], "--output", output, "--resume").exit_code == 0
+        rows = read(Path(output)).drop(columns="error")
+        pd.testing.assert_frame_equal(rows, table.drop(columns="error"), check_dtype=False, atol=1e-5)
 
 
 # what is named
@@ -216,7 +253,7 @@ def test_a_table_for_a_few(says, files, tmp_path):
     rows = lines[lines.index(next(line for line in lines if line.startswith("path"))) :][:6]
     assert max(map(len, rows)) <= 80 and rows[0].split() == ["path", "prediction", "p_NORMAL", "p_PNEUMONIA"]
     assert len({len(row) for row in rows[:5]}) == 1  # aligned
-    assert "..." in rows[4] and "an ?[31mimage.jpeg" in rows[4] and rows[5].endswith("no such file")
+    assert "…" in rows[4] and "an ?[31mimage.jpeg" in rows[4] and rows[5].endswith("no such file")
     assert result.stderr == "Error: 1 of 5 files could not be read; their rows say why\n"
     assert "5 files in" in result.stdout and "errors: 1" in result.stdout
 
@@ -259,12 +296,12 @@ def test_a_name_that_is_not_utf8(says, files):
     ("options", "words"),
     [
         (["--output", "out.txt"], "ends in .csv or .jsonl"),
-        (["--output", "there.csv"], "there.csv: is there already"),
-        (["--output", "nowhere/out.csv"], "nowhere/out.csv: can't be written to (No such file or directory)"),
+        (["--output", "there.csv"], "--output there.csv: already exists"),
+        (["--output", "nowhere/out.csv"], "nowhere/out.csv: cannot be written to (No such file or directory)"),
         (["--output", "folder.csv"], "a folder, not a file"),
         (["--resume"], "--resume: give the file to continue by --output"),
-        (["empty"], "empty: no image in it (looked for .jpeg"),
-        (["--heatmaps", "there.csv"], "--heatmaps there.csv: can't be made"),
+        (["empty"], "empty: no image in this folder (looked for .jpeg"),
+        (["--heatmaps", "there.csv"], "--heatmaps there.csv: cannot be made"),
         (["images", "--heatmaps", "images"], "give a folder outside"),
         (["images", "--recursive", "--heatmaps", "images/maps"], "give a folder outside"),
         (["--model", "empty"], "empty: not an export"),
@@ -289,13 +326,13 @@ def test_no_export(run, refused, an_image):
 
 
 def test_a_folder_whose_images_lie_deeper(says, refused, images):
-    refused(says(images), f"{images}: no image in it", "--recursive")
+    refused(says(images), f"{images}: no image in this folder", "--recursive")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(says, refused, files, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
-    refused(says(files[0], "--output", tmp_path / "closed" / "out.csv"), "can't be written to (Permission denied)")
+    refused(says(files[0], "--output", tmp_path / "closed" / "out.csv"), "cannot be written to (Permission denied)")
 
 
 # continuing
@@ -303,7 +340,7 @@ def test_a_folder_without_permission(says, refused, files, tmp_path):
 
 @pytest.fixture
 def whole(says, files):
-    """A complete file of twelve inputs, one of them with a line break in its name, two of them bad."""
+    """Write a complete file of twelve inputs: one has a line break in its name, two cannot be read."""
     os.symlink(files[0], "a\nb, c.jpeg")
     Path("bad.jpeg").write_text("text")
     inputs = [*files[:4], "a\nb, c.jpeg", "nowhere.png", *files[4:9], "bad.jpeg"]
@@ -365,7 +402,7 @@ def _other_probability(content):
         (lambda content: content + b"a,b\n", "row 5 of out.csv does not have the columns"),
         (lambda content: content + content.splitlines()[1] + b"\n", "row 5 of out.csv is", ),
         (lambda content: content.replace(b"train1.jpeg", b"train9.jpeg"), "but that input is"),
-        (_other_probability, "another model (or --precision, or --tta) gave the rows"),
+        (_other_probability, "the rows in out.csv came from another model, --precision or --tta"),
     ],
     ids=["class", "text", "columns", "too many", "path", "model"],
 )  # fmt: skip
@@ -394,7 +431,7 @@ def test_a_disk_that_fills_up(suffix, says, refused, files):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     stand = len(read(output))
-    refused(result, f"--output {output}: File too large after {stand} rows, which stand", "--resume")
+    refused(result, f"--output {output}: File too large after {stand} rows, which are kept", "--resume")
     assert 0 < stand < 40 and stand % 4 == 0
     assert says(*files, "--output", output, "--resume").exit_code == 0
     assert read(output).path.tolist() == files
@@ -413,8 +450,8 @@ def test_ctrl_c_leaves_whole_rows(start, says, export, files):
     assert process.wait(timeout=10) == 130
     with open("out.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    stands = f"Stopped; {len(rows)} rows of out.csv stand, --resume goes on."
-    assert process.stderr.read().strip() == stands
+    kept = f"Stopped; out.csv has {len(rows)} rows, continue it by --resume."
+    assert process.stderr.read().strip() == kept
     assert [row["path"] for row in rows] == files[: len(rows)] and rows[-1]["threshold"]
     process.stdin.detach()
     assert says("-", "--output", "out.csv", "--resume", stdin="\n".join(files)).exit_code == 0
@@ -448,7 +485,7 @@ def test_heat_maps(says, files, model, monkeypatch):
         return np.tile(np.linspace(0, 1, 4), (len(images), 4, 1))
 
     asked = []
-    monkeypatch.setattr(gradcam, "grad_cam", ramp)  # at this size the network's own map is a single place
+    monkeypatch.setattr(predict_files, "grad_cam", ramp)  # at this size the network's own map is a single place
     assert says(*files[14:18], "--heatmaps", "ramps", "--threshold", 0, "--batch-size", 3).exit_code == 0
     assert asked == [1, 1, 1, 1]  # the class that is called
     with Image.open(f"ramps/{Path(files[14]).stem}.png") as picture:
@@ -458,7 +495,7 @@ def test_heat_maps(says, files, model, monkeypatch):
 
 
 def test_heat_maps_of_rows_that_do_not_stand_go(says, files, monkeypatch):
-    """Ctrl-C comes while the second batch's maps are drawn; --resume draws them, under the names that are theirs."""
+    """Ctrl-C comes while the second batch's maps are drawn; --resume draws them again under the same names."""
     names = [path.name for path in made_by(says, files, "whole")]
     save, calls = Image.Image.save, []
 
@@ -472,7 +509,7 @@ def test_heat_maps_of_rows_that_do_not_stand_go(says, files, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", interrupted)
         result = says(*files[:8], "--heatmaps", "maps", "--output", "out.csv", "--batch-size", 4)
-    assert result.exit_code == 130 and "4 rows of out.csv stand" in result.stderr
+    assert result.exit_code == 130 and "out.csv has 4 rows" in result.stderr
     assert [path.name for path in sorted(Path("maps").iterdir())] == names[:4]
     assert [path.name for path in made_by(says, files, "maps", "--output", "out.csv", "--resume")] == names
 
@@ -483,7 +520,7 @@ def made_by(says, files, folder, *options):
 
 
 def test_an_output_that_another_process_is_writing_is_left_to_it(says, refused, files):
-    with RowFile("out.csv", ["path"]):
+    with RowFile("out.csv", {"path": str}):
         for resume in ([], ["--resume"]):
             assert says(files[0], "--output", "out.csv", *resume).exit_code == 1
         refused(says(files[0], "--output", "out.csv", "--resume"), "--output out.csv: another predict is writing it")
@@ -491,7 +528,7 @@ def test_an_output_that_another_process_is_writing_is_left_to_it(says, refused, 
 
 
 def test_bf16_on_a_cpu_that_only_imitates_it(start, export, files):
-    """oneDNN's own operators refuse there; torch's do not."""
+    """oneDNN's own operators do not run there; torch's do."""
     args = ["predict", *files[:4], "--model", export, "--device", "cpu", "--precision", "bf16", "--output", "out.csv"]
     process = start(*args, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     _, err = process.communicate(timeout=120)

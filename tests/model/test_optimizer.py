@@ -10,7 +10,7 @@ from xray_fastai.model.optimizer import FusedAdam
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_it_steps_as_fastais_does(layout):
-    """Two groups with rates of their own, one parameter without decay and one without a gradient; rates that change."""
+    """Two groups with different rates that change; one parameter has no weight decay, one has no gradient."""
     ends = []
     for made in (Adam, FusedAdam):
         torch.manual_seed(0)

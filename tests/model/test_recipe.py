@@ -1,4 +1,4 @@
-"""What images go through before the network, by recipe; and the validation images that a model does worst on."""
+"""Recipes, transforms and augmentation of images, and the group of validation images with the worst AUC."""
 
 import json
 
@@ -12,9 +12,10 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from tests.conftest import QUICK, settings_of
 from xray_fastai import fit, load_learner, predict
+from xray_fastai.config import AUGMENTATIONS
 from xray_fastai.data.images import open_image
 from xray_fastai.evaluation.subgroups import appearance, worst_group
-from xray_fastai.model.augmentation import Blur, Noise, Stretch
+from xray_fastai.model.augmentation import AUGMENT, Blur, Noise, Stretch, augmentation_values
 from xray_fastai.model.learner import settle_batch_norm
 from xray_fastai.model.loaders import make_loaders
 from xray_fastai.model.transforms import Equalize
@@ -23,7 +24,7 @@ FIT = {"arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": 
 
 
 def brighter(image: Image.Image) -> Image.Image:
-    """As by another exposure, or window; no two grey values become one."""
+    """Brighten an image as another exposure or window would; no two grey values become one."""
     return image.point([(v + 40) if v < 200 else min(255, 240 + (v - 200) // 4) for v in range(256)])
 
 
@@ -94,7 +95,7 @@ def test_a_choice_that_there_is_not(run, option, value):
 
 
 def shaded(tmp_path, count: int) -> list[str]:
-    """Images from dark to bright, of one contrast and sharpness."""
+    """Write images from dark to bright, of the same contrast and sharpness."""
     rng, paths = np.random.default_rng(0), []
     for i in range(count):
         pixels = (60 + 120 * i / count + rng.normal(0, 10, (64, 64))).clip(0, 255)
@@ -109,9 +110,9 @@ def test_the_group_that_a_model_fails_on_is_named(tmp_path):
     scores = np.where(positives, 0.9, 0.1) + np.random.default_rng(1).uniform(-0.1, 0.1, 400)
     scores[:40] = 1 - scores[:40]  # the darkest tenth of each class is called the other
     worst = worst_group(appearance(paths), positives, np.arange(400), scores)
-    assert worst.name == "darkest" and worst.images == 40 and worst.roc_auc < 0.05 and worst.parts_from(0.9)
+    assert worst.name == "darkest" and worst.images == 40 and worst.roc_auc < 0.05 and worst.is_worse_than(0.9)
     sound = worst_group(appearance(paths), positives, np.arange(400), np.where(positives, 0.9, 0.1))
-    assert sound.roc_auc == 1 and not sound.parts_from(1.0)
+    assert sound.roc_auc == 1 and not sound.is_worse_than(1.0)
 
 
 def test_the_shape_makes_groups_where_it_varies(tmp_path):
@@ -177,6 +178,66 @@ def test_strong_augmentation_adds_noise_to_some_training_images_and_light_to_non
             spread = batches.one_batch()[0].as_subclass(torch.Tensor).flatten(2).std(2)  # (B, 3)
             noisy[augment, name] = int((spread > 1e-4).any(1).sum())
     assert 8 < noisy.pop(("strong", "train")) < 32 and not any(noisy.values())
+
+
+RECORDED = {
+    "strong": {
+        "max_rotate": 15, "min_zoom": 0.85, "max_zoom": 1.2, "max_stretch": 1.25, "p_affine": 0.75,
+        "max_lighting": 0.2, "p_lighting": 0.75, "max_blur": 1 / 64, "max_noise": 0.08, "p_quality": 0.5,
+    },
+    "light": {
+        "max_rotate": 10, "min_zoom": 1, "max_zoom": 1.15, "max_stretch": 1, "p_affine": 0.75,
+        "max_lighting": 0.2, "p_lighting": 0.75, "max_blur": 0, "max_noise": 0, "p_quality": 0.5,
+    },
+    "none": {},
+}  # fmt: skip
+"""The README and the measured results belong to these values; to change one, change both."""
+
+
+@pytest.mark.parametrize("augment", RECORDED)
+def test_training_images_are_varied_by_the_recorded_values(augment):
+    assert set(AUGMENTATIONS) == {*AUGMENT, "none"} == set(RECORDED)
+    values = augmentation_values(augment)
+    assert values == RECORDED[augment]
+    table = pd.DataFrame({"path": [Image.new("L", (32, 32))] * 2, "label": ["A", "B"], "is_valid": [False, True]})
+    loaders = make_loaders(table, ["A", "B"], 32, 1, torch.device("cpu"), 0, augment=augment)
+    assert drawn_values(loaders.train.after_batch) == pytest.approx(values, rel=0.02, abs=1e-9)
+
+
+def drawn_values(transforms) -> dict[str, float]:
+    """Estimate the values of `AUGMENT` from 20,000 random draws of the transforms themselves."""
+    torch.manual_seed(0)
+    images, drawn = torch.zeros(20_000, 1, 1, 1), {}
+    for transform in transforms:
+        for draw in getattr(transform, "aff_fs", ()):  # fastai composes rotation, zoom and stretch
+            matrix = torch.as_tensor(draw(images))  # (B, 3, 3)
+            zoom, stretch = matrix.det() ** -0.5, matrix[:, 1, 1] / matrix[:, 0, 0]
+            degrees = torch.atan2(matrix[:, 0, 1], matrix[:, 0, 0]).rad2deg().abs()
+            largest = {"max_rotate": degrees, "min_zoom": -zoom, "max_zoom": zoom, "max_stretch": stretch}
+            for name, value in largest.items():
+                drawn[name] = max(drawn.get(name, -torch.inf), float(value.max()))
+            changed = (matrix - torch.eye(3)).abs().flatten(1).amax(1) > 1e-6
+            drawn.setdefault("p_affine", []).append(float(changed.float().mean()))
+        for lighting in getattr(transform, "fs", ()):  # brightness in the logit scale around 0.5, contrast around 1
+            lighting.before_call(images)
+            change = torch.as_tensor(lighting.change)
+            brightness = type(lighting).__name__ == "_BrightnessLogit"
+            limit = float(2 * change.max() - 1 if brightness else 1 - 1 / change.max())
+            drawn.setdefault("max_lighting", []).append(limit)
+            unchanged = change == (0.5 if brightness else 1)
+            drawn.setdefault("p_lighting", []).append(float(1 - unchanged.float().mean()))
+        if isinstance(transform, (Blur, Noise)):
+            blurs = isinstance(transform, Blur)
+            drawn["max_blur" if blurs else "max_noise"] = transform.max_sigma if blurs else transform.max_std
+            drawn["p_quality"] = transform.p
+    if drawn:
+        drawn["min_zoom"] = -drawn["min_zoom"]
+        drawn = {"max_blur": 0, "max_noise": 0, "p_quality": 0.5} | drawn
+    for name in ("p_affine", "p_lighting", "max_lighting"):
+        if name in drawn:
+            assert drawn[name] == pytest.approx([drawn[name][0]] * len(drawn[name]), rel=0.02)
+            drawn[name] = drawn[name][0]
+    return drawn
 
 
 def test_too_few_images_make_no_group(tmp_path):

@@ -1,8 +1,10 @@
-"""The server, started by the command line and asked over HTTP; its page, in a browser as a person uses it."""
+"""Tests the server over HTTP, started by the command line, and its page in a browser."""
 
 import asyncio
 import csv
+import dataclasses
 import io
+import json
 import os
 import re
 import resource
@@ -21,38 +23,41 @@ from tests.conftest import wait_for
 from xray_fastai import DISCLAIMER
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
+from xray_fastai.inference.stream import predict_batches
 from xray_fastai.serving import uploads
-from xray_fastai.serving.app import MAX_REQUESTS, Desk, create_app
+from xray_fastai.serving.app import MAX_REQUESTS, Predictor, create_app
+from xray_fastai.serving.predictions import predict_file
 
-BROKEN = b"\xff\xd8\xff\xe0 no JPEG after all"
+BROKEN = b"\xff\xd8\xff\xe0 not a JPEG"
+UPLOAD = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
 
 
 def address_of(process):
-    """Where a server that was started listens, once it does; and all that it said until then."""
-    said = ""
+    """Return the address of a started server as soon as it listens, and its output up to then."""
+    output = ""
     for line in process.stdout:
-        said += line
+        output += line
         if line.startswith("page"):
             address = line.split()[1]
         if "Ctrl-C" in line:
-            return address, said
-    pytest.fail(said + process.stderr.read())
+            return address, output
+    pytest.fail(output + process.stderr.read())
 
 
 def stop(process, number):
-    """End a server; it ends well, and says nothing of errors."""
+    """Stop a server by a signal, and check that it ends without an error."""
     process.send_signal(number)
-    said, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (0, "") and said.endswith("Stopped.\n"), said + errors
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "") and output.endswith("Stopped.\n"), output + errors
 
 
 def no_disk():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # to write one byte into any file is an error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # any write to a file fails
 
 
 @pytest.fixture(scope="module")
 def server(export, start):
-    """The address of a server on a free port; it could not write to a disk if it wanted to."""
+    """The address of a server on a free port; the server cannot write to a disk."""
     process = start("serve", "--model", export, "--port", 0, "--device", "cpu", preexec_fn=no_disk)
     yield address_of(process)[0]
     stop(process, signal.SIGINT)
@@ -77,7 +82,7 @@ def noise(width, height, kind="PNG"):
 # the API
 
 
-def test_as_predict_says(server, export, photos):
+def test_the_same_answer_as_predict(server, export, photos):
     some = photos[::5]
     answer = send(server, *some)
     assert answer.status_code == 200
@@ -86,7 +91,9 @@ def test_as_predict_says(server, export, photos):
     for one, row in zip(found["predictions"], table.to_dict("records"), strict=True):
         assert one["prediction"] == row["prediction"] and one["threshold"] == row["threshold"]
         assert one["probabilities"] == pytest.approx({n: row[f"p_{n}"] for n in ("NORMAL", "PNEUMONIA")}, abs=5e-6)
-        assert one["error"] is None and one["image"] is None and one["heatmap"] is None
+        assert one["error"] is None and one["image"] is None and one["heatmap"] is None and one["note"] is None
+        values = {"path": one["file"], **{f"p_{name}": p for name, p in one["probabilities"].items()}}
+        assert one["row"] == {name: values.get(name, one.get(name)) for name in table.columns}
     assert found["model"]["name"] == "small" and found["disclaimer"] == DISCLAIMER
 
 
@@ -100,24 +107,41 @@ def test_a_bad_file_has_its_error_and_the_others_their_prediction(server, photos
     assert "empty (0 bytes)" in found[2]["error"] and "not an image" in found[3]["error"]
 
 
+def test_the_class_to_detect_from_the_threshold_on(export, photos):
+    """An image whose probability is exactly the threshold is positive."""
+    model, content = open_model(export, "cpu"), photos[0].read_bytes()
+    (batch,) = predict_batches(model, [content], 1)
+    p = float(model.probabilities(batch.logits)[0, model.classes.index("PNEUMONIA")])
+    for threshold, expected in ((p, "PNEUMONIA"), (np.nextafter(p, 1), "NORMAL")):
+        same = dataclasses.replace(model, settings={**model.settings, "threshold": float(threshold)})
+        assert predict_file(same, "a.jpeg", content, heatmap=False).prediction == expected
+
+
+def test_the_largest_file_that_is_read(server):
+    (found,) = send(server, ("a.bmp", bytes(uploads.MAX_FILE))).json()["predictions"]
+    assert "not an image" in found["error"]
+    (found,) = send(server, ("a.bmp", bytes(uploads.MAX_FILE + 1))).json()["predictions"]
+    assert "the maximum is 50 MB" in found["error"] and found["row"]["error"] == found["error"]
+
+
 def test_too_many_pixels_and_too_large_a_file(server):
     wide = io.BytesIO()
     Image.new("1", (30_000, 2_000)).save(wide, "PNG")
     found = send(server, ("wide.png", wide.getvalue()), ("large.bmp", bytes(51_000_000))).json()["predictions"]
     assert "30000 x 2000 pixels" in found[0]["error"]
-    assert "51 MB; at most 50 MB" in found[1]["error"]
+    assert "51 MB; the maximum is 50 MB" in found[1]["error"]
 
 
 def test_large_files_stay_in_memory(server):
-    assert len(noise(2500, 2000, "BMP")) > 2_000_000  # starlette alone would put it into the temporary files
+    assert len(noise(2500, 2000, "BMP")) > 2_000_000  # Starlette's own parser writes files above 1 MB to the disk
     (one,) = send(server, ("large.bmp", noise(2500, 2000, "BMP"))).json()["predictions"]
     assert one["error"] is None and one["prediction"]
 
 
 def test_refused_requests(server, photos):
-    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
-    assert b" 413 " in raw(server, f"{head}Content-Length: 200000000\r\n\r\n")
-    endless = f"{head}Transfer-Encoding: chunked\r\n\r\n".encode()
+    assert b" 413 " in raw(server, f"{UPLOAD}Content-Length: {uploads.MAX_REQUEST + 1}\r\n\r\n")
+    assert b" 400 " in raw(server, f"{UPLOAD}Content-Length: {uploads.MAX_REQUEST}\r\n\r\nnonsense")
+    endless = f"{UPLOAD}Transfer-Encoding: chunked\r\n\r\n".encode()
     part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     chunk = b"100000\r\n" + bytes(0x100000) + b"\r\n"
     assert b" 413 " in raw(server, endless, b"%x\r\n%b\r\n" % (len(part), part), *[chunk] * 96)
@@ -126,14 +150,13 @@ def test_refused_requests(server, photos):
     assert many.status_code == 400 and str(uploads.MAX_FILES) in many.json()["error"]
     text = requests.post(f"{server}/predict", data=photos[0].read_bytes(), headers={"Content-Type": "image/jpeg"})
     assert text.status_code == 415 and "multipart/form-data" in text.json()["error"]
-    head = {"Content-Type": "multipart/form-data"}
+    no_boundary = {"Content-Type": "multipart/form-data"}
     for answer in (
         requests.post(f"{server}/predict", files={"file": (None, "no file")}),
-        requests.post(f"{server}/predict", data=b"nonsense", headers=head),
+        requests.post(f"{server}/predict", data=b"nonsense", headers=no_boundary),
         requests.post(
             f"{server}/predict", data=b"nonsense", headers={"Content-Type": "multipart/form-data; boundary=x"}
         ),
-        requests.post(f"{server}/predict?heatmap=maybe", files={"file": BROKEN}),
     ):
         assert answer.status_code == 400 and answer.json()["error"]
     assert requests.get(f"{server}/predict").status_code == 405
@@ -141,8 +164,18 @@ def test_refused_requests(server, photos):
     assert send(server, photos[0]).status_code == 200
 
 
+def test_heatmap_is_true_or_false(server, photos):
+    for value in ("maybe", "1", "True", "", "x" * 200):
+        answer = requests.post(f"{server}/predict?heatmap={value}", files={"file": BROKEN})
+        assert (answer.status_code, answer.json()) == (400, {"error": f"heatmap={value[:80]}: give true or false"})
+    pictures = [send(server, photos[0], heatmap=wanted).json()["predictions"][0]["image"] for wanted in (True, False)]
+    assert pictures[0].startswith("data:image/jpeg;base64,") and pictures[1] is None
+    (default,) = requests.post(f"{server}/predict", files={"file": photos[0].read_bytes()}).json()["predictions"]
+    assert default["image"] == pictures[0]
+
+
 def raw(server, *parts):
-    """What the server answers to these bytes, which need not be a whole request."""
+    """Return the server's answer to these bytes, which need not be a whole request."""
     with connect(server) as connection:
         for part in parts:
             connection.sendall(part.encode() if isinstance(part, str) else part)
@@ -155,14 +188,14 @@ def connect(server):
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.example", "[::", ""])
-def test_a_name_that_is_not_this_machine_s_is_refused(server, host):
+def test_a_foreign_host_name_is_refused(server, host):
     answer = raw(server, f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n")
     assert b" 421 " in answer.splitlines()[0]
 
 
 def test_other_sites_may_not_send(server, photos):
     port = server.rpartition(":")[2]
-    foreign = ["http://evil.example", "null", f"http://localhost:{int(port) - 1}", f"http://evil.example:{port}"]
+    foreign = ["http://evil.example", "null", f"http://127.0.0.1:{int(port) - 1}", f"http://evil.example:{port}"]
     for headers in [*({"Origin": origin} for origin in foreign), {"Sec-Fetch-Site": "cross-site"}]:
         answer = send(server, photos[0], headers=headers)
         assert answer.status_code == 403 and "another site" in answer.json()["error"]
@@ -185,11 +218,10 @@ def test_headers_of_every_answer(server, photos):
         assert "server" not in answer.headers
 
 
-def test_busy_beyond_its_bound_but_the_page_answers(server, photos):
-    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+def test_the_page_answers_while_too_many_requests_wait(server, photos):
     waiting = [connect(server) for _ in range(MAX_REQUESTS)]
     for connection in waiting:
-        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n--x".encode())
+        connection.sendall(f"{UPLOAD}Content-Length: 1000\r\n\r\n--x".encode())
     wait_for(lambda: send(server, photos[0]).status_code == 503)
     busy = send(server, photos[0])
     assert busy.status_code == 503 and int(busy.headers["retry-after"]) > 0 and "busy" in busy.json()["error"]
@@ -199,7 +231,7 @@ def test_busy_beyond_its_bound_but_the_page_answers(server, photos):
     assert wait_for(lambda: send(server, photos[0]).status_code == 200)
 
 
-def test_the_page_answers_while_a_large_image_is_looked_at(server):
+def test_the_page_answers_while_a_large_image_is_predicted(server):
     large, took, status = io.BytesIO(), [], []
     Image.new("L", (6300, 6300)).save(large, "PNG")
     thread = threading.Thread(
@@ -212,9 +244,9 @@ def test_the_page_answers_while_a_large_image_is_looked_at(server):
     assert status == [200] and max(took) < (time.monotonic() - start) / 2, took
 
 
-def test_a_slow_upload_is_given_up(export, monkeypatch):
+def test_a_slow_upload_is_refused(export, monkeypatch):
     monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 0.1)
-    desk, said = Desk(open_model(export, "cpu")), []
+    predictor, sent = Predictor(open_model(export, "cpu")), []
     headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
     scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": headers}
 
@@ -222,11 +254,18 @@ def test_a_slow_upload_is_given_up(export, monkeypatch):
         await asyncio.sleep(30)
 
     async def collect(message):
-        said.append(message)
+        sent.append(message)
 
-    asyncio.run(create_app(desk, {"localhost"})(scope, receive, collect))
-    desk.close()
-    assert said[0]["status"] == 408 and desk.requests == 0
+    asyncio.run(create_app(predictor, {"localhost"})(scope, receive, collect))
+    predictor.close()
+    assert sent[0]["status"] == 408 and predictor.requests == 0
+
+
+def test_health_by_head_and_no_other_pages(server):
+    answer = requests.head(f"{server}/health")
+    assert answer.status_code == 200 and not answer.content
+    for path in ("docs", "redoc", "docs/oauth2-redirect"):  # FastAPI's own pages load scripts from another server
+        assert requests.get(f"{server}/{path}").json() == {"error": "Not Found"}
 
 
 def test_openapi(server, photos):
@@ -243,7 +282,7 @@ def test_openapi(server, photos):
         kind = "integer" if type(value) is int else names[type(value)]
         assert kind in kinds or (kind == "integer" and "number" in kinds), (value, schema)
         if "properties" in schema:
-            assert set(value) == set(schema["properties"])
+            assert set(value) == set(schema["properties"]) and set(schema.get("required", ())) <= set(value)
             for name, part in schema["properties"].items():
                 fits(value[name], part)
         for part in value if isinstance(value, list) else ():
@@ -258,14 +297,25 @@ def test_openapi(server, photos):
         fits(answer.json(), schema_of("/predict", "post", "200"))
     fits(requests.get(f"{server}/health").json(), schema_of("/health", "get", "200"))
     fits(send(server, photos[0], headers={"Origin": "null"}).json(), schema_of("/predict", "post", "403"))
-    form = document["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    operation = document["paths"]["/predict"]["post"]
+    form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form["properties"]["file"]["maxItems"] == uploads.MAX_FILES
+    assert form["properties"]["file"]["items"]["contentMediaType"] == "application/octet-stream"
+    (heatmap,) = operation["parameters"]
+    assert heatmap["schema"]["type"] == "boolean" and heatmap["schema"]["default"] is True
+    assert set(operation["responses"]) == {*map(str, (200, 400, 403, 408, 413, 415, 421, 500, 503)), "default"}
+    assert "Retry-After" in operation["responses"]["503"]["headers"]
+    assert set(schemas) == {"Health", "ModelFacts", "Prediction", "Predictions", "Problem"}
+    for name in schemas:
+        for schema in schemas[name]["properties"].values():
+            for example in schema.get("examples", ()):
+                fits(example, schema)
 
 
 # the command
 
 
-def test_what_can_t_be_served_is_said_in_one_line(run, refused, export, tmp_path, server):
+def test_errors_of_the_command_are_one_line(run, refused, export, tmp_path, server):
     port = server.rpartition(":")[2]
     refused(run("serve", "--model", export, "--port", port), f"--port {port}", "in use", "--port 0")
     refused(run("serve", "--model", export, "--host", "no.such.invalid"), "--host no.such.invalid")
@@ -275,7 +325,7 @@ def test_what_can_t_be_served_is_said_in_one_line(run, refused, export, tmp_path
     assert run("serve", "--port", 70000).exit_code == 2
 
 
-def test_to_others_with_a_warning_until_sigterm(run, export, photos):
+def test_open_to_other_machines_until_sigterm(run, export, photos):
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
     address, found = f"http://127.0.0.1:{port}", {}
@@ -285,7 +335,7 @@ def test_to_others_with_a_warning_until_sigterm(run, export, photos):
     def ask():
         try:
             wait_for(lambda: reachable(address) or ended.is_set())
-            idle = connect(address)  # one that is connected does not keep the server from its end
+            idle = connect(address)  # an idle connection does not delay the end of the server
             found["own name"] = requests.get(address, headers={"Host": socket.gethostname()}).status_code
             found["other"] = requests.get(address, headers={"Host": "evil.example"}).status_code
         finally:
@@ -302,7 +352,7 @@ def test_to_others_with_a_warning_until_sigterm(run, export, photos):
     assert found == {"own name": 200, "other": 421, "end": b""}
     assert result.exit_code == 0 and result.stderr == "" and result.stdout.endswith("Stopped.\n"), result.output
     lines = {line[:14].strip(): line[14:] for line in result.stdout.splitlines()}
-    assert lines["warning"].startswith("other machines reach this too; there is no login")
+    assert lines["warning"].startswith("other machines can reach this server; it has no login")
     assert lines["model"] == str(export) and lines["device"].startswith("cpu (") and "fp32" in lines["device"]
     assert result.stdout.startswith(DISCLAIMER)
 
@@ -321,7 +371,7 @@ def reachable(address):
 def browser():
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
-        pytest.skip("no browser is here: install chromium")
+        pytest.skip("no browser: install chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -330,21 +380,21 @@ def browser():
 
 @pytest.fixture
 def page(browser, server):
-    """The page; at the end nothing went wrong in it, and it asked no other server for anything."""
+    """The page; at the end it must have logged no error and sent requests to no other server."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page, wrong, asked = context.new_page(), [], []
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    page, errors, urls = context.new_page(), [], []
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: urls.append(request.url))
     page.goto(server)
     yield page
     context.close()
-    assert not wrong
-    assert all(url.startswith((f"{server}/", "data:image/", f"blob:{server}/")) for url in asked), asked
+    assert not errors
+    assert all(url.startswith((f"{server}/", "data:image/", f"blob:{server}/")) for url in urls), urls
 
 
 def drop(page, *paths):
-    """Files from the desktop, as the browser takes them from the system."""
+    """Drop files on the page, as the browser receives them from the desktop."""
     box = page.locator("#drop").bounding_box()
     where = {"x": box["x"] + 20, "y": box["y"] + 20}
     data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
@@ -370,7 +420,7 @@ def test_drop_a_file_and_see_the_result(page, photos, export):
     assert f"{photos[-1].name}: {row.prediction}" in page.locator("[role=status]").inner_text()
     assert page.get_by_text(DISCLAIMER).first.is_visible()
     assert card.locator("img").first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 40
-    assert "one cell for the whole image" in card.inner_text()  # of a network that sees 32 pixels
+    assert "one cell for the whole image" in card.inner_text()  # the network takes 32 pixels
 
 
 def test_drop_a_broken_one_and_see_the_message(page, photos, tmp_path):
@@ -379,7 +429,7 @@ def test_drop_a_broken_one_and_see_the_message(page, photos, tmp_path):
     done(page, 1)
     assert "Broken image" in page.locator(".card.bad").inner_text()
     assert "not read" in page.locator("[role=status]").inner_text()
-    drop(page, photos[0])  # and the page goes on
+    drop(page, photos[0])  # the page still works
     done(page, 2)
     assert page.locator("#counts").inner_text().endswith("1 not read")
 
@@ -401,6 +451,9 @@ def test_several_at_once_by_the_file_input_and_their_table(page, photos, export,
     rows = list(csv.DictReader(io.StringIO(download.value.path().read_text(encoding="utf-8"), newline="")))
     table = predict(paths, export, device="cpu", precision="fp32")
     assert list(rows[0]) == list(table.columns)
+    assert page.locator("thead th").all_inner_texts() == ["file", *table.columns[1:]]
+    columns = json.loads(page.locator("body").get_attribute("data-columns"))
+    assert [one["name"] for one in columns if one["isNumber"]] == ["p_NORMAL", "p_PNEUMONIA", "threshold"]
     assert [row["path"] for row in rows] == ["'=1+1.jpeg", *names[1:], "'@broken.png"]
     for row, expected in zip(rows, table.to_dict("records"), strict=True):
         assert float(row["threshold"]) == expected["threshold"]
@@ -424,7 +477,7 @@ def test_a_folder_by_drop(page, photos, tmp_path):
 
 def test_by_keyboard_alone(page, photos):
     choosers = []
-    page.on("filechooser", lambda chooser: choosers.append(chooser))  # ahead of the key: the browser learns of it late
+    page.on("filechooser", lambda chooser: choosers.append(chooser))  # before the key: the event arrives late
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent").startswith("Skip")
     page.keyboard.press("Tab")
@@ -452,7 +505,7 @@ def test_on_a_phone_and_in_the_dark(page, photos, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_a_busy_server_is_asked_again(browser, server, photos):
+def test_the_page_tries_a_busy_server_again(browser, server, photos):
     page = browser.new_page()
     page.goto(server)
     answers = [503, 503]

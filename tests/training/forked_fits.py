@@ -1,13 +1,14 @@
-"""Fits, each in a forked child of one process that has imported everything and computed nothing: seconds less each.
+"""Runs fits, each in a forked child of one process that has imported everything, which saves seconds for each.
 
-Reads a job a line on standard input, and writes a result a line. A job is the keywords of `fit`, and what goes wrong:
+Reads one job a line from standard input, and writes one result a line. A job has the keywords of `fit` and a fault:
 
     {"fit": {...}, "do": "kill", "at": "module:function@n"}
 
-does that as the child enters the function (or `module:Class.method`) for the n-th time: `kill` and `terminate` send
-itself SIGKILL and SIGTERM, `vanish` takes the folder of exports away. `starve` runs out of memory, from the n-th time
-on, wherever the function, a method that gets a batch, sees more than "most" images. "limit" is the size in bytes that
-no file can pass. A checkpoint that is being written gets to its end first, unless the function is called for it.
+The fault happens when the child enters the function (or `module:Class.method`) for the n-th time: `kill` and
+`terminate` send SIGKILL and SIGTERM to the child, `vanish` renames the folder of exports. `starve` runs out of memory
+from the n-th time on, when the function, a method that gets a batch, gets more than "max_images" images. "limit" is the
+maximum size of a file in bytes. A checkpoint that is being written is completed first, unless its thread enters the
+function.
 """
 
 import importlib
@@ -22,7 +23,7 @@ import traceback
 MODULES = ("evaluation.report", "training.fit", "training.loop", "training.finish")
 
 
-def arrange(what: str, where: str, most: int = 0) -> None:
+def arrange(what: str, where: str, max_images: int = 0) -> None:
     import torch
 
     path, _, n = where.partition("@")
@@ -37,11 +38,11 @@ def arrange(what: str, where: str, most: int = 0) -> None:
         nonlocal calls
         calls += 1
         if what == "starve":
-            if calls >= int(n) and len(args[1]) > most:
+            if calls >= int(n) and len(args[1]) > max_images:
                 raise torch.OutOfMemoryError("no memory, for a test")
         elif calls == int(n):
             if threading.current_thread() is threading.main_thread():
-                for thread in threading.enumerate():  # the checkpoint before it is on the disk
+                for thread in threading.enumerate():  # the previous checkpoint is written
                     if thread.name == "checkpoint":
                         thread.join(20)
             if what == "vanish":
@@ -58,7 +59,7 @@ def child(job: dict) -> None:
 
     try:
         if "do" in job:
-            arrange(job["do"], job["at"], job.get("most", 0))
+            arrange(job["do"], job["at"], job.get("max_images", 0))
         if "limit" in job:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
         fit(**job["fit"])
@@ -86,8 +87,8 @@ def main() -> None:
             child(json.loads(line))
         os.close(writer)
         with os.fdopen(reader) as stream:
-            told = stream.read()
-        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "output": told}), flush=True)
+            output = stream.read()
+        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "output": output}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Commands in two processes each, as torchrun would start them: forked from one that has imported everything.
+"""Runs commands in two processes each, as torchrun does, forked from one process that has imported everything.
 
-Reads a job a line on standard input, and writes a result a line. A job is a command line, and what goes wrong in one of
-the processes, as `forked_fits` arranges it:
+Reads one job a line from standard input, and writes one result a line. A job is a command line, and a fault in one of
+the processes (see `forked_fits`):
 
     {"args": ["fit", ...], "rank": 1, "do": "kill", "at": "module:function@n"}
 
-When one fails, the others get a SIGTERM, and half a minute later a SIGKILL, as torchrun does it.
+When one fails, the others get SIGTERM, and SIGKILL half a minute later, as with torchrun.
 """
 
 import importlib
@@ -29,7 +29,7 @@ def child(job: dict, rank: int, port: int) -> None:
     code = 70
     try:
         if rank == job.get("rank"):
-            arrange(job["do"], job["at"], job.get("most", 0))
+            arrange(job["do"], job["at"], job.get("max_images", 0))
         app(job["args"], prog_name="xray-fastai")
     except SystemExit as stop:
         code = stop.code or 0
@@ -59,9 +59,9 @@ def main() -> None:
                 child(json.loads(line), rank, port)
             ranks[pid] = rank
         os.close(writer)
-        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # as torchrun's own
-        told = []
-        listener = threading.Thread(target=lambda end=reader, told=told: told.append(os.fdopen(end).read()))
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # like torchrun's
+        outputs = []
+        listener = threading.Thread(target=lambda end=reader, outputs=outputs: outputs.append(os.fdopen(end).read()))
         listener.start()
         codes, timers = {}, []
         while ranks.keys() - codes:
@@ -76,7 +76,7 @@ def main() -> None:
             timer.cancel()
         listener.join()
         del store
-        print(json.dumps({"codes": [codes[pid] for pid in ranks], "output": told[0]}), flush=True)
+        print(json.dumps({"codes": [codes[pid] for pid in ranks], "output": outputs[0]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Several processes: they train and predict what one would, one of them writes and speaks, and they end together."""
+"""Several processes: they train and predict as one does, only the first writes and prints, and they end together."""
 
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from itertools import chain
@@ -20,13 +21,13 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
 ROOT = Path(__file__).parents[2]
-BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # five an epoch, the last two in validation
+BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # five an epoch, two of validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with images, of which no split makes whole batches, and weights for ResNet18."""
+    """A folder with images, whose number is not a multiple of the batch size, and weights for ResNet18."""
     place = tmp_path_factory.mktemp("distributed")
     draw_collection(place / "data", {"train/NORMAL": 10, "train/PNEUMONIA": 16, "val/NORMAL": 6, "val/PNEUMONIA": 5})
     torch.manual_seed(0)
@@ -61,14 +62,14 @@ def exports(place, run):
         fit += ["--freeze-epochs", "1", "--epochs", "1"]
         result = run(*fit, "--name", "one")
         assert result.exit_code == 0, result.output
-        told = torchrun(*fit, "--name", "two")
+        output = torchrun(*fit, "--name", "two")
     finally:
         os.chdir(before)
-    return result.stdout, told
+    return result.stdout, output
 
 
 def test_two_processes_train_as_one(exports, there):
-    """Both phases, batch norm included: frozen and trained, with unequal class weights and a last batch of three."""
+    """Both phases agree, also in batch norm, with unequal class weights and a last batch of three."""
     one, two = (pd.read_csv(f"exports/{name}/history.csv") for name in ("one", "two"))
     assert one.phase.tolist() == ["frozen", "unfrozen"]
     pd.testing.assert_frame_equal(two, one, rtol=1e-4, atol=1e-5)
@@ -82,11 +83,11 @@ def test_two_processes_train_as_one(exports, there):
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
 
 
-def test_one_process_writes_and_speaks(exports, there):
+def test_only_the_first_process_writes_and_prints(exports, there):
     one, two = exports
     assert two.count("export: exports/two\n") == 1
-    news = set(two.splitlines()) - set(one.splitlines())
-    assert "processes     2, 4 images each of a batch of 8" in news
+    new_lines = set(two.splitlines()) - set(one.splitlines())
+    assert "processes     2, 4 images each of a batch of 8" in new_lines
     assert sorted(p.name for p in Path("exports").iterdir() if p.name in (".two.lock", ".two.partial", "two")) == [
         "two"
     ]
@@ -119,8 +120,10 @@ class Ranks:
         )  # fmt: skip
 
     def __call__(self, code: int, *args, **wrong) -> str:
-        """What both wrote on the terminal. The exit code of the first is checked; that of the other may also be of the
-        SIGTERM that came when the first had ended."""
+        """Check the exit codes, and return what both printed.
+
+        The code of the second may come from the SIGTERM that it got when the first had ended.
+        """
         print(json.dumps({"args": list(map(str, args))} | wrong), file=self.process.stdin, flush=True)
         result = json.loads(self.process.stdout.readline())
         first, other = result["codes"]
@@ -142,90 +145,159 @@ def errors(output: str) -> list[str]:
 
 
 def test_two_processes_predict_what_one_does(exports, there, run, ranks):
-    """Byte for byte; on from where another was cut short, in any number of processes."""
+    """The file is the same byte for byte, also when two processes resume what another run left."""
     (there / "data" / "val" / "NORMAL" / "broken.jpeg").write_bytes(b"no image")
     predict = ["predict", "data", "--recursive", "--model", "exports/one", "--batch-size", "3", "--device", "cpu"]
     result = run(*predict, "--output", "one.csv")
     assert result.exit_code == 1, result.output
     whole = Path("one.csv").read_bytes()
     Path("two.csv").write_bytes(whole[: len(whole) // 4])
-    told = ranks(1, *predict, "--output", "two.csv", "--resume")
+    output = ranks(1, *predict, "--output", "two.csv", "--resume")
     assert Path("two.csv").read_bytes() == whole
-    assert re.findall(r"^predicted +(\d+) files", told, re.M) == [str(38 - whole[: len(whole) // 4].count(b"\n") + 1)]
-    assert len(errors(told)) == 1
-    assert told.count("written       two.csv, 38 rows") == 1
+    assert re.findall(r"^predicted +(\d+) files", output, re.M) == [str(38 - whole[: len(whole) // 4].count(b"\n") + 1)]
+    assert len(errors(output)) == 1
+    assert output.count("written       two.csv, 38 rows") == 1
     (there / "data" / "val" / "NORMAL" / "broken.jpeg").unlink()
 
 
-def test_killed_and_gone_on_with_it_is_as_if_nothing_had_been(ranks, there):
-    """With what is random in each process: augmentation and dropout."""
+def test_a_killed_and_resumed_fit_gives_the_result_of_an_uninterrupted_one(ranks, there):
+    """With augmentation and dropout, which are random in each process."""
     fit = [*FIT, "--freeze-epochs", 2, "--epochs", 1]
     ranks(0, *fit, "--name", "whole")
-    told = ranks(1, *fit, "--name", "killed", rank=1, do="kill", at=f"{BATCH}@8")
-    (line,) = errors(told)
-    assert "another of the 2 processes ended" in line and "go on by 'xray-fastai fit --resume killed'" in line
-    told = ranks(0, "fit", "--resume", "killed")
-    assert "going on      with killed after frozen epoch 1" in told
+    output = ranks(1, *fit, "--name", "killed", rank=1, do="kill", at=f"{BATCH}@8")
+    (line,) = errors(output)
+    assert "another of the 2 processes ended" in line and "'xray-fastai fit --resume killed'" in line
+    output = ranks(0, "fit", "--resume", "killed")
+    assert "resuming      killed after frozen epoch 1" in output
     for name in ("history.csv", "model.safetensors"):
         assert Path("exports/killed", name).read_bytes() == Path("exports/whole", name).read_bytes()
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_batch(ranks, there, run):
-    """One export, that of the first process; one process can go on with it."""
+    """The first process writes one export, which one process can resume."""
     fit = [*FIT, "--freeze-epochs", 1, "--epochs", 1, "--name", "stopped"]
-    told = ranks(143, *fit, rank=1, do="terminate", at=f"{BATCH}@7")
-    assert told.count("Stopping after this batch") == 1 and told.count("Interrupted: ") == 1
-    assert told.count("export: exports/stopped\n") == 1 and not errors(told)
+    output = ranks(143, *fit, rank=1, do="terminate", at=f"{BATCH}@7")
+    assert output.count("Stopping after this batch") == 1 and output.count("Interrupted: ") == 1
+    assert output.count("export: exports/stopped\n") == 1 and not errors(output)
     assert settings_of(Path("exports/stopped"))["status"] == "interrupted"
     result = run("fit", "--resume", "stopped")
     assert result.exit_code == 0, result.output
-    assert "going on      with stopped after the frozen phase, as stopped-2" in result.stdout
+    assert "resuming      stopped after the frozen phase, as stopped-2" in result.stdout
 
 
-def test_an_error_in_one_process_is_told_once_and_ends_all(ranks, there):
+def test_an_error_in_one_process_is_printed_once_and_ends_all(ranks, there):
     fit = [*FIT, "--freeze-epochs", 2, "--name", "starved"]
-    told = ranks(1, *fit, rank=1, do="starve", at=f"{LOSS}@3", most=2)
-    (line,) = errors(told)
-    assert "--batch-size 8: out of memory on cpu, with 4 images at once in each of 2 processes" in line
+    output = ranks(1, *fit, rank=1, do="starve", at=f"{LOSS}@3", max_images=2)
+    (line,) = errors(output)
+    assert "--batch-size 8: out of memory on cpu, with 4 images in a batch of each of 2 processes" in line
     assert line.endswith("]") and "[process 2 of 2, on " in line
     assert not list(Path("exports").glob(".starved*")) and not Path("exports/starved").exists()
-    told = ranks(1, "fit", "--data", "nowhere")
-    (line,) = errors(told)
+    output = ranks(1, "fit", "--data", "nowhere")
+    (line,) = errors(output)
     assert line.startswith("Error: --data nowhere: no such folder") and "process" not in line
-    told = ranks(2, "fit", "--epochs", "many")
-    assert told.count("Error: Invalid value for '--epochs'") == 1
+    output = ranks(2, "fit", "--epochs", "many")
+    assert output.count("Error: Invalid value for '--epochs'") == 1
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """This process is the first of three."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-    for name, value in told.items():
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
 
 
-def test_what_several_processes_can_not_do_is_told(launched, run, refused, monkeypatch):
+def test_a_command_for_one_process_is_refused(launched, run, refused, monkeypatch):
     refused(run("evaluate"), "evaluate: runs in one process", "without torchrun")
 
 
-def test_without_accelerate_the_command_to_install_it_is_told(launched, run, refused, monkeypatch):
+def test_without_accelerate_the_message_names_the_command_to_install_it(launched, run, refused, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(run("fit"), 'pip install "xray-fastai[distributed]"')
 
 
-def test_a_batch_that_can_not_be_shared_is_told(launched):
+def test_a_batch_that_cannot_be_shared_is_refused(launched):
     from xray_fastai.system.distributed import batch_size
     from xray_fastai.system.errors import UserError
 
     assert batch_size(9, 100) == 9 and batch_size(9, 8) == 6
-    with pytest.raises(UserError, match=r"^--batch-size 80: can't be shared evenly by 3 processes; give 78 or 81$"):
+    with pytest.raises(UserError, match=r"^batch_size 80: cannot be shared evenly by 3 processes; give 78 or 81$"):
         batch_size(80, 100)
     with pytest.raises(UserError, match=r"^2 images to train on are too few for 3 processes"):
         batch_size(9, 2)
+
+
+GLOO = """
+import os, signal, sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from xray_fastai.system.distributed import _lost_process
+
+silent = sys.argv[1] == "silent"
+dist.init_process_group("gloo", timeout=timedelta(seconds=2 if silent else 60))
+dist.barrier()
+if os.environ["RANK"] == "1":
+    time.sleep(4 if silent else 0)
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    dist.all_reduce(torch.ones(1))
+except RuntimeError as error:
+    print(type(error).__name__, _lost_process(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (
+            "killed",
+            "RuntimeError another of the 2 processes ended, or cannot be reached; see .*(Connection closed by peer",
+        ),
+        ("silent", "RuntimeError another of the 2 processes ended, or was silent for 3 hours, .*(Timed out waiting"),
+    ],
+)
+def test_gloo_errors_are_recognised(what, words):
+    """gloo raises plain RuntimeErrors: `_lost_process` needs no text where torch raises DistError instead."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    first, _ = (
+        subprocess.Popen(
+            [sys.executable, "-c", GLOO, what], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    )  # fmt: skip
+    output, _ = first.communicate(timeout=120)
+    assert re.match(words.replace("(", r"\("), output), output
+
+
+def test_other_errors_are_not_taken_for_a_lost_process(launched):
+    from xray_fastai.system.distributed import _lost_process
+
+    assert "can only be" in str(_lost_process(torch.distributed.DistBackendError("can only be NCCL")))
+    assert _lost_process(RuntimeError("shapes do not match, as in gloo")) is None
+    assert _lost_process(ValueError("[/gloo/x.cc:1] no")) is None
+
+
+def test_the_others_wait_for_the_first_to_print_an_error(launched, monkeypatch, capsys):
+    from xray_fastai.system import distributed
+
+    monkeypatch.setattr(distributed, "_store", None)
+    monkeypatch.setenv("RANK", "1")
+    assert distributed._is_claimed() is False
+    monkeypatch.setenv("RANK", "0")
+    distributed.tell("Error: one")
+    monkeypatch.setenv("RANK", "1")
+    distributed.tell("Error: two")
+    assert capsys.readouterr().err == "Error: one\n"
+    assert distributed._is_claimed() is True
 
 
 def test_variables_of_another_program_change_nothing(monkeypatch):
@@ -252,6 +324,6 @@ def test_each_image_of_each_batch_goes_to_one_process(images, drop_last, monkeyp
         loader = data_parallel.SharedLoader(DataLoader(items, bs=6, drop_last=drop_last))
         assert len(loader) == len(whole)
         batches = [batch.tolist() for batch in loader]
-        assert all(batches)  # none is empty: a network takes none
+        assert all(batches)  # no empty batch, which a network refuses
         parts.append([batch[: loader.shares(i)[rank]] for i, batch in enumerate(batches)])
     assert [list(chain.from_iterable(batch)) for batch in zip(*parts, strict=True)] == whole

@@ -1,4 +1,4 @@
-"""The frozen phase on features that were computed once: the same training as with the backbone in every epoch."""
+"""The frozen phase on features that are computed once trains as with the backbone in every epoch."""
 
 import csv
 import shutil
@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Random ones, with batch norm as training leaves it: neither 0 nor 1."""
+    """Random weights, with statistics of batch norm other than 0 and 1, as after training."""
     torch.manual_seed(0)
     network = torchvision.models.resnet18(weights=None)
     for part in network.modules():
@@ -41,7 +41,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def frozen(data, weights, run):
-    """Fits of three frozen epochs and one more; the history and the output of each."""
+    """A function that fits three frozen epochs and one unfrozen, and returns history and output."""
 
     def frozen(name, *args):
         args = ["--data", data, "--valid", "folder", *QUICK, "--weights", weights, "--freeze-epochs", 3, *args]
@@ -54,13 +54,13 @@ def frozen(data, weights, run):
     return frozen
 
 
-def test_it_is_the_training_of_a_backbone_that_runs_every_epoch(frozen):
-    """Batch for batch, dropout included; and what comes after it is the same, too."""
-    alike = ["--augment", "none"]
-    once, told = frozen("once", *alike)
-    every, told_every = frozen("every", *alike, "--frozen-views", 0)
-    assert "features of 38 training images and of 11 validation images\ncomputed in" in told
-    assert "features of" not in told_every
+def test_features_train_as_a_backbone_that_runs_every_epoch(frozen):
+    """Batch for batch, with dropout; and the unfrozen phase after it is the same too."""
+    options = ["--augment", "none"]
+    once, output = frozen("once", *options)
+    every, output_every = frozen("every", *options, "--frozen-views", 0)
+    assert "features of 38 training images and of 11 validation images\ncomputed in" in output
+    assert "features of" not in output_every
     assert len(once) == 4
     for a, b in zip(once, every, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
@@ -70,26 +70,26 @@ def test_it_is_the_training_of_a_backbone_that_runs_every_epoch(frozen):
 
 
 def test_views_differ_and_a_file_on_the_disk_gives_what_memory_gives(frozen, monkeypatch):
-    made, folders, loader = [], [], frozen_features.FeatureLoader
-    monkeypatch.setattr(frozen_features, "FeatureLoader", lambda *args: made.append(args[0]) or loader(*args))
-    in_memory, told = frozen("memory", "--frozen-views", 3)
-    assert "features of 38 training images, 3 views each, and of 11 validation images" in told
+    features, folders, loader = [], [], frozen_features.FeatureLoader
+    monkeypatch.setattr(frozen_features, "FeatureLoader", lambda *args: features.append(args[0]) or loader(*args))
+    in_memory, output = frozen("memory", "--frozen-views", 3)
+    assert "features of 38 training images, 3 views each, and of 11 validation images" in output
     monkeypatch.setattr(frozen_features, "IN_MEMORY", 0)
     monkeypatch.setattr(frozen_features, "check_space", lambda folder, *_: folders.append(list(folder.iterdir())))
     mapped, _ = frozen("mapped", "--frozen-views", 3)
     assert mapped == in_memory
-    assert [[path.name for path in there] for there in folders] == [["checkpoint"]] * 2  # the file has no name
-    train, valid = made[:2]
+    assert [[path.name for path in folder] for folder in folders] == [["checkpoint"]] * 2  # the file has no name
+    train, valid = features[:2]
     assert train.shape == (3, 38, 512) and valid.shape == (1, 11, 512)
     assert all((train[i] != train[j]).any(dim=1).all() for i, j in [(0, 1), (0, 2), (1, 2)])
 
 
-def test_features_that_the_disk_has_no_room_for_are_told(data, weights, run, refused, monkeypatch):
+def test_features_that_the_disk_has_no_space_for_are_refused(data, weights, run, refused, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(frozen_features, "IN_MEMORY", 0)
     args = ["fit", "--data", data, "--valid", "folder", *QUICK, "--weights", weights, "--precision", "fp32"]
 
-    def nearly_full(folder):  # once checkpoints and export were seen to fit
+    def nearly_full(folder):  # after the check for checkpoints and export
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
 
     monkeypatch.setattr(frozen_features, "_compute", _after(nearly_full, frozen_features._compute))
@@ -118,8 +118,8 @@ def test_ctrl_c_while_features_are_computed_ends_as_in_a_first_epoch(data, weigh
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_body_with_batch_norm_folded_in_gives_the_same(arch):
-    """What each architecture's head gets: pooled features, and the same logits from them."""
+def test_folding_batch_norm_does_not_change_the_output(arch):
+    """For each architecture, the pooled features have the head's size and give the same logits."""
     blank = np.zeros((3, 40, 40), np.uint8)
     table = pd.DataFrame({"path": list(blank), "label": ["a", "b", "a"], "is_valid": [False, False, True]})
     learn = build_learner(make_loaders(table, ["a", "b"], 32, 2, torch.device("cpu"), 0), arch)

@@ -1,4 +1,4 @@
-"""The main job through the command line: what a fit does, prints and writes."""
+"""What `xray-fastai fit` does, prints and writes."""
 
 import contextlib
 import csv
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from fastai.vision.all import Callback
 
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import FitConfig, fit, load_learner
@@ -37,7 +38,7 @@ def network(arch, seed=0):
 
 
 def cached_weights(arch, tmp_path, monkeypatch):
-    """A file of random weights where torch hub would have put torchvision's."""
+    """Write random weights at the place of torchvision's in torch hub's cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     state = network(arch).state_dict()
@@ -45,7 +46,7 @@ def cached_weights(arch, tmp_path, monkeypatch):
     return state
 
 
-def test_a_fit_says_what_it_chose_and_writes_a_whole_export(collection, run):
+def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
     result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", "first")
     assert result.exit_code == 0, result.output
     for words in (
@@ -73,6 +74,7 @@ def test_a_fit_says_what_it_chose_and_writes_a_whole_export(collection, run):
     model = settings_of(export)
     assert model["status"] == "complete" and model["classes"] == ["NORMAL", "PNEUMONIA"]
     assert model["settings"]["epochs"] == 2 and model["settings"]["size"] == 32
+    assert model["calibrated"] is False and model["calibration"].startswith("not calibrated: ")
     assert len(history_of(export)) == 2
 
 
@@ -93,8 +95,8 @@ def test_frozen_then_unfrozen_from_weights_in_torch_hubs_cache(collection, run, 
     assert {row["phase"] for row in history_of(Path("exports/unfrozen"))} == {"unfrozen"}
 
 
-def test_the_frozen_phase_leaves_the_backbone_as_it_was(collection, monkeypatch, tmp_path):
-    """Weights and batch norm's running statistics alike; the head does train."""
+def test_the_frozen_phase_does_not_change_the_backbone(collection, monkeypatch, tmp_path):
+    """Neither its weights nor the statistics of batch norm; the head trains."""
     from fastai.vision.all import ProgressCallback
 
     from xray_fastai.data.dataset import check_files, read_split
@@ -125,7 +127,7 @@ def test_the_frozen_phase_leaves_the_backbone_as_it_was(collection, monkeypatch,
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_architecture_takes_torchvisions_weights_and_loads_back(arch, collection, run, tmp_path):
+def test_every_architecture_reads_torchvisions_weights_and_its_export_loads(arch, collection, run, tmp_path):
     torch.save(network(arch).state_dict(), tmp_path / "weights.pth")
     options = [*QUICK[2:], "--arch", arch, "--batch-size", 20, "--epochs", 1, "--name", arch]
     result = run("fit", "--data", collection, *options, "--weights", tmp_path / "weights.pth")
@@ -146,8 +148,8 @@ def test_early_stopping_ends_each_phase_and_the_best_epoch_is_exported(collectio
         assert phase["end"] == "early stopping" and len(losses) == phase["epochs"] < 30
         assert losses.index(min(losses)) + 1 == phase["best_epoch"] == phase["epochs"] - 2
     lowest = min(range(len(history)), key=lambda i: float(history[i]["valid_loss"]))
-    told = [(row["phase"], int(row["epoch"])) for row in history]
-    kept = told.index((model["best"]["phase"], model["best"]["epoch"]))
+    epochs = [(row["phase"], int(row["epoch"])) for row in history]
+    kept = epochs.index((model["best"]["phase"], model["best"]["epoch"]))
     assert kept >= lowest and model["best"]["valid_loss"] >= float(history[lowest]["valid_loss"])
     assert "No improvement" not in result.stdout
 
@@ -159,7 +161,7 @@ def test_the_weights_are_those_of_the_last_epoch_within_a_standard_error(
     schedule, margin, kept, collection, run, monkeypatch
 ):
     normal, other = (sorted(collection.glob(f"train/{name}/*"))[::2] for name in ("NORMAL", "PNEUMONIA"))
-    for paths, folder in ((normal, other[0].parent), (other, normal[0].parent)):  # the classes tell nothing now
+    for paths, folder in ((normal, other[0].parent), (other, normal[0].parent)):  # now the labels are random
         for path in paths:
             path.rename(folder / f"swapped-{path.name}")
     monkeypatch.setattr("xray_fastai.training.callbacks.standard_error", lambda *_: margin)
@@ -168,12 +170,12 @@ def test_the_weights_are_those_of_the_last_epoch_within_a_standard_error(
     assert result.exit_code == 0, result.output
     losses = [float(row["valid_loss"]) for row in history_of(Path("exports/kept"))]
     best = settings_of(Path("exports/kept"))["best"]
-    lowest = losses.index(min(losses)) + 1  # with classes that tell nothing, rarely the last
+    lowest = losses.index(min(losses)) + 1  # with random labels, rarely the last
     assert best["epoch"] == {"lowest": lowest, "last": 8}[kept]
     assert best["valid_loss"] == losses[best["epoch"] - 1]
     assert ("within a standard error of the lowest" in result.stdout) == (best["epoch"] != lowest)
-    said = Path("exports/kept/report.html").read_text()
-    assert ("within a standard error of the lowest" in said) == (schedule == "adaptive")
+    report = Path("exports/kept/report.html").read_text()
+    assert ("within a standard error of the lowest" in report) == (schedule == "adaptive")
 
 
 def test_the_standard_error_of_a_weighted_loss():
@@ -199,7 +201,15 @@ def test_the_same_seed_gives_the_same_history_to_the_last_digit(collection, run)
 
 def test_the_settings_in_an_export_repeat_its_fit(collection, run):
     assert run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", "a").exit_code == 0
-    again = fit(FitConfig(**(settings_of(Path("exports/a"))["settings"] | {"name": "again"})))
+    rates = []
+
+    class Rates(Callback):
+        def before_fit(self):
+            rates.append([hyper["lr"] for hyper in self.opt.hypers])
+
+    settings = settings_of(Path("exports/a"))["settings"]
+    again = fit(FitConfig(**(settings | {"name": "again"})), callbacks=[Rates()])
+    assert rates == [[settings["lr"]] * 3]  # from scratch, all layers train at the same rate
     assert (again.path / "history.csv").read_text() == Path("exports/a/history.csv").read_text()
 
 
@@ -228,14 +238,14 @@ def test_three_classes(tmp_path, run):
     assert load_learner("exports/three").predict(next((root / "train" / "VIRUS").iterdir()))[2].shape == (3,)
 
 
-def test_a_batch_larger_than_the_training_set_works_with_a_remark(collection, run):
+def test_a_batch_larger_than_the_training_set_is_reduced(collection, run):
     args = ["--weights", "none", "--epochs", 1, "--batch-size", 500]
     result = run("fit", "--data", collection, *QUICK, *args)
     assert result.exit_code == 0, result.output
     assert re.search(r"batch size +36, all training images, instead of 500", result.stdout)
 
 
-def test_skip_bad_goes_on_and_counts(collection, run):
+def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
     for name in ("IM-a.jpeg", "IM-b.jpeg"):
         (collection / "train" / "NORMAL" / name).write_bytes(b"")
     result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--skip-bad")
@@ -255,9 +265,9 @@ def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(number, eve
     for line in process.stdout:
         if re.match(r"unfrozen +3/2000", line):
             break
-    wait_for(lambda: len(members(process.pid)) >= 3, process)  # its loading processes are there
-    seen = members(process.pid)
-    # to the loading processes too, as a terminal does; or to the one process that a user knows
+    wait_for(lambda: len(members(process.pid)) >= 3, process)  # its loading processes have started
+    processes = members(process.pid)
+    # a terminal sends it to the loading processes too; a user sends it to one process
     (os.killpg if everyone else os.kill)(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
@@ -265,14 +275,14 @@ def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(number, eve
     model = json.loads((tmp_path / "exports" / "stopped" / "model.json").read_text())
     assert model["status"] == "interrupted" and model["best"]["epoch"] >= 1
     load_learner(tmp_path / "exports" / "stopped")
-    assert "go on:  xray-fastai fit --resume stopped" in out
+    assert "resume: xray-fastai fit --resume stopped" in out
     wait_for(lambda: not members(process.pid), seconds=5)
     shared = [file.name for file in Path("/dev/shm").glob("torch_*")]  # torch_<process>_...
-    assert not [name for name in shared if name.split("_")[1] in map(str, seen)]
+    assert not [name for name in shared if name.split("_")[1] in map(str, processes)]
 
 
 def members(session: int) -> set[int]:
-    """The processes of a session that live."""
+    """Return the running processes of a session."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -283,7 +293,7 @@ def members(session: int) -> set[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_training_leaves_nothing(number, collection, start, tmp_path):
+def test_a_signal_before_training_leaves_no_files(number, collection, start, tmp_path):
     process = start("fit", "--data", collection, *QUICK, "--weights", "none", cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("exports/.*.partial")), process)
     process.send_signal(number)
@@ -293,7 +303,7 @@ def test_a_signal_before_training_leaves_nothing(number, collection, start, tmp_
     assert not list((tmp_path / "exports").iterdir())
 
 
-def test_a_loss_that_is_not_finite_keeps_the_best_weights(collection, run, refused, monkeypatch):
+def test_a_loss_that_becomes_infinite_keeps_the_best_weights(collection, run, refused, monkeypatch):
     from xray_fastai.training.callbacks import Schedule
 
     monkeypatch.setattr(Schedule, "scale", lambda self, epochs, step: 1.0 if epochs < 1 else 1e36)
@@ -304,7 +314,7 @@ def test_a_loss_that_is_not_finite_keeps_the_best_weights(collection, run, refus
     load_learner("exports/far")
 
 
-def test_a_loss_that_is_never_finite_leaves_nothing(collection, run, refused, tmp_path):
+def test_a_loss_that_is_never_finite_leaves_no_files(collection, run, refused, tmp_path):
     state = network("resnet18").state_dict()
     state["conv1.weight"] *= 1e38
     torch.save(state, tmp_path / "huge.pth")
@@ -314,7 +324,7 @@ def test_a_loss_that_is_never_finite_leaves_nothing(collection, run, refused, tm
 
 
 def test_help_and_version_are_instant(start):
-    """No torch and no fastai: what takes seconds is imported where it works."""
+    """They import neither torch nor fastai."""
     code = (
         "import sys; from xray_fastai.cli.main import app\n"
         "try: app(sys.argv[1:], prog_name='xray-fastai')\n"

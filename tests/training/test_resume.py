@@ -1,4 +1,4 @@
-"""A fit that was killed, interrupted or starved goes on to what it would have given, and loses nothing on the way."""
+"""A fit that was killed, interrupted or out of memory resumes to the same result as an uninterrupted one."""
 
 import json
 import os
@@ -14,18 +14,19 @@ import torch
 import torchvision
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from tests.test_fit import history_of
+from tests.training.test_fit import history_of
 from xray_fastai import load_learner
 from xray_fastai.export.run_folder import reopen, reserve
 from xray_fastai.training.checkpoint import read_json, write_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
-BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth in validation
+BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth of validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
+CHECKPOINTS = "xray_fastai.training.checkpoint:Checkpoints"
 END = "xray_fastai.training.loop:save_between_phases@1"
-# The longer it trains, the worse it gets: the frozen phase is stopped early, after the rate was cut, and has the best
-# epoch; the unfrozen phase ends with its last.
+# The longer it trains, the worse it becomes: early stopping ends the frozen phase after the rate was cut, and the best
+# epoch is in it; the unfrozen phase reaches its last epoch.
 SETTINGS = {
     "data": "data", "valid": "folder", "arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu",
     "freeze_epochs": 20, "epochs": 2, "patience": 3, "lr": 0.2,
@@ -33,9 +34,9 @@ SETTINGS = {
 
 
 class Fits:
-    """Runs fits in forked children (`forked_fits.py`), all on one collection whose validation labels are swapped.
+    """Runs fits in forked children (`forked_fits.py`) on a collection whose validation labels are swapped.
 
-    Pretrained weights are random ones, in a file where torch hub has ImageNet's.
+    The pretrained weights are random, in a file at the place of torch hub's ImageNet weights.
     """
 
     def __init__(self, root: Path):
@@ -55,7 +56,7 @@ class Fits:
         )  # fmt: skip
 
     def __call__(self, code: int = 0, do: dict | None = None, **settings) -> str:
-        """What a fit wrote on the terminal; its exit code is checked."""
+        """Check the exit code of a fit, and return what it printed."""
         print(json.dumps({"fit": settings} | (do or {})), file=self.process.stdin, flush=True)
         result = json.loads(self.process.stdout.readline())
         assert result["code"] == code, result["output"]
@@ -73,22 +74,22 @@ def fits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(fits):
-    """The export of a fit that nothing happened to."""
+    """The export of an uninterrupted fit."""
     fits(**SETTINGS, name="whole")
     return fits.exports / "whole"
 
 
 @pytest.fixture(scope="module")
 def killed(fits):
-    """What is left of a fit that was killed after its fourth epoch: two checkpoints of the frozen phase."""
-    at = "xray_fastai.training.checkpoint:Checkpoints._write@4"  # those before it are on the disk
+    """The folder of a fit that was killed after its fourth epoch: two checkpoints of the frozen phase."""
+    at = f"{CHECKPOINTS}._write@4"  # the earlier ones are written
     fits(-signal.SIGKILL, {"do": "kill", "at": at}, **SETTINGS, name="crashed")
     return (fits.exports / ".crashed.partial").rename(fits.root / ".crashed.partial")
 
 
 @pytest.fixture
 def crashed(killed, fits, monkeypatch):
-    """The same, to be changed, in a folder of exports of its own."""
+    """A copy of it in a separate folder of exports, which a test may change."""
     exports = Path("exports")
     shutil.copytree(killed, exports / ".crashed.partial", copy_function=os.link)
     (Path("data")).symlink_to(fits.root / "data")
@@ -96,12 +97,12 @@ def crashed(killed, fits, monkeypatch):
     return exports
 
 
-def going_on(output: str) -> str:
-    return re.search(r"^going on +with (.*)$", output, re.M)[1]
+def resumed(output: str) -> str:
+    return re.search(r"^resuming +(.*)$", output, re.M)[1]
 
 
 def same(a: Path, b: Path) -> None:
-    """Two exports of the same history and weights, bit for bit, and of what follows from them."""
+    """Check that two exports have bit for bit the same history and weights, and the same results."""
     assert (a / "history.csv").read_bytes() == (b / "history.csv").read_bytes()
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     models = [settings_of(path) for path in (a, b)]
@@ -111,65 +112,69 @@ def same(a: Path, b: Path) -> None:
     assert sorted(path.name for path in a.iterdir()) == sorted(path.name for path in b.iterdir())
 
 
-KILLED = [  # when, where that is in a process that goes on from the kill before, and what it says it goes on from
-    ("before anything was kept but the settings", "xray_fastai.training.fit:read_collection@1", None),
-    ("in the first epoch", f"{BATCH}@3", "from the beginning: no epoch had been completed"),
+KILLED = [  # when; the place in a process that resumes after the previous kill; where that process resumes
+    ("before anything but the settings is written", "xray_fastai.training.fit:read_collection@1", None),
+    ("in the first epoch", f"{BATCH}@3", "from the beginning: no epoch was completed"),
     (
         "while the second checkpoint is written",
-        "xray_fastai.training.checkpoint:checked@5",
-        "from the beginning: no epoch had been completed",
+        "xray_fastai.training.checkpoint:checksum@5",
+        "from the beginning: no epoch was completed",
     ),
-    ("before a checkpoint has its name", "os:replace@4", "after frozen epoch 1"),
+    ("before a checkpoint gets its name", "os:replace@4", "after frozen epoch 1"),
     ("in the validation of the fourth epoch", f"{BATCH}@18", "after frozen epoch 1"),
-    ("between the phases, before that is kept", END, "after frozen epoch 3"),
+    ("between the phases, before that checkpoint", END, "after frozen epoch 3"),
     ("in the next phase", f"{BATCH}@11", "after frozen epoch 3"),
-    ("while old files are removed", "pathlib:Path.unlink@1", "after the frozen phase"),
+    (
+        "before old files are deleted",
+        f"{CHECKPOINTS}._delete_all_but@1",
+        "after the frozen phase",
+    ),
     ("in the last epoch", f"{BATCH}@9", "after the frozen phase"),
-    ("before the end is kept", END, "after unfrozen epoch 1"),
+    ("before the checkpoint of the end", END, "after unfrozen epoch 1"),
     ("while the export is written", "xray_fastai.training.finish:plot_curves@1", "after unfrozen epoch 1"),
 ]
 
 
-def test_killed_again_and_again_it_ends_as_if_nothing_had_been(fits, whole):
+def test_a_fit_killed_many_times_gives_the_result_of_an_uninterrupted_one(fits, whole):
     for when, where, place in KILLED:
         settings = {"resume": "killed"} if place else SETTINGS | {"name": "killed"}
         output = fits(-signal.SIGKILL, {"do": "kill", "at": where}, **settings)
-        assert place is None or going_on(output) == f"killed {place}", when
-    assert going_on(fits(resume="killed")) == "killed after the unfrozen phase"
+        assert place is None or resumed(output) == f"killed {place}", when
+    assert resumed(fits(resume="killed")) == "killed after the unfrozen phase"
     same(whole, fits.exports / "killed")
     assert not list(fits.exports.glob(".killed*"))
     model = settings_of(whole)
     assert [phase["end"] for phase in model["training"]["phases"]] == ["early stopping", "reaching its last epoch"]
     assert model["best"]["phase"] == "frozen"
     rates = [float(row["lr"]) for row in history_of(whole) if row["phase"] == "frozen"]
-    assert rates[-1] < rates[-2] < rates[0]  # it was cut
+    assert rates[-1] < rates[-2] < rates[0]  # the rate was cut
 
 
-def test_terminated_and_gone_on_with_it_is_the_same_under_another_name(fits, whole):
-    """As a cluster does that needs its machine back; the interrupted export is one to work with meanwhile."""
+def test_a_terminated_fit_resumes_under_another_name(fits, whole):
+    """As on a cluster that needs the machine for another job; meanwhile the interrupted export can be used."""
     at = {"do": "terminate", "at": f"{BATCH}@27"}  # in the unfrozen phase's first epoch
     output = fits(**{"do": at} | SETTINGS, name="preempted")
     path = fits.exports / "preempted"
-    assert re.search(r"^go on:  xray-fastai fit --resume preempted \(.*/checkpoint, \d+ MB; delete", output, re.M)
+    assert re.search(r"^resume: xray-fastai fit --resume preempted \(needs .*/checkpoint, \d+ MB; delete", output, re.M)
     assert settings_of(path)["status"] == "interrupted"
     load_learner(path)
     assert len({file.stat().st_mode for file in (path / "checkpoint").iterdir()}) == 1
     output = fits(resume="preempted")
-    assert going_on(output) == "preempted after the frozen phase, as preempted-2"
+    assert resumed(output) == "preempted after the frozen phase, as preempted-2"
     same(whole, fits.exports / "preempted-2")
     assert not (path / "checkpoint").exists()
     seconds = [settings_of(export)["training"]["seconds"] for export in (path, fits.exports / "preempted-2")]
     assert seconds[1] > seconds[0] / 2  # the frozen phase of the first process counts
 
 
-def test_a_disk_that_fills_up_at_a_checkpoint(fits, whole):
-    """A limit on the size of files stands for the full disk: Adam's averages of all layers don't fit."""
+def test_a_full_disk_at_a_checkpoint(fits, whole):
+    """A limit on the size of files simulates it: Adam's averages of all layers do not fit."""
     output = fits(1, {"limit": 60_000_000}, **SETTINGS, name="full")
     (line,) = [line for line in output.splitlines() if "UserError" in line]
     assert "exports/.full.partial: a checkpoint could not be written (File too large); free space" in line
-    assert "go on by 'xray-fastai fit --resume full', or delete exports/.full.partial" in output
-    assert not list(fits.exports.glob(".full.partial/checkpoint/*.tmp"))
-    assert going_on(fits(resume="full")) == "full after the frozen phase"
+    assert "'xray-fastai fit --resume full', or delete exports/.full.partial" in output
+    assert not list(fits.exports.glob(".full.partial/checkpoint/.*"))
+    assert resumed(fits(resume="full")) == "full after the frozen phase"
     same(whole, fits.exports / "full")
 
 
@@ -179,17 +184,17 @@ def test_a_folder_that_vanishes(fits, whole):
     assert "exports/.gone.partial: a checkpoint could not be written (No such file or directory)" in output
     assert "fit --resume gone" in output
     (fits.root / "vanished").rename(fits.exports)
-    assert going_on(fits(resume="gone")) == "gone after frozen epoch 1"
+    assert resumed(fits(resume="gone")) == "gone after frozen epoch 1"
     same(whole, fits.exports / "gone")
 
 
 def test_out_of_memory_the_batch_is_halved(fits):
-    at = {"do": "starve", "at": f"{LOSS}@8", "most": 7}  # in the second epoch's second batch
+    at = {"do": "starve", "at": f"{LOSS}@8", "max_images": 7}  # in the second epoch's second batch
     output = fits(**{"do": at} | SETTINGS | {"freeze_epochs": 2, "epochs": 1}, name="starved")
     assert re.findall(r"^out of memory in (.*)$", output, re.M) == [
-        "training: 4 images at once instead of 8, the gradients of 8 summed up for a step; "
-        "going on after frozen epoch 1",
-        "validation: 4 images at once instead of 8; going on after frozen epoch 1",
+        "training: batches of 4 instead of 8 images, gradients summed over 8 images for each step; "
+        "resuming after frozen epoch 1",
+        "validation: batches of 4 instead of 8 images; resuming after frozen epoch 1",
     ]
     model = settings_of(fits.exports / "starved")
     assert model["status"] == "complete" and model["settings"]["batch_size"] == 8
@@ -198,25 +203,26 @@ def test_out_of_memory_the_batch_is_halved(fits):
 
 
 def test_out_of_memory_while_features_are_computed_the_batch_is_halved(fits):
-    at = {"do": "starve", "at": "torch.nn:Flatten.forward@2", "most": 7}  # in the second batch
+    at = {"do": "starve", "at": "torch.nn:Flatten.forward@2", "max_images": 7}  # in the second batch
     output = fits(**{"do": at} | SETTINGS | {"freeze_epochs": 2, "epochs": 1}, name="starved-early")
     assert re.findall(r"^out of memory in (.*)$", output, re.M) == [
-        "training: 4 images at once instead of 8, the gradients of 8 summed up for a step; going on from the beginning",
-        "validation: 4 images at once instead of 8; going on from the beginning",
+        "training: batches of 4 instead of 8 images, gradients summed over 8 images for each step; "
+        "resuming from the beginning",
+        "validation: batches of 4 instead of 8 images; resuming from the beginning",
     ]
     assert settings_of(fits.exports / "starved-early")["status"] == "complete"
 
 
-def test_out_of_memory_with_one_image_is_told(fits):
+def test_out_of_memory_with_one_image_is_an_error(fits):
     at = {"do": "starve", "at": f"{LOSS}@1"}
     output = fits(**{"do": at} | SETTINGS, code=1, name="starved-out")
-    assert "out of memory on cpu (1 thread) even with one image at once; try a --size below 32" in output
+    assert "out of memory on cpu (1 thread) even with one image in a batch; try a --size below 32" in output
     assert not list(fits.exports.glob(".starved*"))
 
 
 @pytest.mark.parametrize("weights", [None, [3.0, 1.0]], ids=["alike", "weighted"])
-def test_parts_of_a_batch_give_its_step(weights):
-    """A network without batch norm; the last of the 22 images make no batch of eight."""
+def test_parts_of_a_batch_give_the_step_of_the_whole(weights):
+    """With a network without batch norm; the last 6 of 22 images make no batch of eight."""
     from fastai.vision.all import SGD, DataLoader, DataLoaders, Learner
 
     from xray_fastai.model.learner import CalibratedCrossEntropy
@@ -247,12 +253,12 @@ def test_parts_of_a_batch_give_its_step(weights):
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.unlink()  # it is a link to what others need
+    path.unlink()  # other tests need the file that it links to
     path.write_bytes(content)
 
 
-def test_the_newest_run_and_its_last_whole_checkpoint_are_gone_on_with(crashed, run):
-    """From where the same images are now; without the name of a run."""
+def test_resume_takes_the_newest_run_and_its_last_undamaged_checkpoint(crashed, run):
+    """Without the name of a run, and with the same images in another folder."""
     checkpoint = shutil.copytree(crashed / ".crashed.partial", crashed / ".newer.partial") / "checkpoint"
     os.utime(checkpoint / "settings.json")
     (crashed / ".gone.lock").touch()
@@ -260,8 +266,10 @@ def test_the_newest_run_and_its_last_whole_checkpoint_are_gone_on_with(crashed, 
     Path("data").rename("moved")
     result = run("fit", "--resume", "--data", "moved")
     assert result.exit_code == 0, result.output
-    assert "00003.json: damaged (00003.head.safetensors is not as it was written); going on from" in result.stdout
-    assert going_on(result.stdout) == "newer after frozen epoch 2"
+    assert (
+        "00003.json: damaged (00003.head.safetensors has changed since it was written); resuming from" in result.stdout
+    )
+    assert resumed(result.stdout) == "newer after frozen epoch 2"
     assert sorted(path.name for path in crashed.iterdir()) == [".crashed.partial", "newer"]
     assert settings_of(crashed / "newer")["settings"]["data"] == "moved"
 
@@ -269,16 +277,19 @@ def test_the_newest_run_and_its_last_whole_checkpoint_are_gone_on_with(crashed, 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--resume", "crashed", "--epochs", 5, "--lr", 1], ["--epochs, --lr: can't change"]),
-        (["--resume", "nosuch"], ["--resume nosuch: no such run in exports", "unfinished there: crashed"]),
-        (["--resume", "done"], ["--resume done: exports/done is finished", "unfinished in exports: crashed"]),
+        (
+            ["--resume", "crashed", "--epochs", 5, "--lr", 1],
+            ["--epochs: cannot change when crashed is resumed; leave out epochs, lr,"],
+        ),
+        (["--resume", "nosuch"], ["--resume nosuch: no such run in exports", "unfinished runs: crashed"]),
+        (["--resume", "done"], ["--resume done: exports/done is finished", "unfinished runs in exports: crashed"]),
         (["--resume", "--exports", "other"], ["--resume: no unfinished run in other"]),
-        (["--resume", "empty"], ["exports/.empty.partial stopped before anything was kept", "delete it"]),
-        (["--name", "crashed"], ["exports/.crashed.partial", "go on with it by 'xray-fastai fit --resume crashed'"]),
+        (["--resume", "empty"], ["exports/.empty.partial stopped before its first checkpoint", "delete it"]),
+        (["--name", "crashed"], ["exports/.crashed.partial", "resume it by 'xray-fastai fit --resume crashed'"]),
         (["--resume", "crashed", "--data", "other"], ["--data other: no such folder"]),
     ],
 )
-def test_what_can_not_be_gone_on_with_is_told(args, words, crashed, run, refused):
+def test_what_cannot_be_resumed_is_refused(args, words, crashed, run, refused):
     (crashed / "done").mkdir()
     (crashed / ".empty.partial").mkdir()
     refused(run("fit", *args), *words)
@@ -289,13 +300,13 @@ def test_what_can_not_be_gone_on_with_is_told(args, words, crashed, run, refused
     ("name", "given", "there", "new"),
     [
         ("seed-2", "seed-2", ["seed-1"], "seed-2-2"),  # the user's own number
-        ("seed-2", "seed", ["seed"], "seed-3"),  # that of a fit that went on already
+        ("seed-2", "seed", ["seed"], "seed-3"),  # the number of a fit that was resumed already
         ("seed", "seed", [], "seed-2"),
         ("2026-11-23_12-34-05", None, [], "2026-11-23_12-34-05-2"),
         ("2026-11-23_12-34-05-2", None, [], "2026-11-23_12-34-05-3"),
     ],
 )
-def test_what_goes_on_with_an_interrupted_fit_takes_no_other_name(name, given, there, new):
+def test_a_resumed_export_takes_the_next_free_name(name, given, there, new):
     for other in there:
         Path("exports", other).mkdir(parents=True)
     kept = Path("exports", name, "checkpoint")
@@ -306,7 +317,7 @@ def test_what_goes_on_with_an_interrupted_fit_takes_no_other_name(name, given, t
         assert (run.name, found.name) == (new, name)
 
 
-def test_images_that_changed_are_told(crashed, run, refused):
+def test_changed_images_are_refused(crashed, run, refused):
     shutil.copytree("data", "changed")
     run_it = ["fit", "--resume", "crashed", "--data", "changed"]
     image = sorted(Path("changed/train/NORMAL").iterdir())[0]
@@ -322,17 +333,17 @@ def test_damaged_checkpoints_are_refused(suffix, crashed, run, refused):
     assert len(list(folder.glob(f"[0-9]*.{suffix}"))) == (3 if suffix == "head.safetensors" else 2)
     for path in folder.glob(f"[0-9]*.{suffix}"):
         damage(path)
-    refused(run("fit", "--resume", "crashed"), "damaged", "no other is whole", "delete exports/.crashed.partial")
+    refused(run("fit", "--resume", "crashed"), "damaged", "and so are the others", "delete exports/.crashed.partial")
     assert folder.is_dir()
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [(1, "an older version (format 1); start anew"), (99, "a newer version")]
+    ("version", "words"), [(1, "an older version (format 1), which cannot be resumed"), (99, "a newer version")]
 )
 def test_a_checkpoint_of_another_version_is_refused(version, words, crashed, run, refused):
     settings = crashed / ".crashed.partial" / "checkpoint" / "settings.json"
     kept = read_json(settings)
-    settings.unlink()  # it is linked to other tests' file
+    settings.unlink()  # other tests need the file that it links to
     write_json(settings, kept | {"format": version})
     refused(run("fit", "--resume"), str(settings), words)
 
@@ -345,19 +356,19 @@ def test_a_checkpoint_that_would_run_code_is_not_unpickled(crashed, run, refused
     refused(run("fit", "--resume", "crashed"), "settings.json: damaged", "delete exports/.crashed.partial")
 
 
-def test_a_run_that_another_fit_is_at_is_left_alone(crashed, run, refused):
+def test_a_run_that_another_fit_uses_is_refused(crashed, run, refused):
     link = crashed / ".crashed.partial"
     with reserve("exports", "other") as other:
         shutil.copytree(link / "checkpoint", other.checkpoint, copy_function=os.link)
-        refused(run("fit", "--resume", "other"), "--resume other: another fit is at it now")
-        refused(run("fit", "--name", "other"), "--name other", "belongs to a fit that runs now")
+        refused(run("fit", "--resume", "other"), "--resume other: another fit is resuming this run")
+        refused(run("fit", "--name", "other"), "--name other", "a running fit writes")
         other.resumable = True
         result = run("fit", "--data", "nowhere")
         assert "unfinished    exports/.crashed.partial of 2" in result.stdout and "other" not in result.stdout
-        assert "go on with it by 'xray-fastai fit --resume crashed', or delete it" in result.stdout
+        assert "resume it with 'xray-fastai fit --resume crashed', or delete it" in result.stdout
 
 
-def test_too_little_space_is_told_before_training(fits, crashed, run, refused, monkeypatch):
+def test_too_little_space_is_refused_before_training(fits, crashed, run, refused, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000_000))
     result = run("fit", "--data", "data", *QUICK, "--valid", "folder", "--name", "big")

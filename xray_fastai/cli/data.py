@@ -1,4 +1,4 @@
-"""The commands `xray-fastai data …`."""
+"""Defines the commands `xray-fastai data …`."""
 
 import shlex
 from pathlib import Path
@@ -6,26 +6,35 @@ from typing import Annotated
 
 import typer
 
-from xray_fastai.cli.options import command, option
+from xray_fastai.cli.command import Command
+from xray_fastai.cli.options import option_of
+from xray_fastai.config import FitConfig
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.files import cache_dir, check_new
+from xray_fastai.system.text import count_of
 
-data_app = typer.Typer(help="Data sets: get the public one, check one, draw a synthetic one.", no_args_is_help=True)
+data_app = typer.Typer(help="Check a data set, download the public one, or draw a synthetic one.", no_args_is_help=True)
+
+NewFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")]
 
 
-@data_app.command()
-@command
+@data_app.command(cls=Command)
 def check(
-    folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="[default: ./chest_xray, else phantom]")] = None,
-    patient_pattern: Annotated[str | None, option("patient_pattern", metavar="REGEX")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all that was found as JSON.")] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Folder of the data set. [default: ./chest_xray, else phantom]"),
+    ] = None,
+    patient_pattern: Annotated[str | None, option_of(FitConfig, "patient_pattern")] = FitConfig.patient_pattern,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     fix: Annotated[
         Path | None, typer.Option(metavar="LIST.csv", help="Write a list of the files to leave out, for fit --exclude.")
     ] = None,
 ) -> None:
-    """What is wrong with a data set. Exit code 1 where something would spoil a result."""
+    """Find what is wrong with a data set.
+
+    The exit code is 1 if something would make the results wrong.
+    """
     from xray_fastai.data.audit.check import check_data
-    from xray_fastai.system.files import check_new
-    from xray_fastai.system.text import count_of
 
     if fix is not None:
         check_new(fix, "fix")
@@ -34,66 +43,68 @@ def check(
     if fix is not None:
         result.write_fix(fix)
         if not json:
-            told = f"{'written':<9}{fix}, {count_of(len(result.left_out), 'file')} to leave out"
-            print(told + (": look it through, then" if result.left_out else ""))
-        if not json and result.left_out:
-            options = [] if folder is None else ["--data", str(folder)]
-            print(f"{'':9}{shlex.join(['xray-fastai', 'fit', *options, '--exclude', str(fix)])}")
+            _print_fix(folder, fix, len(result.left_out))
     if not result.ok:
         raise typer.Exit(1)
 
 
-@data_app.command()
-@command
-def download(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet, or empty.")] = Path(
-        "chest_xray"
-    ),
-    url: Annotated[str | None, typer.Option(metavar="URL", help="Another address of the archive.")] = None,
-    archive: Annotated[Path | None, typer.Option(metavar="FILE", help="Unpack a .zip that is here already.")] = None,
-) -> None:
-    """Get the public collection (5,856 X-rays, 1.2 GB, CC BY 4.0) into DIR/{train,test}/{NORMAL,PNEUMONIA}.
+def _print_fix(folder: Path | None, fix: Path, count: int) -> None:
+    line = f"{'written':<9}{fix}, {count_of(count, 'file')} to leave out"
+    if count == 0:
+        print(line)
+        return
+    print(f"{line}; read the list, then run")
+    options = [] if folder is None else ["--data", str(folder)]
+    print(f"{'':9}{shlex.join(['xray-fastai', 'fit', *options, '--exclude', str(fix)])}")
 
-    A download that broke off is gone on with by the same command.
+
+@data_app.command(cls=Command)
+def download(
+    folder: NewFolder = Path("chest_xray"),
+    url: Annotated[str | None, typer.Option(metavar="URL", help="Download the archive from this address.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Unpack this .zip file instead of downloading it.")
+    ] = None,
+) -> None:
+    """Download the public data set (5,856 X-rays, 1.2 GB, CC BY 4.0) into DIR/{train,test}/{NORMAL,PNEUMONIA}.
+
+    To resume an interrupted download, run the same command again.
     """
     from xray_fastai.data.sources.kermany import obtain
 
     print(obtain(folder, url, archive))
 
 
-@data_app.command()
-@command
+@data_app.command(cls=Command)
 def phantom(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet, or empty.")],
-    images: Annotated[int, typer.Option(help="How many.")] = 600,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
+    folder: NewFolder,
+    images: Annotated[int, typer.Option(help="Number of images.")] = 600,
+    seed: Annotated[int, typer.Option(help="Random seed.", min=0)] = 0,
 ) -> None:
-    """Draw synthetic chest X-rays into DIR/{train,val,test}/{NORMAL,PNEUMONIA}: for rehearsal and tests."""
+    """Draw synthetic chest X-rays into DIR/{train,val,test}/{NORMAL,PNEUMONIA}, for rehearsals and tests."""
     from xray_fastai.data.sources.phantom import write
 
     try:
         write(folder, images, seed)
     except FileExistsError:
-        raise UserError(f"{folder}: is there already and not empty; give a new folder") from None
+        raise UserError(f"{folder}: already exists and is not empty; give a new folder") from None
     except ValueError as error:
-        raise UserError(f"{error}", option="images", value=images) from None
+        raise UserError(str(error), option="images", value=images) from None
     except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror})") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
     print(f"{images} synthetic X-rays in {folder}; next: xray-fastai fit --data {folder}")
 
 
-@data_app.command()
-@command
+@data_app.command(cls=Command)
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete them.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete the decoded images.")] = False,
 ) -> None:
-    """The decoded images that fits keep in the user's cache folder: how many files, where, how large."""
+    """Show the decoded images that fits keep in the user's cache folder: where, how many, how large."""
     from rich.filesize import decimal
 
     from xray_fastai.data import pixel_cache
-    from xray_fastai.system.files import cache_dir
-    from xray_fastai.system.text import count_of
 
     files = pixel_cache.cache_files()
     size = pixel_cache.clear() if clear else sum(file.stat().st_size for file in files)
-    print(f"{cache_dir()}: {decimal(size)} in {count_of(len(files), 'file')}" + (", deleted" if clear else ""))
+    deleted = ", deleted" if clear else ""
+    print(f"{cache_dir()}: {decimal(size)} in {count_of(len(files), 'file')}{deleted}")

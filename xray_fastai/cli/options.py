@@ -1,64 +1,60 @@
-"""What commands share: how they end, and options that are told of once, in `config`."""
+"""Makes a command's options of the fields of `FitConfig` or `PredictConfig`."""
 
 import inspect
-import os
-import sys
-import warnings
 from collections.abc import Callable
-from functools import wraps
+from dataclasses import Field, fields
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from xray_fastai.config import HELP
-from xray_fastai.system import distributed
-from xray_fastai.system.errors import UserError
-from xray_fastai.system.signals import ignore_closed_output
+from xray_fastai.config import setting_of
 
-DEBUG = "XRAY_FASTAI_DEBUG"
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def command(function: Callable) -> Callable:
-    """One line and exit code 1 for what the user can mend, 130 for Ctrl-C; never a traceback, unless asked for."""
+def settings_from(config: type) -> Callable[[Function], Function]:
+    """Replace `**settings` in a command's signature by one option for each field of `config`.
 
-    @wraps(function)
-    def wrapped(*args, **kwargs):
-        if DEBUG not in os.environ:
-            warnings.simplefilter("ignore")  # the libraries' notes to developers
-        try:
-            distributed.check_command(function.__name__)
-            return function(*args, **kwargs)
-        except UserError as error:
-            text = error.on_command_line({*inspect.signature(function).parameters, "class"})
-            distributed.tell("; ".join([f"Error: {text}", *getattr(error, "__notes__", [])]))
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt as stop:
-            what = "; ".join(getattr(stop, "__notes__", ["nothing was written."]))
-            distributed.tell(f"\nStopped; {what}")
-            raise typer.Exit(143 if type(stop).__name__ == "Terminated" else 130) from None
-        except typer.Exit:
-            distributed.finish()
-            raise
-        except BrokenPipeError:
-            raise typer.Exit(ignore_closed_output()) from None
-        except Exception as error:
-            if DEBUG in os.environ:
-                sys.stderr = sys.__stderr__ if distributed.rank() else sys.stderr
-                raise
-            text = str(error).splitlines()[0] if str(error) else ""
-            distributed.tell(
-                f"Error: unexpected {type(error).__name__}: {text}. This is a bug in xray-fastai: please report it "
-                f"with what {DEBUG}=1 shows."
+    typer reads the signature. The options come after the function's positional parameters and before its keyword-only
+    ones, and so they stand in `--help`.
+    """
+
+    def decorate(function: Function) -> Function:
+        before, after = [], []
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                after.append(parameter)
+            elif parameter.kind is not parameter.VAR_KEYWORD:
+                before.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+        options = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=Annotated[field.type, _option(field)],
             )
-            raise typer.Exit(1) from None
+            for field in fields(config)
+        ]
+        signature = inspect.Signature([*before, *options, *after], return_annotation=None)
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        function.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
+        return function
 
-    return wrapped
+    return decorate
 
 
-def option(name: str, **kwargs):
-    return typer.Option(f"--{name.replace('_', '-')}", help=HELP[name], **kwargs)
+def option_of(config: type, name: str) -> Any:
+    """Return typer's description of one field as an option."""
+    return _option(next(field for field in fields(config) if field.name == name))
 
 
-def one_of(*choices: str) -> Callable:
+def one_of(*choices: str) -> Callable[[str | None], str | None]:
+    """Return typer's callback that accepts only these values.
+
+    Raises:
+        BadParameter: the value is another one; the exit code is 2.
+    """
+
     def check(value: str | None) -> str | None:
         if value is not None and value not in choices:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.")
@@ -67,5 +63,14 @@ def one_of(*choices: str) -> Callable:
     return check
 
 
-def choice(name: str, choices: tuple[str, ...]):
-    return option(name, callback=one_of(*choices), metavar="|".join(choices) if len(choices) < 5 else "NAME")
+def _option(field: Field[Any]) -> Any:
+    setting, option = setting_of(field), f"--{field.name.replace('_', '-')}"
+    if field.default is True:
+        option = f"{option}/--no{option[1:]}"
+    details: dict[str, Any] = {"help": setting.help, "metavar": setting.metavar}
+    if setting.choices:
+        details["callback"] = one_of(*setting.choices)
+        details["metavar"] = "|".join(setting.choices) if len(setting.choices) < 5 else "NAME"
+    if setting.is_closed:  # typer has no open ranges: those are checked by `config` alone
+        details |= {"min": setting.min, "max": setting.max}
+    return typer.Option(option, **details)

@@ -1,5 +1,4 @@
-"""One picture of many X-rays, each beside its heat map: the original at its own aspect ratio, what is true, what the
-model calls it, with which probability and loss."""
+"""Draw X-rays in one picture, each in its own aspect ratio beside its heat map, with its true and predicted class."""
 
 import os
 from collections.abc import Iterator
@@ -16,19 +15,20 @@ from PIL import Image
 from xray_fastai.data.images import open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model
+from xray_fastai.system.text import shorten
 
 DPI = 130
 LIMIT = 100
-"""Images in one picture; with more it would be neither opened nor looked through."""
+"""Images in one picture; nobody would look through a larger one."""
 
 BATCH = 32
-THUMBNAIL = 1024  # longest side, in pixels, at which an image waits to be drawn
+THUMBNAIL = 1024  # longest side, in pixels, of the images kept in memory until they are drawn
 INK, PALE, WRONG, RIGHT = "#1c2733", "#5d6b78", "#b3201f", "#1d6b3a"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An image and what is said of it."""
+    """An image with its heat map and its caption."""
 
     image: Image.Image
     cam: np.ndarray  # (h, w)
@@ -40,14 +40,14 @@ class Cell:
 
 
 def make_cells(model: Model, rows: pd.DataFrame) -> Iterator[Cell]:
-    """Images with their Grad-CAM for the class called.
+    """Compute the Grad-CAM of images for their predicted classes.
 
     Args:
         model: an export.
         rows: path, truth, prediction, probability and loss of each image.
 
     Raises:
-        ImageError: an image can't be read.
+        ImageError: an image cannot be read.
     """
 
     def thumbnail(path: str) -> Image.Image:
@@ -67,29 +67,28 @@ def make_cells(model: Model, rows: pd.DataFrame) -> Iterator[Cell]:
 
 
 def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, path: Path) -> None:
-    """Draw cells, row by row from the top left, as a PNG.
+    """Draw cells as a PNG, row by row from the top left.
 
-    The fewer they are the larger they get: one fills the width, a hundred stand five in a row, each image about
-    230 pixels wide.
+    Few cells are drawn large: one fills the width. A hundred are drawn five in a row, each image about 230 pixels wide.
 
     Args:
         cells: at least one, at most `LIMIT`.
         title: one line.
-        notes: two lines on what is seen.
+        notes: two lines that explain the picture.
         footer: one line.
         path: of the PNG.
     """
     columns, width = next(
         (columns, width)
-        for most, columns, width in [(1, 1, 10.5), (4, 2, 14.0), (9, 3, 16.0), (16, 4, 18.0), (LIMIT, 5, 20.0)]
-        if len(cells) <= most
+        for max_cells, columns, width in [(1, 1, 10.5), (4, 2, 14.0), (9, 3, 16.0), (16, 4, 18.0), (LIMIT, 5, 20.0)]
+        if len(cells) <= max_cells
     )
     margin, gap, point = 0.35, 0.32, 10 / 72  # inches
     pair = (width - 2 * margin - (columns - 1) * gap) / columns
-    widest = (pair - 0.06) / 2
+    max_width = (pair - 0.06) / 2
     aspects = [cell.image.width / cell.image.height for cell in cells]
-    tallest = widest / min(1.6, max(0.8, float(np.quantile(aspects, 0.25))))
-    sizes = [(min(widest, tallest * aspect), min(tallest, widest / aspect)) for aspect in aspects]
+    max_height = max_width / min(1.6, max(0.8, float(np.quantile(aspects, 0.25))))
+    sizes = [(min(max_width, max_height * aspect), min(max_height, max_width / aspect)) for aspect in aspects]
     rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
     caption = 4.9 * point
     heights = [caption + max(sizes[i][1] for i in row) + gap for row in rows]
@@ -98,17 +97,17 @@ def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, pat
 
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
 
-    def text(x: float, y: float, words: str, **style) -> None:
-        """Write at inches from the top left."""
+    def text(x: float, y: float, line: str, **style) -> None:
+        """Write at a position in inches from the top left."""
         style = {"fontsize": 9.5, "color": INK, **style}
-        figure.text(x / width, 1 - y / height, words, va="top", parse_math=False, **style)
+        figure.text(x / width, 1 - y / height, line, va="top", parse_math=False, **style)
 
     def paste(image: Image.Image, x: float, y: float) -> None:
         bottom = round((height - y) * DPI) - image.height
         figure.figimage(np.asarray(image.convert("RGB")), round(x * DPI), bottom, origin="upper")
 
-    fits = int((width - 2 * margin) / 0.122)
-    text(margin, 0.22, shorten(title, fits), fontsize=14, weight="bold")
+    max_title = int((width - 2 * margin) / 0.122)  # characters
+    text(margin, 0.22, shorten(title, max_title), fontsize=14, weight="bold")
     for i, note in enumerate(notes):
         text(margin, 0.55 + 1.5 * i * point, note, color=PALE)
     top = header
@@ -116,15 +115,15 @@ def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, pat
         for column, i in enumerate(row):
             cell, x = cells[i], margin + column * (pair + gap)
             wrong = cell.prediction != cell.truth
-            words = int(pair / 0.088)  # characters of a line
-            name = words - 26
+            max_line = int(pair / 0.088)  # characters
+            max_name = max_line - 26
             text(x, top, f"{i + 1}", weight="bold", color=PALE)
-            verdict = f"{'✗' if wrong else '✓'} called {shorten(cell.prediction, name)} {cell.probability:.3f}"
+            verdict = f"{'✗' if wrong else '✓'} predicted {shorten(cell.prediction, max_name)} {cell.probability:.3f}"
             indent = 0.13 + 0.1 * len(str(i + 1))
             text(x + indent, top, verdict, weight="bold", color=WRONG if wrong else RIGHT)
-            mute = "" if cell.cam.any() else ", map empty"
-            text(x, top + 1.55 * point, f"is {shorten(cell.truth, name)}, loss {cell.loss:.3f}{mute}")
-            text(x, top + 3.0 * point, shorten(cell.name, words), color=PALE)
+            empty = "" if cell.cam.any() else ", map empty"
+            text(x, top + 1.55 * point, f"true {shorten(cell.truth, max_name)}, loss {cell.loss:.3f}{empty}")
+            text(x, top + 3.0 * point, shorten(cell.name, max_line), color=PALE)
             size = tuple(max(1, round(side * DPI)) for side in sizes[i])
             image = cell.image.resize(size, Image.Resampling.LANCZOS)
             paste(image, x, top + caption)
@@ -132,12 +131,3 @@ def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, pat
         top += row_height
     text(margin, height - foot + 0.08, footer, color=PALE)
     figure.savefig(path, dpi=DPI)
-
-
-def shorten(name: str, length: int) -> str:
-    """A name for one line: the middle of a long one is left out, since files are told apart by both ends."""
-    name = "".join(character if character.isprintable() else "?" for character in name)
-    if len(name) <= length:
-        return name
-    head = (length - 1) // 2
-    return f"{name[:head]}…{name[len(name) - (length - 1 - head) :]}"

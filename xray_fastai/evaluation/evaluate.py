@@ -1,6 +1,13 @@
-"""An export, predicting images whose truth is known, becomes metrics with intervals, a table of predictions, plots."""
+"""Evaluate an export on images whose class is known: metrics with intervals, a table of predictions, plots.
+
+evaluation-<split>/metrics.json      the metrics, and what they were computed on
+                   predictions.csv   all images of the split
+                   *.png             `evaluation.plots`
+"""
 
 import math
+import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,21 +22,43 @@ from xray_fastai.evaluation.evaluation_result import Evaluation
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
-from xray_fastai.inference.tta import Views
-from xray_fastai.metrics import RESAMPLES, Interval, Measured, Scored, measure
+from xray_fastai.inference.tta import describe as describe_tta
+from xray_fastai.metrics.intervals import RESAMPLES, Interval, Measured, measure
+from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import replaced
 
 FORMAT = 1
 """The layout of `metrics.json`."""
-METRICS, PREDICTIONS = "metrics.json", "predictions.csv"
+METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.csv"
 SPLITS = {
     "test": None,
     "valid": "fit chose its epoch, temperature and threshold on this split: expect less of new images",
     "train": "the model was trained on these images: expect less of new ones",
 }
-"""What can be evaluated, and what to hold against it."""
+"""The splits that can be evaluated, and why a result on one is too good."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is evaluated, and how; checked."""
+
+    model: Model
+    data: str  # the folder, or the name of the data set that `fit` used
+    split: str
+    images: pd.DataFrame  # path, patient, label
+    calibrated: bool  # whether to apply the temperature
+    threshold: float | None  # given by the user; None is the one that `fit` chose
+    tta: bool
+
+    @property
+    def operating_points(self) -> dict[str, float | None]:
+        """The thresholds by name; of more than two classes, `chosen` without one."""
+        if len(self.model.classes) != 2:
+            return {"chosen": None}
+        chosen = self.model.threshold_of(self.calibrated) if self.threshold is None else self.threshold
+        return {"0.5": 0.5, "chosen": chosen}
 
 
 def evaluate(
@@ -44,48 +73,38 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
 ) -> Evaluation:
-    """Metrics with 95 % intervals, predictions and plots, written to `evaluation-<split>/` in the export.
+    """Compute metrics with 95 % intervals, and write them with predictions and plots to `evaluation-<split>/`.
 
     Args:
         model: the export's folder; None is the newest in ./exports.
         data: the folder that holds the split; None is the one that `fit` used.
         split: test, valid (the images that `fit` validated on) or train.
-        threshold: from which probability on an image is called positive; auto is the one that `fit` chose.
-        uncalibrated: leave out the temperature. The threshold that `fit` chose is then moved with it.
+        threshold: an image is predicted positive from this probability on; auto is the one that `fit` chose.
+        uncalibrated: leave out the temperature. The threshold that `fit` chose is then converted, so that it decides
+            the same.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
-        output: the folder to write `evaluation-<split>/` into instead of the export.
+        output: the folder to write `evaluation-<split>/` into, instead of the export.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 (`inference.open_model`).
 
     Raises:
-        UserError: no export, no such images, one that can't be read, or nowhere to write to; by name.
+        UserError: no export, no such images, an image that cannot be read, or a folder that cannot be written to.
     """
     if split not in SPLITS:
         raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
     given = _threshold(threshold)
     opened = open_model(model, device, precision)
-    table = labelled_images(opened.settings, data, split)
-    if table.empty:
-        raise UserError("no image is left in it without those that fit validated on", option="split", value=split)
-    thresholds = _operating_points(opened, given, uncalibrated)
-    final = Path(opened.path if output is None else output) / f"evaluation-{split}"
-    with replaced(final, METRICS) as folder:
-        views = Views() if tta else None
-        logits = predict_all(opened, table.path, views)
-        probabilities = opened.probabilities(logits, not uncalibrated)
-        truth = np.array([opened.classes.index(label) for label in table.label])
-        positive = opened.classes.index(opened.positive) if len(opened.classes) == 2 else None
-        scored = Scored(truth, probabilities, pd.factorize(table.patient)[0], positive)
-        called = {name: opened.decide(probabilities, at) for name, at in thresholds.items()}
-        measured = measure(scored, called)
-        summary = _summary(opened, data, split, uncalibrated, thresholds, scored, called, measured) | {"tta": tta}
-        predictions = _predictions(opened.classes, table, scored, called["chosen"])
-        about = _about(opened, summary, given) | ({} if views is None else {"tta": str(views)})
-        result = Evaluation(final, summary, predictions, about)
-        (folder / METRICS).write_text(result.to_json() + "\n", encoding="utf-8")
-        # a file name may hold bytes that are no text
-        predictions.to_csv(folder / PREDICTIONS, index=False, encoding="utf-8", errors="backslashreplace")
-        plots.plot_evaluation(folder, summary, scored, measured)
+    images = labelled_images(opened.settings, data, split)
+    if images.empty:
+        raise UserError("no image is left without those that fit validated on", option="split", value=split)
+    if given is not None and len(opened.classes) != 2:
+        message = f"the export has {len(opened.classes)} classes and predicts the most probable one; leave it out"
+        raise UserError(message, option="threshold", value=f"{given:g}")
+    source = opened.settings["data"]["name"] if data is None else str(data)
+    request = _Request(opened, source, split, images, not uncalibrated, given, tta)
+    folder = Path(opened.path if output is None else output) / f"evaluation-{split}"
+    with replaced(folder, METRICS_FILE) as partial:
+        result = _evaluate(request, folder, partial)
     write_report(opened.path, output)
     return result
 
@@ -102,45 +121,51 @@ def _threshold(text: str | float) -> float | None:
     return value
 
 
-def _operating_points(model: Model, given: float | None, uncalibrated: bool) -> dict[str, float | None]:
-    """The thresholds; one without a number where there are more than two classes."""
-    if len(model.classes) != 2:
-        if given is not None:
-            raise UserError(
-                f"of {len(model.classes)} classes the most probable is called", option="threshold", value=f"{given:g}"
-            )
-        return {"chosen": None}
-    return {"0.5": 0.5, "chosen": model.threshold_of(not uncalibrated) if given is None else given}
+def _evaluate(request: _Request, folder: Path, partial: Path) -> Evaluation:
+    """Predict, measure, and write the files into `partial`, which becomes `folder`."""
+    start = time.perf_counter()
+    scored = _predict(request)
+    seconds = time.perf_counter() - start
+    y_pred = {name: request.model.decide(scored.y_prob, at) for name, at in request.operating_points.items()}
+    measured = measure(scored, y_pred)
+    summary = _summary(request, scored, y_pred, measured)
+    about = _about(request, summary) | ({"tta": describe_tta(seconds)} if request.tta else {})
+    predictions = _predictions(request, scored, y_pred["chosen"])
+    result = Evaluation(folder, summary, predictions, about)
+    (partial / METRICS_FILE).write_text(result.to_json() + "\n", encoding="utf-8")
+    # a file name may hold bytes that are no text
+    predictions.to_csv(partial / PREDICTIONS_FILE, index=False, encoding="utf-8", errors="backslashreplace")
+    plots.plot_evaluation(partial, summary, scored, measured)
+    return result
 
 
-def _predictions(classes: list[str], table: pd.DataFrame, scored: Scored, called: np.ndarray) -> pd.DataFrame:
-    """An image a row; `loss` is the negative log-likelihood of its true class."""
-    of_truth = scored.probabilities[np.arange(len(table)), scored.truth]
+def _predict(request: _Request) -> Scored:
+    model, images = request.model, request.images
+    y_prob = model.probabilities(predict_all(model, images.path, request.tta), request.calibrated)
+    y_true = np.array([model.classes.index(label) for label in images.label])
+    positive = model.classes.index(model.positive) if len(model.classes) == 2 else None
+    return Scored(y_true, y_prob, pd.factorize(images.patient)[0], positive)
+
+
+def _predictions(request: _Request, scored: Scored, y_pred: np.ndarray) -> pd.DataFrame:
+    """Return a row for each image; `loss` is the negative log-likelihood of its true class."""
+    classes, images = request.model.classes, request.images
     return pd.DataFrame(
         {
-            "path": table.path,
-            "patient": table.patient,
-            "truth": table.label,
-            "prediction": np.array(classes)[called],
-            **{f"p_{name}": scored.probabilities[:, k] for k, name in enumerate(classes)},
-            "loss": -np.log(np.maximum(of_truth, np.finfo(np.float64).tiny)),
+            "path": images.path,
+            "patient": images.patient,
+            "truth": images.label,
+            "prediction": np.array(classes)[y_pred],
+            **{f"p_{name}": scored.y_prob[:, k] for k, name in enumerate(classes)},
+            "loss": losses(scored.y_prob, scored.y_true),
         }
     )
 
 
-def _summary(
-    model: Model,
-    data: str | Path | None,
-    split: str,
-    uncalibrated: bool,
-    thresholds: dict[str, float | None],
-    scored: Scored,
-    called: dict[str, np.ndarray],
-    measured: Measured,
-) -> dict[str, Any]:
-    """What `metrics.json` holds."""
-    classes = range(scored.classes)
-    images, patients = len(scored.truth), int(scored.patients.max()) + 1
+def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], measured: Measured) -> dict[str, Any]:
+    """Return the content of `metrics.json`."""
+    model, classes = request.model, range(scored.classes)
+    images, patients = len(scored.y_true), int(scored.patients.max()) + 1
     over = f"{patients:,} patients" if patients < images else f"{patients:,} patients, an image each"
     intervals = f"95 % intervals: bootstrap over {over}, {RESAMPLES:,} resamples"
     return {
@@ -148,29 +173,31 @@ def _summary(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model.path.resolve().name,
         "architecture": model.settings["architecture"],
-        "split": split,
-        "data": model.settings["data"]["name"] if data is None else str(data),
+        "split": request.split,
+        "data": request.data,
         "images": images,
         "patients": patients,
-        "counts": {model.classes[k]: int((scored.truth == k).sum()) for k in classes},
-        "calibrated": model.calibrated and not uncalibrated,
+        "counts": {model.classes[k]: int((scored.y_true == k).sum()) for k in classes},
+        "calibrated": model.calibrated and request.calibrated,
         "temperature": model.temperature,
         "positive": None if scored.positive is None else model.positive,
         "intervals": intervals if patients > 1 else "no intervals: the images are of one patient",
         "operating_points": {
             name: {
-                "threshold": at,
+                "threshold": threshold,
                 "metrics": _plain(measured.points[name]),
-                "confusion": confusion_matrix(scored.truth, called[name], labels=classes).tolist(),
+                "confusion": confusion_matrix(scored.y_true, y_pred[name], labels=classes).tolist(),
             }
-            for name, at in thresholds.items()
+            for name, threshold in request.operating_points.items()
         },
         "metrics": _plain(measured.free),
+        "tta": request.tta,
     }
 
 
-def _about(model: Model, summary: dict[str, Any], given: float | None) -> dict[str, str]:
-    positive = summary["positive"]
+def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:
+    """Return what is evaluated on what, for the first lines on the terminal."""
+    model, positive = request.model, summary["positive"]
     counts = ", ".join(f"{c} {n:,}{' (positive)' if c == positive else ''}" for c, n in summary["counts"].items())
     about = {
         "model": f"{model.path}: {summary['architecture']}",
@@ -183,11 +210,11 @@ def _about(model: Model, summary: dict[str, Any], given: float | None) -> dict[s
         else "uncalibrated",
     }
     if positive is None:
-        about["metrics"] = "mean over the classes that the split has, each against the rest"
+        about["metrics"] = "mean over the classes in the split, each against the rest"
     else:
-        threshold = summary["operating_points"]["chosen"]["threshold"]
-        about["threshold"] = f"{threshold:.4g}, " + ("given" if given is not None else model.settings["calibration"])
-        if given is None and model.calibrated and threshold != model.threshold:
+        threshold, given = summary["operating_points"]["chosen"]["threshold"], request.threshold is not None
+        about["threshold"] = f"{threshold:.4g}, " + ("given" if given else model.settings["calibration"])
+        if not given and model.calibrated and threshold != model.threshold:
             about["threshold"] += f" ({model.threshold:.4g} on calibrated probabilities)"
     if warning := SPLITS[summary["split"]]:
         about["note"] = warning
@@ -197,6 +224,7 @@ def _about(model: Model, summary: dict[str, Any], given: float | None) -> dict[s
 
 
 def _plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float | None]]:
+    """Return intervals for JSON, which has no NaN: null instead."""
     return {
         name: {key: None if math.isnan(number) else number for key, number in interval._asdict().items()}
         for name, interval in intervals.items()

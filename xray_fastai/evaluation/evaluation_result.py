@@ -1,8 +1,6 @@
-"""What an evaluation found: a table for people, JSON for programs, data frames for notebooks."""
+"""The result of an evaluation: a table for people, JSON for programs, data frames for notebooks."""
 
-import base64
 import json
-import textwrap
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -12,72 +10,71 @@ import pandas as pd
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.evaluation.plots import FILES
-from xray_fastai.metrics import TITLES
-
-WIDTH = 80
+from xray_fastai.metrics.points import title_of
+from xray_fastai.system.text import WIDTH, data_uri, format_interval, shorten, wrap
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good a model is on one split; prints as a table."""
+    """The metrics of a model on one split. Prints as a table; shows table and plots in a notebook."""
 
-    path: Path  # the folder that was written
+    path: Path  # the folder that holds the files
     summary: dict[str, Any] = field(repr=False)  # metrics.json
     predictions: pd.DataFrame = field(repr=False)  # predictions.csv
     about: dict[str, str] = field(repr=False)  # what was evaluated on what, for people
 
     @property
     def operating_points(self) -> dict[str, pd.DataFrame]:
-        """By operating point, `0.5` and `chosen`: its metrics, with the columns value, low and high."""
+        """The metrics of each operating point (`0.5`, `chosen`), with the columns value, low and high."""
         return {name: _frame(point["metrics"]) for name, point in self.summary["operating_points"].items()}
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """All metrics by name, with the columns value, low and high: at the chosen threshold where it matters."""
+        """All metrics by name, with the columns value, low and high; at the chosen threshold where they need one."""
         return pd.concat([self.operating_points["chosen"], _frame(self.summary["metrics"])])
 
     @property
     def confusion(self) -> pd.DataFrame:
-        """Counts at the chosen threshold, a row for each true class and a column for each predicted one."""
+        """The confusion matrix at the chosen threshold: a row for each true class, a column for each predicted."""
         classes = list(self.summary["counts"])
         counts = self.summary["operating_points"]["chosen"]["confusion"]
         return pd.DataFrame(counts, pd.Index(classes, name="truth"), pd.Index(classes, name="prediction"))
 
     def to_json(self) -> str:
-        """What `metrics.json` holds; an undefined value is null."""
+        """Return the content of `metrics.json`; an undefined value is null."""
         return json.dumps(self.summary, indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         lines = [DISCLAIMER, ""]
         for name, text in self.about.items():
-            lines += _wrapped(f"{name:<15}", text)
+            lines += wrap(text, f"{name:<15}")
         columns, rows = self._cells()
         lines += ["", f"{'':<28}" + "".join(f"{column:<26}" for column in columns).rstrip()]
-        lines += [f"{TITLES[name]:<28}" + "".join(f"{cell:<26}" for cell in cells).rstrip() for name, cells in rows]
+        lines += [f"{title_of(name):<28}" + "".join(f"{cell:<26}" for cell in cells).rstrip() for name, cells in rows]
         lines += [
             "",
             f"{'confusion':<28}{columns[-1]}",
             *self._confusion_lines(),
             "",
-            *_wrapped("", self.summary["intervals"]),
+            *wrap(self.summary["intervals"]),
         ]
         if any(interval["low"] is not None and interval["low"] == interval["high"] for interval in self._intervals()):
-            lines += _wrapped("", "An interval of no width had no error to resample: it does not mean certainty.")
-        lines += ["", *_wrapped(f"{'written':<15}", str(self.path)), DISCLAIMER]
+            lines += wrap("An interval without width does not mean certainty: there was no error to resample.")
+        lines += ["", *wrap(str(self.path), f"{'written':<15}"), DISCLAIMER]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         columns, rows = self._cells()
         width = len(columns)
         table = pd.DataFrame(
-            [cells + [""] * (width - len(cells)) for _, cells in rows], [TITLES[name] for name, _ in rows], columns
+            [cells + [""] * (width - len(cells)) for _, cells in rows], [title_of(name) for name, _ in rows], columns
         )
         about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in self.about.items())
         images = ""
         for file, alternative in FILES.items():
             if (self.path / file).is_file():
-                data = base64.b64encode((self.path / file).read_bytes()).decode()
-                images += f'<img src="data:image/png;base64,{data}" alt="{alternative}" style="max-width: 48%">'
+                uri = data_uri((self.path / file).read_bytes(), "image/png")
+                images += f'<img src="{uri}" alt="{alternative}" style="max-width: 48%">'
         intervals = escape(self.summary["intervals"])
         return (
             f"<p>{DISCLAIMER}</p><dl>{about}</dl>{table.to_html()}<p>{intervals}</p>{self.confusion.to_html()}{images}"
@@ -88,7 +85,7 @@ class Evaluation:
         return [interval for part in parts for interval in part.values()]
 
     def _cells(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
-        """The heads of the columns, and of each metric its name and its cells; those free of a threshold have one."""
+        """Return the titles of the columns, and each metric's name and cells: one cell where it needs no threshold."""
         points = self.summary["operating_points"]
         if points["chosen"]["threshold"] is None:
             columns, points = ["the most probable class"], [points["chosen"]]
@@ -101,22 +98,20 @@ class Evaluation:
 
         def cell(name: str, interval: dict) -> str:
             if interval["value"] is None:
-                return "one class only" if one_class and name not in ("ppv", "npv") else "never so called"
-            if interval["low"] is None:
-                return f"{interval['value']:.3f}"
-            return f"{interval['value']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
+                return "one class only" if one_class and name not in ("ppv", "npv") else "none predicted"
+            return format_interval(**interval)
 
         rows = [(name, [cell(name, point["metrics"][name]) for point in points]) for name in points[0]["metrics"]]
         return columns, rows + [(name, [cell(name, i)]) for name, i in self.summary["metrics"].items()]
 
     def _confusion_lines(self) -> list[str]:
-        """The confusion matrix; where names above it are too wide, numbers stand for them."""
+        """Return the confusion matrix; numbers replace the names of classes above it where these are too wide."""
         counts = self.confusion.to_numpy()
-        names = [name if len(name) <= 24 else f"{name[:21]}..." for name in self.confusion.index]
+        names = [shorten(name, 24) for name in self.confusion.index]
         numbers = [str(i) for i in range(1, len(names) + 1)]
-        truly = [f"truly {name}" for name in names]
+        true = [f"true {name}" for name in names]
         numbered = [f"{i} {name}" for i, name in zip(numbers, names, strict=True)]
-        for rows, heads in ((truly, [f"called {name}" for name in names]), (numbered, numbers)):
+        for rows, heads in ((true, [f"predicted {name}" for name in names]), (numbered, numbers)):
             first = max(map(len, rows))
             widths = [max(len(head), len(str(counts.max()))) + 2 for head in heads]
             if first + sum(widths) <= WIDTH:
@@ -130,8 +125,3 @@ class Evaluation:
 
 def _frame(intervals: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(intervals, orient="index", dtype=float).rename_axis("metric")
-
-
-def _wrapped(head: str, text: str) -> list[str]:
-    """Lines of 80 columns, indented by the head's width; a path breaks where it must."""
-    return textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)

@@ -1,41 +1,42 @@
-"""The pictures that `fit` draws: learning curves, and a batch as the network sees it."""
+"""Draw learning curves, and a batch as the network sees it."""
 
 import math
 import re
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from torch import Tensor
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from xray_fastai.system.text import format_number
 
 FIRST, SECOND, FROZEN, UNFROZEN, GREY = "#7a8794", "#0b6e99", "#d98200", "#c8102e", "#667788"
 THEME = {FIRST: "var(--first)", SECOND: "var(--second)", FROZEN: "var(--warn)", UNFROZEN: "var(--bad)"}
 THEME |= {GREY: "var(--muted)", "#000000": "currentColor"}
-"""What stands for the colours of the curves in a report."""
+"""The CSS variables that replace the colours of the curves in a report."""
 
 
 def plot_curves(history: list[dict], path: Path, kept: dict | None = None) -> None:
-    """Training and validation loss of all phases in one picture; phase change, best epochs and the kept one marked.
+    """Draw training and validation loss of all phases, and mark phase change, best epochs and the exported epoch.
 
     Args:
-        history: a row an epoch, with the keys `phase`, `epoch`, `train_loss`, `valid_loss`.
-        path: of the PNG.
+        history: a row for each epoch, with the keys `phase`, `epoch`, `train_loss`, `valid_loss`.
+        path: the PNG to write.
         kept: `phase` and `epoch` of the weights that are exported.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     _draw_curves(figure.add_subplot(), history, {"train_loss": "training loss", "valid_loss": "validation loss"}, kept)
     figure.savefig(path, dpi=130)
 
 
-def _draw_curves(axes: "Axes", history: list[dict], columns: dict[str, str], kept: dict | None) -> None:
-    """Columns of the history, under their labels; of `valid_loss` the best epochs are marked, and the kept one."""
-    import pandas as pd
-
+def _draw_curves(axes: Axes, history: list[dict], columns: dict[str, str], kept: dict | None) -> None:
+    """Draw columns of the history under their labels; on `valid_loss` mark the best epochs and the exported one."""
     table = pd.DataFrame(history, columns=["phase", "epoch", *columns])
     table["x"] = range(1, len(table) + 1)
     values = table[list(columns)].apply(pd.to_numeric, errors="coerce").astype(float)
@@ -63,31 +64,27 @@ def _draw_curves(axes: "Axes", history: list[dict], columns: dict[str, str], kep
     axes.spines[["top", "right"]].set_visible(False)
     if "valid_loss" in columns:
         axes.set(ylabel="weighted cross-entropy")
-        usual = 5 * values.median(axis=None)  # one epoch that ran away would flatten all others
-        cut = values.max(axis=None) > usual > 0
-        axes.set_ylim(0, usual if cut else None)
+        limit = 5 * values.median(axis=None)  # one diverged epoch would flatten the curve of all others
+        cut = values.max(axis=None) > limit > 0
+        axes.set_ylim(0, limit if cut else None)
         if cut:
             axes.set(ylabel="weighted cross-entropy\n(higher is cut off)")
     if len(table):
         axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, handlelength=1.6)
 
 
-def plot_batch(images: "Tensor", labels: Sequence[str], path: Path, most: int = 24) -> None:
-    """A grid of images as the network sees them, each above its class.
+def plot_batch(images: Tensor, labels: Sequence[str], path: Path, max_images: int = 24) -> None:
+    """Draw a grid of images as the network sees them, each above its class.
 
     From fastai: `x, y = dls.one_batch(); plot_batch(x, [dls.vocab[i] for i in y], path)`.
 
     Args:
         images: (B, 3, H, W), normalised by ImageNet's statistics, or (B, 1, H, W) from 0 to 1; on any device.
-        labels: (B,) names of their classes.
-        path: of the PNG.
-        most: images to show, the first ones.
+        labels: (B,), the names of their classes.
+        path: the PNG to write.
+        max_images: how many to draw, from the first on.
     """
-    import matplotlib
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-
-    pixels = images[:most].detach().float().cpu().numpy()  # (B, 3 or 1, H, W)
+    pixels = images[:max_images].detach().float().cpu().numpy()  # (B, 3 or 1, H, W)
     if pixels.shape[1] == 3:
         mean, deviation = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 3, 1, 1)
         pixels = pixels * deviation + mean
@@ -108,39 +105,26 @@ def plot_batch(images: "Tensor", labels: Sequence[str], path: Path, most: int = 
 
 
 def svg_curves(history: list[dict], kept: dict | None = None) -> list[dict[str, str]]:
-    """The learning curves as SVG elements whose colours are CSS variables, so that they suit light and dark."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    wanted = [
+    """Return the learning curves as SVG elements. Their colours are CSS variables, for a light and a dark theme."""
+    plots = [
         ("Loss", {"train_loss": "training loss", "valid_loss": "validation loss"}),
         ("Validation metrics", {"accuracy": "accuracy", "roc_auc": "ROC AUC"}),
     ]
     curves = []
-    for title, columns in wanted if history else []:
+    for title, columns in plots if history else []:
         figure, stream = Figure(figsize=(4.5, 3.3), layout="constrained"), StringIO()
         _draw_curves(figure.add_subplot(), history, columns, kept)
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
             figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         svg = stream.getvalue()
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-        svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would hold for the whole report
+        svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would apply to the whole report
         for colour, variable in THEME.items():
             svg = svg.replace(colour, variable)
         first, last = history[0], history[-1]
-        told = "; ".join(
-            f"{label} from {number(first.get(c))} to {number(last.get(c))}" for c, label in columns.items()
+        changes = "; ".join(
+            f"{label} from {format_number(first.get(c))} to {format_number(last.get(c))}"
+            for c, label in columns.items()
         )
-        curves.append({"title": title, "svg": svg, "alt": f"{title} over {len(history)} epochs: {told}."})
+        curves.append({"title": title, "svg": svg, "alt": f"{title} over {len(history)} epochs: {changes}."})
     return curves
-
-
-def number(value: Any) -> str:
-    """Three decimals for what has decimals; text and what is not there as they are."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int) or (value.is_integer() and abs(value) > 10):
-        return f"{value:,.0f}"
-    return f"{value:.3f}" if 5e-4 <= abs(value) < 1e4 or value == 0 else f"{value:.2g}"

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: confusion matrix, ROC curve, precision-recall curve, reliability diagram."""
+"""Draw the plots of an evaluation: confusion matrix, ROC curve, precision-recall curve, reliability diagram."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from xray_fastai.metrics import BINS, FALSE_POSITIVE_RATES, Curve, Interval, Measured, Scored
+from xray_fastai.metrics.intervals import Curve, Measured
+from xray_fastai.metrics.points import FALSE_POSITIVE_RATES
+from xray_fastai.metrics.scored import BINS, Scored
+from xray_fastai.system.text import format_interval, shorten
 
 FILES = {
     "confusion.png": "Confusion matrix",
@@ -17,7 +20,7 @@ FILES = {
     "precision_recall.png": "Precision-recall curve",
     "reliability.png": "Reliability diagram",
 }
-"""What is drawn, with its alternative text."""
+"""The files, each with its alternative text."""
 
 _COLOURS = ("#0b6e99", "#c8102e", "#d98200", "#4b8b3b", "#7a4f9a", "#7a8794")
 
@@ -26,8 +29,8 @@ def plot_evaluation(folder: Path, summary: dict[str, Any], scored: Scored, measu
     """Draw all of `FILES`.
 
     Args:
-        folder: that they are written into.
-        summary: as in `metrics.json`.
+        folder: to write them into.
+        summary: the content of `metrics.json`.
         scored: the images.
         measured: their metrics.
     """
@@ -63,8 +66,8 @@ def _confusion(summary: dict[str, Any]) -> Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     at = "the most probable class" if chosen["threshold"] is None else f"threshold {chosen['threshold']:.4g}"
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("truth", labelpad=8)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class", labelpad=8)
     _title(axes, f"Confusion at {at}" if chosen["threshold"] is not None else f"Confusion, {at}", summary)
     return figure
 
@@ -73,8 +76,8 @@ def _roc(summary: dict[str, Any], scored: Scored, measured: Measured) -> Figure:
     figure, axes = _square(measured)
     axes.plot([0, 1], [0, 1], color="#999", linestyle=":", linewidth=1)
     for curve, style, name in _curves(summary, scored, measured):
-        false, true, _ = roc_curve(curve.positives, curve.scores, drop_intermediate=True)
-        axes.plot(false, true, **style, label=f"{name or 'AUC'} {_interval(curve.auc)}")
+        false_positive_rate, sensitivity, _ = roc_curve(curve.positives, curve.scores, drop_intermediate=True)
+        axes.plot(false_positive_rate, sensitivity, **style, label=f"{name or 'AUC'} {format_interval(*curve.auc)}")
         if len(measured.curves) <= len(_COLOURS):
             band = None if scored.positive is None else "95 % interval of the curve"
             axes.fill_between(
@@ -91,8 +94,8 @@ def _precision_recall(summary: dict[str, Any], scored: Scored, measured: Measure
     figure, axes = _square(measured)
     for curve, style, name in _curves(summary, scored, measured):
         precision, recall, _ = precision_recall_curve(curve.positives, curve.scores, drop_intermediate=True)
-        # the curve of average precision: steps, since points between two thresholds can't be reached by a line
-        label = f"{name or 'average precision'} {_interval(curve.average_precision)}"
+        # average precision is the area under steps: no threshold reaches the points on a line between two steps
+        label = f"{name or 'average precision'} {format_interval(*curve.average_precision)}"
         axes.step(recall, precision, where="post", **style, label=label)
         share = curve.positives.mean()
         axes.axhline(share, color=style["color"] if scored.positive is None else "#999", linestyle=":", linewidth=1)
@@ -101,7 +104,7 @@ def _precision_recall(summary: dict[str, Any], scored: Scored, measured: Measure
                 f"chance: {share:.2f}", (0.01, share), (0, 3), textcoords="offset points", color="#666", fontsize=8
             )
     for style, metrics in _points(summary, measured):
-        if metrics["ppv"]["value"] is not None:  # none was called positive
+        if metrics["ppv"]["value"] is not None:  # None: no image is predicted positive
             axes.plot(metrics["sensitivity"]["value"], metrics["ppv"]["value"], **style)
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)")
     title = "Average precision" if scored.positive is None else "Precision and recall"
@@ -112,11 +115,11 @@ def _precision_recall(summary: dict[str, Any], scored: Scored, measured: Measure
 def _reliability(summary: dict[str, Any], scored: Scored, measured: Measured) -> Figure:
     figure = Figure(figsize=(5.4, 6.4), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    probability, came_true, bins = scored.confidence
+    probability, outcome, bins = scored.confidence
     counts = np.bincount(bins, minlength=BINS)
     filled = counts > 0
     mean = np.bincount(bins, probability, BINS)[filled] / counts[filled]
-    share = np.bincount(bins, came_true, BINS)[filled] / counts[filled]
+    share = np.bincount(bins, outcome, BINS)[filled] / counts[filled]
     axes.plot([0, 1], [0, 1], color="#999", linestyle=":", linewidth=1, label="perfectly calibrated")
     axes.vlines(mean, mean, share, color="#c8102e", alpha=0.45, linewidth=3, label="gap")
     sizes = 18 + 110 * counts[filled] / counts.max()
@@ -127,8 +130,8 @@ def _reliability(summary: dict[str, Any], scored: Scored, measured: Measured) ->
         below.annotate(f"{counts[k]:,}", ((k + 0.5) * width, counts[k]), (0, 2), textcoords="offset points",
                        ha="center", fontsize=7, color="#444")  # fmt: skip
     below.set_ylim(0, counts.max() * 1.3)
-    of = "the class called" if scored.positive is None else _short(summary["positive"])
-    axes.set(ylabel="share that came true" if scored.positive is None else f"share that is {of}")
+    of = "the predicted class" if scored.positive is None else _short(summary["positive"])
+    axes.set(ylabel="share predicted correctly" if scored.positive is None else f"share that is {of}")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     below.set(xlabel=f"predicted probability of {of}", ylabel="images")
     for part in (axes, below):
@@ -136,13 +139,13 @@ def _reliability(summary: dict[str, Any], scored: Scored, measured: Measured) ->
         part.spines[["top", "right"]].set_visible(False)
     legend = axes.legend(loc="best", fontsize=8, framealpha=0.9, edgecolor="none")
     legend.legend_handles[-1].set_sizes([60])
-    error = _interval(measured.free["expected_calibration_error"])
+    error = format_interval(*measured.free["expected_calibration_error"])
     _title(axes, f"Reliability: calibration error {error}", summary)
     return figure
 
 
 def _square(measured: Measured) -> tuple[Figure, Axes]:
-    """Axes from 0 to 1, with room beside them for the legend of many curves."""
+    """Return axes from 0 to 1, with room beside them for the legend of many curves."""
     figure = Figure(figsize=(5.4 if len(measured.curves) <= len(_COLOURS) else 9.4, 5.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
@@ -152,7 +155,7 @@ def _square(measured: Measured) -> tuple[Figure, Axes]:
 
 
 def _curves(summary: dict[str, Any], scored: Scored, measured: Measured) -> Iterator[tuple[Curve, dict[str, Any], str]]:
-    """Each curve that is defined, how its line looks, and its name; empty where there is one."""
+    """Yield each curve that is defined, the style of its line, and its name (empty where there is one curve)."""
     names = _names(summary)
     for i, curve in enumerate(measured.curves):
         if not np.isnan(curve.auc.value):
@@ -162,11 +165,11 @@ def _curves(summary: dict[str, Any], scored: Scored, measured: Measured) -> Iter
 
 
 def _points(summary: dict[str, Any], measured: Measured) -> Iterator[tuple[dict[str, Any], dict[str, dict]]]:
-    """Of each threshold how its mark looks, and the metrics there; nothing where there is no curve to mark."""
+    """Yield the style of each threshold's mark, and the metrics there; nothing where there is no curve."""
     points = summary["operating_points"]
     for name, point in points.items():
-        again = name == "0.5" and points["chosen"]["threshold"] == 0.5
-        if point["threshold"] is None or again or np.isnan(measured.curves[0].auc.value):
+        duplicate = name == "0.5" and points["chosen"]["threshold"] == 0.5
+        if point["threshold"] is None or duplicate or np.isnan(measured.curves[0].auc.value):
             continue
         style = {"marker": "o", "color": "#c8102e"} if name == "chosen" else {"marker": "s", "color": "#444"}
         label = f"threshold {point['threshold']:.4g}" + (" (chosen)" if name == "chosen" else "")
@@ -174,15 +177,9 @@ def _points(summary: dict[str, Any], measured: Measured) -> Iterator[tuple[dict[
         yield {**style, **line, "label": label}, point["metrics"]
 
 
-def _interval(interval: Interval) -> str:
-    if np.isnan(interval.low):
-        return f"{interval.value:.3f}"
-    return f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
-
-
-def _short(name: str, width: int = 30) -> str:
-    """A name that fits, and that matplotlib takes for no formula."""
-    return (name if len(name) <= width else f"{name[: width - 3]}...").replace("$", r"\$")
+def _short(name: str) -> str:
+    r"""Return a name that fits into a title, with `\$` for `$`, which begins a formula in matplotlib."""
+    return shorten(name, 30).replace("$", r"\$")
 
 
 def _names(summary: dict[str, Any]) -> list[str]:
@@ -197,10 +194,9 @@ def _finish(axes: Axes, title: str, summary: dict[str, Any], measured: Measured,
         axes.legend(frameon=False, loc=corner, fontsize=8)
     else:
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
-    found = (
-        "each class against the rest" if summary["positive"] is None else f"{_short(summary['positive'])} to be found"
-    )
-    _title(axes, f"{title}: {found}", summary)
+    positive = summary["positive"]
+    subject = "each class against the rest" if positive is None else f"detection of {_short(positive)}"
+    _title(axes, f"{title}: {subject}", summary)
 
 
 def _title(axes: Axes, title: str, summary: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""How images were taken, seen by brightness, contrast, sharpness and shape, and how a model does on the unusual ones.
+"""Measure the appearance of images (brightness, contrast, sharpness, shape), and test a model on the unusual ones.
 
-Images of another hospital differ in how they were taken before they differ in anything medical. Where these few numbers
-alone tell the classes apart (sharpness does in the collection that this program was made on, with a ROC AUC of 0.88),
-a network learns them, and random validation images, which share them, don't show it.
+Images of another hospital differ in how they were taken, even where they do not differ medically. Where these few
+numbers alone separate the classes, a network may learn them instead of the disease. In the Kaggle collection sharpness
+alone does, with a ROC AUC of 0.88. Random validation images share this property, so they do not reveal the problem.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from xray_fastai.data.images import open_image
-from xray_fastai.metrics import Scored, measure
+from xray_fastai.metrics.intervals import measure
+from xray_fastai.metrics.scored import Scored
 
 SIDE = 224
-"""Side in pixels at which images are looked at, whatever size the network takes."""
+"""Side in pixels at which appearance is measured, independent of the network's input size."""
 SHARE = 0.1
-"""Of each class, the images that make a group."""
-LEAST = 10
-"""Images of each class below which a group tells nothing."""
+"""The share of each class that is in a group."""
+MIN_IMAGES = 10
+"""Images and patients of each class that a group needs, for its AUC to mean something."""
 GAP = 0.02
-"""A group's AUC this far below that of all images, and its interval below too, is worth a warning; a choice."""
+"""A warning is given where a group's AUC is lower than that of all images by this, and its interval is below too."""
 
 UNLIKE = "least typical"
 NAMES = {
@@ -31,12 +36,12 @@ NAMES = {
     "sharpness": ("blurriest", "sharpest"),
     "aspect": ("narrowest", "widest"),
 }
-"""By what is measured, the groups at its lower and its upper end."""
+"""By feature, the names of the groups with its lowest and its highest values."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """A part of the validation images, and the ROC AUC of the positive class on it with its 95 % interval."""
+    """A group of validation images, and its ROC AUC with its 95 % interval."""
 
     name: str
     images: int
@@ -44,56 +49,59 @@ class Group:
     low: float
     high: float
 
-    def parts_from(self, roc_auc: float) -> bool:
-        """Whether it does clearly worse than all images, whose AUC is given."""
+    def is_worse_than(self, roc_auc: float) -> bool:
+        """Return whether the group is clearly worse than all images, which have this AUC."""
         return self.high < roc_auc and self.roc_auc < roc_auc - GAP
 
 
 def appearance(paths: Sequence[str], aspects: Sequence[float] | None = None) -> pd.DataFrame:
-    """A row an image: `brightness` (mean), `contrast` (standard deviation) and `sharpness` (mean absolute Laplacian) of
-    grey values from 0 to 1, at 224 x 224 px; and `aspect`.
+    """Measure the appearance of images.
 
     Args:
-        paths: of the images.
-        aspects: width / height of each; where all are alike, they are left out.
+        paths: the image files.
+        aspects: width / height of each; left out where all are equal.
+
+    Returns:
+        A row for each image: `brightness` (mean), `contrast` (standard deviation) and `sharpness` (mean absolute
+        Laplacian) of its grey values from 0 to 1 at 224 x 224 pixels, and `aspect`.
 
     Raises:
-        ImageError: one can't be read.
+        ImageError: an image cannot be read.
     """
 
-    def measure(path: str) -> tuple[float, float, float]:
+    def measure_image(path: str) -> tuple[float, float, float]:
         x = np.asarray(open_image(path, SIDE), dtype=np.float32) / 255  # (224, 224)
         laplacian = 4 * x[1:-1, 1:-1] - x[:-2, 1:-1] - x[2:, 1:-1] - x[1:-1, :-2] - x[1:-1, 2:]
         return float(x.mean()), float(x.std()), float(np.abs(laplacian).mean())
 
     with ThreadPoolExecutor() as pool:
-        looks = pd.DataFrame(pool.map(measure, paths), columns=["brightness", "contrast", "sharpness"])
+        looks = pd.DataFrame(pool.map(measure_image, paths), columns=["brightness", "contrast", "sharpness"])
     if aspects is not None and len(set(aspects)) > 1:
         looks["aspect"] = list(aspects)
     return looks
 
 
 def expected_by_appearance(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """How probable the positive class is by appearance alone (N,): a logistic regression, cross-validated by patient.
+    """Predict the probability of the positive class (N,) from appearance alone.
+
+    The model is a logistic regression, cross-validated by patient.
 
     Args:
         looks: from `appearance`.
         positives: (N,), true where the image is of that class.
         patients: (N,), equal for images of one patient.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
     return cross_val_predict(model, looks, positives, groups=patients, cv=folds, method="predict_proba")[:, 1]
 
 
 def unusual(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray, share: float = SHARE) -> dict:
-    """Groups by name, each a boolean (N,): the `share` of each class that is darkest, sharpest, and so on, and the one
-    whose appearance speaks most for the other class ("least typical")."""
+    """Return groups by name, each a boolean array (N,).
+
+    A group holds the `share` of each class that is darkest, sharpest, and so on. The group "least typical" holds the
+    images that by their appearance belong to the other class.
+    """
     sides = {UNLIKE: np.where(positives, 1, -1) * expected_by_appearance(looks, positives, patients)}
     for name, values in looks.items():
         low, high = NAMES[name]
@@ -108,7 +116,7 @@ def unusual(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray, sh
 
 
 def worst_group(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray, scores: np.ndarray) -> Group | None:
-    """The unusual group with the lowest ROC AUC; None where there are too few images for any.
+    """Return the unusual group with the lowest ROC AUC; None where there are too few images.
 
     Args:
         looks: from `appearance`.
@@ -116,13 +124,12 @@ def worst_group(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray
         patients: (N,), equal for images of one patient.
         scores: (N,), the probability of the positive class.
     """
-
     for members in (positives, ~positives):
-        if members.sum() * SHARE < LEAST or len(set(patients[members])) < LEAST:
+        if members.sum() * SHARE < MIN_IMAGES or len(set(patients[members])) < MIN_IMAGES:
             return None
-    found = []
+    groups = []
     for name, chosen in unusual(looks, positives, patients).items():
-        p = scores[chosen]
-        scored = Scored(positives[chosen].astype(int), np.stack([1 - p, p], 1), pd.factorize(patients[chosen])[0], 1)
-        found.append(Group(name, int(chosen.sum()), *measure(scored, {}).free["roc_auc"]))
-    return min((group for group in found if np.isfinite(group.low)), key=lambda group: group.roc_auc, default=None)
+        y_prob = np.stack([1 - scores[chosen], scores[chosen]], axis=1)
+        scored = Scored(positives[chosen].astype(int), y_prob, pd.factorize(patients[chosen])[0], positive=1)
+        groups.append(Group(name, int(chosen.sum()), *measure(scored, {}).free["roc_auc"]))
+    return min((group for group in groups if np.isfinite(group.low)), key=lambda group: group.roc_auc, default=None)

@@ -1,1 +1,1 @@
-"""A run's folder on disk: its schema, safe reading, verification, and the folder while a fit is under way."""
+"""Holds a run on disk: the schema of `model.json`, safe reading, verification, and the folder of a running fit."""

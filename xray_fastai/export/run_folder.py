@@ -1,9 +1,9 @@
-"""A run's folder while its fit is under way: reserved, locked, and recognised when the fit crashed.
+"""Reserves and locks a run's folder while its fit runs, and finds the folders of crashed fits.
 
-    exports/.<run>.partial/    renamed to exports/<run>/ in one step once it is complete
-            .<run>.lock        locked for as long as the fit's process lives: the system frees it when that dies
+    exports/.<run>.partial/    renamed to exports/<run>/ in one step when it is complete
+            .<run>.lock        locked while the fit's process lives; the system frees the lock when the process ends
 
-So a folder that is there without its lock being held is what a crashed fit left, and two fits never share one.
+So a partial folder whose lock is free belongs to a crashed fit, and two fits never share a folder.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ CHECKPOINT, SETTINGS = "checkpoint", "settings.json"
 
 
 class Reservation:
-    """A run's folder while it is being made."""
+    """Describes the folder of a run that is not complete yet."""
 
     def __init__(self, exports: Path, name: str):
         self.exports, self.name = exports, name
@@ -34,31 +34,32 @@ class Reservation:
         self.partial = exports / f".{name}.partial"
         self.lock = exports / f".{name}.lock"
         self.checkpoint = self.partial / CHECKPOINT
-        self.resumable = False  # whether the checkpoint holds an epoch, which is then kept whatever happens
+        self.resumable = False  # whether the checkpoint holds an epoch; then the folder is always kept
 
     @property
     def resume_command(self) -> str:
-        elsewhere = "" if str(self.exports) == "exports" else f" --exports {self.exports}"
-        return f"xray-fastai fit --resume {self.final.name}{elsewhere}"
+        """The command that resumes this run."""
+        option = "" if str(self.exports) == "exports" else f" --exports {self.exports}"
+        return f"xray-fastai fit --resume {self.final.name}{option}"
 
     def publish(self, keep_checkpoint: bool = False) -> Path:
-        """Give the folder its final name; where something took that meanwhile, the next that is free (`<run>-2`)."""
+        """Give the folder its final name; if the name was taken in the meantime, the next free one (`<run>-2`)."""
         others = (self.final.with_name(f"{self.name}-{i}") for i in count(2))
         self.final = next(path for path in chain([self.final], others) if not path.exists())
         os.rename(self.partial, self.final)
         sync_folder(self.exports)
-        if not keep_checkpoint:  # only now: until it had its name, it may have been needed again
+        if not keep_checkpoint:  # not earlier: a crash before the renaming would need it
             shutil.rmtree(self.final / CHECKPOINT, ignore_errors=True)
         return self.final
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What can be gone on with: a crashed fit's folder, or the export of an interrupted one."""
+    """Describes a run that can be resumed: a crashed fit's folder, or the export of an interrupted fit."""
 
     name: str
     path: Path
-    when: float  # of the last checkpoint, in seconds since the epoch
+    when: float  # time of the last checkpoint, in seconds since 1970
 
     @property
     def checkpoint(self) -> Path:
@@ -66,6 +67,7 @@ class Unfinished:
 
     @property
     def usable(self) -> bool:
+        """Whether a checkpoint was written."""
         return (self.checkpoint / SETTINGS).is_file()
 
     def __str__(self) -> str:
@@ -74,25 +76,25 @@ class Unfinished:
 
 @contextlib.contextmanager
 def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> Iterator[Reservation]:
-    """Hold a run's name while it is being made.
+    """Reserve a run's name, and yield its folder.
 
-    What was not published is removed at the end, but for a folder whose checkpoint holds an epoch: that stays, and the
-    error gets a note on how to go on.
+    At the end an unpublished folder is deleted. If its checkpoint holds an epoch, it is kept, and the error gets a note
+    that says how to resume.
 
     Args:
-        exports: the folder that holds the runs; made where it is missing.
-        name: of the run; None takes the date and time.
-        numbered: take the first of `<name>-2`, `<name>-3`, ... that is free.
+        exports: the folder that holds the runs; it is made if it is missing.
+        name: the run's name; None takes the date and time.
+        numbered: take the first free name of `<name>-2`, `<name>-3`, ...
 
     Raises:
-        UserError: the name is taken, or the folder can't be written to.
+        UserError: the name is taken, or the folder cannot be written to.
     """
     exports = Path(exports)
     try:
         exports.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"can't be made ({error.strerror}); give another folder", option="exports", value=exports
+            f"cannot be made ({error.strerror}); give another folder", option="exports", value=exports
         ) from None
     first = name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     others = [f"{first}-{i}" for i in range(2, 100)]
@@ -101,14 +103,14 @@ def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> It
         try:
             lock = acquire(run.lock)
             if lock is None:
-                fault = f"{run.partial} belongs to a fit that runs now; give another name"
+                fault = f"a running fit writes {run.partial}; give another name"
             elif run.final.exists():
-                fault = f"{run.final} is there already; give another name"
+                fault = f"{run.final} already exists; give another name"
             elif run.partial.exists():
-                way = f"go on with it by '{run.resume_command}', or delete it"
-                if not (run.checkpoint / SETTINGS).is_file():
-                    way = "delete it"
-                fault = f"{run.partial} is what a fit left that did not finish; {way}"
+                advice = "delete it"
+                if (run.checkpoint / SETTINGS).is_file():
+                    advice = f"resume it by '{run.resume_command}', or delete it"
+                fault = f"{run.partial} belongs to an unfinished fit; {advice}"
             else:
                 run.partial.mkdir()
                 break
@@ -118,78 +120,76 @@ def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> It
             if lock is not None:
                 release(lock)
             raise UserError(
-                f"can't be written to ({error.strerror}); give another folder", option="exports", value=exports
+                f"cannot be written to ({error.strerror}); give another folder", option="exports", value=exports
             ) from None
     else:
-        raise UserError(f"{fault}", option="name", value=candidate)
+        raise UserError(fault, option="name", value=candidate)
     with _held(run, lock):
         yield run
 
 
 @contextlib.contextmanager
 def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation, Unfinished]]:
-    """Hold an unfinished run again: its own folder, or for an interrupted export a new one beside it (`<run>-2`).
+    """Reserve an unfinished run again: its own folder, or a new one (`<run>-2`) for an interrupted export.
 
     Args:
         exports: the folder that holds the runs.
         name: the run's name, or its folder; None takes the newest unfinished run.
 
     Yields:
-        The folder to write into, and what to go on with.
+        The folder to write into, and the run to resume.
 
     Raises:
-        UserError: no such run, it is complete, or another fit is at it.
+        UserError: there is no such run, it is complete, or another fit resumes it.
     """
     if name is not None and Path(name).parent != Path("."):
         exports, name = Path(name).parent, Path(name).name
     exports = Path(exports)
     if name is not None and (hidden := re.fullmatch(r"\.(.+)\.partial", name)):
         name = hidden[1]
-    there = [run for run in unfinished(exports) if run.usable]
-    listed = ", ".join(run.name for run in there) or "none"
+    resumable = [run for run in unfinished(exports) if run.usable]
+    names = ", ".join(run.name for run in resumable) or "none"
     if name is None:
-        if not there:
+        if not resumable:
             raise UserError(f"no unfinished run in {exports}; start one by 'xray-fastai fit'", option="resume")
-        name = there[0].name
+        name = resumable[0].name
     run = Reservation(exports, name)
-    busy = f"--resume {name}: another fit is at it now; wait for it, or stop that one first"
-    if run.lock.exists() and (probe := acquire(run.lock)) is None:
-        raise UserError(busy)
-    elif run.lock.exists():
-        probe.release()
-    found = next((old for old in there if old.name == name), None)
-    if found is None:
+    busy = UserError("another fit is resuming this run; wait until it ends, or stop it", option="resume", value=name)
+    if run.lock.exists():
+        if (lock := acquire(run.lock)) is None:
+            raise busy
+        lock.release()
+    old = next((old for old in resumable if old.name == name), None)
+    if old is None:
         if run.final.exists():
-            raise UserError(
-                f"{run.final} is finished, or was gone on with; unfinished in {exports}: {listed}",
-                option="resume",
-                value=name,
-            )
-        if run.partial.exists():
-            raise UserError(
-                f"{run.partial} stopped before anything was kept in it; delete it", option="resume", value=name
-            )
-        raise UserError(f"no such run in {exports}; unfinished there: {listed}", option="resume", value=name)
+            fault = f"{run.final} is finished, or was resumed already; unfinished runs in {exports}: {names}"
+        elif run.partial.exists():
+            fault = f"{run.partial} stopped before its first checkpoint; delete it"
+        else:
+            fault = f"no such run in {exports}; unfinished runs: {names}"
+        raise UserError(fault, option="resume", value=name)
     try:
         lock = acquire(run.lock)
     except OSError as error:
-        raise UserError(f"can't be written to ({error.strerror})", option="exports", value=exports) from None
-    if lock is None or not found.usable:
-        raise UserError(busy)
-    if found.path == run.partial:
+        raise UserError(
+            f"cannot be written to ({error.strerror}); change its permissions", option="exports", value=exports
+        ) from None
+    if lock is None or not old.usable:
+        raise busy
+    if old.path == run.partial:
         run.resumable = True
         with _held(run, lock):
-            yield run, found
+            yield run, old
         return
     try:
-        with reserve(exports, _first_name(found), numbered=True) as new:
-            yield new, found
+        with reserve(exports, _first_name(old), numbered=True) as new:
+            yield new, old
     finally:
         release(lock)
 
 
 def _first_name(run: Unfinished) -> str:
-    """The name that a run was started by, without the number that going on with it gave it."""
+    """Return the name that a run was started with, without the number that was added when it was resumed."""
     try:
         given = json.loads((run.checkpoint / SETTINGS).read_text(encoding="utf-8"))["settings"]["name"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -200,25 +200,25 @@ def _first_name(run: Unfinished) -> str:
 
 
 def unfinished(exports: str | Path) -> list[Unfinished]:
-    """What fits that are not running any more left in a folder, the newest first."""
+    """List the runs in a folder that fits left unfinished, the newest first; running fits are not listed."""
     exports = Path(exports)
-    found = []
-    for path in exports.glob(".*.lock"):  # of a fit that was killed while it went on with an interrupted one
+    runs = []
+    for path in exports.glob(".*.lock"):  # left by a fit that was killed while it resumed an interrupted one
         if not path.with_suffix(".partial").exists() and (lock := acquire(path, timeout=0)) is not None:
             release(lock)
     for path in exports.glob(".*.partial"):
         run = Reservation(exports, path.name[1 : -len(".partial")])
-        # without a checkpoint, it may also be an evaluation that is being written: `.<name>.<process>.partial`
+        # an evaluation that is being written has a similar name, `.<name>.<process>.partial`, and no checkpoint
         foreign = not run.checkpoint.exists() and re.search(r"\.\d+\.partial$", path.name)
         if path.is_dir() and not foreign and not _held_by_another(run.lock):
-            found.append(Unfinished(run.name, path, _newest(path)))
+            runs.append(Unfinished(run.name, path, _newest(path)))
     for checkpoint in exports.glob(f"[!.]*/{CHECKPOINT}"):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not an export, or a damaged one
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no export, or a damaged one
             path = checkpoint.parent
             status = json.loads((path / "model.json").read_text(encoding="utf-8"))["status"]
             if status == "interrupted" and not _held_by_another(exports / f".{path.name}.lock"):
-                found.append(Unfinished(path.name, path, _newest(path)))
-    return sorted(found, key=lambda run: run.when, reverse=True)
+                runs.append(Unfinished(path.name, path, _newest(path)))
+    return sorted(runs, key=lambda run: run.when, reverse=True)
 
 
 @contextlib.contextmanager
@@ -227,12 +227,12 @@ def _held(run: Reservation, lock: FileLock) -> Iterator[None]:
         yield
     except BaseException as error:
         if run.resumable:
-            error.add_note(f"go on by '{run.resume_command}', or delete {run.partial}")
+            error.add_note(f"resume it by '{run.resume_command}', or delete {run.partial}")
         else:
             shutil.rmtree(run.partial, ignore_errors=True)
         raise
     else:
-        shutil.rmtree(run.partial, ignore_errors=True)  # not there any more, once published
+        shutil.rmtree(run.partial, ignore_errors=True)  # does not exist after publishing
     finally:
         release(lock)
 
@@ -247,7 +247,7 @@ def _held_by_another(path: Path) -> bool:
 
 
 def _newest(path: Path) -> float:
-    """When anything in a run was last written."""
+    """Return the time when a file of a run was last written."""
     times = [path.stat().st_mtime]
     with contextlib.suppress(OSError):
         times += [file.stat().st_mtime for file in (path / CHECKPOINT).iterdir()]

@@ -1,13 +1,13 @@
-"""What `model.json` has to hold, checked before anything else looks at it.
+"""Checks `model.json` before other code reads it.
 
-Whoever reads the checked settings (`evaluate`, `interpret`, `predict`, the report) may take each value that the classes
-below name for what they say it is. Memory stays bounded whatever the file holds: by its size, by the number of objects
-and lists in it, and by the number of entries of each table.
+After the check `evaluate`, `interpret`, `predict` and the report can rely on the types and limits of the classes below.
+The memory is limited for any file: by its size, by its number of objects and lists, and by the entries of each table.
 """
 
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from datetime import datetime
@@ -25,31 +25,30 @@ from pydantic import (
     model_validator,
 )
 
-from xray_fastai.config import ARCHITECTURES, CONTRASTS, LARGEST, MOST_CLASSES, SMALLEST, FitConfig, class_fault
+from xray_fastai.config import ARCHITECTURES, CONTRASTS, MAX_CLASSES, MAX_SIZE, MIN_SIZE, FitConfig, class_fault
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import fault_of, shown
 from xray_fastai.system.untrusted import read_received
 
 FORMAT = 1
-"""The layout of `model.json`; a reader refuses a newer one."""
+"""The version of `model.json`'s layout; a newer one is refused."""
 
 SETTINGS, WEIGHTS = "model.json", "model.safetensors"
 
-HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
-
-
 PICKLE = "learner.pkl"
-
+HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
+"""The columns of `history.csv`."""
 
 LIMIT = 8_000_000
-"""Bytes. 400,000 validation files, each known by 12 digits, take as much."""
+"""The largest accepted file, in bytes. 400,000 validation files, each with a key of 12 digits, take as much."""
 NODES = 10_000
-"""Objects and lists; a hundred are usual. An empty one takes 2 bytes of the file and 64 of memory."""
+"""The largest number of objects and lists; a hundred are usual. An empty one takes 2 bytes in the file and 64 in
+memory."""
 ENTRIES = 1_000
-"""In a table of names, and in each list but that of the validation files."""
+"""The largest number of entries of a table of names, and of each list but that of the validation files."""
 
 
-def _sound(text: str) -> str:
+def _text(text: str) -> str:
     if fault := fault_of(text, 4096):
         raise ValueError(fault)
     return text
@@ -66,27 +65,27 @@ def _date(text: str) -> str:
     return text
 
 
-def _few(table: Any) -> Any:
+def _small_table(table: Any) -> Any:
     if isinstance(table, dict) and len(table) > ENTRIES:
         raise ValueError(f"{len(table):,} entries, more than {ENTRIES:,}")
     return table
 
 
-Text = Annotated[str, AfterValidator(_sound)]
+Text = Annotated[str, AfterValidator(_text)]
 Class = Annotated[str, AfterValidator(_class)]
 Date = Annotated[str, Field(max_length=40), AfterValidator(_date)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
-Counts = Annotated[dict[Class, Count], BeforeValidator(_few)]
+Counts = Annotated[dict[Class, Count], BeforeValidator(_small_table)]
 FileKey = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
 
 
 class Part(BaseModel):
-    """An object of `model.json`: exact types, finite numbers; keys that are not known are kept, to be told of."""
+    """Describes an object of `model.json`: exact types and finite numbers. Unknown keys are kept for a warning."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     def unknown(self, where: str = "") -> Iterator[str]:
-        """The keys that this version does not know, by their path."""
+        """Yield the paths of the keys that this version does not know."""
         yield from (f"{where}{key}" for key in self.model_extra or {})
         for name in type(self).model_fields:
             value = getattr(self, name)
@@ -96,10 +95,10 @@ class Part(BaseModel):
 
 
 class Preprocessing(Part):
-    size: Annotated[int, Field(ge=SMALLEST, le=LARGEST)]
+    size: Annotated[int, Field(ge=MIN_SIZE, le=MAX_SIZE)]
     channels: Literal["grey"]
     resize: Literal["whole image, bilinear"]
-    contrast: Literal[CONTRASTS] = "none"  # what exports had before there was a choice
+    contrast: Literal[CONTRASTS] = "none"  # earlier exports have no such key
     scale: Literal["imagenet"]
 
 
@@ -170,7 +169,7 @@ class _Settings(Part):
         for name, value in given.items():
             if isinstance(value, str) and (fault := fault_of(value, 4096)):
                 raise ValueError(f"{name}: {fault}")
-        # never compiled in this process: to compile a regular expression, too, can be made to take forever
+        # not compiled in this process: compiling a hostile regular expression may never end
         given.pop("patient_pattern")
         try:
             FitConfig(**given)
@@ -180,7 +179,7 @@ class _Settings(Part):
 
 
 _types = get_type_hints(FitConfig)
-Settings = create_model(  # an export of an earlier version has not all of them; these two are read
+Settings = create_model(  # an export of an earlier version lacks some; the two that are read later are required
     "Settings",
     __base__=_Settings,
     **{f.name: (_types[f.name], ... if f.name in ("data", "patient_pattern") else None) for f in fields(FitConfig)},
@@ -188,55 +187,59 @@ Settings = create_model(  # an export of an earlier version has not all of them;
 
 
 class Export(Part):
-    """The whole of `model.json`."""
+    """Describes `model.json`."""
 
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     created: Date
     status: Literal["complete", "interrupted", "diverged"]
     disclaimer: Text
     architecture: Literal[tuple(ARCHITECTURES)]
-    classes: Annotated[list[Class], Field(min_length=2, max_length=MOST_CLASSES, fail_fast=True)]
+    classes: Annotated[list[Class], Field(min_length=2, max_length=MAX_CLASSES, fail_fast=True)]
     positive: str | None
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    class_weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(max_length=MOST_CLASSES, fail_fast=True)] | None
+    class_weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(max_length=MAX_CLASSES, fail_fast=True)] | None
     preprocessing: Preprocessing
+    # what training images were varied by (`model.augmentation.AUGMENT`); 0.1.0 wrote no such key
+    augmentation: Annotated[dict[Text, float], BeforeValidator(_small_table)] | None = None
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)]
     threshold: Annotated[float, Field(ge=0, le=1)] | None
-    calibration: Text
+    calibration: Text  # how temperature and threshold were chosen
+    calibrated: bool | None = None  # by validation images; 0.1.0 wrote no such key: `_with_calibrated`
     data: Data
     settings: Settings
     training: Training
     best: Epoch | None
     worst_group: WorstGroup | None = None
-    versions: Annotated[dict[Text, Text], BeforeValidator(_few)]
+    versions: Annotated[dict[Text, Text], BeforeValidator(_small_table)]
     weights: Weights
 
     @model_validator(mode="after")
     def _agrees(self) -> "Export":
         known, two = set(self.classes), len(self.classes) == 2
         if len(known) < len(self.classes):
-            raise ValueError("classes: one of them is there twice")
+            raise ValueError("classes: one of them appears twice")
         if self.positive is not None and self.positive not in known:
             raise ValueError(f"positive: {shown(self.positive)} is none of the classes")
         if two and (self.positive is None or self.threshold is None):
-            raise ValueError("positive and threshold: of two classes, one is to be detected, from a threshold on")
+            raise ValueError("positive and threshold: two classes need the class to detect and its threshold")
         if not two and self.threshold is not None:
-            raise ValueError("threshold: of more than two classes the most probable is called, so there is none")
+            raise ValueError("threshold: more than two classes have none, the most probable is predicted")
         if self.class_weights is not None and len(self.class_weights) != len(self.classes):
             raise ValueError(f"class_weights: {len(self.class_weights)} for {len(self.classes)} classes")
         for split in ("train", "valid"):
             if not getattr(self.data, split).keys() <= known:
                 raise ValueError(f"data.{split}: counts a class that is none of the classes")
         if self.settings.data is None and not self.data.rehearsal:
-            raise ValueError("settings.data: null, which only a rehearsal has")
+            raise ValueError("settings.data: null, which is for a rehearsal only")
         return self
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What the `model.json` of a folder holds, checked.
+    """Read and check the `model.json` of a folder.
 
     Raises:
-        UserError: missing, not to be read, damaged, or written by a newer version; on one line, with the JSON path.
+        UserError: the file is missing, unreadable, damaged, or written by a newer version; on one line, with the JSON
+            path.
     """
     return parse(read_received(folder, SETTINGS, LIMIT), folder / SETTINGS)[0]
 
@@ -246,10 +249,11 @@ def parse(content: bytes, file: Path) -> tuple[dict[str, Any], list[str]]:
 
     Args:
         content: at most `LIMIT` bytes.
-        file: named in errors.
+        file: its name for errors.
 
     Returns:
-        The settings as JSON has them, and the keys that this version does not know, by their path.
+        The settings as they stand in the file, and the paths of the keys that this version does not know. A missing
+        `calibrated` is filled in.
 
     Raises:
         UserError: as `read_settings`.
@@ -259,37 +263,43 @@ def parse(content: bytes, file: Path) -> tuple[dict[str, Any], list[str]]:
         raise _damaged(file, f"{nodes:,} objects and lists, more than {NODES:,}")
     try:
         text = content.decode("utf-8")
-        model = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_number, parse_int=_integer)
+        model = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_number, parse_int=_integer)
     except RecursionError:
         raise _damaged(file, "nested too deeply") from None
     except ValueError as error:
         raise _damaged(file, shown(error, 120)) from None
-    written = model.get("format") if isinstance(model, dict) else None
-    if type(written) is int and written > FORMAT:
-        raise UserError(f"{file}: written by a newer version (format {shown(written)}); update xray-fastai")
+    version = model.get("format") if isinstance(model, dict) else None
+    if type(version) is int and version > FORMAT:
+        raise UserError(f"{file}: written by a newer version (format {shown(version)}); update xray-fastai")
     try:
         export = Export.model_validate(model)
     except ValidationError as error:
         raise _damaged(file, _first(error)) from None
-    return model, list(export.unknown())
+    return _with_calibrated(model), list(export.unknown())
+
+
+def _with_calibrated(model: dict[str, Any]) -> dict[str, Any]:
+    """Add the key `calibrated` to settings of version 0.1.0, where the first words of the note say it."""
+    if model.get("calibrated") is None:
+        model["calibrated"] = not model["calibration"].startswith("not calibrated")
+    return model
 
 
 def warn(file: Path, unknown: list[str]) -> None:
-    """Say on standard error that a newer version may have written the file."""
+    """Print a warning on standard error that a newer version may have written the file."""
     if unknown:
         names = ", ".join(shown(name) for name in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         print(
-            f"Warning: {file}: {names} not known to this version, so not heeded; a newer xray-fastai wrote it?",
+            f"Warning: {file}: {names} unknown to this version and ignored; did a newer xray-fastai write it?",
             file=sys.stderr,
         )
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        seen: set[str] = set()
-        double = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {shown(double)} is there twice")
+        duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {shown(duplicate)} appears twice")
     return table
 
 
@@ -298,26 +308,26 @@ def _no_number(name: str) -> None:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20:  # more than 64 bits; 309 digits are more than a float takes
+    if len(text) > 20:  # more than 64 bits; a float can take up to 309 digits
         raise ValueError(f"a number of {len(text):,} digits")
     return int(text)
 
 
 def _damaged(file: Path, fault: str) -> UserError:
-    return UserError(f"{file}: damaged: {fault}; get the export anew")
+    return UserError(f"{file}: damaged: {fault}; get the export again")
 
 
 _KINDS = {"model_type": "should be an object", "dict_type": "should be an object", "list_type": "should be a list"}
 
 
 def _first(error: ValidationError) -> str:
-    """The first fault, as `path: what is wrong (what is there)`."""
+    """Return the first fault as `path: what is wrong (it is VALUE)`."""
     fault = error.errors(include_url=False)[0]
     steps = (f"[{step}]" if isinstance(step, int) else f".{shown(step, 40)}" for step in fault["loc"])
     where = "".join(steps).removeprefix(".")
-    told = _KINDS.get(fault["type"]) or re.sub(r"^Value error, ", "", fault["msg"]).removesuffix(".")
+    text = _KINDS.get(fault["type"]) or re.sub(r"^Value error, ", "", fault["msg"]).removesuffix(".")
     if fault["type"] != "value_error":
-        told = told[0].lower() + told[1:]
+        text = text[0].lower() + text[1:]
     simple = fault["type"] != "missing" and not isinstance(fault["input"], (dict, list))
-    given = f" (it is {shown(repr(fault['input']), 40)})" if simple else ""
-    return shown(f"{where}: {told}{given}" if where else f"{told}{given}", 240)
+    value = f" (it is {shown(repr(fault['input']), 40)})" if simple else ""
+    return shown(f"{where}: {text}{value}" if where else f"{text}{value}", 240)

@@ -1,45 +1,47 @@
-"""An export from others, or of long ago, is looked at file by file before anybody loads it."""
+"""Checks an export file by file before it is loaded, for instance one that came from others."""
 
 import csv
 import io
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from xray_fastai.export.reader import rebuild
 from xray_fastai.export.schema import HISTORY_COLUMNS, LIMIT, SETTINGS, WEIGHTS, parse
 from xray_fastai.system.errors import UserError
-from xray_fastai.system.text import shown
+from xray_fastai.system.text import count_of, shown
 from xray_fastai.system.untrusted import read_received
 from xray_fastai.system.zip_files import unpack
 
 HISTORY, REPORT = "history.csv", "report.html"
 HISTORY_BYTES = 5_000_000
 UNPACKED = 1_000_000_000
-"""Bytes that one file of an archive may become while it is looked at."""
+"""The largest size in bytes to which one file of an archive is unpacked."""
 PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".ckpt", ".joblib")
+REPORT_ADVICE = "'xray-fastai evaluate' writes it again"
 KNOWN = ("curves.png", "batch.png", "checkpoint")
-CODE = "loading a pickle can run code; not opened. Delete it, unless it is your own"
+PICKLE_NOTE = "loading a pickle can run code, so it was not opened. Delete it, unless you made it"
 
 
 @dataclass(frozen=True)
 class Check:
-    """What there is to say of one file."""
+    """Holds the result for one file."""
 
     file: str
     verdict: str  # ok, note, unsafe or fault
-    told: str
+    text: str
 
     def __str__(self) -> str:
         mark = {"ok": "ok: ", "note": "", "unsafe": "UNSAFE from others: ", "fault": "FAULT: "}[self.verdict]
-        return f"{self.file:<19} {mark}{self.told}"
+        return f"{self.file:<19} {mark}{self.text}"
 
 
 @dataclass
 class Verification:
-    """What `verify` found."""
+    """Holds the results of `verify`; as text, a table."""
 
     path: Path
     checks: list[Check] = field(default_factory=list)
@@ -47,41 +49,39 @@ class Verification:
 
     @property
     def faults(self) -> list[str]:
-        return [check.told for check in self.checks if check.verdict == "fault"]
+        return [check.text for check in self.checks if check.verdict == "fault"]
 
     @property
     def ok(self) -> bool:
-        """Whether it is whole, and loads without running anything that came with it."""
+        """Whether the export is complete and loads without running code from its files."""
         return not self.faults
 
-    def add(self, file: str, verdict: str, told: str) -> None:
-        self.checks.append(Check(file, verdict, told))
+    def add(self, file: str, verdict: str, text: str) -> None:
+        self.checks.append(Check(file, verdict, text))
 
     def __str__(self) -> str:
         lines = [f"{'export':<19} {self.path}", *map(str, self.checks)]
         if self.ok:
             lines += [
-                f"{'verdict':<19} good: {SETTINGS} and {WEIGHTS} are whole, and load without running code.",
-                f"{'':<19} Who made the model, and how right it is, no check can tell.",
+                f"{'verdict':<19} good: {SETTINGS} and {WEIGHTS} are complete, and load without running code.",
+                f"{'':<19} This check cannot tell who made the model, nor how accurate it is.",
             ]
         else:
-            count = f"{len(self.faults)} fault{'' if len(self.faults) == 1 else 's'}"
-            lines.append(f"{'verdict':<19} BAD: {count}; don't use it")
+            lines.append(f"{'verdict':<19} BAD: {count_of(len(self.faults), 'fault')}; do not use this export")
         return "\n".join(lines)
 
 
 def verify(path: str | Path) -> Verification:
-    """Check an export as `load_learner` does, and look at what else is in its folder; nothing is unpickled.
+    """Check an export as `load_learner` does, and list the other files in its folder; nothing is unpickled.
 
     Args:
-        path: an export's folder, or a .zip of one, of which only what is to be looked at is unpacked, into a temporary
-            folder.
+        path: an export's folder, or a .zip of one; only the files to check are unpacked, into a temporary folder.
 
     Returns:
-        A check a file; `ok` where there is no fault. It prints as a table.
+        One check for each file; `ok` if there is no fault.
 
     Raises:
-        UserError: there is nothing of that name, or an archive that must not be unpacked.
+        UserError: the path does not exist, or is an archive that is not safe to unpack.
     """
     path = Path(path)
     try:
@@ -89,74 +89,82 @@ def verify(path: str | Path) -> Verification:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file or folder; give an export, or a .zip of one") from None
     except OSError as error:
-        raise UserError(f"{path}: can't be looked at ({error.strerror}); give an export, or a .zip of one") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give an export, or a .zip of one") from None
     if stat.S_ISDIR(mode):
-        found = Verification(path)
-        _check(found, path, _names(path))
-        return found
+        result = Verification(path)
+        _check(result, path, _names(path))
+        return result
     if not stat.S_ISREG(mode):
         raise UserError(f"{path}: neither a folder nor an archive; give an export, or a .zip of one")
-    found = Verification(path)
+    result = Verification(path)
     with tempfile.TemporaryDirectory(prefix="xray-fastai-") as temporary:
         folder = Path(temporary)
         root, names = unpack(path, folder, (SETTINGS, WEIGHTS, HISTORY), UNPACKED)
-        _check(found, folder, names, shown_as=f"{path}:{root}")
-    return found
+        _check(result, folder, names, shown_as=f"{path}:{root}")
+    return result
 
 
 def _names(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in os.scandir(folder))
     except OSError as error:
-        raise UserError(f"{folder}: can't be read ({error.strerror})") from None
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); change its permissions") from None
 
 
-def _check(found: Verification, folder: Path, names: list[str], shown_as: str | None = None) -> None:
-    """Add a check for each file of `names`; those that were not unpacked have their names looked at alone."""
+def _check(result: Verification, folder: Path, names: list[str], shown_as: str | None = None) -> None:
+    """Add a check for each file.
 
-    def attempt(file: str, check) -> None:
+    Args:
+        result: gets the checks.
+        folder: holds the files to open.
+        names: all names in the export; of an archive, most of them are not in `folder`.
+        shown_as: the archive's name in messages instead of the temporary folder; None for a folder.
+    """
+
+    def attempt(file: str, check: Callable[[], str]) -> None:
         try:
-            found.add(file, "ok", check())
+            result.add(file, "ok", check())
         except UserError as error:
-            told = str(error) if shown_as is None else str(error).replace(f"{folder}{os.sep}", shown_as)
-            found.add(file, "fault", told)
+            text = str(error) if shown_as is None else str(error).replace(f"{folder}{os.sep}", shown_as)
+            result.add(file, "fault", text)
 
     if SETTINGS not in names or WEIGHTS not in names:
         for file in (SETTINGS, WEIGHTS):
             if file not in names:
-                found.add(file, "fault", f"{shown_as or f'{folder}/'}{file}: missing; get the export anew")
+                result.add(file, "fault", f"{shown_as or f'{folder}/'}{file}: missing; get the export again")
     else:
         model: dict = {}
-        attempt(SETTINGS, lambda: _settings(folder, model, found.unknown))
+        attempt(SETTINGS, lambda: _settings(folder, model, result.unknown))
         if model:
             attempt(WEIGHTS, lambda: _weights(folder, model))
         else:
-            found.add(WEIGHTS, "note", f"not checked: for what network it should be, only {SETTINGS} can tell")
+            result.add(WEIGHTS, "note", f"not checked, because {SETTINGS} does not say for which network it is")
     if HISTORY in names:
         attempt(HISTORY, lambda: _history(folder))
     else:
-        found.add(HISTORY, "note", "not there, and not needed to load the model")
-    _rest(found, folder, [name for name in names if name not in (SETTINGS, WEIGHTS, HISTORY)], shown_as is None)
+        result.add(HISTORY, "note", "missing, but not needed to load the model")
+    others = [name for name in names if name not in (SETTINGS, WEIGHTS, HISTORY)]
+    _other_files(result, folder, others, on_disk=shown_as is None)
 
 
 def _settings(folder: Path, model: dict, unknown: list[str]) -> str:
-    checked, keys = parse(read_received(folder, SETTINGS, LIMIT), folder / SETTINGS)
+    checked, unknown_keys = parse(read_received(folder, SETTINGS, LIMIT), folder / SETTINGS)
     model |= checked
-    unknown += keys
+    unknown += unknown_keys
     size = model["preprocessing"]["size"]
-    told = f"{model['architecture']}, {size} x {size} px, {len(model['classes'])} classes"
-    told += f" ({shown(', '.join(model['classes']))}), {model['status']}"
-    if keys:
-        names = ", ".join(shown(key) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
-        told += f"; not known to this version, so not heeded: {names}"
-    return told
+    text = f"{model['architecture']}, {size} x {size} px, {len(model['classes'])} classes"
+    text += f" ({shown(', '.join(model['classes']))}), {model['status']}"
+    if unknown_keys:
+        names = ", ".join(shown(key) for key in unknown_keys[:3]) + (", ..." if len(unknown_keys) > 3 else "")
+        text += f"; unknown to this version and ignored: {names}"
+    return text
 
 
 def _weights(folder: Path, model: dict) -> str:
     learn = rebuild(folder, model)
     tensors = learn.model.state_dict()
     size = sum(tensor.nbytes for tensor in tensors.values())
-    return f"{len(tensors)} tensors, {size / 1e6:.1f} MB; SHA-256, names, shapes, types and values as they should be"
+    return f"{len(tensors)} tensors, {size / 1e6:.1f} MB; SHA-256, names, shapes, types and values are correct"
 
 
 def _history(folder: Path) -> str:
@@ -166,45 +174,47 @@ def _history(folder: Path) -> str:
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8"), newline="")))
         for number, row in enumerate(rows, start=2):
             if missing := [column for column in HISTORY_COLUMNS if row.get(column) is None]:
-                raise UserError(f"{file}: line {number} has no {missing[0]}; get the export anew")
+                raise UserError(f"{file}: line {number} has no {missing[0]}; get the export again")
             int(row["epoch"])
             for column in HISTORY_COLUMNS[2:]:
-                float(row[column] or "nan")  # pandas writes nothing for what is not a number
+                float(row[column] or "nan")  # pandas writes an empty text for NaN
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{file}: damaged: {shown(error, 120)}; get the export anew") from None
-    return f"{len(rows)} epoch{'' if len(rows) == 1 else 's'}"
+        raise UserError(f"{file}: damaged: {shown(error, 120)}; get the export again") from None
+    return count_of(len(rows), "epoch")
 
 
-def _rest(found: Verification, folder: Path, names: list[str], there: bool) -> None:
-    """The files that no command needs: of which there is none that a command opens but the report's pictures."""
+def _other_files(result: Verification, folder: Path, names: list[str], on_disk: bool) -> None:
+    """Add checks for the files that are not needed to load the model; none of them is opened."""
     others = []
     for name in names:
-        if there and (fault := _misplaced(folder, name)):
-            found.add(shown(name, 19), "fault", f"{folder / shown(name)}: {fault}")
+        if on_disk and (fault := _unsafe_kind(folder, name)):
+            result.add(shown(name, 19), "fault", f"{folder / shown(name)}: {fault}")
         elif name.lower().endswith(PICKLES):
-            found.add(shown(name, 19), "unsafe", CODE)
+            result.add(shown(name, 19), "unsafe", PICKLE_NOTE)
         elif name == REPORT:
-            found.add(
-                REPORT, "note", "a web page, which from others may hold scripts: 'xray-fastai evaluate' writes it anew"
-            )
+            result.add(REPORT, "note", f"a web page, which may hold scripts if others made it; {REPORT_ADVICE}")
         else:
             others.append(name)
     if REPORT not in names:
-        found.add(REPORT, "note", "not there; 'xray-fastai evaluate' writes it anew")
+        result.add(REPORT, "note", f"missing; {REPORT_ADVICE}")
     if others:
-        strange = [n for n in others if n not in KNOWN and not n.startswith(("evaluation-", "interpretation-"))]
-        told = ", ".join(shown(name) for name in [*strange, *(n for n in others if n not in strange)][:8])
-        told += f" and {len(others) - 8} more" if len(others) > 8 else ""
-        of_none = "; what a fit does not write: " + ", ".join(map(shown, strange[:3])) if strange else ""
-        found.add("others", "note", f"{told}: not needed to load the model, not looked at{of_none}")
+        unexpected = [n for n in others if n not in KNOWN and not n.startswith(("evaluation-", "interpretation-"))]
+        expected = [name for name in others if name not in unexpected]
+        text = ", ".join(shown(name) for name in [*unexpected, *expected][:8])
+        text += f" and {len(others) - 8} more" if len(others) > 8 else ""
+        text += ": not needed to load the model, not checked"
+        if unexpected:
+            text += f"; not written by a fit: {', '.join(map(shown, unexpected[:3]))}"
+        result.add("others", "note", text)
 
 
-def _misplaced(folder: Path, name: str) -> str | None:
+def _unsafe_kind(folder: Path, name: str) -> str | None:
+    """Return why a name in the folder is neither a file nor a folder of the export, or None."""
     path = folder / name
     try:
         if not path.resolve(strict=True).is_relative_to(folder.resolve()):
-            return "a link that leaves the export; remove it"
+            return "a link to outside of the export; remove it"
         mode = path.stat().st_mode
     except (OSError, RuntimeError):
-        return "a link that leads nowhere; remove it"
+        return "a broken link; remove it"
     return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "neither a file nor a folder; remove it"

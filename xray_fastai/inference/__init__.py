@@ -1,1 +1,1 @@
-"""An export and a stream of images become predictions, heat maps and ONNX files."""
+"""Turns an export and a stream of images into predictions, heat maps and ONNX files."""

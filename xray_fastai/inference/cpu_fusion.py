@@ -1,8 +1,7 @@
-"""A network for inference on a CPU: oneDNN computes what follows a convolution while its result is in the cache.
+"""Fuses a network for inference on a CPU, so that oneDNN computes several layers while the data is in the cache.
 
-Batch norm is folded into the convolutions (`torch.fx`), an activation and a sum with a shortcut become part of the
-convolution that they follow, by the operators that `torch.compile` takes on a CPU, without its compiler and its half a
-minute of compiling.
+Batch norm is folded into the convolutions (`torch.fx`). An activation, or the sum with a shortcut, becomes part of the
+convolution before it. The operators are those that `torch.compile` uses on a CPU, without its half minute of compiling.
 """
 
 import operator
@@ -12,14 +11,14 @@ from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "swish"}
-"""Modules that oneDNN applies within a convolution, and its names for them."""
+"""Modules that oneDNN can apply within a convolution, and oneDNN's names for them."""
 PART = 8
-"""Images that go through at a time: their feature maps stay in the cache. Of 4, 8, 16 and 32 the fastest (ResNet50,
-224 px, 2 cores)."""
+"""Images that go through the network at a time, so that their feature maps stay in the cache. The fastest of 4, 8, 16
+and 32 (ResNet50, 224 px, 2 cores)."""
 
 
 class Convolution(nn.Module):
-    """A convolution, where given an `other` (of the result's shape) to be added to it, and an activation at the end."""
+    """Computes a convolution, the sum with `other` (of the result's shape) if it is given, and an activation."""
 
     def __init__(self, layer: nn.Conv2d, activation: str):
         super().__init__()
@@ -37,19 +36,19 @@ class Convolution(nn.Module):
 
 
 class Fused(nn.Module):
-    """What `fused_for_cpu` gives."""
+    """Runs a fused network over parts of a batch."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, height, width), of any B, to (B, classes), both in the network's precision."""
+        """Map images (B, 3, height, width) to logits (B, classes), both in the network's precision."""
         return torch.cat([self.model(part) for part in images.split(PART)])
 
 
 def fused_for_cpu(model: nn.Module, precision: torch.dtype = torch.bfloat16) -> Fused:
-    """A copy of a network in eval mode, in a precision and channels_last, for inference."""
+    """Return a fused copy of a network in eval mode, in `precision` and channels_last."""
     graph = fuse(model).to(precision, memory_format=torch.channels_last)
     layers = dict(graph.named_modules())
 
@@ -57,7 +56,7 @@ def fused_for_cpu(model: nn.Module, precision: torch.dtype = torch.bfloat16) -> 
         return layers.get(node.target) if node.op == "call_module" else None
 
     def follower(node: fx.Node) -> fx.Node | None:
-        """The one node that uses this one's result."""
+        """Return the node that uses this one's result, if it is a single one."""
         return next(iter(node.users)) if len(node.users) == 1 else None
 
     for node in list(graph.graph.nodes):

@@ -1,4 +1,4 @@
-"""A stream of files becomes a stream of predictions."""
+"""Opens an export as a model: logits, probabilities and decisions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from fastai.vision.all import Learner, TensorImageBW
 from scipy.special import expit, logit, softmax
+from torch.fx.experimental.optimization import fuse
 
 from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.export.reader import load
@@ -19,12 +20,12 @@ from xray_fastai.inference.cpu_fusion import fused_for_cpu
 from xray_fastai.system.device import choose_device, choose_precision
 from xray_fastai.system.errors import UserError
 
-NO_NUMBER = "the network's output is not a number; its weights are of no use"
+NO_NUMBER = "the network's output is not a number, so its weights cannot be used; give another export"
 
 
 @dataclass(frozen=True)
 class Model:
-    """An export, ready to predict."""
+    """Holds an export that is ready to predict."""
 
     path: Path
     settings: dict[str, Any]  # model.json
@@ -45,7 +46,7 @@ class Model:
 
     @property
     def threshold(self) -> float | None:
-        """The probability of `positive` from which an image is called that; None where there is no such class."""
+        """The probability of `positive` from which it is predicted; None for more than two classes."""
         return self.settings["threshold"]
 
     @property
@@ -54,24 +55,26 @@ class Model:
 
     @property
     def calibrated(self) -> bool:
-        """Whether its temperature and threshold were settled on validation images."""
-        return not self.settings["calibration"].startswith("not calibrated")
+        """Whether temperature and threshold were chosen on validation images."""
+        return self.settings["calibrated"]
 
     def threshold_of(self, calibrated: bool = True) -> float | None:
-        """The threshold on calibrated probabilities, or that on raw ones which makes the same decisions; None where the
-        most probable class is called."""
+        """Return the threshold on calibrated probabilities, or the one on uncalibrated ones with the same decisions.
+
+        None means that the most probable class is predicted.
+        """
         if len(self.classes) != 2 or self.positive is None or self.threshold is None or calibrated:
             return self.threshold if len(self.classes) == 2 else None
         return float(expit(self.temperature * logit(self.threshold)))
 
     def probabilities(self, logits: np.ndarray, calibrated: bool = True) -> np.ndarray:
-        """Softmax of logits (N, classes), divided by the export's temperature where `calibrated`."""
+        """Return the softmax of logits (N, classes), divided by the export's temperature if `calibrated`."""
         return softmax(np.asarray(logits, dtype=np.float64) / (self.temperature if calibrated else 1.0), axis=-1)
 
     def decide(self, probabilities: np.ndarray, threshold: float | None = None) -> np.ndarray:
-        """The class called for each row (N, classes), as an index (N,).
+        """Return the predicted class of each row (N, classes) as an index (N,).
 
-        Two classes are decided at `threshold` (None: the export's own); of more the most probable is called.
+        Two classes are decided at `threshold` (None: the export's own); of more classes the most probable is predicted.
         """
         threshold = self.threshold if threshold is None else threshold
         if len(self.classes) != 2 or self.positive is None or threshold is None:
@@ -80,12 +83,15 @@ class Model:
         return np.where(probabilities[:, positive] >= threshold, positive, 1 - positive)
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Outputs (B, classes) of eight-bit images (B, 1, size, size), on the CPU, in fp32."""
+        """Compute the logits (B, classes) of 8-bit images (B, 1, size, size) in fp32; they come back on the CPU."""
         with torch.inference_mode(), _full_precision():
             return self.learn.model(self._prepared(images)).as_subclass(torch.Tensor).float().cpu()
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
-        """As `logits`, in the model's `precision`, and faster; in fp32 they agree to some 1e-6 of the largest."""
+        """Compute the logits in the model's `precision`, faster than `logits`.
+
+        In fp32 the two agree to some 1e-6 of the largest logit.
+        """
         if self.precision == "fp32" and not self._on_cpu:
             return self.logits(images)
         with torch.inference_mode():
@@ -93,7 +99,7 @@ class Model:
             return self._folded(batch.to(self._kind, memory_format=torch.channels_last)).float().cpu()
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
-        """Eight-bit images (B, 1, size, size) as the network takes them: (B, 3, size, size), on its device."""
+        """Turn 8-bit images (B, 1, size, size) into the network's input (B, 3, size, size), on its device."""
         (batch,) = self.learn.dls.valid.after_batch((TensorImageBW(images.to(self.learn.dls.device)),))
         return batch
 
@@ -110,10 +116,8 @@ class Model:
         """A copy of the network in its precision, with batch norm folded into the convolutions before it.
 
         Raises:
-            UserError: the network computes no numbers, which oneDNN's ReLU would make zeros of.
+            UserError: an output is not a number, which oneDNN's ReLU would turn into zero.
         """
-        from torch.fx.experimental.optimization import fuse
-
         ramp = torch.arange(self.size**2).remainder(256).to(torch.uint8).view(1, 1, self.size, self.size)
         if not self.logits(ramp).isfinite().all():
             raise UserError(f"{self.path}: {NO_NUMBER}")
@@ -123,44 +127,44 @@ class Model:
 
 
 def newest_export(exports: str | Path = "exports") -> Path:
-    """The export that was made last.
+    """Return the export that was written last.
 
     Raises:
         UserError: there is none.
     """
-    found = [path.parent for path in Path(exports).glob(f"*/{SETTINGS}") if not path.parent.name.startswith(".")]
-    if not found:
+    complete = [path.parent for path in Path(exports).glob(f"*/{SETTINGS}") if not path.parent.name.startswith(".")]
+    if not complete:
         raise UserError(f"{exports}: no export in it; make one by 'xray-fastai fit', or name one by --model")
-    return max(found, key=lambda path: (path / SETTINGS).stat().st_mtime)
+    return max(complete, key=lambda path: (path / SETTINGS).stat().st_mtime)
 
 
 def open_model(path: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Model:
-    """An export from its safe files, on a device.
+    """Open an export from its safe files, on a device.
 
     Args:
         path: its folder; None takes the newest in ./exports.
         device: auto, cpu, cuda or mps.
-        precision: fp32, bf16, or auto: bf16 where the model was trained in it, and the device computes in it.
+        precision: fp32, bf16, or auto: bf16 if the model was trained in it and the device computes in it.
 
     Raises:
-        UserError: no export, a damaged one, or no such device or precision.
+        UserError: there is no export or a damaged one, or the device or the precision is not available.
     """
     if precision not in INFERENCE_PRECISIONS:
         raise UserError(f"choose one of {', '.join(INFERENCE_PRECISIONS)}", option="precision", value=precision)
     path = newest_export() if path is None else Path(path)
     settings, learn = load(path)
-    place = choose_device(device)
-    learn.dls.to(place)
-    learn.model.to(place, memory_format=torch.channels_last).eval()  # in fp32 on a CPU 1.4 times as fast
+    chosen = choose_device(device)
+    learn.dls.to(chosen)
+    learn.model.to(chosen, memory_format=torch.channels_last).eval()  # 1.4 times as fast in fp32 on a CPU
     if precision == "auto":
-        trained_so = settings["training"]["precision"] == "bf16"
-        precision = "bf16" if trained_so and choose_precision("auto", place) == "bf16" else "fp32"
-    return Model(path, settings, learn, choose_precision(precision, place))
+        trained_in_bf16 = settings["training"]["precision"] == "bf16"
+        precision = "bf16" if trained_in_bf16 and choose_precision("auto", chosen) == "bf16" else "fp32"
+    return Model(path, settings, learn, choose_precision(precision, chosen))
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Convolutions in fp32: on CUDA they are TF32 by default, with 10 bits of mantissa instead of 23."""
+    """Compute convolutions in fp32; on CUDA the default is TF32, with 10 bits of mantissa instead of 23."""
     convolution = torch.backends.cudnn.conv
     before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
     try:

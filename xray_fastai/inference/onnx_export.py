@@ -1,51 +1,46 @@
-"""An export becomes one ONNX file that runs without torch: decoded and resized grey values in, probabilities out.
+"""Writes an export as one ONNX file that runs without torch.
 
-Input `images`: eight-bit grey values (N, 1, size, size), as `images.open_image(file, size)` gives them. Output
-`probabilities`: (N, classes), calibrated, float32. In between, in the graph, is all that `predict` does: histogram
-equalisation where the export has it, scaling, ImageNet's normalisation to three channels, the network, temperature and
-softmax. N is free. The file's metadata holds what else is needed to use and to trust it, as text, or as JSON where
-`model.json` has a list or an object.
+Input `images`: 8-bit grey values (N, 1, size, size), as `images.open_image(file, size)` gives them. Output
+`probabilities`: (N, classes), calibrated, float32. N is free. The graph does what `predict` does: histogram
+equalization if the export has it, scaling, ImageNet's normalization to three channels, the network, temperature and
+softmax. The file's metadata holds what else a user of the model needs, as text, or as JSON for a list or an object.
 """
 
-import contextlib
 import json
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from fastai.vision.all import imagenet_stats
 from PIL import Image
 
 from xray_fastai import __version__
 from xray_fastai.data.sources.phantom import draw
-from xray_fastai.inference.model import newest_export, open_model
+from xray_fastai.inference.model import Model, newest_export, open_model
 from xray_fastai.model.transforms import equalize
-from xray_fastai.system.errors import UserError
-from xray_fastai.system.files import check_new, reason
+from xray_fastai.system.errors import UserError, reason
+from xray_fastai.system.files import atomic_write, check_new
 from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.system.text import shown
 
-if TYPE_CHECKING:
-    import torch
-
-    from xray_fastai.inference.model import Model
-
 OPSET = 18
-"""ONNX 1.13 of December 2022, so that runtimes from onnxruntime 1.14 on read it; ScatterElements adds from 16 on."""
+"""ONNX 1.13 of December 2022, which onnxruntime reads from 1.14 on. Equalization needs 16 (ScatterElements can add)."""
 IMAGES, TOLERANCE = 32, 1e-4
-"""How many images are compared, and by how much a probability may differ from torch's. With onnxruntime 1.32 it was
-4e-6 at most: each of the seven architectures at 64 px, ResNet50 and ConvNeXt also at 224 px, with random weights."""
+"""The number of images that are compared, and the largest difference of a probability from torch's that is accepted.
+With onnxruntime 1.32 the largest difference was 4e-6: each of the seven architectures at 64 px, ResNet50 and ConvNeXt
+also at 224 px, with random weights."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written, and how it was checked."""
+    """Describes a file that was written, and how it was checked."""
 
     path: Path
-    model: "Model"
-    difference: float  # the largest of a probability from torch's
+    model: Model
+    difference: float  # the largest difference of a probability from torch's
 
     def __str__(self) -> str:
         model, size = self.model, self.model.size
@@ -53,7 +48,7 @@ class Exported:
         return "\n".join(
             [
                 f"{'model':<14}{model.path}: {model.settings['architecture']}, {size} x {size} px",
-                f"{'input':<14}images: eight-bit grey values (N, 1, {size}, {size}), decoded and resized, nothing else",
+                f"{'input':<14}images: 8-bit grey values (N, 1, {size}, {size}), decoded and resized, nothing else",
                 f"{'output':<14}probabilities: (N, {len(model.classes)}), {calibrated}: {', '.join(model.classes)}",
                 f"{'checked':<14}{IMAGES} images in onnxruntime: probabilities within {self.difference:.1e} of torch's",
                 f"{'written':<14}{self.path}, {self.path.stat().st_size / 1e6:.1f} MB",
@@ -62,15 +57,15 @@ class Exported:
 
 
 def export_onnx(export: str | Path | None = None, output: str | Path | None = None) -> Exported:
-    """Write an export as ONNX, whole or not at all, once it gives the probabilities that torch gives.
+    """Write an export as an ONNX file, and check that it gives torch's probabilities; otherwise no file is left.
 
     Args:
         export: its folder; None takes the newest in ./exports.
-        output: the file, not there yet; None is <run>.onnx in the current folder.
+        output: a new file; None takes <run>.onnx in the current folder.
 
     Raises:
-        UserError: the extra `onnx` is not installed, no export, a damaged one, the file is there already or can't be
-            written, or what it gives in onnxruntime differs from torch.
+        UserError: the extra `onnx` is not installed, there is no export or a damaged one, the file exists or cannot be
+            written, or its probabilities in onnxruntime differ from torch's.
     """
     if output is None and export is not None:
         output = f"{Path(export).resolve().name}.onnx"
@@ -87,37 +82,30 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
     output = Path(f"{export.resolve().name}.onnx") if output is None else Path(output)
     check_new(output, "output")
     model = open_model(export, "cpu")
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     with sigterm_raises():
         try:
-            _write(model, partial, {"onnx": onnx.__version__})
-            difference = _difference(model, partial, onnxruntime)
-            if not difference <= TOLERANCE:
-                raise UserError(
-                    f"{output}: not written: in onnxruntime {onnxruntime.__version__} a probability differs from "
-                    f"torch's by {difference:.2g}, more than {TOLERANCE:g}; try another version of either"
-                )
-            with partial.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            os.replace(partial, output)
+            with atomic_write(output, sync=True) as file:
+                _write(model, file, {"onnx": onnx.__version__})
+                difference = _difference(model, file, onnxruntime)
+                if not difference <= TOLERANCE:  # NaN is not accepted either
+                    raise UserError(
+                        f"{output}: not written: in onnxruntime {onnxruntime.__version__} a probability differs from "
+                        f"torch's by {difference:.2g}, more than {TOLERANCE:g}; try another version of either"
+                    )
         except OSError as error:
             raise UserError(
-                f"can't be written ({reason(error)}); give another name", option="output", value=output
+                f"cannot be written ({reason(error)}); free space, or give another name", option="output", value=output
             ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
     return Exported(output, model, difference)
 
 
-def _write(model: "Model", path: Path, versions: dict[str, str]) -> None:
+def _write(model: Model, path: Path, versions: dict[str, str]) -> None:
     import onnx
-    import torch
 
     images = torch.zeros(2, 1, model.size, model.size, dtype=torch.uint8)
     with warnings.catch_warnings():
-        # It warns that it is the older of torch's two exporters. The newer one needs onnxscript, too; this one has no
-        # part in how a network of convolutions without control flow is written, and what it wrote is checked.
+        # torch warns that this is the older of its two exporters. The newer one needs onnxscript, too. A network of
+        # convolutions without control flow needs nothing that the older one lacks, and the file is checked.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _graph(model),
@@ -137,11 +125,8 @@ def _write(model: "Model", path: Path, versions: dict[str, str]) -> None:
     onnx.save(written, path)
 
 
-def _graph(model: "Model") -> "torch.nn.Module":
-    """From eight-bit images (N, 1, size, size) to probabilities (N, classes)."""
-    import torch
-    from fastai.vision.all import imagenet_stats
-
+def _graph(model: Model) -> torch.nn.Module:
+    """Build the module that maps 8-bit images (N, 1, size, size) to probabilities (N, classes)."""
     equalizes = model.settings["preprocessing"].get("contrast", "none") == "equalize"
 
     class Graph(torch.nn.Module):
@@ -160,25 +145,23 @@ def _graph(model: "Model") -> "torch.nn.Module":
     return Graph().eval()
 
 
-def _metadata(model: "Model", versions: dict[str, str]) -> dict[str, str]:
-    import torch
-
-    told = model.settings
+def _metadata(model: Model, versions: dict[str, str]) -> dict[str, str]:
+    settings = model.settings
     values = {
         "export": model.path.resolve().name,
-        "disclaimer": told["disclaimer"],
-        "architecture": told["architecture"],
+        "disclaimer": settings["disclaimer"],
+        "architecture": settings["architecture"],
         "classes": model.classes,
         "positive": model.positive,
         "threshold": model.threshold,
         "temperature": model.temperature,
-        "calibration": told["calibration"],
+        "calibration": settings["calibration"],
         "size": model.size,
-        "preprocessing": told["preprocessing"],
-        "rehearsal": told["data"]["rehearsal"],
-        "created": told["created"],
-        "weights_sha256": told["weights"]["sha256"],
-        "versions": told["versions"],  # of the fit
+        "preprocessing": settings["preprocessing"],
+        "rehearsal": settings["data"]["rehearsal"],
+        "created": settings["created"],
+        "weights_sha256": settings["weights"]["sha256"],
+        "versions": settings["versions"],  # of the fit
         "exported_by": {"xray-fastai": __version__, "torch": torch.__version__, **versions},
     }
     return {
@@ -188,38 +171,38 @@ def _metadata(model: "Model", versions: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _difference(model: "Model", path: Path, onnxruntime) -> float:
-    """The largest difference of a probability from torch's, over batches of several sizes; NaN where one is not finite.
+def _difference(model: Model, path: Path, onnxruntime) -> float:
+    """Compare onnxruntime's probabilities with torch's, over batches of several sizes.
+
+    Returns:
+        The largest difference; NaN if one is not finite.
 
     Raises:
-        UserError: onnxruntime does not take the file.
+        UserError: onnxruntime does not run the file.
     """
-    import torch
-
-    images = _varied(model.size)  # (IMAGES, 1, size, size)
-    most = max(2, 8 * 224**2 // model.size**2)
+    images = _test_images(model.size)  # (IMAGES, 1, size, size)
+    batch_size = max(2, 8 * 224**2 // model.size**2)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     largest = 0.0
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        for batch in np.split(images, [1, *range(3, IMAGES, most)]):
-            (ours,) = session.run(["probabilities"], {"images": batch})
-            theirs = model.probabilities(model.logits(torch.from_numpy(batch)).numpy())
-            largest = np.maximum(largest, np.abs(ours - theirs).max())  # keeps NaN
-    except Exception as error:  # onnxruntime's have no class of their own above them
+        for batch in np.split(images, [1, *range(3, IMAGES, batch_size)]):
+            (from_onnx,) = session.run(["probabilities"], {"images": batch})
+            from_torch = model.probabilities(model.logits(torch.from_numpy(batch)).numpy())
+            largest = np.maximum(largest, np.abs(from_onnx - from_torch).max())  # NaN stays NaN
+    except Exception as error:  # onnxruntime's errors have no common base class
         if not type(error).__module__.startswith("onnxruntime."):
             raise
         raise UserError(
-            f"onnxruntime {onnxruntime.__version__}: does not run what was written ({shown(error, 200)}); try another "
+            f"onnxruntime {onnxruntime.__version__}: cannot run the written file ({shown(error, 200)}); try another "
             "version of it"
         ) from None
     return float(largest)
 
 
-def _varied(size: int) -> np.ndarray:
-    """Images of many kinds (IMAGES, 1, size, size): drawn X-rays, noise, gradients, blank ones, borders."""
-
+def _test_images(size: int) -> np.ndarray:
+    """Make images of many kinds (IMAGES, 1, size, size): synthetic X-rays, noise, gradients, blank ones, borders."""
     rng, side = np.random.default_rng(0), min(size, 256)
     drawn = [
         np.asarray(draw(rng, disease, side).resize((size, size), Image.Resampling.BILINEAR))

@@ -1,23 +1,69 @@
-"""What a model says of new images: a row each, in a data frame, on the terminal, or in a file that grows as it goes.
+"""Predicts images and returns a table with one row an image.
 
-Columns: `path`, `prediction`, `p_<CLASS>` for each class, `threshold` (of the class to detect; empty for more than two
-classes, of which the most probable is called) and `error` (then there is no prediction).
+`columns_of` is the one list of the columns, each with its type and its value. The data frame, the command line's output
+file (`row_file`) and its `--resume` follow from it.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from xray_fastai.config import PredictConfig
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.row_file import Row
-from xray_fastai.inference.stream import Batch, Source, check_folder, image_sources, predict_batches
-from xray_fastai.inference.tta import Views
+from xray_fastai.inference.stream import Batch, Source, check_folders, image_sources, predict_batches
 from xray_fastai.system.errors import UserError
+
+DIGITS = 7
+"""Decimal places of a probability in a row."""
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """Holds what is known about one image after prediction; each column shows a part of it."""
+
+    path: str  # the file, or `image N` for a picture without a file name
+    threshold: float | None  # of the class to detect; None for more than two classes
+    prediction: str | None = None  # a class; None if there is an error
+    probabilities: dict[str, float] = field(default_factory=dict)  # by class; empty if there is an error
+    error: str | None = None  # why there is no prediction
+
+
+@dataclass(frozen=True)
+class Column:
+    """Describes one column of the table."""
+
+    name: str
+    type: type  # str or float; a value may also be None
+    value: Callable[[ImageResult], str | float | None]
+
+
+def columns_of(classes: Sequence[str]) -> list[Column]:
+    """Return the columns for a model of these classes, in their order; a new column is added here alone."""
+    return [
+        Column("path", str, attrgetter("path")),
+        Column("prediction", str, attrgetter("prediction")),
+        *(Column(probability_column(name), float, partial(_probability, name)) for name in classes),
+        Column("threshold", float, attrgetter("threshold")),
+        Column("error", str, attrgetter("error")),
+    ]
+
+
+def probability_column(label: str) -> str:
+    """Return the name of the column that holds the probability of a class."""
+    return f"p_{label}"
+
+
+def _probability(label: str, result: ImageResult) -> float | None:
+    return result.probabilities.get(label)
 
 
 def predict(
@@ -32,99 +78,94 @@ def predict(
     device: str = "auto",
     precision: str = "auto",
 ) -> pd.DataFrame:
-    """Predict images; one that can't be read becomes a row with its error.
+    """Predict images; one that cannot be read becomes a row with its error.
 
     Args:
         paths: one or many: files, folders, PIL images, or arrays as `images.open_image` takes them.
-        model: an export's folder, or one that is open already; None takes the newest in ./exports.
-        recursive: folders with what is below them.
-        threshold: the probability of the class to detect from which an image is called that; None: the export's own.
-        uncalibrated: probabilities without the temperature. The export's own threshold moves with them, so that it
-            makes the same decisions.
+        model: an export's folder, or an open model; None takes the newest in ./exports.
+        recursive: search the subfolders of folders, too.
+        threshold: the probability of the class to detect from which an image is called positive; None takes the
+            export's own.
+        uncalibrated: give probabilities without temperature scaling. The export's own threshold is moved accordingly,
+            so that the decisions stay the same.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
-        batch_size: images at once; what comes out is the same.
-        device: auto, cpu, cuda or mps; a model that is open stays where it is.
-        precision: auto, fp32 or bf16 (`inference.open_model`).
+        batch_size: changes the speed, not the result.
+        device: auto, cpu, cuda or mps; an open model stays where it is.
+        precision: auto, fp32 or bf16 (`inference.model.open_model`); an open model keeps its own.
 
     Returns:
-        A row an image, in the order of `paths`; the `path` of an image that has none is `image N`, from 0.
+        One row for each image, in the order of `paths`, with the columns of `columns_of`. A picture without a file name
+        has the path `image N`, counted from 0.
 
     Raises:
-        UserError: no export, a damaged one, a folder without images, or a threshold that can't be.
+        UserError: no export, a damaged one, a folder without images, or an option outside its limits.
     """
-    picture = isinstance(paths, np.ndarray) and paths.ndim in (2, 3)
-    paths = [paths] if picture or isinstance(paths, (str, bytes, os.PathLike, Image.Image)) else list(paths)
-    check_folders(paths, recursive)
-    model = model if isinstance(model, Model) else open_model(model, device, precision)
-    rows = Rows(model, threshold, uncalibrated, tta)
-    with closing(predict_batches(model, image_sources(paths, recursive), batch_size, rows.views)) as batches:
-        return pd.DataFrame([row for batch in batches for row in rows(batch)], columns=rows.columns)
+    config = PredictConfig(
+        recursive=recursive, threshold=threshold, uncalibrated=uncalibrated, tta=tta, batch_size=batch_size,
+        device=device, precision=precision,
+    )  # fmt: skip
+    is_array = isinstance(paths, np.ndarray) and paths.ndim in (2, 3)
+    paths = [paths] if is_array or isinstance(paths, (str, bytes, os.PathLike, Image.Image)) else list(paths)
+    check_folders(paths, config.recursive)
+    model = model if isinstance(model, Model) else open_model(model, config.device, config.precision)
+    builder = RowBuilder(model, config)
+    sources = image_sources(paths, config.recursive)
+    with closing(predict_batches(model, sources, config.batch_size, config.tta)) as batches:
+        rows = [row for batch in batches for row in builder.rows(batch)]
+    return pd.DataFrame(rows, columns=[column.name for column in builder.columns])
 
 
-class Rows:
-    "Batches become rows."
+class RowBuilder:
+    """Turns batches of logits into rows: probabilities, and the decision at the threshold.
 
-    def __init__(
-        self,
-        model: Model,
-        threshold: float | None,  # None: the export's own
-        uncalibrated: bool,
-        tta: bool,
-    ):
-        self.model, self.calibrated = model, not uncalibrated
-        self.views = Views() if tta else None
-        if threshold is not None and len(model.classes) != 2:
+    Raises:
+        UserError: a threshold was given for a model of more than two classes.
+    """
+
+    def __init__(self, model: Model, config: PredictConfig):
+        self.model, self.config = model, config
+        self.columns = columns_of(model.classes)
+        self.calibrated = not config.uncalibrated
+        if config.threshold is not None and len(model.classes) != 2:
             raise UserError(
-                f"of {len(model.classes)} classes the most probable is called",
+                f"a model of {len(model.classes)} classes predicts the most probable one; leave it out",
                 option="threshold",
-                value=f"{threshold:g}",
+                value=f"{config.threshold:g}",
             )
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise UserError("give a probability, from 0 to 1", option="threshold", value=f"{threshold:g}")
-        self.threshold = model.threshold_of(self.calibrated) if threshold is None else float(threshold)
-        self.columns = ["path", "prediction", *(f"p_{name}" for name in model.classes), "threshold", "error"]
+        self.threshold = model.threshold_of(self.calibrated) if config.threshold is None else config.threshold
 
-    def __call__(self, batch: Batch, first: int = 0) -> list[Row]:
-        "`first` is the position of the batch's first source among all."
+    def rows(self, batch: Batch, first: int = 0) -> list[Row]:
+        """Return the rows of a batch; `first` is the position of its first source among all."""
         return [
             self._row(_name_of(source, number), logits, error)
             for number, (source, logits, error) in enumerate(batch.outputs(), first)
         ]
 
-    def _row(self, name: str, logits: np.ndarray | None, error: str | None) -> Row:
-        prediction, values = None, [None] * len(self.model.classes)
+    def _row(self, path: str, logits: np.ndarray | None, error: str | None) -> Row:
+        result = ImageResult(path, self.threshold, error=error)
         if logits is not None and not np.isfinite(logits).all():
-            error = f"{name}: the network's output is not a number"
+            result = ImageResult(path, self.threshold, error=f"{path}: the network's output is not a number")
         elif logits is not None:
             probabilities = self.model.probabilities(logits[None], self.calibrated)  # (1, classes)
             prediction = self.model.classes[int(self.model.decide(probabilities, self.threshold)[0])]
-            values = [round(float(p), 7) for p in probabilities[0]]
-        return dict(zip(self.columns, [name, prediction, *values, self.threshold, error], strict=True))
+            by_class = {
+                label: round(float(p), DIGITS) for label, p in zip(self.model.classes, probabilities[0], strict=True)
+            }
+            result = ImageResult(path, self.threshold, prediction, by_class)
+        return {column.name: column.value(result) for column in self.columns}
 
     def __str__(self) -> str:
-        called = "the most probable is called"
+        rule = "the most probable class is predicted"
         if self.threshold is not None:
-            called = f"{self.model.positive} from a probability of {self.threshold:.4g}"
-        text = f"{'classes':<14}{', '.join(self.model.classes)}; {called}"
+            rule = f"{self.model.positive} from a probability of {self.threshold:.4g}"
+        text = f"{'classes':<14}{', '.join(self.model.classes)}; {rule}"
         if self.model.settings["data"]["rehearsal"]:
-            text += f"\n{'trained on':<14}X-rays that this program drew itself: it knows nothing of patients"
+            text += f"\n{'trained on':<14}synthetic X-rays: the model knows nothing of patients"
         return text
 
 
-def _name_of(source: Source, number: int) -> str:
-    """What a row calls its image: the path, or for what has none its position."""
+def _name_of(source: Source, position: int) -> str:
+    """Return the path of a source, or `image N` for a source without one."""
     if isinstance(source, Image.Image):
         source = getattr(source, "filename", "")
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) and source else f"image {number}"
-
-
-def check_folders(paths: list, recursive: bool, heatmaps: Path | None = None) -> None:
-    for path in paths:
-        if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
-            check_folder(path, recursive)
-            if heatmaps is not None:
-                folder, maps = Path(path).resolve(), heatmaps.resolve()
-                if maps == folder or (recursive and folder in maps.parents):
-                    raise UserError(
-                        f"among the images of {path}; give a folder outside of it", option="heatmaps", value=heatmaps
-                    )
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) and source else f"image {position}"

@@ -1,9 +1,12 @@
-"""A .csv or .jsonl file of rows that grows as they come, ends on a whole row whatever happens, and can be continued."""
+"""Writes rows to a .csv or .jsonl file as they come.
+
+Whatever happens, the file ends with a whole row, and `--resume` can continue it.
+"""
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,52 +19,54 @@ Row = dict[str, Any]
 
 
 class RowFile:
-    """An `--output` that rows are appended to; what is in it is never overwritten.
+    """Appends rows to an `--output` file, and never overwrites a row.
 
-    To continue one, read `done()` to its end, then `write`: until then the file is as it was. A path that is not UTF-8
-    keeps its bytes in .csv, and becomes escapes (`\\udc80`, as Python reads them) in .jsonl.
+    To continue a file, read `done()` to its end, then call `write`; the file stays unchanged until then. A path that is
+    not UTF-8 keeps its bytes in .csv; in .jsonl these bytes become escapes (`\\udc80`), which Python reads back.
     """
 
     def __init__(
         self,
         path: str | Path,
-        columns: list[str],  # in this order; `path` is the first
-        resume: bool = False,  # continue the file, if it is there
+        columns: Mapping[str, type],  # name and type (str or float) of each, in this order; `path` is the first
+        resume: bool = False,  # continue the file if it exists
     ):
-        """Open, or make, the file.
+        """Open the file, or make it.
 
         Raises:
-            UserError: another suffix, a file that is there and not to be continued, that another process is writing,
-                or that can't be written to.
+            UserError: the suffix is another one, the file exists and `resume` is false, another process is writing it,
+                or it cannot be written to.
         """
-        self.path, self.columns = Path(path), columns
-        self.rows = 0  # whole ones
+        self.path, self.columns = Path(path), dict(columns)
+        self.rows = 0  # whole rows in the file
         self.check(self.path, resume)
         lock = None
         try:
-            self.path.parent.stat()  # a lock would make it
+            self.path.parent.stat()  # the lock would make a missing folder
             lock = acquire(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
             if lock is None:
                 raise UserError(
-                    "another predict is writing it; wait for that, or give another name", option="output", value=path
+                    "another predict is writing it; wait until it ends, or give another name",
+                    option="output",
+                    value=path,
                 )
             self._file = open(self.path, "r+b" if resume and self.path.exists() else "xb", buffering=0)  # noqa: SIM115
         except OSError as error:
             if lock is not None:
                 release(lock)
-            raise UserError(f"can't be written to ({error.strerror})", option="output", value=path) from None
+            raise UserError(f"cannot be written to ({error.strerror})", option="output", value=path) from None
         self._lock = lock
         self._csv = self.path.suffix.lower() == ".csv"
-        self._head = _csv_line(columns) if self._csv else b""
-        self._end = 0  # of the last whole row, in bytes
+        self._head = _csv_line(list(columns)) if self._csv else b""
+        self._end = 0  # where the last whole row ends, in bytes
         self._writing = False
 
     @staticmethod
     def check(path: Path, resume: bool) -> None:
-        """See, without touching it, whether a file could be written.
+        """Check whether the file could be written, without opening it.
 
         Raises:
-            UserError: another suffix, a folder, or a file that is there and not to be continued.
+            UserError: the suffix is another one, `path` is a folder, or the file exists and `resume` is false.
         """
         if path.suffix.lower() not in (".csv", ".jsonl"):
             raise UserError("give a name that ends in .csv or .jsonl", option="output", value=path)
@@ -69,7 +74,7 @@ class RowFile:
             raise UserError("a folder, not a file", option="output", value=path)
         if path.exists() and not resume:
             raise UserError(
-                "is there already; give another name, or continue it by --resume", option="output", value=path
+                "already exists; give another name, or continue it by --resume", option="output", value=path
             )
 
     def __enter__(self) -> "RowFile":
@@ -84,62 +89,67 @@ class RowFile:
             release(self._lock)
 
     def done(self) -> Iterator[Row]:
-        """The whole rows that are there, with numbers as floats and None for what is empty.
+        """Yield the whole rows of the file; a column of type float has floats, an empty value is None.
 
         Raises:
-            UserError: not rows of these columns.
+            UserError: the file does not hold rows of these columns.
         """
         with open(self.path, "rb") as stream:
-            start = self._head or b'{"path": '
-            if (found := stream.read(len(start))) != start[: len(found)]:
-                wanted = ", ".join(self.columns)
+            expected = self._head or b'{"path": '
+            start = stream.read(len(expected))
+            if start != expected[: len(start)]:
+                names = ", ".join(self.columns)
                 raise UserError(
-                    f"{self.path} does not begin with the columns of this model ({wanted})", option="resume"
+                    f"{self.path} does not begin with the columns of this model ({names}); give another --output",
+                    option="resume",
                 )
-            if found != start:  # nothing there, or the first line cut short
+            if start != expected:  # the file is empty, or its first line is incomplete
                 return
             stream.seek(len(self._head))
             self._end = len(self._head)
             yield from self._read(stream)
 
     def _read(self, stream: io.BufferedReader) -> Iterator[Row]:
-        taken, cut = self._end, False
+        position, at_end = self._end, False
 
         def lines() -> Iterator[str]:
-            nonlocal taken, cut
+            nonlocal position, at_end
             for line in stream:
                 if not line.endswith(b"\n"):
                     break
-                taken += len(line)
+                position += len(line)
                 yield line.decode("utf-8", "surrogateescape")
-            cut = True
+            at_end = True
 
-        def fields() -> Iterator[Row]:
+        def parsed() -> Iterator[Row]:
             if self._csv:
-                for values in csv.reader(lines(), strict=True):
-                    row = dict(zip(self.columns, values, strict=True))
-                    yield {name: _value(name, text) for name, text in row.items()}
+                for texts in csv.reader(lines(), strict=True):
+                    row = dict(zip(self.columns, texts, strict=True))
+                    yield {name: self.columns[name](text) if text else None for name, text in row.items()}
             else:
                 for line in lines():
                     row = json.loads(line)
-                    if list(row) != self.columns:
+                    if list(row) != list(self.columns):
                         raise ValueError
                     yield row
 
         try:
-            for row in fields():
-                self._end, self.rows = taken, self.rows + 1
+            for row in parsed():
+                self._end, self.rows = position, self.rows + 1
                 yield row
         except (ValueError, TypeError, csv.Error):
-            if not cut:  # else the last row's quotation marks are open: it was cut at a line break in a path
+            # at the end it is the last row that is incomplete: it was cut at a line break in a quoted path
+            if not at_end:
                 raise UserError(
-                    f"row {self.rows + 1} of {self.path} does not have the columns {', '.join(self.columns)}",
+                    f"row {self.rows + 1} of {self.path} does not have the columns {', '.join(self.columns)}; "
+                    "give another --output",
                     option="resume",
                 ) from None
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Append rows, all of them or, with an error, none; on return they are with the operating system. What was cut
-        short before them is dropped; the first call writes the header.
+        """Append all rows, or none if there is an error; on return the operating system has them.
+
+        An incomplete row before them is deleted. The first call writes the header.
 
         Raises:
             UserError: the disk is full.
@@ -152,14 +162,14 @@ class RowFile:
         try:
             self._file.truncate(self._end)
             self._file.seek(self._end)
-            left = memoryview(content)
-            while left:
-                left = left[self._file.write(left) :]
+            remaining = memoryview(content)
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
         except OSError as error:
             with suppress(OSError):
                 self._file.truncate(self._end)
             raise UserError(
-                f"{error.strerror} after {count_of(self.rows, 'row')}, which stand; make room, then go on by --resume",
+                f"{error.strerror} after {count_of(self.rows, 'row')}, which are kept; free space, then give --resume",
                 option="output",
                 value=self.path,
             ) from None
@@ -173,13 +183,7 @@ class RowFile:
 
 def _csv_line(values: list) -> bytes:
     text = io.StringIO()
-    # a lone "\r" ends a line to most readers, and `QUOTE_MINIMAL` does not quote it
+    # most readers end a line at a lone "\r", which `QUOTE_MINIMAL` does not quote
     quoting = csv.QUOTE_ALL if any("\r" in str(value) for value in values) else csv.QUOTE_MINIMAL
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(values)
     return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def _value(name: str, text: str) -> str | float | None:
-    if name in ("path", "prediction", "error"):
-        return text if name == "path" else text or None
-    return float(text) if text else None

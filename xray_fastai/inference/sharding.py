@@ -1,7 +1,7 @@
-"""Prediction in several processes: each predicts every n-th batch, and the first writes them all in order.
+"""Prediction by several processes: each predicts every n-th batch, and the first process gets all of them in order.
 
-Batches are those of one process, so that what is written is too. It grows as it goes, on the first process's machine;
-after an interruption, any number of processes can go on with it.
+The batches are those that one process would make, so the rows are the same. The first process writes them. After an
+interruption any number of processes can continue the file.
 """
 
 from collections.abc import Iterator
@@ -9,57 +9,60 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain, islice
 
+import torch.distributed as dist
+
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import Batch, Source, predict_batches
-from xray_fastai.inference.tta import Views
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 
 ROUNDS = 256
-"""Batches of each process whose names are handed out at once; between two such blocks nothing is decoded ahead."""
+"""Batches of each process whose file names are shared at once. Between two such blocks no image is decoded ahead."""
 
 
 def predict_sharded(
     model: Model,
     sources: Iterator[Source],
     batch_size: int,
-    views: Views | None = None,
+    tta: bool = False,
     *,
-    pictures: bool,  # whether the batches that come back need their images
+    with_images: bool,  # whether the batches need their images; without them less is sent between the processes
 ) -> Iterator[Batch]:
-    """As `inference.predict_batches`, in the first process, of what all of them predict."""
+    """Predict as `predict_batches` does, by all processes; called in the first process."""
     if distributed.world_size() == 1:
-        yield from predict_batches(model, sources, batch_size, views)
+        yield from predict_batches(model, sources, batch_size, tta)
         return
     distributed.share((model.path, model.settings, model.precision))
-    distributed.share((batch_size, views, pictures))
-    yield from _in_turns(model, iter(sources), batch_size, views, pictures)
+    distributed.share((batch_size, tta, with_images))
+    yield from _in_turns(model, iter(sources), batch_size, tta, with_images)
 
 
 def follow(device: str) -> None:
-    """The part of a process that is not the first."""
+    """Predict the batches that belong to this process, which is not the first.
+
+    Raises:
+        UserError: the export differs from the one that the first process opened.
+    """
     path, settings, precision = distributed.share()
     model = open_model(path, device, precision)
     if model.settings != settings:
-        raise UserError(f"{path}: on this machine not the export that it is on the first; give all the same")
+        raise UserError(f"{path}: this machine has another export there than the first; give all the same one")
     for _ in _in_turns(model, iter(()), *distributed.share()):
         pass
 
 
 def _in_turns(
-    model: Model, sources: Iterator[Source], batch_size: int, views: Views | None, pictures: bool
+    model: Model, sources: Iterator[Source], batch_size: int, tta: bool, with_images: bool
 ) -> Iterator[Batch]:
-    import torch.distributed as dist
-
     world, first = distributed.world_size(), distributed.rank() == 0
     while names := distributed.share(list(islice(sources, ROUNDS * world * batch_size)) if first else None):
         chunks = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
         own = chain.from_iterable(chunks[distributed.rank() :: world])
-        with closing(predict_batches(model, own, batch_size, views)) as batches:
+        with closing(predict_batches(model, own, batch_size, tta)) as batches:
             for _ in range(0, len(chunks), world):
                 batch = next(batches, None)  # None: no chunk is left for this process
-                if batch is not None and not pictures:
+                if batch is not None and not with_images:
                     batch = replace(batch, images=batch.images[:0].clone())
-                turn = [None] * world if first else None
-                dist.gather_object(batch, turn)
-                yield from (batch for batch in turn or () if batch is not None)
+                gathered = [None] * world if first else None
+                dist.gather_object(batch, gathered)
+                yield from (batch for batch in gathered or () if batch is not None)

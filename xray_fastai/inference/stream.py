@@ -1,4 +1,4 @@
-"""A stream of files becomes a stream of predictions."""
+"""Turns a stream of files into a stream of logits, and lists the images of folders."""
 
 import os
 from collections import deque
@@ -15,36 +15,42 @@ from PIL import Image
 
 from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file, may_be_image, open_image
 from xray_fastai.inference.model import NO_NUMBER, Model
-from xray_fastai.inference.tta import Views
+from xray_fastai.inference.tta import mean_over_views
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
 
 Source = str | Path | bytes | Image.Image | np.ndarray
-"""What `images.open_image` takes."""
+"""What `images.open_image` reads."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sources that went through the network together."""
+    """Holds sources that went through the network together, and their logits."""
 
     sources: list[Source]
-    errors: list[str | None]  # of each source: what is wrong with it
-    images: torch.Tensor  # (readable, 1, size, size), eight-bit
+    errors: list[str | None]  # for each source: why it cannot be read, or None
+    images: torch.Tensor  # (readable, 1, size, size), 8-bit
     logits: np.ndarray  # (readable, classes), fp32
 
     def outputs(self) -> Iterator[tuple[Source, np.ndarray | None, str | None]]:
-        """Each source with its logits (classes,) or None, and its error or None."""
+        """Yield each source with its logits (classes,) or None, and its error or None."""
         logits = iter(self.logits)
         for source, error in zip(self.sources, self.errors, strict=True):
             yield source, next(logits) if error is None else None, error
 
 
 def predict_batches(
-    model: Model, sources: Iterable[Source], batch_size: int = 32, views: Views | None = None
+    model: Model, sources: Iterable[Source], batch_size: int = 32, tta: bool = False
 ) -> Iterator[Batch]:
-    """Predict sources in their order, decoding ahead of the network; memory doesn't grow with their number.
+    """Predict sources in their order.
 
-    With `views`, by test-time augmentation.
+    Threads decode the next images while the network works. Memory does not grow with the number of sources.
+
+    Args:
+        model: from `open_model`.
+        sources: files, bytes, PIL images or arrays; a folder is a source that cannot be read (`image_sources`).
+        batch_size: changes the speed only.
+        tta: average over several views of each image (`inference.tta`).
 
     Raises:
         UserError: a batch does not fit into the device's memory.
@@ -69,45 +75,48 @@ def predict_batches(
     try:
         fill()
         while waiting:
-            taken = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+            batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
             fill()
-            decoded = [future.result() for _, future in taken]
-            good = [image for image in decoded if not isinstance(image, str)]
-            images = torch.stack(good) if good else torch.empty(0, 1, model.size, model.size, dtype=torch.uint8)
+            decoded = [future.result() for _, future in batch]
+            readable = [image for image in decoded if not isinstance(image, str)]
+            images = torch.empty(0, 1, model.size, model.size, dtype=torch.uint8)
             logits = np.empty((0, len(model.classes)), np.float32)
-            if good:
-                logits = (views.mean(model.outputs, images) if views else model.outputs(images)).numpy()
+            if readable:
+                images = torch.stack(readable)
+                logits = (mean_over_views(model.outputs, images) if tta else model.outputs(images)).numpy()
             errors = [image if isinstance(image, str) else None for image in decoded]
-            yield Batch([source for source, _ in taken], errors, images, logits)
+            yield Batch([source for source, _ in batch], errors, images, logits)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"batch size {batch_size}: more than {model.learn.dls.device} has memory for; try --device cpu"
+            f"not enough memory on {model.learn.dls.device}; give a smaller one, or --device cpu",
+            option="batch_size",
+            value=batch_size,
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def predict_stream(
-    model: Model, sources: Iterable[Source], batch_size: int = 32, views: Views | None = None
+    model: Model, sources: Iterable[Source], batch_size: int = 32, tta: bool = False
 ) -> Iterator[tuple[Source, np.ndarray | None, str | None]]:
-    """As `predict_batches`, a source at a time.
+    """Predict as `predict_batches` does, and yield one source at a time.
 
     Yields:
-        The source; its logits (classes,), or None; what is wrong with the file, or None.
+        The source; its logits (classes,), or None; why it cannot be read, or None.
     """
-    with closing(predict_batches(model, sources, batch_size, views)) as batches:
+    with closing(predict_batches(model, sources, batch_size, tta)) as batches:
         for batch in batches:
             yield from batch.outputs()
 
 
-def predict_all(model: Model, paths: Sequence[str], views: Views | None = None) -> np.ndarray:
-    """Logits (N, classes) of files all of which are wanted, with a progress bar on a terminal.
+def predict_all(model: Model, paths: Sequence[str], tta: bool = False) -> np.ndarray:
+    """Return the logits (N, classes) of files, with a progress bar on a terminal.
 
     Raises:
-        UserError: one can't be read; the first by name, and how many there are.
+        UserError: a file cannot be read; the message names the first one, and says how many there are.
     """
     logits, errors = [], []
-    for _, output, error in track(predict_stream(model, paths, views=views), "predicting", len(paths)):
+    for _, output, error in track(predict_stream(model, paths, tta=tta), "predicting", len(paths)):
         logits.append(output)
         if error:
             errors.append(error)
@@ -115,58 +124,62 @@ def predict_all(model: Model, paths: Sequence[str], views: Views | None = None) 
             raise UserError(f"{model.path}: {NO_NUMBER}")
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; mend or remove it: results on a part of the split would mislead")
+        raise UserError(f"{errors[0]}{more}; repair or remove it: results on a part of the split would mislead")
     return np.stack(logits)
 
 
 def image_sources(paths: Iterable[Source], recursive: bool = False) -> Iterator[Source]:
-    """Folders become their images, by name, then, where `recursive`, those of the folders below; the rest stays.
+    """Replace each folder by its images in the order of their names; other sources stay as they are.
 
-    A folder without images comes as itself, to be told of as a file that can't be read. Memory: one folder's names.
+    With `recursive` the images of the subfolders follow. A folder without images is yielded itself, and becomes a file
+    that cannot be read. Only one folder's names are held in memory.
     """
     for path in paths:
         if isinstance(path, (str, os.PathLike)):
             path = os.fspath(path)
-            inside = _images_in(path, recursive) if os.path.isdir(path) else iter(())
-            yield next(inside, path)
-            yield from inside
+            images = _images_in(path, recursive) if os.path.isdir(path) else iter(())
+            yield next(images, path)
+            yield from images
         else:
             yield path
 
 
-def check_folder(folder: str | Path, recursive: bool = False) -> None:
-    """See that there is something to predict.
+def check_folders(paths: Iterable[Source], recursive: bool = False) -> None:
+    """Check that each folder among `paths` holds an image.
 
     Raises:
-        UserError: the folder has no image in it, or can't be read.
+        UserError: a folder has no image, or cannot be read.
     """
-    try:
-        os.scandir(folder).close()
-    except OSError as error:
-        raise UserError(f"{folder}: can't be read ({error.strerror})") from None
-    if next(_images_in(os.fspath(folder), recursive), None) is None:
-        deeper = "" if recursive else "; --recursive looks into the folders below it"
-        raise UserError(f"{folder}: no image in it (looked for {' '.join(EXTENSIONS)}){deeper}")
+    for path in paths:
+        if not isinstance(path, (str, os.PathLike)) or not os.path.isdir(path):
+            continue
+        try:
+            os.scandir(path).close()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if next(_images_in(os.fspath(path), recursive), None) is None:
+            advice = "" if recursive else "; to search its subfolders, too, give --recursive"
+            raise UserError(f"{path}: no image in this folder (looked for {' '.join(EXTENSIONS)}){advice}")
 
 
-def _images_in(folder: str, recursive: bool, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    images, folders = [], []
+def _images_in(folder: str, recursive: bool, parents: frozenset[str] = frozenset()) -> Iterator[str]:
+    images, subfolders = [], []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if is_hidden(entry.name) or not (recursive or may_be_image(entry.name)):
                     continue
                 if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
-                    folders.append(entry.name)
+                    subfolders.append(entry.name)
                 elif is_image_file(entry.path):
                     images.append(entry.name)
     except OSError:
-        yield folder  # told of as a file that can't be read
+        yield folder  # becomes a row: a file that cannot be read
         return
     for name in sorted(images):
         yield os.path.join(folder, name)
-    above |= {os.path.realpath(folder)}
-    for name in sorted(folders) if recursive else ():
-        below = os.path.join(folder, name)
-        if os.path.realpath(below) not in above:  # a link to a folder above never ends
-            yield from _images_in(below, recursive, above)
+    parents |= {os.path.realpath(folder)}
+    for name in sorted(subfolders) if recursive else ():
+        subfolder = os.path.join(folder, name)
+        if os.path.realpath(subfolder) not in parents:  # a link to a parent folder would never end
+            yield from _images_in(subfolder, recursive, parents)

@@ -1,1 +1,1 @@
-"""The network and what goes into it: backbone, head, loss, pretrained weights, transforms, loaders."""
+"""Builds the network and its input: backbone, head, loss, pretrained weights, transforms, loaders."""

@@ -1,4 +1,8 @@
-"""How training images are varied: fastai's transforms, and three that it lacks."""
+"""Varies training images: fastai's transforms, and three that it lacks.
+
+`AUGMENT` is the one table of the values. The transforms are built from it, `model.json` records it, and the benchmarks
+read it.
+"""
 
 from functools import partial
 
@@ -7,91 +11,134 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.all import AffineCoordTfm, TensorImage, Transform, affine_mat, aug_transforms, mask_tensor
 
+AUGMENT: dict[str, dict[str, float]] = {
+    "strong": {
+        "max_rotate": 15.0,  # degrees, to either side
+        "min_zoom": 0.85,
+        "max_zoom": 1.2,
+        "max_stretch": 1.25,  # ratio of width to height; at least 1 / max_stretch; 1 is no stretch
+        "p_affine": 0.75,  # probability of each of the three: rotation, zoom, stretch
+        "max_lighting": 0.2,  # change of brightness and of contrast, in fastai's logit scale
+        "p_lighting": 0.75,  # probability of each of the two
+        "max_blur": 1 / 64,  # standard deviation of the Gaussian, in sides of the image
+        "max_noise": 0.08,  # standard deviation of the noise, if white is 1
+        "p_quality": 0.5,  # probability of each of the two: blur, noise
+    },
+    "light": {
+        "max_rotate": 10.0,
+        "min_zoom": 1.0,
+        "max_zoom": 1.15,
+        "max_stretch": 1.0,
+        "p_affine": 0.75,
+        "max_lighting": 0.2,
+        "p_lighting": 0.75,
+        "max_blur": 0.0,
+        "max_noise": 0.0,
+        "p_quality": 0.5,
+    },
+}
+"""The values by the option's name; `none` has none.
 
-def stretch_matrix(images: torch.Tensor, most: float, p: float) -> torch.Tensor:
-    """Matrices (B, 3, 3) that make an image (B, C, H, W) up to `most` times wider for its height, or narrower, with
-    probability `p`; its area stays. fastai's `RandomResizedCropGPU` does so to all images of a batch alike."""
-    ratio = mask_tensor(images.new_empty(len(images)).uniform_(-np.log(most), np.log(most)), p=p).exp()
-    width, none = ratio.rsqrt(), torch.zeros_like(ratio)
-    return affine_mat(width, none, none, none, 1 / width, none)
+No flips: the heart lies on one side. On images unlike the training images, flips cost 0.03 of AUC (one seed, ResNet18
+at 64 px). No warp: with a stretch of up to 1.2, without blur and noise, it was worse on both groups that
+`tests/benchmarks/shift.py` holds out.
+"""
+FASTAI_VALUES = ("max_rotate", "min_zoom", "max_zoom", "max_lighting", "p_affine", "p_lighting")
+"""The values that fastai's `aug_transforms` takes, under its own names."""
+
+
+def stretch_matrix(images: torch.Tensor, max_ratio: float, p: float) -> torch.Tensor:
+    """Draw matrices (B, 3, 3) that make images (B, C, H, W) wider or narrower for their height.
+
+    The ratio of width to height changes by up to `max_ratio`, with probability `p`. The area stays the same. fastai's
+    `RandomResizedCropGPU` stretches all images of a batch alike.
+    """
+    log_ratio = images.new_empty(len(images)).uniform_(-np.log(max_ratio), np.log(max_ratio))
+    ratio = mask_tensor(log_ratio, p=p).exp()
+    width, zero = ratio.rsqrt(), torch.zeros_like(ratio)
+    return affine_mat(width, zero, zero, zero, 1 / width, zero)
 
 
 class Stretch(AffineCoordTfm):
-    """Make images wider or narrower for their height.
+    """Makes images wider or narrower for their height.
 
-    The network gets squares, so an image of another shape is squeezed into one, and how much tells of how it was taken.
+    The network gets squares, so an image of another shape is squeezed into one. How much it was squeezed shows how the
+    image was taken.
     """
 
     def __init__(
         self,
-        most: float,  # the ratio of width to height at the most; at the least, 1 / `most`
-        p: float = 0.75,  # the probability that an image is stretched
+        max_ratio: float,  # of width to height; the smallest is 1 / `max_ratio`
+        p: float = 0.75,  # probability that an image is stretched
     ):
-        super().__init__(partial(stretch_matrix, most=most, p=p), align_corners=True)
+        super().__init__(partial(stretch_matrix, max_ratio=max_ratio, p=p), align_corners=True)
 
 
 class Blur(Transform):
-    """Blur images of a training batch by a Gaussian, each by its own; torchvision's `GaussianBlur` takes all alike.
+    """Blurs each image of a training batch by its own Gaussian; torchvision's `GaussianBlur` blurs all alike.
 
-    How sharp an image is tells more of the machine, the patient's breath and the JPEG quality than of the disease.
+    Sharpness depends more on the machine, the patient's breath and the JPEG quality than on the disease.
     """
 
-    order = 40  # as fastai's changes of brightness and contrast: after what moves pixels
+    order = 40  # as fastai's changes of brightness and contrast: after the transforms that move pixels
     split_idx = 0
 
     def __init__(
         self,
-        most: float,  # the standard deviation at the most, in sides of the image
-        p: float = 0.5,  # the probability that an image is blurred
+        max_sigma: float,  # standard deviation, in sides of the image
+        p: float = 0.5,  # probability that an image is blurred
     ):
-        self.most, self.p = most, p
+        self.max_sigma, self.p = max_sigma, p
 
     def encodes(self, x: TensorImage):
         images = x.as_subclass(torch.Tensor)  # (B, C, H, W)
         count, channels, height, width = images.shape
-        most = self.most * max(height, width)  # pixels
-        radius = int(np.ceil(3 * most))
-        sigma = mask_tensor(images.new_empty(count).uniform_(0, most), p=self.p).clamp_min(0.05)  # 0.05: as it was
-        away = torch.arange(-radius, radius + 1, device=images.device)
-        kernel = torch.exp(-(away**2) / (2 * sigma[:, None] ** 2))
+        max_sigma = self.max_sigma * max(height, width)  # pixels
+        radius = int(np.ceil(3 * max_sigma))
+        # 0.05 pixels leave an image as it was
+        sigma = mask_tensor(images.new_empty(count).uniform_(0, max_sigma), p=self.p).clamp_min(0.05)
+        offset = torch.arange(-radius, radius + 1, device=images.device)
+        kernel = torch.exp(-(offset**2) / (2 * sigma[:, None] ** 2))
         kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None]  # (B * C, 1, 2r + 1)
         images = F.pad(images, (radius,) * 4, mode="reflect").view(1, count * channels, 2 * radius + height, -1)
-        for each in (kernel[:, :, None], kernel[..., None]):  # along rows, then along columns
-            images = F.conv2d(images, each.to(images.dtype), groups=count * channels)
+        for one_direction in (kernel[:, :, None], kernel[..., None]):  # along rows, then along columns
+            images = F.conv2d(images, one_direction.to(images.dtype), groups=count * channels)
         return type(x)(images.view(count, channels, height, width))
 
 
 class Noise(Transform):
-    "Add Gaussian noise to images of a training batch, each of its own strength; torchvision's takes all alike."
+    """Adds Gaussian noise of its own strength to each image of a training batch; torchvision's is the same for all."""
 
     order = Blur.order
     split_idx = 0
 
     def __init__(
         self,
-        most: float,  # the standard deviation at the most, where white is 1
-        p: float = 0.5,  # the probability that an image gets noise
+        max_std: float,  # standard deviation, if white is 1
+        p: float = 0.5,  # probability that an image gets noise
     ):
-        self.most, self.p = most, p
+        self.max_std, self.p = max_std, p
 
     def encodes(self, x: TensorImage):
-        strength = mask_tensor(x.new_empty(len(x)).uniform_(0, self.most), p=self.p)[:, None, None, None]
-        return (x + strength * torch.randn_like(x)).clamp(0, 1)
+        std = mask_tensor(x.new_empty(len(x)).uniform_(0, self.max_std), p=self.p)[:, None, None, None]
+        return (x + std * torch.randn_like(x)).clamp(0, 1)
 
 
-AUGMENT: dict[str, dict] = {
-    "light": {"max_rotate": 10.0, "max_zoom": 1.15},
-    "strong": {"max_rotate": 15.0, "min_zoom": 0.85, "max_zoom": 1.2, "stretch": 1.25, "blur": 1 / 64, "noise": 0.08},
-}
-"""By option, what training images vary by besides brightness and contrast (README: what stretch, blur and noise won).
-
-No flips: the heart has its side, and on images unlike those trained on they cost 0.03 of AUC (one seed, ResNet18 at
-64 px). No warp: with a stretch of up to 1.2, without blur and noise, it did worse on both groups that
-`tests/benchmarks/shift.py` takes out."""
+def augmentation_values(name: str) -> dict[str, float]:
+    """Return the values of an augmentation as `model.json` records them; `none` has none."""
+    return dict(AUGMENT[name]) if name != "none" else {}
 
 
-def augmenting(stretch: float = 1.0, blur: float = 0.0, noise: float = 0.0, **others) -> list[Transform]:
-    """fastai's `aug_transforms` without flips and warp, with `Stretch`, `Blur` and `Noise` of at most what is given."""
-    moved = [Stretch(stretch)] if stretch > 1 else []
-    worse = [kind(most) for kind, most in ((Blur, blur), (Noise, noise)) if most]
-    return [*aug_transforms(do_flip=False, max_warp=0.0, **others, xtra_tfms=moved), *worse]
+def build_augmentation(name: str) -> list[Transform]:
+    """Build the batch transforms of an augmentation: `strong`, `light` or `none`."""
+    values = augmentation_values(name)
+    if not values:
+        return []
+    affine = [Stretch(values["max_stretch"], values["p_affine"])] if values["max_stretch"] > 1 else []
+    quality = [
+        transform(values[largest], values["p_quality"])
+        for transform, largest in ((Blur, "max_blur"), (Noise, "max_noise"))
+        if values[largest] > 0
+    ]
+    fastai_values = {key: values[key] for key in FASTAI_VALUES}
+    return [*aug_transforms(do_flip=False, max_warp=0.0, **fastai_values, xtra_tfms=affine), *quality]

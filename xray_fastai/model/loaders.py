@@ -1,4 +1,4 @@
-"""The table of a collection becomes a fastai `DataBlock` and `DataLoaders`."""
+"""Builds a fastai `DataBlock` and `DataLoaders` from the table of a collection."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from fastai.vision.all import (
 from PIL import Image
 
 from xray_fastai.data.pixel_cache import PixelCache
-from xray_fastai.model.augmentation import AUGMENT, augmenting
+from xray_fastai.model.augmentation import build_augmentation
 from xray_fastai.model.transforms import Equalize, OpenXray
 from xray_fastai.system.distributed import local_world_size
 
@@ -33,20 +33,20 @@ def xray_block(
     contrast: str = "none",
     cache: PixelCache | None = None,
 ) -> DataBlock:
-    """The `DataBlock` of a table with columns `path`, `label` and `is_valid`.
+    """Build the `DataBlock` of a table with columns `path`, `label` and `is_valid`.
 
     Batches are (B, 1, size, size) until the normalisation by ImageNet's three means makes them (B, 3, size, size).
 
     Args:
         classes: all classes, in the order of the network's outputs.
         size: side in pixels.
-        augment: how training images vary: none, or a name in `AUGMENT`.
+        augment: how training images are varied: none, or a name in `augmentation.AUGMENT`.
         contrast: equalize or none.
-        cache: of decoded images.
+        cache: holds decoded images.
     """
-    augmentation = augmenting(**AUGMENT[augment]) if augment != "none" else []
+    batch_transforms = build_augmentation(augment)
     if contrast == "equalize":
-        augmentation = [Equalize(), *augmentation]
+        batch_transforms = [Equalize(), *batch_transforms]
     return DataBlock(
         blocks=(
             TransformBlock(type_tfms=OpenXray(size, cache), batch_tfms=IntToFloatTensor()),
@@ -55,7 +55,7 @@ def xray_block(
         get_x=ColReader("path"),
         get_y=ColReader("label"),
         splitter=ColSplitter(),
-        batch_tfms=[*augmentation, Normalize.from_stats(*imagenet_stats, cuda=False)],
+        batch_tfms=[*batch_transforms, Normalize.from_stats(*imagenet_stats, cuda=False)],
     )
 
 
@@ -72,14 +72,14 @@ def make_loaders(
     contrast: str = "none",
     cache: PixelCache | None = None,
 ) -> DataLoaders:
-    """Training (shuffled, augmented) and validation loaders of a table with columns `path`, `label`, `is_valid`."""
+    """Build the training loader (shuffled, augmented) and the validation loader of a table as `xray_block` takes it."""
     return xray_block(classes, size, augment=augment, contrast=contrast, cache=cache).dataloaders(
         table, bs=batch_size, val_bs=valid_batch_size or batch_size, num_workers=workers, device=device, path=Path(".")
     )
 
 
 def empty_loaders(classes: Sequence[str], size: int, contrast: str = "none") -> DataLoaders:
-    """Loaders without items, on the CPU: all that a learner needs to predict."""
+    """Build loaders without items, on the CPU: what a learner needs to predict."""
     blank = Image.new("L", (size, size))
     table = pd.DataFrame({"path": [blank, blank], "label": [classes[0]] * 2, "is_valid": [False, True]})
     block = xray_block(classes, size, contrast=contrast)
@@ -87,10 +87,11 @@ def empty_loaders(classes: Sequence[str], size: int, contrast: str = "none") -> 
 
 
 def default_workers(device: torch.device) -> int:
-    """Loading processes, where none are asked for.
+    """Return the default number of loading processes.
 
-    A GPU wants to be fed. A CPU that trains has no core to spare: on 2 cores (ResNet50, 64 px, bf16) an epoch of 408
-    training and 102 validation images took 4.4 s without loading processes and 5.5 s with two.
+    A GPU waits for images unless several processes load them. On a CPU, training uses all cores: on 2 cores (ResNet50,
+    64 px, bf16) an epoch of 408 training and 102 validation images took 4.4 s without loading processes and 5.5 s with
+    two.
     """
     if device.type == "cpu":
         return 0

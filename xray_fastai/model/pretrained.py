@@ -1,4 +1,4 @@
-"""Pretrained weights of a torchvision network: from torch hub's cache, the network, or a file; never unpickled."""
+"""Reads pretrained weights of a torchvision network from torch hub's cache, the internet or a file; never unpickles."""
 
 import pickle
 import re
@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from xray_fastai.system.errors import UserError
 
-SLOWEST_ANSWER = 20  # seconds that a download may stall before it counts as offline
+TIMEOUT = 20  # seconds without data after which a download counts as offline
 
-# Densenet's published files name layers `norm.1`, torchvision's network `norm1` (torchvision/models/densenet.py).
+# the published files of densenet name layers `norm.1`, torchvision's network `norm1` (torchvision/models/densenet.py)
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_\w+))$")
 
 
@@ -27,25 +27,26 @@ def pretrained_state(arch: str, weights: str) -> tuple[dict[str, torch.Tensor], 
         weights: `imagenet`, or a file: `.safetensors`, or `.pth` (read with `weights_only=True`).
 
     Returns:
-        The tensors, and a short name of where they came from.
+        The tensors, and a short name of their origin.
 
     Raises:
-        UserError: offline and not cached, no such file, or not a file of weights.
+        UserError: the weights are not cached and cannot be downloaded, or the file is missing or holds no weights.
     """
     return _imagenet(arch) if weights == "imagenet" else _from_file(Path(weights))
 
 
 def load_backbone(network: torch.nn.Module, classifier: str, state: dict[str, torch.Tensor], origin: str) -> None:
-    """Copy pretrained tensors into a torchvision network, all but its classifier.
+    """Copy pretrained tensors into a torchvision network, without those of its classifier.
 
     Args:
-        network: freshly built by torchvision.
-        classifier: the name that its classifier's tensors begin with.
+        network: built by torchvision.
+        classifier: prefix of the classifier's tensors.
         state: tensors under torchvision's names.
         origin: where they came from, for the error.
 
     Raises:
-        UserError: tensors are missing, misshapen, of no use to this network, or not finite; they are named.
+        UserError: tensors are missing, unknown to this network, of another shape, or not finite; the message names
+            them.
     """
     prefix = f"{classifier}."
     state = {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items() if not name.startswith(prefix)}
@@ -55,7 +56,7 @@ def load_backbone(network: torch.nn.Module, classifier: str, state: dict[str, to
         ("missing", sorted(own.keys() - optional - state.keys())),
         ("unknown", sorted(state.keys() - own.keys())),
         (
-            "misshapen",
+            "of another shape",
             [
                 f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
                 for name in sorted(own.keys() & state.keys())
@@ -64,10 +65,10 @@ def load_backbone(network: torch.nn.Module, classifier: str, state: dict[str, to
         ),
     ]
     if any(names for _, names in faults):
-        told = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in faults if names)
-        raise UserError(f"{origin}: not the weights of this --arch ({told})")
-    if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]:
-        raise UserError(f"{origin}: {broken[0]} holds values that are not finite; get the file anew")
+        details = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in faults if names)
+        raise UserError(f"{origin}: not the weights of this --arch ({details})")
+    if not_finite := [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]:
+        raise UserError(f"{origin}: {not_finite[0]} holds values that are not finite; get the file again")
     network.load_state_dict(state, strict=False)
 
 
@@ -81,7 +82,7 @@ def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
             return _from_file(cached)[0], f"{choice} ({cached.name}, cached)"
     name = Path(urllib.parse.urlparse(enum.DEFAULT.url).path).name
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SLOWEST_ANSWER)
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         return enum.DEFAULT.get_state_dict(
             progress=True, check_hash=True, weights_only=True
@@ -89,9 +90,9 @@ def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
     except (OSError, RuntimeError) as error:
         reason = str(getattr(error, "reason", None) or error).splitlines()[0]
         raise UserError(
-            f"{name} could not be downloaded ({reason}). Where there is internet, get "
-            f"{enum.DEFAULT.url} and put it into {cache}, or give its place by --weights FILE; "
-            "--weights none trains from scratch",
+            f"{name} could not be downloaded ({reason}). On a computer with internet, download "
+            f"{enum.DEFAULT.url}; put it into {cache}, or give it by --weights FILE. "
+            "To train from scratch, give --weights none",
             option="weights",
             value="imagenet",
         ) from None
@@ -111,14 +112,14 @@ def _from_file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            "holds more than tensors, so loading it could run code, or is no weights file; "
+            "holds more than tensors, so that loading it could run code, or is no weights file; "
             "save a state_dict, best as .safetensors",
             option="weights",
             value=path,
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"not a readable weights file ({reason}); get it anew", option="weights", value=path) from None
+        raise UserError(f"not a readable weights file ({reason}); get it again", option="weights", value=path) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError("not a state_dict (names to tensors); save network.state_dict()", option="weights", value=path)
     return state, path.name

@@ -1,4 +1,4 @@
-"""What an image goes through: opening, and histogram equalisation."""
+"""Transforms that open an image and equalize its histogram."""
 
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
@@ -13,21 +13,21 @@ from xray_fastai.data.pixel_cache import PixelCache
 
 
 class XrayImage(PILImageBW):
-    "An eight-bit, one-channel X-ray, black shown as black."
+    "An 8-bit, one-channel X-ray; black is shown as black."
 
     _show_args = {"cmap": "gray"}  # noqa: RUF012
 
 
 BLACK = 8
-"""Grey values below are part of no picture: a border, or the air beside a body."""
+"""Grey values below this one belong to a border or to the air beside the body, and are not counted."""
 
 
 def equalize(images: torch.Tensor) -> torch.Tensor:
     """Spread the grey values of each image evenly over 0 to 255 (Gonzalez & Woods, Digital Image Processing, 3.3.1).
 
-    What only rescales grey values (exposure, window, gamma) then changes nothing, in training as in use, as long as no
-    two values become one and none becomes black. What is black is not counted, so that a black border changes nothing
-    beside it. Takes and gives eight bits (B, 1, S, S). An ONNX file has it as a part of its graph, for any B.
+    A change of exposure, window or gamma then has no effect, in training and in use, as long as no two grey values
+    become one and none becomes black. Black pixels are not counted, so a black border does not change the rest of the
+    image. Input and output are 8-bit (B, 1, S, S). An ONNX file has this function in its graph, for any B.
     """
     values = images.flatten(1).long()  # (B, S * S)
     counts = torch.zeros(images.shape[0], 256, device=images.device).scatter_add_(
@@ -40,7 +40,7 @@ def equalize(images: torch.Tensor) -> torch.Tensor:
 
 
 class Equalize(Transform):
-    "`equalize` a batch, before it becomes floats."
+    "Applies `equalize` to a batch before it becomes floats."
 
     order = IntToFloatTensor.order - 1
 
@@ -49,19 +49,19 @@ class Equalize(Transform):
 
 
 class OpenXray(Transform):
-    "Anything that `images.open_image` takes becomes an `XrayImage`; `input_types` lets `learn.predict` start here."
+    "Opens what `images.open_image` takes as an `XrayImage`; `input_types` are what `learn.predict` may be given."
 
     input_types = (str, Path, bytes, Image.Image, np.ndarray, torch.Tensor)
 
     def __init__(
         self,
-        size: int,  # side in pixels of the square that every image is resized to
-        cache: PixelCache | None = None,  # of files that are decoded already
+        size: int,  # side in pixels of the square that each image is resized to
+        cache: PixelCache | None = None,  # decoded images
     ):
         self.size, self.cache = size, cache
 
     def __getstate__(self):
-        "For a loading process with the cache, for an export without: that goes where the cache is not."
+        "Keep the cache in a loading process, and leave it out of an export, which is opened on other machines."
         spawning = get_spawning_popen() is not None
         return self.__dict__ | {"cache": self.cache if spawning else None}
 

@@ -1,1 +1,1 @@
-"""A page and an API that predict uploaded images."""
+"""Serves a page and an API that predict uploaded images."""

@@ -1,31 +1,41 @@
-"""The page and the API as an ASGI application: who may ask, how many at once, and what a browser may do with it."""
+"""The page and the API as an ASGI application: who may ask, how many requests at once, and what each answer may be."""
 
 import asyncio
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from ipaddress import ip_address
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+from fastapi import FastAPI, Query
+from fastapi.exceptions import RequestValidationError
 from jinja2 import Environment, StrictUndefined
-from pydantic import BaseModel
-from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from xray_fastai import DISCLAIMER
+from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.inference.model import Model
-from xray_fastai.serving.openapi import describe_api
-from xray_fastai.serving.predictions import Health, ModelFacts, Prediction, Predictions, Problem, answer
-from xray_fastai.serving.uploads import MAX_FILE, read_uploads
+from xray_fastai.inference.predict import columns_of
+from xray_fastai.serving.predictions import (
+    Health,
+    ModelFacts,
+    Prediction,
+    Predictions,
+    Problem,
+    predict_file,
+    unreadable,
+)
+from xray_fastai.serving.uploads import MAX_FILE, MAX_FILES, MAX_REQUEST, UPLOAD_SECONDS, read_uploads
 from xray_fastai.system.errors import UserError
 
 MAX_REQUESTS = 8
-"""Uploads that may be on their way, waiting, or looked at; together they take `uploads.MAX_REQUEST` bytes each."""
+"""Requests to `/predict` at once, arriving, waiting or running. Each holds up to `uploads.MAX_REQUEST` bytes."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -39,18 +49,61 @@ HEADERS = {
 
 PAGE = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
+TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI records requests by OpenTelemetry where that is configured; versions without it ignore this setting."""
+
+REFUSALS = {
+    400: "The form cannot be read, has no file or too many files; or an option is wrong.",
+    403: "A page of another site sent the request.",
+    408: f"The files did not arrive within {UPLOAD_SECONDS} s.",
+    413: f"The request has more than {MAX_REQUEST:,} bytes.",
+    415: "The request is not `multipart/form-data`.",
+    421: "The Host header is not an address of this server.",
+    500: "A bug: please report it.",
+    503: "The server is busy, or its device is out of memory.",
+    "default": "Any other error.",
+}
+
+FORM = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {
+        "file": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": MAX_FILES,
+            "items": {"type": "string", "contentMediaType": "application/octet-stream"},
+            "description": f"One or several images, each of at most {MAX_FILE:,} bytes.",
+        }
+    },
+}
+"""The body of `POST /predict`. `uploads` reads it, because FastAPI would write large files to the disk."""
+
+
+def _true_or_false(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise PydanticCustomError("true_or_false", "give true or false")
+    return text == "true"
+
+
+Heatmap = Annotated[
+    bool,
+    BeforeValidator(_true_or_false),
+    Query(description="Whether to add two pictures to each prediction: the image as it was read, and its heat map."),
+]
+
 
 class Guard:
-    """Refuses what a page of another site makes a browser send, and adds `HEADERS` to each answer.
+    """Refuses requests that a page of another site makes a browser send, and adds `HEADERS` to each answer.
 
-    A site that points its own name at this machine (DNS rebinding) is known by that name in the Host header: here stand
-    IP addresses, and names that are this machine's.
+    A foreign site may point its own name at this machine (DNS rebinding). The Host header then holds that name, so only
+    IP addresses and this machine's names are accepted there.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        names: set[str],  # that the server is known by, in lower case
+        names: set[str],  # this server's host names, in lower case
     ):
         self.app, self.names = app, names
 
@@ -67,6 +120,7 @@ class Guard:
         await (refusal or self.app)(scope, receive, send_with_headers)
 
     def refusal(self, method: str, headers: Headers) -> Response | None:
+        """Return the answer to a request that is refused, or None."""
         host = headers.get("host", "")
         if not self.is_known(host):
             names = ", ".join(sorted(self.names))
@@ -74,10 +128,11 @@ class Guard:
         if method not in ("GET", "HEAD"):
             origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
             if (origin is not None and urlsplit(origin).netloc != host) or site not in ("same-origin", "none"):
-                return _problem(403, "sent by a page of another site; only this server's own page may")
+                return _problem(403, "sent by a page of another site; only this server's own page may do that")
         return None
 
     def is_known(self, host: str) -> bool:
+        """Return whether a Host header holds an IP address or one of this server's names."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name in self.names:
@@ -88,70 +143,101 @@ class Guard:
         return True
 
 
-class Desk:
-    """The model, and the one thread that uses it, so that the page answers while the network computes."""
+class Predictor:
+    """Answers the API's requests by one model, in one thread, so that the page responds while the network computes."""
 
     def __init__(self, model: Model):
         self.model, self.facts = model, ModelFacts.of(model)
         self.thread = ThreadPoolExecutor(1, "predict")
         self.requests = 0
 
-    async def predict(self, request: Request) -> Response:
-        wanted = request.query_params.get("heatmap", "true")
-        if wanted not in ("true", "false"):
-            raise HTTPException(400, f"heatmap={wanted[:80]}: give true or false")
+    async def predict(self, request: Request, heatmap: Heatmap = True) -> Predictions:
         if self.requests >= MAX_REQUESTS:
-            raise HTTPException(503, f"busy: {MAX_REQUESTS} requests wait already; try again", {"Retry-After": "1"})
+            message = f"the server is busy: {MAX_REQUESTS} requests are waiting; try again"
+            raise HTTPException(503, message, {"Retry-After": "1"})
         self.requests += 1
         try:
             uploads = await read_uploads(request)
-            found = []
+            predictions = []
             while uploads and not await request.is_disconnected():
                 name, file = uploads.pop(0)
-                found.append(await self.look_at(name, file, wanted == "true"))
+                predictions.append(await self._predict(name, file, heatmap))
         except UserError as error:
             raise HTTPException(503, str(error), {"Retry-After": "5"}) from None
         except ClientDisconnect:
-            return Response(status_code=400)
+            raise HTTPException(400, "the client closed the connection") from None
         finally:
             self.requests -= 1
-        return _json(Predictions(predictions=found, model=self.facts))
+        return Predictions(predictions=predictions, model=self.facts)
 
-    async def look_at(self, name, file, heatmap: bool) -> Prediction:
+    async def _predict(self, name: str, file: UploadFile, heatmap: bool) -> Prediction:
         if file.size > MAX_FILE:
-            why = f"{name}: {file.size / 1e6:.0f} MB; at most {MAX_FILE // 1_000_000} MB are read"
-            return Prediction(file=name, threshold=self.facts.threshold, error=why)
+            reason = f"{file.size / 1e6:.0f} MB; the maximum is {MAX_FILE // 1_000_000} MB"
+            return unreadable(self.model, name, reason)
         content = file.file.read()
         file.file.close()
-        return await asyncio.get_running_loop().run_in_executor(self.thread, answer, self.model, name, content, heatmap)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.thread, predict_file, self.model, name, content, heatmap)
 
-    async def health(self, request: Request) -> Response:
-        return _json(Health(model=self.facts))
+    async def health(self) -> Health:
+        return Health(model=self.facts)
 
     def close(self) -> None:
-        """Wait for the image that is looked at, drop those that wait."""
+        """Wait for the prediction that is running, and cancel those that wait."""
         self.thread.shutdown(cancel_futures=True)
 
 
-def create_app(desk: Desk, names: set[str]) -> ASGIApp:
-    """The application.
+def create_app(predictor: Predictor, names: set[str]) -> ASGIApp:
+    """Return the application.
 
     Args:
-        desk: what answers.
-        names: the hosts, besides IP addresses, that the server is known by.
+        predictor: answers the requests of the API.
+        names: the host names of this server; its IP addresses are accepted, too.
     """
-    page = Response(_render(desk.facts), media_type="text/html")
-    parts = {f"/{name}": Response(_read(name), media_type=kind) for name, kind in PAGE.items()}
-    fixed = {"/": page, **parts, "/openapi.json": JSONResponse(describe_api())}
-    app = Starlette(
-        routes=[
-            *(Route(path, response, methods=["GET"]) for path, response in fixed.items()),
-            Route("/predict", desk.predict, methods=["POST"]),
-            Route("/health", desk.health),
-        ],
-        exception_handlers={HTTPException: _refuse, Exception: _unexpected},
+    app = FastAPI(
+        title="xray-fastai",
+        version=__version__,
+        description=f"A chest X-ray classifier. {DISCLAIMER} The server keeps no file that it receives.",
+        license_info={"name": "Apache 2.0", "identifier": "Apache-2.0"},
+        servers=[{"url": "/"}],
+        docs_url=None,  # these two pages load scripts from another server
+        redoc_url=None,
+        telemetry=TELEMETRY,
+        exception_handlers={
+            HTTPException: _refuse,
+            RequestValidationError: _refuse_option,
+            Exception: _unexpected,
+        },
     )
+    _add_page(app, predictor.facts)
+    app.add_api_route(
+        "/predict",
+        predictor.predict,
+        methods=["POST"],
+        operation_id="predict",
+        summary="Predict one or several images.",
+        description="A file that cannot be read has its `error` in the answer, whose status is 200.",
+        response_description="One prediction for each file.",
+        responses=_refusals(*REFUSALS),
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}},
+    )
+    app.add_api_route(
+        "/health",
+        predictor.health,
+        operation_id="health",
+        summary="Check that the server is running, and which model it uses.",
+        response_description="The server is running.",
+        responses=_refusals(421),
+    )
+    app.add_api_route("/health", predictor.health, methods=["HEAD"], include_in_schema=False)
     return Guard(app, names)
+
+
+def _add_page(app: FastAPI, facts: ModelFacts) -> None:
+    fixed = {f"/{name}": Response(_read(name), media_type=kind) for name, kind in PAGE.items()}
+    fixed["/"] = Response(_render(facts), media_type="text/html")
+    for path, response in fixed.items():
+        app.add_route(path, response, methods=["GET"], include_in_schema=False)
 
 
 def _read(name: str) -> str:
@@ -161,22 +247,33 @@ def _read(name: str) -> str:
 def _render(facts: ModelFacts) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_read("page.html.jinja"))
-    return template.render(model=facts, disclaimer=DISCLAIMER, max_file=MAX_FILE)
+    columns = [{"name": column.name, "isNumber": column.type is float} for column in columns_of(facts.classes)]
+    return template.render(model=facts, columns=columns, disclaimer=DISCLAIMER, max_file=MAX_FILE)
 
 
-def _json(content: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(content.model_dump_json(), status, headers, "application/json")
+def _refusals(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    """Return the error answers of an operation, as FastAPI's `responses` takes them."""
+    responses = {status: {"model": Problem, "description": REFUSALS[status]} for status in statuses}
+    if 503 in responses:
+        retry = {"description": "Wait this many seconds before the next try.", "schema": {"type": "integer"}}
+        responses[503]["headers"] = {"Retry-After": retry}
+    return responses
 
 
 def _problem(status: int, error: str, headers: dict[str, str] | None = None) -> Response:
-    return _json(Problem(error=error), status, headers)
+    return Response(Problem(error=error).model_dump_json(), status, headers, "application/json")
 
 
 def _refuse(request: Request, error: HTTPException) -> Response:
     return _problem(error.status_code, error.detail, error.headers)
 
 
+def _refuse_option(request: Request, error: RequestValidationError) -> Response:
+    fault = error.errors()[0]
+    return _problem(400, f"{fault['loc'][-1]}={str(fault['input'])[:80]}: {fault['msg']}")
+
+
 def _unexpected(request: Request, error: Exception) -> Response:
     text = f"unexpected {type(error).__name__}. This is a bug in xray-fastai: please report it"
-    print(f"Error: {text} with what XRAY_FASTAI_DEBUG=1 shows.", file=sys.stderr, flush=True)
+    print(f"Error: {text} with the output of XRAY_FASTAI_DEBUG=1.", file=sys.stderr, flush=True)
     return _problem(500, text)

@@ -1,6 +1,5 @@
-"""What the server says of an uploaded image, as the program that asked gets it."""
+"""Predicts one uploaded file, and defines the answers of the API as pydantic models."""
 
-import base64
 import io
 
 import numpy as np
@@ -11,31 +10,35 @@ from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.data.images import open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model
+from xray_fastai.inference.predict import DIGITS, ImageResult, columns_of
 from xray_fastai.inference.stream import predict_batches
+from xray_fastai.system.text import data_uri
 
-PICTURE = 640
-"""Pixels of the longer side, at most, of the pictures that an answer holds."""
+MAX_SIDE = 640
+"""Pixels of the longer side of the pictures in an answer; larger images are scaled down to it."""
 
 
 class ModelFacts(BaseModel):
-    """The model that answers, and where it decides."""
+    """The model that predicts, and its decision threshold."""
 
-    name: str = Field(description="The export's folder.")
-    architecture: str
-    size: int = Field(description="Side of the square, in pixels, that the network sees of an image.")
-    classes: list[str]
-    positive: str | None = Field(description="The class to detect, where there is one.")
+    name: str = Field(description="The name of the export's folder.", examples=["20260101-120000"])
+    architecture: str = Field(description="The network's architecture.", examples=["resnet50"])
+    size: int = Field(description="Images are resized to this side of a square, in pixels.", examples=[224])
+    classes: list[str] = Field(description="The classes that the model knows.", examples=[["NORMAL", "PNEUMONIA"]])
+    positive: str | None = Field(description="The class to detect; null if there is none.", examples=["PNEUMONIA"])
     threshold: float | None = Field(
-        description="An image is called `positive` from this probability on; null: the most probable class is called."
+        description="The decision is `positive` if its probability is at least this; null: the most probable class.",
+        examples=[0.5],
     )
     calibrated: bool = Field(description="Whether the probabilities were calibrated on validation images.")
-    calibration: str = Field(description="How threshold and temperature were settled.")
-    temperature: float = Field(description="Probabilities are softmax(logits / temperature).")
+    calibration: str = Field(description="How the threshold and the temperature were chosen.")
+    temperature: float = Field(description="Probabilities are softmax(logits / temperature).", examples=[1.2])
     rehearsal: bool = Field(description="Trained on drawn X-rays: the model knows nothing of patients.")
-    status: str = Field(description="complete, or what ended the fit before: interrupted, diverged.")
+    status: str = Field(description="complete, or why the training ended early: interrupted, diverged.")
 
     @classmethod
     def of(cls, model: Model) -> "ModelFacts":
+        """Return the facts of an open export."""
         settings = model.settings
         return cls(
             name=model.path.resolve().name,
@@ -53,22 +56,36 @@ class ModelFacts(BaseModel):
 
 
 class Prediction(BaseModel):
-    """One file's prediction, or what is wrong with the file."""
+    """The prediction of one file, or the reason why the file cannot be read."""
 
-    file: str = Field(description="The name that the file was sent under.")
-    prediction: str | None = Field(None, description="The class called; null where the file can't be read.")
-    probabilities: dict[str, float] | None = Field(None, description="By class.")
-    threshold: float | None = Field(None, description="As the model's.")
-    error: str | None = Field(None, description="What is wrong with the file.")
-    image: str | None = Field(None, description=f"The X-ray as it was read, at most {PICTURE} px a side: a data URI.")
-    heatmap: str | None = Field(
-        None, description="The same under its Grad-CAM for the class called, red where most speaks for it: a data URI."
+    file: str = Field(description="The file's name, as in the request.", examples=["a.jpeg"])
+    prediction: str | None = Field(
+        None, description="The predicted class; null if the file cannot be read.", examples=["PNEUMONIA"]
     )
-    note: str | None = Field(None, description="Why there is no heat map, where there could be none.")
+    probabilities: dict[str, float] | None = Field(
+        None, description="The probability of each class.", examples=[{"NORMAL": 0.125, "PNEUMONIA": 0.875}]
+    )
+    threshold: float | None = Field(None, description="The model's decision threshold.", examples=[0.5])
+    error: str | None = Field(
+        None, description="Why the file cannot be read.", examples=["a.jpeg: the file is empty (0 bytes)"]
+    )
+    image: str | None = Field(
+        None, description=f"The X-ray as it was read, scaled down to at most {MAX_SIDE} pixels a side, as a data URI."
+    )
+    heatmap: str | None = Field(
+        None,
+        description="The same picture under the Grad-CAM heat map of the predicted class (red: most important), "
+        "as a data URI.",
+    )
+    note: str | None = Field(None, description="Why there is no heat map.")
+    row: dict[str, str | float | None] = Field(
+        description="The file's row of the table that `xray-fastai predict` writes: the value of each column.",
+        examples=[{"path": "a.jpeg", "prediction": "PNEUMONIA", "p_NORMAL": 0.125, "p_PNEUMONIA": 0.875}],
+    )
 
 
 class Predictions(BaseModel):
-    """What `POST /predict` answers: the files in the order that they were sent in."""
+    """The answer of `POST /predict`: one prediction for each file, in the order of the request."""
 
     predictions: list[Prediction]
     model: ModelFacts
@@ -76,66 +93,74 @@ class Predictions(BaseModel):
 
 
 class Health(BaseModel):
-    """What `GET /health` answers."""
+    """The answer of `GET /health`."""
 
     status: str = "ok"
-    version: str = Field(__version__, description="Of xray-fastai.")
+    version: str = Field(__version__, description="The version of xray-fastai.")
     model: ModelFacts
 
 
 class Problem(BaseModel):
-    """Why a request was refused."""
+    """The reason why a request was refused."""
 
-    error: str
+    error: str = Field(examples=["heatmap=maybe: give true or false"])
 
 
-def answer(model: Model, name: str, content: bytes, heatmap: bool = True) -> Prediction:
+def predict_file(model: Model, name: str, content: bytes, heatmap: bool = True) -> Prediction:
     """Predict one file.
 
     Args:
-        model: from `open_model`.
-        name: what the answer calls the file.
-        content: the file.
-        heatmap: with pictures of the image and of its heat map.
+        model: an export from `open_model`.
+        name: the file's name in the answer.
+        content: the file's bytes.
+        heatmap: whether to add the picture of the image and that of its heat map.
 
     Raises:
         UserError: the image does not fit into the device's memory.
     """
     if not content:
-        return _refused(model, name, "the file is empty (0 bytes)")
+        return unreadable(model, name, "the file is empty (0 bytes)")
     (batch,) = predict_batches(model, [content], 1)
     ((_, logits, error),) = batch.outputs()
     if error is not None:
-        return _refused(model, name, error.removeprefix("image: "))
+        return unreadable(model, name, error.removeprefix("image: "))  # what `open_image` calls bytes
     if not np.isfinite(logits).all():
-        return _refused(model, name, "the network's output is not a number")
+        return unreadable(model, name, "the network's output is not a number")
     probabilities = model.probabilities(logits)  # (classes,)
-    called = int(model.decide(probabilities[None])[0])
-    found = Prediction(
-        file=name,
-        prediction=model.classes[called],
-        probabilities={c: round(float(p), 7) for c, p in zip(model.classes, probabilities, strict=True)},
-        threshold=model.threshold_of(),
-    )
+    index = int(model.decide(probabilities[None])[0])
+    by_class = {label: round(float(p), DIGITS) for label, p in zip(model.classes, probabilities, strict=True)}
+    prediction = _prediction(model, ImageResult(name, model.threshold_of(), model.classes[index], by_class))
     if heatmap:
         picture = open_image(content)
-        picture.thumbnail((PICTURE, PICTURE))
-        found.image = _uri(picture)
-        (cam,) = grad_cam(model, batch.images, [called])  # (h, w)
+        picture.thumbnail((MAX_SIDE, MAX_SIDE))
+        prediction.image = _jpeg_uri(picture)
+        (cam,) = grad_cam(model, batch.images, [index])  # (h, w)
         if cam.size == 1:
-            found.note = f"No heat map: {model.size} pixels leave one cell for the whole image"
+            prediction.note = f"No heat map: at {model.size} pixels it has one cell for the whole image"
         elif not cam.any():
-            found.note = f"No heat map: no place speaks for {found.prediction} more than another"
+            prediction.note = f"No heat map: no region of the image supports {prediction.prediction}"
         else:
-            found.heatmap = _uri(overlay(picture, cam))
-    return found
+            prediction.heatmap = _jpeg_uri(overlay(picture, cam))
+    return prediction
 
 
-def _refused(model: Model, name: str, why: str) -> Prediction:
-    return Prediction(file=name, threshold=model.threshold_of(), error=f"{name}: {why}")
+def unreadable(model: Model, name: str, reason: str) -> Prediction:
+    """Return the answer for a file that cannot be read."""
+    return _prediction(model, ImageResult(name, model.threshold_of(), error=f"{name}: {reason}"))
 
 
-def _uri(picture: Image.Image) -> str:
+def _prediction(model: Model, result: ImageResult) -> Prediction:
+    return Prediction(
+        file=result.path,
+        prediction=result.prediction,
+        probabilities=result.probabilities or None,
+        threshold=result.threshold,
+        error=result.error,
+        row={column.name: column.value(result) for column in columns_of(model.classes)},
+    )
+
+
+def _jpeg_uri(picture: Image.Image) -> str:
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return data_uri(stream.getvalue(), "image/jpeg")

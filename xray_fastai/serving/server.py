@@ -1,4 +1,4 @@
-"""`xray-fastai serve`: a page to drop images on and an API, by Starlette and uvicorn, until it is stopped."""
+"""Runs `xray-fastai serve`: opens the export, listens on a port, and runs the application until it is stopped."""
 
 import errno
 import logging
@@ -13,15 +13,15 @@ import uvicorn
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.inference.model import open_model
-from xray_fastai.serving.app import Desk, create_app
+from xray_fastai.serving.app import Predictor, create_app
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.signals import sigterm_raises
 
 MAX_CONNECTIONS = 200
-"""Of browsers and programs, idle ones too; more are answered 503. A browser holds up to six."""
-PATIENCE = 5
-"""Seconds: an idle connection is kept so long, and what is under way at Ctrl-C has so long to end."""
+"""Open connections, idle ones included; further requests get status 503. A browser opens up to six."""
+CLOSE_SECONDS = 5
+"""An idle connection is closed after this time. Requests that are running at Ctrl-C have this time to finish."""
 
 
 def serve(
@@ -32,55 +32,54 @@ def serve(
     device: str = "auto",
     open: bool = False,
 ) -> None:
-    """Answer until Ctrl-C or SIGTERM.
+    """Serve the page and the API until Ctrl-C or SIGTERM.
 
     Args:
-        model: an export; None takes the newest in ./exports.
-        host: the address to listen on, or a name of it.
-        port: 0 takes a free one.
+        model: an export's folder; None takes the newest in ./exports.
+        host: the address to listen on, or its name.
+        port: the port to listen on; 0 takes a free one.
         device: auto, cpu, cuda or mps.
-        open: show the page in the browser.
+        open: open the page in the browser.
 
     Raises:
-        UserError: no export, a damaged one, no such device, or an address or port that can't be listened on.
+        UserError: there is no export, or it is damaged; the device is missing; or the address or port cannot be used.
     """
     with sigterm_raises(), listen(host, port) as listener:
-        opened = open_model(model, device, "fp32")
-        desk = Desk(opened)
+        predictor = Predictor(open_model(model, device, "fp32"))
         if "XRAY_FASTAI_DEBUG" not in os.environ:
-            logging.disable()  # what libraries log may tell of what was sent
+            logging.disable()  # the log of a library may contain what a client sent
         try:
-            with suppress(KeyboardInterrupt):  # uvicorn ended well, and tells of the signal once more
-                _run(desk, listener, host, newest=model is None, show=open)
+            with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has ended
+                _run(predictor, listener, host, newest=model is None, show=open)
             print("\nStopped.", flush=True)
         finally:
-            desk.close()
+            predictor.close()
             logging.disable(logging.NOTSET)
 
 
-def _run(desk: Desk, listener: socket.socket, host: str, newest: bool, show: bool) -> None:
-    facts, port = desk.facts, listener.getsockname()[1]
-    local, everywhere = _is_local(listener), host in ("0.0.0.0", "::")
-    address = f"http://{'localhost' if everywhere else f'[{host}]' if ':' in host else host}:{port}"
-    rule = "the most probable is called"
+def _run(predictor: Predictor, listener: socket.socket, host: str, newest: bool, show: bool) -> None:
+    facts, port = predictor.facts, listener.getsockname()[1]
+    local, on_all_addresses = _is_local(listener), host in ("0.0.0.0", "::")
+    address = f"http://{'localhost' if on_all_addresses else f'[{host}]' if ':' in host else host}:{port}"
+    rule = "the most probable class is predicted"
     if facts.threshold is not None:
         rule = f"{facts.positive} from a probability of {facts.threshold:.4g}"
     lines = {
-        "model": f"{desk.model.path}" + (" (the newest in ./exports)" if newest else ""),
+        "model": f"{predictor.model.path}" + (" (the newest in ./exports)" if newest else ""),
         "classes": f"{', '.join(facts.classes)}; {rule}",
-        "trained on": "X-rays that this program drew itself: it knows nothing of patients" if facts.rehearsal else "",
-        "device": f"{describe(desk.model.learn.dls.device)}, precision fp32",
-        "warning": "" if local else "other machines reach this too; there is no login, and nothing is encrypted",
+        "trained on": "synthetic X-rays: the model knows nothing of patients" if facts.rehearsal else "",
+        "device": f"{describe(predictor.model.learn.dls.device)}, precision fp32",
+        "warning": "" if local else "other machines can reach this server; it has no login and no encryption",
         "page": address,
         "API": f"{address}/openapi.json",
     }
     print(DISCLAIMER)
     print("\n".join(f"{name:<14}{text}" for name, text in lines.items() if text))
-    print("Images are held in memory, never on disk. Ctrl-C ends it.", flush=True)
+    print("Images stay in memory and are never written to disk. Press Ctrl-C to stop.", flush=True)
     names = {"localhost", host.lower()} | (set() if local else {socket.gethostname().lower()})
     config = uvicorn.Config(
-        create_app(desk, names),
-        # the same on every machine, whichever of uvicorn's faster parts are installed; h11 bounds a request's head
+        create_app(predictor, names),
+        # the same on every machine, even if uvicorn's faster parts are installed; h11 limits the size of the headers
         loop="asyncio",
         http="h11",
         ws="none",
@@ -89,8 +88,8 @@ def _run(desk: Desk, listener: socket.socket, host: str, newest: bool, show: boo
         proxy_headers=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=PATIENCE,
-        timeout_graceful_shutdown=PATIENCE,
+        timeout_keep_alive=CLOSE_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
     )
     if show:
         webbrowser.open(address)
@@ -98,32 +97,31 @@ def _run(desk: Desk, listener: socket.socket, host: str, newest: bool, show: boo
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; who connects before the model is loaded waits.
+    """Return a listening socket; a client that connects before the model is loaded waits.
 
     Raises:
-        UserError: the port is taken, or there is no such address or right.
+        UserError: the port is in use or needs more rights, or this machine does not have the address.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except (socket.gaierror, UnicodeError):
-        raise UserError(
-            "no such name or address; give 127.0.0.1, or 0.0.0.0 for all", option="host", value=host
-        ) from None
+        option, message = "host", "unknown name or address; give 127.0.0.1, or 0.0.0.0 to listen on all addresses"
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                "in use; end what uses it, or give another (--port 0 takes a free one)", option="port", value=port
-            ) from None
-        if error.errno == errno.EACCES:
-            raise UserError("no permission to listen there; give one from 1024 on", option="port", value=port) from None
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise UserError(
-                "no address of this machine; give 127.0.0.1, or 0.0.0.0 for all", option="host", value=host
-            ) from None
-        raise UserError(
-            f"cannot listen on port {port} ({error.strerror}); give another address", option="host", value=host
-        ) from None
+        option, message = _fault_of(error, port)
+    raise UserError(message, option=option, value=host if option == "host" else port)
+
+
+def _fault_of(error: OSError, port: int) -> tuple[str, str]:
+    """Return the option that is wrong, and the message about it."""
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "port", "already in use; stop the program that uses it, or give another (--port 0 takes a free one)"
+        case errno.EACCES:
+            return "port", "no permission to listen on it; give a port of 1024 or more"
+        case errno.EADDRNOTAVAIL:
+            return "host", "not an address of this machine; give 127.0.0.1, or 0.0.0.0 to listen on all addresses"
+    return "host", f"cannot listen on port {port} ({error.strerror}); give another address"
 
 
 def _is_local(listener: socket.socket) -> bool:

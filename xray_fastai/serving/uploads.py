@@ -1,6 +1,7 @@
-"""Files that come in by a form: into memory, never onto disk, and no more than there is room for."""
+"""Reads the files of an upload into memory, never onto the disk, with limits on sizes, numbers and time."""
 
 import asyncio
+from collections.abc import AsyncIterator
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -8,29 +9,29 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 MAX_FILE, MAX_REQUEST, MAX_FILES = 50_000_000, 100_000_000, 32
-"""Bytes of a file and of a request, files of a request. The largest X-ray detectors have some 20 million pixels, which
-uncompressed take 40 MB."""
+"""Bytes of a file, bytes of a request, and files of a request. The largest X-ray detectors have some 20 million pixels,
+which take 40 MB uncompressed."""
 UPLOAD_SECONDS = 60
-"""For a request's files to arrive in."""
+"""The files of a request must arrive within this time."""
 
 
 class InMemoryParser(MultiPartParser):
-    """Starlette's, which would put a file of more than 1 MB into the folder of temporary files."""
+    """Keeps every file in memory, where Starlette's parser writes a file of more than 1 MB to a temporary file."""
 
-    spool_max_size = 2 * MAX_REQUEST  # more than there can be
+    spool_max_size = 2 * MAX_REQUEST  # larger than any request
 
 
 async def read_uploads(request: Request) -> list[tuple[str, UploadFile]]:
-    """The files of a `multipart/form-data` request, by name, in their order.
+    """Return the files of a `multipart/form-data` request with their names, in the order of the request.
 
     Raises:
-        HTTPException: another content type (415), no form that can be read, no file in it (400), too large (413), too
+        HTTPException: another content type (415), a broken form or one without a file (400), too large (413), or too
             slow (408).
-        ClientDisconnect: nobody waits for the answer any more.
+        ClientDisconnect: the client closed the connection.
     """
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "multipart/form-data":
-        raise HTTPException(415, f"content type {kind[:80] or 'none'}: send files as multipart/form-data")
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
+        raise HTTPException(415, f"content type {content_type[:80] or 'none'}: send files as multipart/form-data")
     try:
         async with asyncio.timeout(UPLOAD_SECONDS):
             parser = InMemoryParser(
@@ -38,22 +39,23 @@ async def read_uploads(request: Request) -> list[tuple[str, UploadFile]]:
             )
             form = await parser.parse()
     except TimeoutError:
-        raise HTTPException(408, f"the files took more than {UPLOAD_SECONDS} s to arrive; send fewer at once") from None
+        message = f"the files did not arrive within {UPLOAD_SECONDS} s; send fewer files in one request"
+        raise HTTPException(408, message) from None
     except MultiPartException as error:
-        raise HTTPException(400, f"the form can't be read ({error.message.rstrip('.')})") from None
+        raise HTTPException(400, f"the form cannot be read ({error.message.rstrip('.')})") from None
     files = [(part.filename or "unnamed", part) for _, part in form.multi_items() if isinstance(part, UploadFile)]
     if len(files) < len(form.multi_items()):
-        raise HTTPException(400, "a form field that is no file: send files alone; options go into the address")
+        raise HTTPException(400, "a field of the form is not a file; send files only, and options in the address")
     if not files:
-        raise HTTPException(400, "no file in the form: send one or several under the name 'file'")
+        raise HTTPException(400, "the form has no file; send one or several under the name 'file'")
     return files
 
 
-async def _bounded(request: Request):
-    "The request's body, for as long as it is no larger than it may be."
+async def _bounded(request: Request) -> AsyncIterator[bytes]:
+    """Yield the request's body; stop with status 413 once it is larger than `MAX_REQUEST`."""
     too_large = HTTPException(413, f"more than {MAX_REQUEST // 1_000_000} MB in one request; send fewer files at once")
-    told = request.headers.get("content-length", "0")
-    if told.isdecimal() and int(told) > MAX_REQUEST:
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > MAX_REQUEST:
         raise too_large
     size = 0
     async for chunk in request.stream():

@@ -1,11 +1,12 @@
-"""One command in several processes, as torchrun starts them: who they are, how they agree, and which of them speaks.
+"""Runs one command in several processes that torchrun started: numbers them, shares values, prints errors once.
 
     torchrun --nproc-per-node 4 -m xray_fastai fit ...
 
-The first process (rank 0) alone reads the data set, writes files and prints; what the others need it `share`s. What
-they agree on goes over gloo, on CPUs and beside NCCL on GPUs alike. One that fails says so, if no other was faster, and
-ends; torchrun ends the others, and a wait for one that is gone fails at once. Where torchrun is not at work nothing
-here imports torch or changes anything.
+Only the first process (rank 0) reads the data set, writes files and prints; it sends the others what they need by
+`share`. Shared values go over gloo, also on GPUs, where NCCL carries the tensors. A process that fails prints its error
+if no other has done so, and ends. Then torchrun ends the others, and whoever waits for the missing process fails at
+once. Which process prints is decided with torchrun's store: the first to increase a counter there. Without torchrun
+this module does nothing and does not import torch.
 """
 
 import atexit
@@ -16,7 +17,6 @@ import re
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -31,32 +31,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 COMMANDS = ("fit", "predict")
-"""Those that run in several processes."""
-PATIENCE = timedelta(hours=3)
-"""How long a process waits for another that lives but doesn't answer; the first may be reading a large data set."""
-GRACE = 1.0
-"""Seconds that the others leave to the first to tell an error that all of them have."""
+"""The commands that run in several processes."""
+MAX_SILENCE = timedelta(hours=3)
+"""How long a process waits for another that does not answer; the first may be reading a large data set."""
+MAX_WAIT = timedelta(seconds=1)
+"""How long the other processes wait for the first to print an error that all of them have."""
 
 _store: "Store | None" = None
 
 
 def world_size() -> int:
-    """How many processes there are; 1 where torchrun, or what sets its variables, is not at work."""
+    """Return the number of processes; 1 without torchrun, or another program that sets its variables."""
     return int(os.environ["WORLD_SIZE"]) if _launched() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ["RANK"]) if _launched() else 0
 
 
 def local_rank() -> int:
-    """The number of this process among those on this machine, from 0: that of its GPU."""
+    """Return the number of this process on this machine, from 0; its GPU has the same number."""
     return int(os.environ["LOCAL_RANK"]) if _launched() else 0
 
 
 def local_world_size() -> int:
-    """How many of the processes are on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _launched() else 1
 
 
@@ -65,42 +65,53 @@ def _launched() -> bool:
 
 
 def check_command(name: str) -> None:
-    """Raises:
-    UserError: the command runs in one process, and there are several.
+    """Check that a command runs in as many processes as there are.
+
+    Raises:
+        UserError: it runs in one process only.
     """
     if world_size() > 1 and name not in COMMANDS:
-        raise UserError(f"{name}: runs in one process; start it without torchrun (for {' and '.join(COMMANDS)} alone)")
+        raise UserError(
+            f"{name}: runs in one process; start it without torchrun (which is for {' and '.join(COMMANDS)})"
+        )
 
 
 def check_installed() -> None:
-    """Raises:
-    UserError: there are several processes to train in, and what that needs is not installed.
+    """Check that the package is installed that training in several processes needs.
+
+    Raises:
+        UserError: it is not.
     """
     if world_size() > 1 and importlib.util.find_spec("accelerate") is None:
         raise UserError('training in several processes needs accelerate: pip install "xray-fastai[distributed]"')
 
 
 def batch_size(wanted: int, images: int) -> int:
-    """The images a step, of all processes together, that are divided evenly among them.
+    """Return the images in one step of all processes together, a multiple of their number.
+
+    Args:
+        wanted: the batch size that the user asks for.
+        images: the number of training images, which is the maximum.
 
     Raises:
-        UserError: `wanted` can't be divided evenly, or there are fewer images than processes.
+        UserError: `wanted` is not a multiple, or there are fewer images than processes.
     """
     size, world = min(wanted, images), world_size()
     if wanted % world:
-        near = [n for n in (wanted // world * world, (wanted // world + 1) * world) if n]
-        told = " or ".join(map(str, near))
-        raise UserError(f"can't be shared evenly by {world} processes; give {told}", option="batch_size", value=wanted)
+        near = [str(n) for n in (wanted // world * world, (wanted // world + 1) * world) if n]
+        raise UserError(
+            f"cannot be shared evenly by {world} processes; give {' or '.join(near)}", option="batch_size", value=wanted
+        )
     if images < world:
-        raise UserError(f"{images} images to train on are too few for {world} processes; start fewer")
+        raise UserError(f"{images} images to train on are too few for {world} processes; start fewer processes")
     return size // world * world
 
 
 def own_device(device: "torch.device") -> "torch.device":
-    """The part of the machine that this process has to itself: of its GPUs the one that has its number.
+    """Return the device of this process: with several processes on GPUs, the GPU with its local number.
 
     Raises:
-        UserError: there are fewer GPUs than processes on this machine, or it is a device that can't be shared.
+        UserError: this machine has fewer GPUs than processes, or the device cannot be shared.
     """
     import torch
 
@@ -108,12 +119,14 @@ def own_device(device: "torch.device") -> "torch.device":
         return device
     if device.type != "cuda":
         raise UserError(
-            "one process alone can use it; give --device cpu, or leave torchrun out", option="device", value=device.type
+            "only one process can use it; give --device cpu, or start without torchrun",
+            option="device",
+            value=device.type,
         )
     if local_rank() >= torch.cuda.device_count():
         raise UserError(
             f"{local_world_size()} processes on {socket.gethostname()}, where torch finds {torch.cuda.device_count()} "
-            "GPUs; give torchrun at most so many by --nproc-per-node, or give --device cpu"
+            "GPUs; give torchrun at most that number by --nproc-per-node, or give --device cpu"
         )
     torch.cuda.set_device(local_rank())
     return torch.device("cuda", local_rank())
@@ -121,13 +134,13 @@ def own_device(device: "torch.device") -> "torch.device":
 
 @contextlib.contextmanager
 def session() -> Iterator[bool]:
-    """Take part in what all processes do; the others than the first print nothing within.
+    """Connect the processes; inside the context only the first one prints.
 
     Yields:
         Whether this is the first process, or the only one.
 
     Raises:
-        UserError: the processes do not find each other, or one of them ended meanwhile.
+        UserError: the processes cannot connect, or one of them ended.
     """
     if world_size() == 1:
         yield True
@@ -142,27 +155,22 @@ def session() -> Iterator[bool]:
             yield rank() == 0
     except SystemExit:
         finish()
-        _claim()  # it was said why
+        _claim()  # the reason was printed already
         raise
     except BaseException as error:
         finish()
-        if not _is_of_another(error):
+        lost = _lost_process(error)
+        if lost is None:
             raise
-        if rank() and not _store_answers():  # the torchrun of the first process has ended as well, and tells
+        if rank() and _is_claimed() is None:  # the first process's torchrun has ended too, and prints the reason
             raise SystemExit(1) from None
-        why = re.sub(r"^.*\.cc:\d+\] ", "", str(error), flags=re.DOTALL)  # where in gloo's source it was seen
-        silent = f", or was silent for {PATIENCE.seconds // 3600} hours" if "Timed out" in why else ""
-        lost = UserError(
-            f"another of the {world_size()} processes ended{silent}, or can't be reached any more; see what torchrun "
-            f"says of it ({shown(why, 100)})"
-        )
         for note in getattr(error, "__notes__", []):
             lost.add_note(note)
         raise lost from None
 
 
 def share(value: T | None = None) -> T:
-    """The first process's value, in all; each waits for it there. Itself, where there is one process."""
+    """Return the first process's value in all processes; the others wait for it. With one process, return `value`."""
     if world_size() == 1:
         return value
     import torch
@@ -174,7 +182,7 @@ def share(value: T | None = None) -> T:
 
 
 def any_of(number: int | None) -> int | None:
-    """The largest number that any process has here, in all; None where all have None."""
+    """Return the largest number of all processes in all of them; None if none has a number."""
     if world_size() == 1:
         return number
     import torch
@@ -186,91 +194,131 @@ def any_of(number: int | None) -> int | None:
 
 
 def hush() -> None:
-    """Have this process, where it is not the first, print nothing from now on but by `tell`."""
+    """Silence this process from now on, except for `tell`, unless it is the first."""
     if rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def tell(text: str) -> None:
-    """Print why a process ends on standard error: once, by the first that has something to tell."""
+    """Print on standard error why a process ends: once for all processes, by the first of them if it fails too."""
     if world_size() == 1:
         print(text, file=sys.stderr)
         return
     finish()
-    give_way()
     if rank():
+        if _is_claimed():
+            return
         text += f" [process {rank() + 1} of {world_size()}, on {socket.gethostname()}]"
-    if _claim() is not False:  # where nobody can say, better told twice than not
+    if _claim() is not False:  # without a store several processes may print
         print(text, file=sys.__stderr__ if rank() else sys.stderr, flush=True)
 
 
 def give_way() -> None:
-    """Leave it to the first process to tell what all have found, before the end of this one ends that."""
+    """Let the first process print an error that all have: the others wait before they end, which would end it too."""
+    if world_size() == 1:
+        return
     if rank():
-        time.sleep(GRACE)
+        _is_claimed()
+    else:
+        _claim()
 
 
 def finish() -> None:
-    """Let this process end by itself: torchrun sends all a SIGTERM when one has ended."""
+    """Let this process end by itself: torchrun sends SIGTERM to all once one has ended."""
     if world_size() > 1:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _claim() -> bool | None:
-    """Whether this process is the first that ends early; None where there is nobody to ask any more."""
+    """Claim to print why the processes end. Return whether this is the first claim; None if the store is gone."""
     try:
-        attempt = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
-        return (_store or _open_store()).add("/".join(["xray-fastai", *attempt]), 1) == 1
+        return _open_store().add(_key(), 1) == 1
     except (ImportError, OSError, RuntimeError):
         return None
 
 
-def _store_answers() -> bool:
-    time.sleep(GRACE)
+def _is_claimed() -> bool | None:
+    """Return whether a process claims within `MAX_WAIT` to print why they end; None if the store is gone."""
     try:
-        return _store is not None and _store.num_keys() > 0
-    except RuntimeError:
+        from torch.distributed import DistStoreError
+
+        store = _open_store()
+    except (ImportError, OSError, RuntimeError):
+        return None
+    try:
+        store.wait([_key()], MAX_WAIT)
+    except DistStoreError:  # it was not set in time
         return False
+    except RuntimeError:
+        return None
+    return True
+
+
+def _key() -> str:
+    """Return the store's key of the claims, which is another one after each restart by torchrun."""
+    return "/".join(
+        ["xray-fastai", *(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))]
+    )
 
 
 def _open_store() -> "Store":
-    """torchrun's own, which on a machine outlives the processes."""
+    """Connect to torchrun's store, which outlives the processes on its machine."""
+    global _store
+    if _store is not None:
+        return _store
     from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+    _store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+    return _store
 
 
 def _join() -> None:
+    """Connect this process with the others.
+
+    Raises:
+        UserError: they cannot connect.
+    """
     import torch
     import torch.distributed as dist
 
-    global _store
     if dist.is_initialized():
         return
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
-        _store = _open_store()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=MAX_SILENCE)
+        _open_store()
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"the {world_size()} processes do not find each other at {where} ({reason(error)})") from None
+        raise UserError(f"the {world_size()} processes cannot connect at {where} ({reason(error)})") from None
     atexit.register(_leave)
 
 
 def _leave() -> None:
-    """Part from the others, as NCCL wants it; not where one may be gone, for which this would wait."""
+    """Disconnect from the others, as NCCL demands; not after an error, when this could wait for an ended process."""
     import torch.distributed as dist
 
     if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # `finish`
         dist.destroy_process_group()
 
 
-def _is_of_another(error: BaseException) -> bool:
-    """Whether an error here only says that another process is not there any more."""
-    import torch.distributed as dist
+def _lost_process(error: BaseException) -> UserError | None:
+    """Return the error for the user if `error` says that another process ended or does not answer; else None.
 
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
+    NCCL and the store raise `DistError`. gloo raises plain RuntimeErrors, which only their text tells from others
+    (torch 2.14). It begins with a line of gloo's source: "[/.../gloo/transport/tcp/pair.cc:561] Connection closed by
+    peer" if a process ended, "[/.../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting" if it does not answer.
+    fastai puts the name of the callback before it.
+    """
+    from torch.distributed import DistError
+
+    gloo = re.search(r"\[\S*/gloo/\S+:\d+\] (.*)", str(error), re.DOTALL) if isinstance(error, RuntimeError) else None
+    if gloo is None and not isinstance(error, DistError):
+        return None
+    text = gloo[1] if gloo else str(error)
+    silent = f", or was silent for {MAX_SILENCE.seconds // 3600} hours" if text.startswith("Timed out") else ""
+    return UserError(
+        f"another of the {world_size()} processes ended{silent}, or cannot be reached; see what torchrun printed about "
+        f"it ({shown(text, 100)})"
+    )

@@ -23,13 +23,14 @@ class UserError(Exception):
     def __str__(self) -> str:
         return self._text(self.option)
 
-    def on_command_line(self, options: set[str]) -> str:
+    def on_command_line(self, options: dict[str, str]) -> str:
         """Return the message with the option as the user types it.
 
         Args:
-            options: Python's names of the options that the command has; another (a positional argument) is not named.
+            options: the command's options as the user types them, by Python's names; an option that is not among them
+                (a positional argument) is not named.
         """
-        return self._text(f"--{self.option.replace('_', '-')}" if self.option in options else None)
+        return self._text(options.get(self.option or ""))
 
     @property
     def message(self) -> str:

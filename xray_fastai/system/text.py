@@ -1,30 +1,104 @@
-"""Text from files of others, fit for one line of a terminal or a table."""
+"""Text for people: a line of a terminal, a cell of a table, a paragraph, a number with its unit.
+
+File names and values from files of others may hold anything, so what this module returns for them is printable.
+"""
 
 import base64
+import math
 import re
+import textwrap
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, line separators, what turns the direction of writing round, and halves of a character."""
+"""Control characters, line separators, characters that reverse the direction of writing, and lone surrogates."""
+
+WIDTH = 80
+"""Columns of a terminal that text is wrapped at."""
 
 
-def fault_of(text: str, longest: int) -> str | None:
-    """What is wrong with a text of at most `longest` characters that is to be printed as it is; None: nothing."""
-    if len(text) > longest:
-        return f"is {len(text):,} characters long, more than {longest:,}"
-    if found := UNPRINTABLE.search(text):
-        return f"holds the unprintable character {found.group()!a}"
+def fault_of(text: str, max_length: int) -> str | None:
+    """Return why a text cannot be printed as it is: longer than `max_length`, or unprintable. None: it can."""
+    if len(text) > max_length:
+        return f"is {len(text):,} characters long, more than {max_length:,}"
+    if match := UNPRINTABLE.search(text):
+        return f"holds the unprintable character {match.group()!a}"
     return None
 
 
-def shown(value: object, longest: int = 60) -> str:
-    """A value on one line, cut where it is too long: what could move the cursor or end the line is written out."""
-    text = UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], str(value)[: 4 * longest])
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+def shown(value: object, max_length: int = 60) -> str:
+    """Return a value for an error message: on one line, unprintable characters escaped, the end of a long one cut.
+
+    >>> shown("two\\nlines"), shown("abcdef", 4)
+    ('two\\\\nlines', 'abc…')
+    """
+    text = UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], str(value)[: 4 * max_length])
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """Return a text with a question mark for each character that cannot be printed."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """Return a printable text of at most `width` characters, without the middle of a long one.
+
+    Names of files and folders often differ at one of their ends only.
+
+    >>> shorten("person1000_bacteria_2931.jpeg", 15)
+    'person1…31.jpeg'
+    """
+    text = printable(text)
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+
+
+def wrap(text: str, head: str = "", width: int = WIDTH) -> list[str]:
+    """Return a text as lines of at most `width` characters; the first begins with `head`, the others are indented.
+
+    A word stays whole, even one that is too long: a path can then be copied.
+
+    >>> wrap("see the file with all names", "advice: ", 22)
+    ['advice: see the file', '        with all names']
+    """
+    lines = textwrap.wrap(
+        text, width, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    return lines or [head.rstrip()]
 
 
 def count_of(number: int, what: str) -> str:
-    """`1 row`, `1,234 rows`."""
+    """Return a number with its noun: `1 row`, `1,234 rows`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def format_number(value: object) -> str:
+    """Return a cell of a table: a float with three decimals, an integer with separators, `-` for a missing value.
+
+    >>> [format_number(value) for value in (0.12345, 0.00012345, 1234, None, "text")]
+    ['0.123', '0.00012', '1,234', '-', 'text']
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or (value.is_integer() and abs(value) > 10):
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if 5e-4 <= abs(value) < 1e4 or value == 0 else f"{value:.2g}"
+
+
+def format_interval(value: float, low: float | None, high: float | None, digits: int = 3) -> str:
+    """Return a value with its interval; without it where a limit is None or NaN.
+
+    >>> format_interval(0.9, 0.85, 0.934), format_interval(0.9, None, None)
+    ('0.900 (0.850 to 0.934)', '0.900')
+    """
+    text = f"{value:.{digits}f}"
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return text
+    return f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def data_uri(content: bytes, mime_type: str) -> str:

@@ -1,1 +1,1 @@
-"""Settings and images become an export: two phases, early stopping, checkpoints."""
+"""Trains a classifier on settings and images, and exports it: two phases, early stopping, checkpoints."""

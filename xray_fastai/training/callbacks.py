@@ -1,7 +1,6 @@
-"""What a fit adds to fastai's training loop, one purpose a callback."""
+"""The callbacks that a fit adds to fastai's training loop; each has one purpose."""
 
 import contextlib
-import io
 import math
 import os
 import signal
@@ -13,7 +12,6 @@ import torch
 from fastai.vision.all import (
     Callback,
     CancelFitException,
-    EarlyStoppingCallback,
     MixedPrecision,
     TrackerCallback,
     TrainEvalCallback,
@@ -27,7 +25,7 @@ from xray_fastai.system import distributed
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU, which further training leaves alone."""
+    """Return copies on the CPU, which further training does not change."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -35,12 +33,14 @@ def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def standard_error(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None) -> float:
-    """Of the mean cross-entropy: sqrt(sum((w (l - mean))**2)) / sum(w) for losses l and weights w of the images.
+    """Return the standard error of the mean cross-entropy of images with losses l and weights w.
+
+    It is sqrt(sum((w (l - mean))**2)) / sum(w).
 
     Args:
         logits: (N, classes).
         targets: (N,), indices of classes.
-        weight: (classes,), as in the cross-entropy; None weighs all alike.
+        weight: (classes,), as in the cross-entropy; None gives all classes the same weight.
     """
     losses = cross_entropy(logits, targets, reduction="none")  # (N,)
     weights = torch.ones_like(losses) if weight is None else weight[targets]
@@ -49,13 +49,13 @@ def standard_error(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Te
 
 
 class Autocast(Callback):
-    "Run the forward pass and the loss in bfloat16 off CUDA, where fastai's `MixedPrecision` does nothing."
+    "Run the forward pass and the loss in bfloat16 on a CPU or MPS, where fastai's `MixedPrecision` does nothing."
 
     order = MixedPrecision.order
 
     def __init__(
         self,
-        device_type: str,  # as torch.autocast names it: "cpu" or "mps"
+        device_type: str,  # "cpu" or "mps", for torch.autocast
     ):
         self.device_type = device_type
 
@@ -72,14 +72,14 @@ class Autocast(Callback):
 
 
 def precision_callbacks(precision: str, device: torch.device) -> Sequence[Callback]:
-    """What makes fastai's loop compute in a precision."""
+    """Return the callback that makes fastai's loop compute in a precision; none for float32."""
     if precision == "fp32":
         return []
     return [MixedPrecision(amp_mode=precision) if device.type == "cuda" else Autocast(device.type)]
 
 
 class FrozenBody(Callback):
-    "Keep a frozen backbone in evaluation mode: batch norm's running statistics stay, stochastic depth is off."
+    "Keep a frozen backbone in evaluation mode: the statistics of batch norm stay fixed, stochastic depth is off."
 
     run_after = TrainEvalCallback
 
@@ -88,21 +88,21 @@ class FrozenBody(Callback):
 
 
 class Schedule(TrackerCallback):
-    """Warm up, stay at the peak, cut the rate when the monitored value stands still, and come down in the last epochs.
+    """Warm up to the peak rate, cut it when the validation loss stops improving, and let it fall in the last epochs.
 
-    A one-cycle schedule stretched over the longest fit allowed is still near its peak when early stopping ends the fit.
-    Here the rate comes down whichever comes first: by cuts while the validation loss stands still (as fastai's
-    `ReduceLROnPlateau`), or along a cosine over the last epochs (as `fit_flat_cos`).
+    A one-cycle schedule over the maximum number of epochs is still near its peak when early stopping ends the fit.
+    Here the rate falls in two ways: it is cut when the validation loss stops improving (as in fastai's
+    `ReduceLROnPlateau`), and it follows a cosine over the last epochs (as in `fit_flat_cos`).
     """
 
     order = TrackerCallback.order + 2
 
     def __init__(
         self,
-        patience: int,  # epochs without a new best before a cut
-        factor: float = 5.0,  # what a cut divides the rate by
-        warmup: float = 1.0,  # epochs of linear rise to the peak
-        cooldown: float = 0.4,  # the share of the epochs, at the end, over which the rate falls to nothing
+        patience: int,  # epochs without a new lowest loss before a cut
+        factor: float = 5.0,  # a cut divides the rate by this
+        warmup: float = 1.0,  # epochs in which the rate rises linearly to the peak
+        cooldown: float = 0.4,  # the last part of the epochs, in which the rate falls to zero
     ):
         super().__init__()
         self.patience, self.factor, self.warmup, self.cooldown = patience, factor, warmup, cooldown
@@ -119,7 +119,7 @@ class Schedule(TrackerCallback):
                 hyper["lr"] = peak * scale
 
     def scale(self, epochs: float, step: float) -> float:
-        "Share of the peak rate after `epochs`, a step being `step` epochs long."
+        "Return the rate after `epochs`, as a fraction of the peak; one step is `step` epochs long."
         scale = self.cut * min(1.0, (epochs + step) / self.warmup)
         start = max(self.warmup, (1 - self.cooldown) * self.n_epoch)
         if epochs > start:
@@ -134,27 +134,27 @@ class Schedule(TrackerCallback):
 
 
 class BestWeights(TrackerCallback):
-    """Keep the weights of the best epoch of all phases, and its validation outputs; put them back at the end.
+    """Keep the weights and validation outputs of the best epoch of all phases, and restore the weights at the end.
 
-    The best is the epoch with the lowest validation loss or, where the learning rate comes down, the last one whose
-    loss is within a standard error of the lowest (as in Breiman et al., Classification and Regression Trees, 1984,
-    3.4.3). Random validation images can't tell such epochs apart, and the later come of lower rates: on images unlike
-    those trained on that was better in one fit of four (ROC AUC 0.913 for 0.892), and the same in three.
+    The best epoch has the lowest validation loss or, if `later`, is the last whose loss is within a standard error of
+    the lowest (as in Breiman et al., Classification and Regression Trees, 1984, 3.4.3). Random validation images cannot
+    tell such epochs apart, and the later epochs had lower learning rates. On images unlike the training images, the
+    later epoch was better in one fit of four (ROC AUC 0.913 instead of 0.892), and equal in three.
 
-    fastai's `SaveModelCallback` writes over its file in place; here they are in memory, and in checkpoints.
+    fastai's `SaveModelCallback` overwrites its file in place. This one keeps the weights in memory and in checkpoints.
     """
 
     order = TrackerCallback.order + 1
 
     def __init__(
         self,
-        history: list[dict],  # as `EpochLog` fills it
-        later: bool = False,  # whether a later epoch within a standard error is better
+        history: list[dict],  # filled by `EpochLog`
+        later: bool = False,  # whether to prefer a later epoch within a standard error
     ):
         super().__init__(reset_on_fit=False)
         self.history, self.later = history, later
-        self.margin = 0.0  # above the lowest loss, within which a later epoch is better
-        self.kept = False  # whether the weights are those of the epoch that just ended
+        self.margin = 0.0  # added to the lowest loss: up to this sum, a later epoch is better
+        self.is_best = False  # whether the epoch that just ended is the best so far
         self.row: dict | None = None  # the best epoch's row of the history
         self.logits: torch.Tensor | None = None  # (validation images, classes)
         self.targets: torch.Tensor | None = None  # (validation images,)
@@ -168,8 +168,8 @@ class BestWeights(TrackerCallback):
 
     def after_epoch(self):
         super().after_epoch()
-        self.kept = self.new_best or bool(self.recorder.values[-1][self.idx] <= self.best + self.margin)
-        if self.kept:
+        self.is_best = self.new_best or bool(self.recorder.values[-1][self.idx] <= self.best + self.margin)
+        if self.is_best:
             self.row = self.history[-1]
             self.logits, self.targets = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
             self.state = copied(self.model.state_dict())
@@ -181,27 +181,40 @@ class BestWeights(TrackerCallback):
         self.restore(self.model)
 
     def restore(self, model: torch.nn.Module):
-        "Put the best weights into the model, where an epoch was completed."
+        "Load the best weights into the model, if an epoch was completed."
         if self.row is not None:
             model.load_state_dict(self.state)
 
 
-class EarlyStopping(EarlyStoppingCallback):
-    "fastai's, without its line on standard output, which counts epochs from 0."
+class EarlyStopping(TrackerCallback):
+    """End the phase after `patience` epochs without a new lowest validation loss.
 
-    stopped = False
+    Unlike fastai's `EarlyStoppingCallback`, it prints nothing and remembers whether it ended the phase.
+    """
+
+    order = TrackerCallback.order + 3
+
+    def __init__(
+        self,
+        patience: int,  # epochs without a new lowest loss
+    ):
+        super().__init__()
+        self.patience, self.stopped = patience, False
+
+    def before_fit(self):
+        super().before_fit()
+        self.wait = 0
 
     def after_epoch(self):
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                super().after_epoch()
-        except CancelFitException:
+        super().after_epoch()
+        self.wait = 0 if self.new_best else self.wait + 1
+        if self.wait >= self.patience:
             self.stopped = True
-            raise
+            raise CancelFitException
 
 
 class StopOnNonFiniteLoss(Callback):
-    "End the fit at a loss, in training or validation, that is infinite or not a number."
+    "End the fit when a training or validation loss is infinite or not a number."
 
     order = -9
     run_valid = True
@@ -214,45 +227,46 @@ class StopOnNonFiniteLoss(Callback):
             raise CancelFitException
 
 
-STOPPING = b"\nStopping after this batch, then exporting the best weights; Ctrl-C again gives up.\n"
+STOPPING = b"\nStopping after this batch, then exporting the best weights; press Ctrl-C again to stop at once.\n"
 
 
 class StopOnSignal(Callback):
-    """Stop after the batch at Ctrl-C or SIGTERM; a second Ctrl-C stops at once. Used as a context around the fit.
+    """Stop after the batch at Ctrl-C or SIGTERM, and at once at a second Ctrl-C; a context around the fit.
 
-    Loading processes are forked while it holds, so that a Ctrl-C, which reaches them too, doesn't break them.
+    Loading processes are forked inside the context and inherit its handlers. So a Ctrl-C, which the terminal sends to
+    them too, does not end them.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
-    heard: int | None = None  # by this process
-    received: int | None = None  # that the fit ends for; several processes agree on it in `due`
+    noted: int | None = None  # the signal that this process received
+    received: int | None = None  # the signal that ends the fit; several processes agree on it in `due`
 
     def __enter__(self):
         self.before, self.process = {}, os.getpid()
-        with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
+        with contextlib.suppress(ValueError):  # only the main thread can set handlers
             for number in self.signals:
                 self.before[number] = signal.signal(number, self.receive)
         return self
 
     def __exit__(self, kind, *_):
-        # torchrun and a cluster's scheduler may both send it, and torchrun also when another process has failed
-        once = distributed.world_size() > 1 and (kind is not None or self.received is not None)
+        # torchrun and a cluster's scheduler may both send SIGTERM, and torchrun also when another process failed
+        ignore = distributed.world_size() > 1 and (kind is not None or self.received is not None)
         for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_IGN if once else handler)
+            signal.signal(number, signal.SIG_IGN if ignore else handler)
 
     def receive(self, number, _frame):
-        if self.heard == number == signal.SIGINT:
+        if self.noted == number == signal.SIGINT:
             raise KeyboardInterrupt
         if distributed.world_size() == 1:
-            if self.heard is None and os.getpid() == self.process:  # the loading processes hear it too
+            if self.noted is None and os.getpid() == self.process:  # not in a loading process
                 os.write(2, STOPPING)
             self.received = number
-        self.heard = number
+        self.noted = number
 
     def due(self) -> bool:
-        """Whether to stop here; of several processes all stop at the same place, whichever of them heard the signal."""
+        """Return whether to stop now. Several processes agree: if one received a signal, all stop at the same batch."""
         if distributed.world_size() > 1 and self.received is None:
-            self.received = distributed.any_of(self.heard)
+            self.received = distributed.any_of(self.noted)
             if self.received is not None and distributed.rank() == 0:
                 os.write(2, STOPPING)
         return self.received is not None
@@ -263,13 +277,13 @@ class StopOnSignal(Callback):
 
 
 class EpochLog(Callback):
-    "Keep the history; show one row an epoch, and a progress bar where standard output is a terminal."
+    "Record the history, and print one row an epoch, with a progress bar if standard output is a terminal."
 
     order = TrackerCallback.order - 1
 
     def __init__(
         self,
-        history: list[dict],  # receives a row an epoch, with the keys `HISTORY_COLUMNS`
+        history: list[dict],  # gets one row an epoch, with the keys `HISTORY_COLUMNS`
         phase: str,  # "frozen" or "unfrozen"
     ):
         self.history, self.phase, self.bar = history, phase, None
@@ -312,7 +326,7 @@ class EpochLog(Callback):
         (self.bar.console.print if self.bar else print)(text, **({"highlight": False} if self.bar else {"flush": True}))
 
     def close(self):
-        "Take the bar off the terminal, however the fit ended."
+        "Remove the progress bar from the terminal."
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -1,14 +1,14 @@
-"""Checkpoints of a fit on disk: each written whole or not at all, read without pickle, checked before use.
+"""Writes and reads a fit's checkpoints: each is written completely or not at all, without pickle, with checksums.
 
-    checkpoint/settings.json                  the fit's settings, from its start on
-               00012.json                     what is no tensor: counters, history, random states, and its files
+    checkpoint/settings.json                  the fit's settings, written at its start
+               00012.json                     counters, history, random states, and the list of its files
                00012.model.safetensors        the weights after that epoch
                00012.optimizer.safetensors    Adam's averages
                00007.model.safetensors        the best epoch's weights: that epoch's own file, kept
                00007.outputs.safetensors      its validation outputs
 
-In the frozen phase the backbone is written once, and after each epoch the head alone. A checkpoint's `.json` is written
-last; it names its files with size and CRC-32. The newest checkpoint and the one before it are kept.
+In the frozen phase the backbone is written once, and after each epoch only the head. The `.json` file is written last;
+it lists the checkpoint's files with size and CRC-32. The two newest checkpoints are kept.
 """
 
 import json
@@ -16,7 +16,6 @@ import os
 import shutil
 import threading
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,53 +26,53 @@ from safetensors.torch import load_file, save_file
 
 from xray_fastai.export.run_folder import CHECKPOINT, SETTINGS, Reservation
 from xray_fastai.system.errors import UserError, reason
-from xray_fastai.system.files import sync_folder
+from xray_fastai.system.files import atomic_write
 
 FORMAT = 2
-"""The layout of a checkpoint; another is refused."""
+"""The version of the layout; a checkpoint of another version is refused."""
 
 Tensors = dict[str, torch.Tensor]
 Parts = dict[str, Tensors]
-"""Tensors by the file that they go into."""
+"""Tensors by the part of the file name (`model`, `head`, `backbone`)."""
 
 UNCHANGING = "backbone"
-"""The part that is written once."""
+"""The part that does not change in the frozen phase and is written once."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best epoch so far."""
+    """Holds the best epoch so far."""
 
-    row: int  # its place in the history
+    row: int  # its index in the history
     parts: Parts  # its weights, on the CPU
     outputs: Tensors  # logits (validation images, classes) and targets (validation images,)
 
 
 @dataclass
 class Saved:
-    """A checkpoint as it was read."""
+    """Holds a checkpoint as it was read."""
 
     state: dict[str, Any]
     weights: Tensors
     optimizer: Tensors  # empty between two phases
     best: Tensors
-    outputs: Tensors  # empty where there was no best epoch yet
-    best_row: int | None  # its place in the history
+    outputs: Tensors  # empty if there was no best epoch yet
+    best_row: int | None  # the best epoch's index in the history
 
 
 class Checkpoints:
-    """Writes a fit's checkpoints, in a thread of its own while the next epoch trains; as a context, waits for it."""
+    """Writes a fit's checkpoints in a thread while the next epoch trains; the context waits for it at the end."""
 
     def __init__(
         self,
-        run: Reservation,  # whose folder stays, from the first checkpoint on
+        run: Reservation,  # its folder is kept after an error, once it has a checkpoint
     ):
         self.run, self.folder = run, run.checkpoint
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.number = 0  # of the newest checkpoint
-        self.files: dict[str, dict] = {}  # those of the newest checkpoint: name -> size, CRC-32
-        self.best: dict[str, Any] | None = None  # row, weights (files), outputs (file), as in the newest checkpoint
+        self.files: dict[str, dict] = {}  # of the newest checkpoint: name -> size, CRC-32
+        self.best: dict[str, Any] | None = None  # of the newest checkpoint: row, weights (files), outputs (file)
 
     def __enter__(self):
         return self
@@ -82,24 +81,24 @@ class Checkpoints:
         self.join()
 
     def keep(self, settings: dict[str, Any]) -> None:
-        """Write what a fit begins with.
+        """Write the settings that a fit begins with.
 
         Raises:
-            UserError: it can't be written.
+            UserError: they cannot be written.
         """
         try:
             self.folder.mkdir(exist_ok=True)
             write_json(self.folder / SETTINGS, {"format": FORMAT, **settings})
         except OSError as error:
-            raise self._unwritten(error) from None
+            raise self._write_error(error) from None
 
     def take_over(self, folder: Path) -> None:
-        """Go on in place of the fit that has left its checkpoints in `folder`."""
+        """Move the checkpoints of an unfinished fit from `folder` into this run."""
         if folder != self.folder:
             try:
                 os.rename(folder, self.folder)
             except OSError as error:
-                raise UserError(f"{folder}: can't be moved to {self.folder} ({error.strerror})") from None
+                raise UserError(f"{folder}: cannot be moved to {self.folder} ({error.strerror})") from None
             self.run.resumable = True
 
     @property
@@ -107,20 +106,20 @@ class Checkpoints:
         return self.error is not None
 
     def has_backbone(self) -> bool:
-        """Whether the part that never changes is on the disk already."""
+        """Return whether a checkpoint has written the backbone already."""
         return any(f".{UNCHANGING}." in name for name in self.files)
 
     def save(self, state: dict[str, Any], parts: Parts | None, optimizer: Tensors, best: Best | None):
-        """Start writing a checkpoint; the tensors must not change any more.
+        """Start to write a checkpoint; the tensors must not change afterwards.
 
         Args:
-            state: what is no tensor, as JSON takes it.
-            parts: the weights; None where they are the best epoch's.
+            state: everything but tensors, as JSON.
+            parts: the weights; None if they are the best epoch's.
             optimizer: its tensors.
-            best: the best epoch, where there is one.
+            best: the best epoch, if there is one.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: the previous checkpoint could not be written.
         """
         self.wait()
         self.number += 1
@@ -151,52 +150,57 @@ class Checkpoints:
         self.thread.start()
 
     def join(self) -> None:
-        """Let what was started end."""
+        """Wait for the thread that writes."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
     def wait(self) -> None:
-        """Have what was started on the disk.
+        """Wait until the checkpoint is on the disk.
 
         Raises:
-            UserError: it could not be written; the checkpoint before it stands.
+            UserError: it could not be written; the previous checkpoint is unchanged.
         """
         self.join()
         if isinstance(self.error, OSError | SafetensorError):
-            raise self._unwritten(self.error) from None
+            raise self._write_error(self.error) from None
         if self.error is not None:
             raise self.error
 
-    def _unwritten(self, error: Exception) -> UserError:
+    def _write_error(self, error: Exception) -> UserError:
         return UserError(
             f"{self.run.partial}: a checkpoint could not be written ({reason(error)}); "
-            "free space, or see that the folder is there and can be written to"
+            "free space, or check that the folder exists and is writable"
         )
 
     def _write(self, number: int, manifest: dict, new: Parts, files: dict[str, dict], earlier: set[str]) -> None:
         try:
-            for stale in self.folder.iterdir():  # what the newest checkpoint doesn't need; that one stays till the next
-                if stale.name not in earlier | {SETTINGS, f"{number - 1:05}.json"}:
-                    stale.unlink()
+            # the previous checkpoint stays until this one is complete
+            self._delete_all_but(earlier | {SETTINGS, f"{number - 1:05}.json"})
             for name, tensors in new.items():
                 files[name] = write_tensors(self.folder / name, tensors)
             write_json(self.folder / f"{number:05}.json", manifest | {"files": files})
             self.run.resumable = True
         except Exception as error:  # `wait` raises it, in the fit's own thread
             self.error = error
-            with suppress(OSError):
-                for half in self.folder.glob("*.tmp"):
-                    half.unlink()
+
+    def _delete_all_but(self, needed: set[str]) -> None:
+        """Delete older checkpoints, and temporary files that a killed process left."""
+        for file in self.folder.iterdir():
+            if file.name not in needed:
+                file.unlink()
 
     def load(self, folder: Path | None = None) -> tuple[Saved | None, list[str]]:
-        """The newest checkpoint that is whole, and what is wrong with each newer one; None where none was written.
+        """Read the newest checkpoint that is not damaged.
 
         Args:
-            folder: where they are, if `take_over` has yet to bring them here.
+            folder: where the checkpoints are, if `take_over` has not moved them yet.
+
+        Returns:
+            The checkpoint, or None if none was written; and what is wrong with each newer one.
 
         Raises:
-            UserError: there are checkpoints, and all are damaged.
+            UserError: all checkpoints are damaged.
         """
         folder, faults = folder or self.folder, []
         for path in sorted(folder.glob("[0-9]*.json"), reverse=True):
@@ -205,7 +209,7 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
                 faults.append(f"{path}: damaged ({reason(error)})")
         if faults:
-            raise UserError(f"{faults[0]}, and no other is whole; start anew, and delete {folder.parent}")
+            raise UserError(f"{faults[0]}, and so are the others; delete {folder.parent}, and start a new fit")
         return None, []
 
     def _read(self, path: Path) -> Saved:
@@ -214,12 +218,12 @@ class Checkpoints:
         files, best = manifest["files"], manifest["best"]
         for name, known in files.items():
             if Path(name).name != name:
-                raise ValueError(f"{name} is no file name")
-            if checked(path.with_name(name)) != known:
-                raise ValueError(f"{name} is not as it was written")
+                raise ValueError(f"{name} is not a file name")
+            if checksum(path.with_name(name)) != known:
+                raise ValueError(f"{name} has changed since it was written")
 
         def merged(names: list[str]) -> Tensors:
-            # cloned: what was read may be mapped from a file that is deleted later
+            # cloned: a tensor that was read may be mapped to its file, which is deleted later
             return {k: t.clone() for name in names if name in files for k, t in load_file(path.with_name(name)).items()}
 
         self.number, self.files, self.best = int(path.stem), files, best
@@ -234,103 +238,99 @@ class Checkpoints:
 
 
 def check_space(folder: Path, model: torch.nn.Module, features: int = 0) -> None:
-    """See that the checkpoints and the export of a model will fit, and besides them so many bytes of features.
+    """Check that the disk has space for the checkpoints and the export of a model, and for `features` bytes more.
 
-    At most there are two checkpoints of weights and Adam's two averages, and the best epoch's weights: seven times the
-    weights. The export's two come when all but the best are gone.
+    At most there are two checkpoints with the weights and Adam's two averages, and the best epoch's weights: seven
+    times the weights. The export needs less, and the other checkpoints are deleted before it.
 
     Raises:
         UserError: there is too little space.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    there = sum(file.stat().st_size for file in (folder / CHECKPOINT).iterdir())
-    needed, free = 7 * weights + 2**24 + features, shutil.disk_usage(folder).free + there
+    reusable = sum(file.stat().st_size for file in (folder / CHECKPOINT).iterdir())
+    needed, free = 7 * weights + 2**24 + features, shutil.disk_usage(folder).free + reusable
     if free < needed:
         what = "the features of the images, the checkpoints" if features else "the checkpoints"
         fewer = ", or fewer --frozen-views" if features else ""
         raise UserError(
-            f"{folder.parent}: {free / 1e6:,.0f} MB are free, and {what} and the export of this fit need "
-            f"{needed / 1e6:,.0f} MB; free space ('xray-fastai data cache --clear', then --no-cache, does without "
-            f"decoded images), or give another folder by --exports{fewer}"
+            f"{folder.parent}: {free / 1e6:,.0f} MB are free, but {what} and the export of this fit need "
+            f"{needed / 1e6:,.0f} MB; free space ('xray-fastai data cache --clear' and then --no-cache save the space "
+            f"of decoded images), or give another folder by --exports{fewer}"
         )
 
 
 def kept_settings(folder: Path) -> dict[str, Any]:
-    """What `Checkpoints.keep` wrote.
+    """Read the settings that `Checkpoints.keep` wrote.
 
     Raises:
-        UserError: it is damaged, or of another version.
+        UserError: they are damaged, or of another version.
     """
     path = folder / SETTINGS
     try:
         kept = read_json(path)
         check_format(path, kept["format"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({reason(error)}); start anew, and delete {folder.parent}") from None
+        raise UserError(f"{path}: damaged ({reason(error)}); delete {folder.parent}, and start a new fit") from None
     return kept
 
 
-def check_format(path: Path, found: int) -> None:
-    """Raises:
-    UserError: a file is not of this version's format.
+def check_format(path: Path, version: int) -> None:
+    """Check that a file has this version's format.
+
+    Raises:
+        UserError: it has another.
     """
-    if found > FORMAT:
-        raise UserError(f"{path}: written by a newer version (format {found}); update xray-fastai")
-    if found < FORMAT:
+    if version > FORMAT:
+        raise UserError(f"{path}: written by a newer version (format {version}); update xray-fastai")
+    if version < FORMAT:
         raise UserError(
-            f"{path}: written by an older version (format {found}); start anew; {path.parent} is of no more use"
+            f"{path}: written by an older version (format {version}), which cannot be resumed; delete {path.parent}, "
+            "and start a new fit"
         )
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Write a `.safetensors` file under its final name only once it is on the disk; its size and CRC-32."""
-    half = path.with_name(f"{path.name}.tmp")
-    half.touch()
-    mode = half.stat().st_mode  # safetensors makes it readable by its owner alone
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half)
-    half.chmod(mode)
-    known = checked(half)
-    _settle(half, path)
-    return known
+    """Write a `.safetensors` file atomically, and return its size and CRC-32."""
+    with atomic_write(path, sync=True) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes its file readable by the owner only
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.chmod(mode)
+        return checksum(temporary)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON with its CRC-32, under its final name only once it is on the disk."""
+    """Write JSON with its CRC-32 atomically."""
     text = json.dumps(content)
-    half = path.with_name(f"{path.name}.tmp")
-    half.write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "content": content}))
-    _settle(half, path)
+    with atomic_write(path, sync=True) as temporary:
+        temporary.write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "content": content}))
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
+    """Read JSON that `write_json` wrote.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it is not as it was written.
+        OSError: it cannot be read.
+        ValueError: it is damaged.
     """
     try:
         outer = json.loads(path.read_text())
         content = outer["content"]
-        whole = zlib.crc32(json.dumps(content).encode()) == outer["crc32"]
+        intact = zlib.crc32(json.dumps(content).encode()) == outer["crc32"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"no checkpoint: {error}") from None
-    if not whole:
-        raise ValueError("its content is not what was written")
+        raise ValueError(f"not a checkpoint: {error}") from None
+    if not intact:
+        raise ValueError("the checksum does not match")
     return content
 
 
-def checked(path: Path) -> dict[str, int]:
-    """A file's size and CRC-32: 0.11 s for 300 MB, where SHA-256 took 0.27 s; it is for damage, not for trust."""
+def checksum(path: Path) -> dict[str, int]:
+    """Return a file's size and CRC-32.
+
+    CRC-32 detects damage, not forgery: it took 0.11 s for 300 MB, SHA-256 0.27 s.
+    """
     crc, size = 0, 0
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
             crc, size = zlib.crc32(block, crc), size + len(block)
     return {"bytes": size, "crc32": crc}
-
-
-def _settle(half: Path, path: Path) -> None:
-    with half.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    os.replace(half, path)
-    sync_folder(path.parent)

@@ -1,8 +1,8 @@
-"""Training in several processes as one process would train: DistributedDataParallel through fastai and Accelerate.
+"""Trains in several processes with the result of one: DistributedDataParallel through fastai and Accelerate.
 
-The batch size is that of all processes together. Each loads and puts through its network its own part of every batch;
-gradients, losses, batch norm and validation outputs are those of the whole batch. So what is recorded and decided is
-the same in all processes, by the same code as in one, and but for augmentation and dropout what one process gives.
+The batch size is that of all processes together. Each process loads its part of every batch and computes it. Gradients,
+losses, batch norm and validation outputs are those of the whole batch. So all processes record and decide the same,
+with the code for one process. Except for augmentation and dropout, the result is that of one process.
 """
 
 import os
@@ -24,15 +24,15 @@ from xray_fastai.system.distributed import rank, share, world_size
 
 
 class SharedLoader(DistributedDL):
-    """A loader's batches, of each of which every process loads its part: n-ths that differ by one image at most.
+    """Loads this process's part of each batch of a loader; the parts differ by one image at most.
 
-    fastai's gives each process an n-th of the epoch, whose batches together are none of the loader's, and pads it; here
-    only a process that has no image of a last batch gets one, which `gathered` drops.
+    fastai's `DistributedDL` splits the epoch instead of the batches, so that the batches differ from the loader's, and
+    pads it. Here only a process without an image of the last batch gets an extra one, which `gathered` drops.
     """
 
     def __init__(
         self,
-        dl: DataLoader,  # as one process would have it
+        dl: DataLoader,  # for one process
     ):
         super().__init__(dl, rank(), world_size(), device=dl.device)
         self.bs = -(-dl.bs // self.world_size)
@@ -41,7 +41,7 @@ class SharedLoader(DistributedDL):
         return len(self.dl)
 
     def _broadcast(self, t, rank):
-        "fastai's moves them to a GPU, for NCCL."
+        "Share over gloo; fastai's method moves the values to a GPU, for NCCL."
         return share(t)
 
     def get_idxs(self):
@@ -58,7 +58,7 @@ class SharedLoader(DistributedDL):
         return [images // self.world_size + (r < images % self.world_size) for r in range(self.world_size)]
 
     def shares(self, number: int) -> list[int]:
-        "How many images of a batch, numbered from 0, each process has."
+        "Return how many images of a batch, numbered from 0, each process has."
         return self._shares(min(self.dl.bs, self.n - number * self.dl.bs))
 
     def create_batches(self, samps):
@@ -67,29 +67,32 @@ class SharedLoader(DistributedDL):
         return dl.create_batches(samps)
 
     def to_detach(self, b, cpu=True, gather=True):
-        return to_detach(b, cpu, gather=False)  # what metrics are given is gathered already
+        return to_detach(b, cpu, gather=False)  # the metrics' inputs are gathered already
 
     def wif(self):
-        "A loading process lives until its own process is done with it, whoever sends SIGTERM to the whole job."
+        "Keep a loading process alive until its own process ends it, when SIGTERM is sent to the whole job."
         signal(SIGTERM, SIG_IGN)
 
 
 class TrainTogether(DistributedTrainer):
-    """fastai's, so that a step, a loss and an epoch are those of one process with the whole batch.
+    """Makes each step, loss and epoch equal to those of one process with the whole batch.
 
-    The learner's model stays what it was: only forward passes in training go through the `DistributedDataParallel` that
-    is around it, which spreads the first process's weights as it is made, and averages gradients.
+    Only forward passes in training go through `DistributedDataParallel`, which copies the first process's weights to
+    all when it is made, and averages gradients. `learn.model` stays the plain model otherwise.
     """
 
     def __init__(
         self,
         device: torch.device,
-        seed: Sequence[int],  # of this fit and phase
+        seed: Sequence[int],  # of this fit and this phase
     ):
-        if device.type == "cuda" and not check_cuda_p2p_ib_support():  # some GeForce GPUs; as `accelerate launch` does
+        if (
+            device.type == "cuda" and not check_cuda_p2p_ib_support()
+        ):  # some GeForce GPUs; `accelerate launch` does the same
             os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
-        how = DistributedDataParallelKwargs(broadcast_buffers=False)  # they are equal: they come of the whole batch
-        super().__init__(cpu=device.type == "cpu", kwargs_handlers=[how])
+        # buffers are equal in all processes, because batch norm computes them from the whole batch
+        options = DistributedDataParallelKwargs(broadcast_buffers=False)
+        super().__init__(cpu=device.type == "cpu", kwargs_handlers=[options])
         self.device, self.seed = device, seed
 
     def before_fit(self):
@@ -107,7 +110,7 @@ class TrainTogether(DistributedTrainer):
         return dl if isinstance(dl, SharedLoader) else SharedLoader(dl)
 
     def before_epoch(self):
-        # what the first draws is what one process would; a checkpoint, which it writes, need not know of the others
+        # the first process draws the random numbers of a fit in one process, so a checkpoint stores only its states
         if rank():
             set_seed(int(np.random.SeedSequence([*self.seed, self.epoch, rank()]).generate_state(1)[0]))
 
@@ -122,8 +125,10 @@ class TrainTogether(DistributedTrainer):
             self.learn.pred, self.learn.yb = gathered(self.pred, shares), (gathered(self.yb[0], shares),)
 
     def after_loss(self):
-        """The loss of the whole batch, sum(w * l) / sum(w), which is no plain average of its parts' losses; and a loss
-        of this part whose gradient, averaged over the processes, is that of the whole."""
+        """Compute the loss of the whole batch, sum(w * l) / sum(w), which is not the mean of its parts' losses.
+
+        The gradient of `loss_grad`, averaged over the processes, is the gradient of that loss.
+        """
         if self.training:
             weight = self.loss_func.total_weight(self.yb[0])
             sums = torch.stack([self.loss.detach() * weight, weight]).as_subclass(torch.Tensor)
@@ -132,11 +137,11 @@ class TrainTogether(DistributedTrainer):
             self.learn.loss = sums[0] / sums[1]
 
     def after_epoch(self):
-        self.recorder.log = L(share(list(self.recorder.log)))  # machines that differ may round differently
+        self.recorder.log = L(share(list(self.recorder.log)))  # different machines may round differently
 
 
 def gathered(part: torch.Tensor, shares: Sequence[int]) -> torch.Tensor:
-    """A batch (B, ...) from each process's part (rows, ...), of which its share counts."""
+    """Return the batch (B, ...) from the parts (rows, ...) of all processes; rows beyond a share are dropped."""
     padded = part.new_zeros(max(shares), *part.shape[1:]).as_subclass(torch.Tensor)
     padded[: shares[rank()]] = part[: shares[rank()]]
     parts = [torch.empty_like(padded) for _ in shares]
@@ -145,7 +150,7 @@ def gathered(part: torch.Tensor, shares: Sequence[int]) -> torch.Tensor:
 
 
 class CpuSyncBatchNorm(nn.BatchNorm2d):
-    """What `nn.SyncBatchNorm` is on GPUs, for which alone torch has it."""
+    """Does on CPUs what `nn.SyncBatchNorm` does; torch has it only for GPUs."""
 
     def forward(self, x):
         if not self.training:
@@ -159,15 +164,17 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
 
 
 class _Normalised(torch.autograd.Function):
-    """(B, C, H, W) with mean 0 and variance 1 of each channel over all processes, times weight, plus bias (Ioffe and
-    Szegedy 2015). Also gives mean (C,) and unbiased variance (C,)."""
+    """Normalises (B, C, H, W) by each channel's mean and variance over all processes (Ioffe and Szegedy 2015).
+
+    Returns the normalised tensor times weight plus bias, the mean (C,), and the unbiased variance (C,).
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-        told = torch.stack([torch.full_like(mean, x.numel() / len(mean)), mean, variance])
-        parts = [torch.empty_like(told) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, told)
+        own = torch.stack([torch.full_like(mean, x.numel() / len(mean)), mean, variance])
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own)
         counts, means, variances = torch.stack(parts, dim=1)  # (processes, C) each
         total = counts.sum(0)
         mean = (counts * means).sum(0) / total
@@ -196,18 +203,18 @@ class _Normalised(torch.autograd.Function):
 
 
 def sync_batch_norm(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Put one that sees the whole batch, with the same tensors, in the place of each batch norm.
+    """Replace each batch norm by one with the same tensors that sees the whole batch.
 
     Returns:
-        Parent, name in it, and module of those that were there.
+        For each replaced module: its parent, its name there, and the module.
     """
-    found = [
+    replaced = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.BatchNorm2d)
     ]
-    for parent, name, child in found:
+    for parent, name, child in replaced:
         if device.type == "cuda":
             new = nn.SyncBatchNorm.convert_sync_batchnorm(child)
         else:
@@ -215,4 +222,4 @@ def sync_batch_norm(model: nn.Module, device: torch.device) -> list[tuple[nn.Mod
             for tensor in (*child._parameters, *child._buffers):
                 setattr(new, tensor, getattr(child, tensor))
         setattr(parent, name, new)
-    return found
+    return replaced

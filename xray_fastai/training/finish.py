@@ -1,4 +1,4 @@
-"""What `model.json` says of a fit: all that is needed to rebuild its model and to trust it."""
+"""Writes the export of a fit; `model.json` records what is needed to rebuild the model and to trust it."""
 
 import contextlib
 import importlib.metadata
@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import Learner
-from rich.progress import Progress
 from safetensors import SafetensorError
 from safetensors.torch import save
 from scipy.special import softmax
@@ -26,40 +26,29 @@ from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
 from xray_fastai.export.run_folder import Reservation
 from xray_fastai.export.schema import FORMAT, PICKLE, SETTINGS, WEIGHTS
+from xray_fastai.model.augmentation import augmentation_values
 from xray_fastai.model.learner import set_temperature
 from xray_fastai.system.errors import ImageError, UserError, reason
 from xray_fastai.system.files import sha256
 from xray_fastai.training.calibration import Calibration, calibrate
-from xray_fastai.training.callbacks import BestWeights, StopOnSignal
+from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import conclude
-from xray_fastai.training.plan import Plan
 
 LIBRARIES = ("torch", "torchvision", "fastai", "numpy", "pillow", "scikit-learn", "safetensors")
 
 
-def model_record(
-    plan: Plan,
-    status: str,
-    history: list[dict],
-    ends: list[str],
-    best: dict | None,
-    calibration: Calibration,
-    worst: Group | None,
-    seconds: float,
-) -> dict[str, Any]:
-    """The content of `model.json`, but for what `bundle.write` adds.
+def model_record(trainer: Trainer, status: str, calibration: Calibration, worst: Group | None) -> dict[str, Any]:
+    """Return the content of `model.json`, except what `write_export` adds.
 
     Args:
-        plan: what was trained, on what.
+        trainer: after training.
         status: complete, interrupted or diverged.
-        history: a row an epoch.
-        ends: what ended each phase.
-        best: the row of the epoch whose weights are exported.
-        calibration: as settled on the validation split.
-        worst: the validation images that the model does worst on.
-        seconds: that the fit took, in all its processes.
+        calibration: as chosen on the validation split.
+        worst: the group of validation images with the lowest ROC AUC.
     """
+    plan, progress = trainer.plan, trainer.progress
     config, data = plan.config, plan.data
+    total, in_frozen_phase = trainer.parameters
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": status,
@@ -76,20 +65,22 @@ def model_record(
             "contrast": config.contrast,
             "scale": "imagenet",
         },
+        "augmentation": augmentation_values(config.augment),
         "temperature": calibration.temperature,
         "threshold": calibration.threshold,
         "calibration": calibration.note,
+        "calibrated": calibration.calibrated,
         "data": _summary(data),
         "settings": config.to_dict(),
         "training": {
             "device": plan.device_name,
             "precision": plan.precision,
-            "weights": plan.origin,
-            "parameters": {"total": plan.parameters[0], "frozen_phase": plan.parameters[1]},
-            "seconds": round(seconds, 1),
-            "phases": _phases(history, plan.phases, ends),
+            "weights": plan.origin.name,
+            "parameters": {"total": total, "frozen_phase": in_frozen_phase},
+            "seconds": round(progress.elapsed, 1),
+            "phases": _phases(progress.history, plan.phases, progress.ends),
         },
-        "best": best,
+        "best": trainer.best.row,
         "worst_group": None if worst is None else asdict(worst),
         "versions": {"xray-fastai": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -97,16 +88,16 @@ def model_record(
 
 
 def _phases(history: list[dict], phases: list[tuple[str, int]], ends: list[str]) -> list[dict]:
-    told = []
+    phases_trained = []
     for (name, _), end in zip(phases, ends, strict=False):
         rows = [row for row in history if row["phase"] == name]
         best = min(rows, key=lambda row: row["valid_loss"])["epoch"] if rows else None
-        told.append({"name": name, "epochs": len(rows), "best_epoch": best, "end": end})
-    return told
+        phases_trained.append({"name": name, "epochs": len(rows), "best_epoch": best, "end": end})
+    return phases_trained
 
 
 def _summary(data: Collection) -> dict:
-    """What `model.json` says of the images."""
+    """Return what `model.json` records about the images."""
     return {
         "name": data.name,
         "rehearsal": data.rehearsal,
@@ -119,30 +110,33 @@ def _summary(data: Collection) -> dict:
 
 
 def write_export(run: Reservation, learn: Learner, model: dict[str, Any], history: list[dict]) -> Path:
-    """Write all files of an export, then give the folder its name.
+    """Write all files of an export, then rename the folder to its final name.
 
     Args:
-        run: from `runs.reserve`.
+        run: from `run_folder.reserve`.
         learn: on any device; it is moved to the CPU.
-        model: what goes into `model.json`; format and weights are added here.
-        history: a row an epoch.
+        model: the content of `model.json`; format and weights are added here.
+        history: one row an epoch.
+
+    Returns:
+        The export's folder.
 
     Raises:
-        UserError: the disk is full or the folder can't be written to; no half export is left behind.
+        UserError: the disk is full or the folder is not writable; the files are deleted, a checkpoint is kept.
     """
-
     folder = run.partial
     try:
         learn.model.to("cpu", memory_format=torch.contiguous_format)
         learn.dls.to("cpu")
         state = {name: tensor.detach().contiguous() for name, tensor in learn.model.state_dict().items()}
-        (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))  # save_file would make it private
+        # `save_file` would make the file readable by its owner only
+        (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
         weights = {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS), "tensors": len(state)}
         text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
         plot_curves(history, folder / "curves.png", model["best"])
-        with contextlib.suppress(ImageError):  # the images may be gone by now; the export is not to be lost for that
+        with contextlib.suppress(ImageError):  # the images may have been deleted; the export is written without them
             images, targets = learn.dls.one_batch()
             plot_batch(images, [learn.dls.vocab[i] for i in targets], folder / "batch.png")
         write_report(folder, name=run.final.name)
@@ -152,58 +146,63 @@ def write_export(run: Reservation, learn: Learner, model: dict[str, Any], histor
                 os.fsync(stream.fileno())
         return run.publish(keep_checkpoint=model["status"] == "interrupted")
     except (OSError, SafetensorError, RuntimeError, UserError) as error:
-        with contextlib.suppress(OSError):  # the checkpoint alone stays
+        with contextlib.suppress(OSError):  # the checkpoint is kept
             for file in filter(Path.is_file, folder.iterdir()):
                 file.unlink()
         raise UserError(
             f"{run.final}: the export could not be written ({reason(error)}); "
-            "free space, or see that the folder is there and can be written to"
+            "free space, or check that the folder exists and is writable"
         ) from None
 
 
 @dataclass
 class Result:
-    """What a fit ended with."""
+    """Holds the result of a fit."""
 
     path: Path  # the export
     status: str  # complete, interrupted or diverged
     history: list[dict] = field(repr=False)
     config: FitConfig = field(repr=False)
-    signal: int | None = None  # the one that interrupted it
-    error: str | None = None  # why it diverged
+    signal: int | None = None  # the signal that interrupted it
+    error: str | None = None  # why it diverged, or None
 
 
-def export_learner(
-    plan: Plan,
-    run: Reservation,
-    learn: Learner,
-    progress: Progress,
-    best: BestWeights,
-    stop: StopOnSignal,
-    error: str | None,
-) -> Result:
+def export_learner(trainer: Trainer, run: Reservation) -> Result:
+    """Calibrate the trained model, write its export, and print how the fit ended.
 
-    data, history = plan.data, progress.history
-    if error and best.row is None:
+    Raises:
+        UserError: the loss was not finite before the first epoch ended, or the export cannot be written.
+    """
+    plan, best, history = trainer.plan, trainer.best, trainer.progress.history
+    if trainer.error and best.row is None:
         raise UserError(
-            f"{error}; no epoch was completed, so nothing is exported; try a lower --lr than {plan.config.lr:g}"
+            f"{trainer.error}; no epoch was completed, so nothing is exported; try a lower --lr than {plan.config.lr:g}"
         )
-    # of more than two classes the most probable is called, so there is no threshold
-    positive = data.classes.index(data.positive) if data.positive and len(data.classes) == 2 else None
-    calibration = Calibration(threshold=None if positive is None else 0.5)
+    calibration, worst = Calibration(threshold=None if _positive(plan.data) is None else 0.5), None
     if best.row is not None:
-        outputs = best.logits.float().cpu().numpy(), best.targets.cpu().numpy()
-        calibration = calibrate(*outputs, positive, plan.config.target_sensitivity)
-    set_temperature(learn, calibration.temperature)
-    status = "diverged" if error else "interrupted" if stop.received is not None else "complete"
-    worst = None
-    if best.row is not None and positive is not None:
-        with contextlib.suppress(ImageError):  # the images may be gone by now; the export is not to be lost for that
-            scores = softmax(outputs[0] / calibration.temperature, axis=1)[:, positive]
-            looks = appearance(list(data.valid.path), list(data.valid.width / data.valid.height))
-            positives = (data.valid.label == data.positive).to_numpy()
-            worst = worst_group(looks, positives, data.valid.patient.to_numpy(), scores)
-    model = model_record(plan, status, history, progress.ends, best.row, calibration, worst, progress.elapsed)
-    path = write_export(run, learn, model, history)
+        logits, targets = best.logits.float().cpu().numpy(), best.targets.cpu().numpy()
+        calibration = calibrate(logits, targets, _positive(plan.data), plan.config.target_sensitivity)
+        worst = _worst_group(plan.data, softmax(logits / calibration.temperature, axis=1))
+    set_temperature(trainer.learn, calibration.temperature)
+    received = trainer.stop.received
+    status = "diverged" if trainer.error else "interrupted" if received is not None else "complete"
+    model = model_record(trainer, status, calibration, worst)
+    path = write_export(run, trainer.learn, model, history)
     conclude(path, model, run)
-    return Result(path, status, history, plan.config, stop.received, error)
+    return Result(path, status, history, plan.config, received, trainer.error)
+
+
+def _positive(data: Collection) -> int | None:
+    """Return the index of the class to detect; None with more than two classes: the most probable is predicted."""
+    return data.classes.index(data.positive) if data.positive and len(data.classes) == 2 else None
+
+
+def _worst_group(data: Collection, probabilities: np.ndarray) -> Group | None:
+    """Return the group of validation images with the lowest ROC AUC, or None where it cannot be determined."""
+    if _positive(data) is None:
+        return None
+    with contextlib.suppress(ImageError):  # the images may have been deleted; the export is written without them
+        looks = appearance(list(data.valid.path), list(data.valid.width / data.valid.height))
+        positives = (data.valid.label == data.positive).to_numpy()
+        return worst_group(looks, positives, data.valid.patient.to_numpy(), probabilities[:, _positive(data)])
+    return None

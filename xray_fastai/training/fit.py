@@ -1,85 +1,109 @@
-"""A fit from split folders to an export: frozen phase, unfrozen phase, early stopping, best weights, checkpoints."""
+"""Trains a classifier from split folders and exports it: `fit`, and how an interrupted fit is resumed."""
 
 import gc
 import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
+
+from fastai.vision.all import Callback
 
 from xray_fastai.config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import fingerprint, read_collection
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.export.run_folder import SETTINGS, Reservation, Unfinished, reopen, reserve
-from xray_fastai.model.learner import parameter_counts
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.signals import sigterm_raises
-from xray_fastai.training.callbacks import StopOnSignal
 from xray_fastai.training.checkpoint import Checkpoints, Saved, check_space, kept_settings
 from xray_fastai.training.finish import Result, export_learner
-from xray_fastai.training.loop import first_progress, train
-from xray_fastai.training.messages import announce, name_leftovers, say_where
-from xray_fastai.training.plan import make_plan
+from xray_fastai.training.loop import Trainer
+from xray_fastai.training.messages import announce, name_leftovers, report_resume
+from xray_fastai.training.plan import Origin, make_plan
 
 CHANGEABLE = ("data", "device", "workers", "cache", "exports")
-"""Settings that may differ when a fit is gone on with. `data` is checked to hold the same images."""
+"""Settings that may change when a fit is resumed. `data` must hold the same images."""
 
 
-def fit(config: FitConfig | None = None, *, resume: bool | str | Path = False, **settings) -> Result:
-    """Train a classifier and export it; what is done is printed as it goes.
+def fit(
+    config: FitConfig | None = None,
+    *,
+    resume: bool | str | Path = False,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Result:
+    """Train a classifier and export it; progress is printed.
+
+    A fit has two phases, frozen and unfrozen. Each is one `learn.fit`, which gets `callbacks` as `cbs` besides the
+    fit's own. The same objects are used in both phases, and again after a restart with smaller batches (out of memory):
+    `before_fit` marks each start. CancelFitException ends the phase. In the frozen phase a batch holds the backbone's
+    features instead of images, unless `frozen_views` is 0. Checkpoints do not store a callback's attributes.
+
+    If torchrun started several processes, each must call this with the same arguments, and gets the same result.
 
     Args:
         config: the settings; or give them by name, as in `fit(data="chest_xray", epochs=5)`.
-        resume: go on with the unfinished run of this name (True: the newest) and its settings; of others, only
-            `CHANGEABLE` may be given.
+        resume: the name of an unfinished run to resume with its settings; True resumes the newest. Of `settings`, only
+            those in `CHANGEABLE` may then differ.
+        callbacks: fastai callbacks, added to both phases.
         **settings: fields of `FitConfig`.
 
     Raises:
-        UserError: bad input, by name; nothing is left behind but a checkpoint that `resume` takes.
-
-    Where torchrun has started several processes, each calls this alike and gets the same result (`distributed`).
+        UserError: wrong input. Nothing is written, except a checkpoint that can be resumed.
     """
     started = time.perf_counter()
-
     distributed.check_installed()
     try:
         with distributed.session() as first, sigterm_raises():
             if not first:
-                return _follow(started)
+                return _follow(started, callbacks)
             if resume is False:
                 config = FitConfig(**settings) if config is None else config
                 with reserve(config.exports, config.name) as run:
-                    return _fit(config, run, None, started)
+                    return _fit(config, run, None, started, callbacks)
             if config is not None:
                 defaults = FitConfig()
                 given = {f.name: getattr(config, f.name) for f in fields(config)}
                 settings = {k: v for k, v in given.items() if v != getattr(defaults, k)} | settings
             name = None if resume is True else str(resume)
             with reopen(settings.get("exports", FitConfig.exports), name) as (run, found):
-                return _fit(_settings(found, run, settings), run, found, started)
+                return _fit(_settings(found, run, settings), run, found, started, callbacks)
     finally:
-        gc.collect()  # a learner and its callbacks hold each other: ResNet18 and its optimiser are 220 MB a fit
+        gc.collect()  # a learner and its callbacks refer to each other: with ResNet18, 220 MB would stay in memory
 
 
 def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
-    """The settings that an unfinished fit began with, and of those given the ones that may change."""
+    """Return the settings that an unfinished fit began with, changed where `given` may change them.
 
+    Raises:
+        UserError: `given` changes others, or the settings are not readable.
+    """
     try:
         config = FitConfig(**kept_settings(found.checkpoint)["settings"])
     except (KeyError, TypeError) as error:
         path = found.checkpoint / SETTINGS
-        raise UserError(f"{path}: not of this version ({error}); start anew, and delete {found.path}") from None
+        raise UserError(
+            f"{path}: written by another version ({error}); delete {found.path}, and start a new fit"
+        ) from None
     given = given | {"exports": str(run.exports)}
     if changed := [k for k, v in given.items() if k not in CHANGEABLE and v != getattr(config, k)]:
-        told = ", ".join(f"--{option.replace('_', '-')}" for option in changed)
         raise UserError(
-            f"{told}: can't change when --resume goes on with {found.name}; leave it out, or start a new fit"
+            f"cannot change when {found.name} is resumed; leave out {', '.join(changed)}, or start a new fit",
+            option=changed[0],
         )
     return replace(config, **{k: v for k, v in given.items() if k in CHANGEABLE})
 
 
-def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started: float) -> Result:
-
+def _fit(
+    config: FitConfig,
+    run: Reservation,
+    found: Unfinished | None,  # the run to resume
+    started: float,
+    callbacks: Sequence[Callback],
+) -> Result:
+    """Read the data, train and export: the whole fit in one process, or its part in the first of several."""
     checkpoints = Checkpoints(run)
     saved = origin = None
     if found is None:
@@ -91,59 +115,56 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, started:
     if found is not None:
         saved, origin = _read_checkpoint(found, checkpoints, images, config)
     plan = make_plan(config, data, origin)
-    progress = first_progress(plan, saved, started)
-    learn = plan.learner(progress.batches)
-    plan = replace(plan, parameters=parameter_counts(learn))
-    announce(plan)
+    trainer = Trainer(plan, checkpoints=checkpoints, saved=saved, callbacks=callbacks, started=started)
+    announce(plan, trainer.parameters)
     if found is not None:
         checkpoints.take_over(found.checkpoint)
-        say_where(found, run, plan, saved)
-    checkpoints.keep({"settings": config.to_dict(), "data": images, "origin": plan.origin})
-    check_space(run.partial, learn.model)
+        report_resume(found, run, plan, saved)
+    origin = {"origin": plan.origin.name, "pretrained": plan.origin.pretrained}
+    checkpoints.keep({"settings": config.to_dict(), "data": images, **origin})
+    check_space(run.partial, trainer.learn.model)
     chosen = replace(plan.config, device=plan.device.type, precision=plan.precision)
     distributed.share((chosen, data, plan.origin, saved))
-    with checkpoints, StopOnSignal() as stop:
-        learn, progress, best, error = train(plan, learn, progress, checkpoints, stop, saved)
-        checkpoints.wait()
-    return distributed.share(export_learner(plan, run, learn, progress, best, stop, error))
+    trainer.train()
+    return distributed.share(export_learner(trainer, run))
 
 
-def _follow(started: float) -> Result:
-    """`_fit` in a process that trains with others and is not the first of them: it reads and writes no more than it
-    must. The first one's weights come as training starts."""
+def _follow(started: float, callbacks: Sequence[Callback]) -> Result:
+    """Train in a process that is not the first of several.
 
+    It neither prints nor writes. It gets settings and tables from the first process, whose weights are copied when
+    training starts.
+    """
     config, data, origin, saved = distributed.share()
     if data.rehearsal:
-        cached()  # this machine may not have it yet
-    plan = make_plan(config, data, origin)
-    progress = first_progress(plan, saved, started)
-    learn = plan.learner(progress.batches)
-    with StopOnSignal() as stop:
-        train(plan, learn, progress, None, stop, saved)
+        cached()  # draws the images, if this machine does not have them
+    Trainer(make_plan(config, data, origin), saved=saved, callbacks=callbacks, started=started).train()
     return distributed.share()
 
 
 def _read_checkpoint(
     found: Unfinished, checkpoints: Checkpoints, images: dict, config: FitConfig
-) -> tuple[Saved | None, str | None]:
-    """The newest checkpoint of an unfinished fit, where it has one, and the origin of its weights.
+) -> tuple[Saved | None, Origin | None]:
+    """Return the newest checkpoint of an unfinished fit and the origin of its weights; None, None if it has none.
 
     Raises:
-        UserError: the images are not the same any more, or the checkpoints are damaged.
+        UserError: the images have changed, or the checkpoints are damaged.
     """
-
     kept = kept_settings(found.checkpoint)
-    then = kept.get("data", images)
-    if then != images:
-        counts = [f"{told['train']} to train on and {told['valid']} to validate on" for told in (then, images)]
+    before = kept.get("data", images)
+    if before != images:
+        counts = [f"{n['train']} to train on and {n['valid']} to validate on" for n in (before, images)]
         how = f"{counts[0]} then, {counts[1]} now" if counts[0] != counts[1] else "a name, label or content changed"
         raise UserError(
-            f"not the images that {found.name} was trained on ({how}); bring them back, or give "
+            f"not the images that {found.name} was trained on ({how}); restore them, or give "
             "their folder by --data, or start a new fit",
             option="data",
             value=config.data,
         )
     saved, faults = checkpoints.load(found.checkpoint)
     for fault in faults:
-        print(f"{fault}; going on from the checkpoint before it")
-    return saved, kept["origin"] if saved else None
+        print(f"{fault}; resuming from the previous checkpoint")
+    if saved is None:
+        return None, None
+    # settings written by version 0.1.0 lack "pretrained"
+    return saved, Origin(kept["origin"], kept.get("pretrained", config.weights != "none"))

@@ -1,15 +1,15 @@
-"""The training loop: two phases by fastai, early stopping, best weights, checkpoints, and smaller batches when memory
-runs out."""
+"""Trains the phases of a plan with fastai, saves checkpoints, and uses smaller batches when memory runs out."""
 
 import contextlib
 import gc
-from dataclasses import replace
-from pathlib import Path
+import time
+from collections.abc import Sequence
 
 import torch
 from fastai.callback.channelslast import ChannelsLast
-from fastai.vision.all import CancelFitException, Learner
+from fastai.vision.all import Callback, CancelFitException
 
+from xray_fastai.model.learner import parameter_counts
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.training import frozen_features
@@ -24,7 +24,7 @@ from xray_fastai.training.callbacks import (
     precision_callbacks,
 )
 from xray_fastai.training.checkpoint import Checkpoints, Saved
-from xray_fastai.training.messages import place
+from xray_fastai.training.messages import report_smaller_batch
 from xray_fastai.training.out_of_memory import AccumulateGradients, is_out_of_memory, smaller
 from xray_fastai.training.plan import Plan
 from xray_fastai.training.state import (
@@ -37,154 +37,182 @@ from xray_fastai.training.state import (
 )
 
 
-def train(
-    plan: Plan,
-    learn: Learner,
-    progress: Progress,
-    checkpoints: Checkpoints | None,
-    stop: StopOnSignal,
-    saved: Saved | None,
-) -> tuple[Learner, Progress, BestWeights, str | None]:
-    """`_train`; where memory is short, again from the last checkpoint with smaller batches.
+class Trainer:
+    """Trains the phases of a plan, and holds the state of the fit: learner, progress, best weights, checkpoints.
 
-    Several processes could not all go back: what one was short of, the others have done.
+    After `train`, `learn` has the best weights. `error` says why the loss diverged, if it did.
     """
 
-    while True:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        checkpoints: Checkpoints | None = None,  # None where another process writes them
+        saved: Saved | None = None,  # the checkpoint to resume from
+        callbacks: Sequence[Callback] = (),  # the user's, added to both phases
+        started: float | None = None,  # `time.perf_counter()` when the fit was called
+    ):
+        self.plan, self.checkpoints, self.callbacks = plan, checkpoints, list(callbacks)
+        self.started = time.perf_counter() if started is None else started
+        self.stop = StopOnSignal()
+        self.error: str | None = None
+        self._set_up(saved)
+        self.parameters = parameter_counts(self.learn)  # all, and those that train in the frozen phase
+
+    def _set_up(self, saved: Saved | None, batches: dict[str, int] | None = None) -> None:
+        """Make progress, best weights and a learner for training from a checkpoint, or from the start."""
+        self.saved = saved
+        self.progress = Progress(batches or self._batches(saved), started=self.started)
+        if saved is not None:
+            self.progress.history = [*saved.state["history"]]
+            self.progress.ends = [*saved.state["ends"]]
+            self.progress.seconds = saved.state["seconds"]
+        self.best = BestWeights(self.progress.history, later=self.plan.config.schedule == "adaptive")
+        self.learn = self.plan.learner(self.progress.batches)
+
+    def _batches(self, saved: Saved | None) -> dict[str, int]:
+        # several processes may have enough memory where one had too little
+        if saved is not None and distributed.world_size() == 1:
+            return saved.state["batches"]
+        return {"train": self.plan.batch_size, "valid": self.plan.batch_size}
+
+    def train(self) -> None:
+        """Train the phases that are not done yet.
+
+        Where memory runs out, training restarts from the last checkpoint with smaller batches.
+
+        Raises:
+            UserError: out of memory with one image in a batch, or in one of several processes (those cannot restart
+                together: one ran out of memory at a step that the others completed); a checkpoint cannot be written.
+        """
+        with self.checkpoints or contextlib.nullcontext(), self.stop:
+            while (part := self._run_out_of_memory()) is not None:
+                self._restart_smaller(part)
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+
+    def _run_out_of_memory(self) -> str | None:
+        """Train; return None at the end, or "train" or "valid" where a batch of these did not fit into memory.
+
+        Returning from the `except` block drops the error, whose traceback keeps the tensors in memory.
+        """
         try:
-            return learn, progress, *_train(plan, learn, progress, checkpoints, stop, saved)
+            self._train_phases()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if (processes := distributed.world_size()) > 1:
                 raise UserError(
-                    f"out of memory on {plan.device}, with "
-                    f"{plan.batch_size // processes} images at once in each of {processes} processes; give a smaller "
-                    "one, or more processes",
+                    f"out of memory on {self.plan.device}, with {self.plan.batch_size // processes} images in a batch "
+                    f"of each of {processes} processes; give a smaller batch size, or start more processes",
                     option="batch_size",
-                    value=plan.config.batch_size,
+                    value=self.plan.config.batch_size,
                 ) from None
-            part = "train" if learn.training else "valid"
-        # out of the `except`, whose error holds the frames that hold the tensors
-        checkpoints.wait()
-        at_once = progress.batches[part]
-        batches = progress.batches | {part: smaller(plan.batch_size if part == "train" else at_once, at_once)}
+            return "train" if self.learn.training else "valid"
+        return None
+
+    def _restart_smaller(self, part: str) -> None:
+        """Restart from the last checkpoint with smaller batches in one part, "train" or "valid"."""
+        plan, before = self.plan, self.progress.batches[part]
+        self.checkpoints.wait()
+        batches = self.progress.batches | {part: smaller(plan.batch_size if part == "train" else before, before)}
         if not batches[part]:
             raise UserError(
-                f"out of memory on {plan.device_name} even with one image at once; "
+                f"out of memory on {plan.device_name} even with one image in a batch; "
                 f"try a --size below {plan.config.size} or a smaller --arch than {plan.config.arch}",
                 option="device",
                 value=plan.config.device,
             )
-        learn.model.cpu()  # what calls this still holds the learner
-        learn.opt = None
+        del self.learn, self.best
         gc.collect()
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()
-        saved, _ = checkpoints.load()
-        progress = replace(first_progress(plan, saved, progress.started), batches=batches)
-        learn = plan.learner(batches)
-        told = f"{batches[part]} images at once instead of {at_once}"
-        if part == "train":
-            told += f", the gradients of {plan.batch_size} summed up for a step"
-        where = f"after {place(plan, saved)}" if saved else "from the beginning"
-        print(
-            f"\nout of memory in {'training' if part == 'train' else 'validation'}: {told}; going on {where}",
-            flush=True,
-        )
+        self._set_up(self.checkpoints.load()[0], batches)
+        report_smaller_batch(plan, part, before, batches[part], self.saved)
 
+    def _train_phases(self) -> None:
+        if self.saved is not None:
+            restore_best(self.best, self.saved)
+            restore_model(self.learn, self.saved)
+        for name, epochs in self.plan.phases[len(self.progress.ends) :]:
+            early, finite = EarlyStopping(self.plan.config.patience), StopOnNonFiniteLoss()
+            try:
+                self._fit_phase(name, epochs, [early, finite])
+            except (RuntimeError, CancelFitException):
+                # a SIGTERM to the whole job also ends torch's loading processes, which fails the batch
+                if self.stop.received is None or distributed.world_size() > 1:
+                    raise
+                self.best.restore(self.learn.model)
+            if not self._end_phase(name, epochs, early, finite):
+                return
 
-def _train(
-    plan: Plan,
-    learn: Learner,
-    progress: Progress,
-    checkpoints: Checkpoints | None,  # None where another process writes them
-    stop: StopOnSignal,
-    saved: Saved | None,
-) -> tuple[BestWeights, str | None]:
-    """Train the phases that are not done yet; the best weights, which the model has then, and why the fit diverged."""
-
-    best = BestWeights(progress.history, later=plan.config.schedule == "adaptive")
-    within = saved is not None and saved.state["epoch"] > 0
-    if saved is not None:
-        restore_best(best, saved)
-        restore_model(learn, saved)
-    for name, epochs in plan.phases[len(progress.ends) :]:
-        log, early = EpochLog(progress.history, name), EarlyStopping(patience=plan.config.patience)
-        finite = StopOnNonFiniteLoss()
-        callbacks = [log, best, early, finite, stop, *precision_callbacks(plan.precision, plan.device)]
-        if checkpoints is not None:
-            callbacks.append(SaveCheckpoint(checkpoints, progress, best, frozen=name == "frozen"))
-        if distributed.world_size() > 1:
-            from xray_fastai.training.data_parallel import TrainTogether
-
-            callbacks.append(TrainTogether(plan.device, (plan.config.seed, len(progress.ends))))
-        if within:
-            callbacks.append(RestoreCheckpoint(saved))
-            within = False
-        if progress.batches["train"] < plan.batch_size:
-            callbacks.append(AccumulateGradients(plan.batch_size))
+    def _fit_phase(self, name: str, epochs: int, callbacks: list[Callback]) -> None:
+        """Run one phase: one `learn.fit`."""
+        plan, config, learn = self.plan, self.plan.config, self.learn
+        log = EpochLog(self.progress.history, name)
+        callbacks = [log, self.best, *callbacks, self.stop, *self._phase_callbacks(name), ChannelsLast()]
+        if config.schedule == "adaptive":
+            callbacks.append(Schedule(patience=max(1, config.patience // 2)))
+        features = contextlib.nullcontext([])
+        if name == "frozen":
+            learn.freeze()
+            callbacks.append(FrozenBody())
+            if views := frozen_features.views(plan, epochs):
+                folder = self.checkpoints.run.partial
+                features = frozen_features.instead_of_images(learn, plan, views, folder, self.stop)
+        else:
+            learn.unfreeze()
         try:
-            folder = None if checkpoints is None else checkpoints.run.partial
-            _train_phase(learn, plan, name, epochs, callbacks, log, stop, folder)
-        except (RuntimeError, CancelFitException):  # a SIGTERM to the whole job ends torch's loading processes at once
-            if stop.received is None or distributed.world_size() > 1:
-                raise
-            best.restore(learn.model)
-        if checkpoints is not None and checkpoints.failed:
-            checkpoints.wait()
-        if stop.due():
-            progress.ends.append("an interruption")
-            break
+            with features as more, learn.no_logging():  # `log` prints the rows
+                learn.fit(epochs, lr=self._rate(name), cbs=[*callbacks, *more, *self.callbacks], reset_opt=True)
+        finally:
+            log.close()
+
+    def _phase_callbacks(self, name: str) -> list[Callback]:
+        """Return the callbacks for precision, checkpoints, several processes, and batches in parts."""
+        plan, done = self.plan, len(self.progress.ends)
+        callbacks = [*precision_callbacks(plan.precision, plan.device)]
+        if self.checkpoints is not None:
+            callbacks.append(SaveCheckpoint(self.checkpoints, self.progress, self.best, frozen=name == "frozen"))
+        if distributed.world_size() > 1:
+            from xray_fastai.training.data_parallel import TrainTogether  # needs accelerate, an extra
+
+            callbacks.append(TrainTogether(plan.device, (plan.config.seed, done)))
+        if self.saved is not None and self.saved.state["epoch"] > 0 and self.saved.state["phase"] == done:
+            callbacks.append(RestoreCheckpoint(self.saved))
+        if self.progress.batches["train"] < plan.batch_size:
+            callbacks.append(AccumulateGradients(plan.batch_size))
+        return callbacks
+
+    def _rate(self, name: str) -> float | slice:
+        """Return the peak learning rate of a phase: one, or a range from the first layers to the head.
+
+        Fine-tuning takes the range of fastai's `fine_tune`: half the peak rate for the head, a hundredth of that for
+        the first layers.
+        """
+        config = self.plan.config
+        if self.plan.origin.pretrained and name == "unfrozen" and config.schedule == "adaptive":
+            return slice(config.lr / 200, config.lr / 2)
+        return config.lr
+
+    def _end_phase(self, name: str, epochs: int, early: EarlyStopping, finite: StopOnNonFiniteLoss) -> bool:
+        """Record what ended a phase, and return whether the next phase may begin."""
+        ends = self.progress.ends
+        if self.checkpoints is not None and self.checkpoints.failed:
+            self.checkpoints.wait()
+        if self.stop.due():
+            ends.append("an interruption")
+            return False
         if finite.where:
-            progress.ends.append(f"the loss was not finite at {finite.where}")
-            return best, f"{name} phase: {progress.ends[-1]}"
-        progress.ends.append("early stopping" if early.stopped else "reaching its last epoch")
-        if checkpoints is not None:
-            save_between_phases(checkpoints, learn, progress, best)
-    return best, None
-
-
-def _train_phase(
-    learn: Learner,
-    plan: Plan,
-    name: str,
-    epochs: int,
-    callbacks: list,
-    log: EpochLog,
-    stop: StopOnSignal,
-    folder: Path | None,
-) -> None:
-
-    config = plan.config
-    callbacks = [*callbacks, ChannelsLast()]
-    if config.schedule == "adaptive":
-        callbacks.append(Schedule(patience=max(1, config.patience // 2)))
-    computed = contextlib.nullcontext([])
-    if name == "frozen":
-        learn.freeze()
-        callbacks.append(FrozenBody())
-        if views := frozen_features.views(plan, epochs):
-            computed = frozen_features.instead_of_images(learn, plan, views, folder, stop)
-    else:
-        learn.unfreeze()
-    lr = config.lr
-    if plan.fine_tunes and name == "unfrozen" and config.schedule == "adaptive":
-        # as fastai's fine_tune: half the peak rate, a hundredth of it for the first layers
-        lr = slice(lr / 200, lr / 2)
-    try:
-        with computed as more, learn.no_logging():  # `log` prints the rows
-            learn.fit(epochs, lr=lr, cbs=[*callbacks, *more], reset_opt=True)
-    finally:
-        log.close()
-
-
-def first_progress(plan: Plan, saved: Saved | None, started: float) -> Progress:
-
-    batches = {"train": plan.batch_size, "valid": plan.batch_size}
-    if saved is None:
-        return Progress(batches, started=started)
-    state = saved.state
-    if distributed.world_size() == 1:  # what one process had no memory for, several may
-        batches = state["batches"]
-    return Progress(batches, [*state["history"]], [*state["ends"]], state["seconds"], started)
+            ends.append(f"the loss was not finite at {finite.where}")
+            self.error = f"{name} phase: {ends[-1]}"
+            return False
+        if early.stopped:
+            ends.append("early stopping")
+        elif sum(row["phase"] == name for row in self.progress.history) < epochs:
+            ends.append("a callback")
+        else:
+            ends.append("reaching its last epoch")
+        if self.checkpoints is not None:
+            save_between_phases(self.checkpoints, self.learn, self.progress, self.best)
+        return True

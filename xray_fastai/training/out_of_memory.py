@@ -1,10 +1,10 @@
-"""Out of memory: smaller batches, whose gradients are summed up to what the batch asked for would have given."""
+"""Recognises that memory ran out, and trains with smaller batches, whose summed gradients equal the whole batch's."""
 
 import torch
 from fastai.vision.all import CancelBatchException, GradientAccumulation
 
-# What torch raises as a plain RuntimeError: its CPU allocator, MPS, and cuDNN's and cuBLAS's own allocations.
-WORDS = (
+# torch's CPU allocator, MPS, cuDNN and cuBLAS raise plain RuntimeErrors, which only their text identifies.
+TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "MPS backend out of memory",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -13,23 +13,23 @@ WORDS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch may help."""
+    """Return whether memory ran out, so that a smaller batch may help."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
 
 
-def smaller(batch: int, at_once: int) -> int:
-    """The largest number of images at once that divides `batch` and is at most half of `at_once`; 0 where none is."""
-    return next((n for n in range(at_once // 2, 0, -1) if batch % n == 0), 0)
+def smaller(batch: int, current: int) -> int:
+    """Return the largest divisor of `batch` that is at most half of `current`; 0 if there is none."""
+    return next((n for n in range(current // 2, 0, -1) if batch % n == 0), 0)
 
 
 class AccumulateGradients(GradientAccumulation):
-    """fastai's, with the same step as a whole batch makes also where the loss weighs classes.
+    """Sum gradients over parts of a batch, so that the step equals the whole batch's, also with class weights.
 
-    The loss of a batch is sum(w * l) / sum(w). fastai's weighs the losses of its parts by their images, as if each had
-    the same sum(w); here they are weighed by sum(w) itself. Batch norm, where it trains, still sees parts. Parts that
-    make no whole batch at the end of an epoch are dropped, as the loader drops images that make none.
+    The loss of a batch is sum(w * l) / sum(w). fastai's `GradientAccumulation` weights the losses of the parts by their
+    number of images, as if all had the same sum(w). This class weights them by sum(w). Batch norm still sees parts when
+    it trains. At the end of an epoch, parts that make no whole batch are dropped, as the loader drops such images.
     """
 
     def before_train(self):
@@ -37,7 +37,7 @@ class AccumulateGradients(GradientAccumulation):
 
     def after_loss(self):
         self.part = float(self.loss_func.total_weight(self.yb[0]))
-        # in the order of one, where half precision is at ease; `before_step` mends the rest
+        # keeps the loss near one, which half precision needs; `before_step` applies the exact factor
         self.learn.loss_grad = self.loss_grad * (self.part / self.n_acc)
 
     def before_step(self):

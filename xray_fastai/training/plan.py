@@ -1,4 +1,4 @@
-"""What a fit settles before it trains: device, precision, pretrained weights, class weights, phases."""
+"""Chooses what a fit needs before it trains: device, precision, pretrained weights, class weights, phases."""
 
 from dataclasses import dataclass
 
@@ -16,31 +16,36 @@ from xray_fastai.system.device import choose_device, choose_precision, describe
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The fixed facts of a fit."""
+class Origin:
+    """Says where the weights came from that training starts with."""
 
-    config: FitConfig  # nothing in it is left to choose
+    name: str  # for people
+    pretrained: bool  # False: random weights, trained from scratch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Holds what does not change during a fit."""
+
+    config: FitConfig  # with every choice made
     data: Collection
     device: torch.device
     device_name: str
     precision: str
-    origin: str  # of the weights that training starts from, for people
-    pretrained: tuple[dict, str] | None  # None also where a checkpoint has the weights
+    origin: Origin
+    pretrained: tuple[dict, str] | None  # tensors and their name; None also where a checkpoint has the weights
     class_weights: list[float] | None
-    phases: list[tuple[str, int]]  # name, epochs at most
+    phases: list[tuple[str, int]]  # name, max epochs
     cache: PixelCache | None  # of decoded images
     cache_note: str  # where it is, or why there is none
     batch_size: int
-    parameters: tuple[int, int] = (0, 0)  # all, and those that train in the frozen phase
-
-    @property
-    def fine_tunes(self) -> bool:
-        """Whether training starts from pretrained weights."""
-        return self.origin != FROM_SCRATCH
 
     def learner(self, batches: dict[str, int]) -> Learner:
-        """A new learner, the same each time; `batches` are the images at once in "train" and "valid"."""
+        """Build a learner, each time the same one.
 
+        Args:
+            batches: images in a batch of "train" and of "valid".
+        """
         config, classes = self.config, self.data.classes
         set_seed(config.seed, reproducible=self.device.type == "cpu")
         dls = make_loaders(
@@ -56,22 +61,18 @@ class Plan:
         return learn
 
 
-FROM_SCRATCH = "none: from scratch"
-
-
-def make_plan(config: FitConfig, data: Collection, origin: str | None = None) -> Plan:
-    """Settle all that `config` left open, and read the pretrained weights.
+def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None) -> Plan:
+    """Make every choice that `config` leaves open, and read the pretrained weights.
 
     Args:
-        config: as `read_collection` gave it back.
+        config: as `read_collection` returned it.
         data: the images.
-        origin: of the weights in a checkpoint, in place of reading pretrained ones.
+        origin: the origin of the weights in a checkpoint; None reads pretrained weights, or starts from scratch.
 
     Raises:
-        UserError: a device, precision or weights that are not to be had here, or a batch that several processes can't
-            share.
+        UserError: the device, the precision or the weights are not available, or several processes cannot share a batch
+            evenly.
     """
-
     device, processes = choose_device(config.device), distributed.world_size()
     precision = choose_precision(config.precision, device)
     config = config.with_choices(workers=default_workers(device))
@@ -79,7 +80,7 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
     if origin is None and config.weights != "none":
         pretrained = pretrained_state(config.arch, config.weights)
     if origin is None:
-        origin = FROM_SCRATCH if pretrained is None else pretrained[1]
+        origin = Origin("none: from scratch" if pretrained is None else pretrained[1], pretrained is not None)
     phases = [("frozen", config.freeze_epochs), ("unfrozen", config.epochs)]
     cache, note = _pixel_cache(config, data)
     return Plan(
@@ -93,18 +94,18 @@ def make_plan(config: FitConfig, data: Collection, origin: str | None = None) ->
         origin=origin,
         pretrained=pretrained,
         class_weights=class_weight_values(config, data.train.label, data.classes),
-        phases=phases[1:] if origin == FROM_SCRATCH or config.freeze_epochs == 0 else phases,
+        phases=phases if origin.pretrained and config.freeze_epochs else phases[1:],
         batch_size=distributed.batch_size(config.batch_size, len(data.train)),
     )
 
 
 def _pixel_cache(config: FitConfig, data: Collection) -> tuple[PixelCache | None, str]:
-    """The cache for the images of a fit, and what to say of it."""
-
+    """Return the cache of decoded images and a line about it; None and the reason if there is no cache."""
     if not config.cache:
         return None, "none: each image is decoded in each epoch"
     try:
         cache = PixelCache(list(data.table.path), config.size)
     except OSError as error:
-        return None, f"none: {error.filename or 'the cache folder'}: {error.strerror}; XDG_CACHE_HOME names another"
+        path = error.filename or "the cache folder"
+        return None, f"none: {path}: {error.strerror}; XDG_CACHE_HOME sets another folder"
     return cache, str(cache)

@@ -1,6 +1,6 @@
-"""What a training loop has in mind between two epochs: taken from a learner, and put into another.
+"""Saves and restores the training state between epochs: optimizer, schedule, counters, random states.
 
-A fit that goes on from it gives the same history and weights as one that was never interrupted: on a CPU bit for bit.
+A resumed fit gives the same history and weights as one that was never interrupted: on a CPU bit for bit.
 """
 
 import random
@@ -16,26 +16,27 @@ from xray_fastai.training.callbacks import BestWeights, copied
 from xray_fastai.training.checkpoint import UNCHANGING, Best, Checkpoints, Parts, Saved, Tensors
 
 COUNTERS = {"early_stopping": ("best", "wait"), "schedule": ("best", "wait", "cut")}
-"""By callback, the attributes that change from epoch to epoch."""
+"""The attributes of each callback that change from epoch to epoch."""
 
 
 @dataclass
 class Progress:
-    """How far a fit is."""
+    """Records what a fit has done so far."""
 
-    batches: dict[str, int]  # images at once in "train" and in "valid"
-    history: list[dict] = field(default_factory=list)  # a row an epoch
+    batches: dict[str, int]  # images in a batch of "train" and of "valid"
+    started: float  # `time.perf_counter()` when this process began the fit
+    history: list[dict] = field(default_factory=list)  # one row an epoch
     ends: list[str] = field(default_factory=list)  # what ended each phase
     seconds: float = 0.0  # that earlier processes took, up to the checkpoint
-    started: float = field(default_factory=time.perf_counter)
 
     @property
     def elapsed(self) -> float:
+        """Seconds of training, in this process and in the earlier ones."""
         return self.seconds + time.perf_counter() - self.started
 
 
 class SaveCheckpoint(Callback):
-    """A checkpoint after each epoch but a phase's last: after that comes `save_between_phases`."""
+    "Save a checkpoint after each epoch, except the last of a phase, after which `save_between_phases` saves one."
 
     order = TrackerCallback.order + 4  # after early stopping, which ends the phase before this is reached
 
@@ -59,6 +60,7 @@ class SaveCheckpoint(Callback):
         if self.checkpoints.failed:
             raise CancelFitException
         state, optimizer = capture_optimizer(self.learn)
+        state |= training_state(self.learn, self.progress, self.best)
         state |= {
             "epoch": self.epoch + 1,
             "counters": {
@@ -70,30 +72,23 @@ class SaveCheckpoint(Callback):
             "scaler": self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else {},
         }
         parts = None
-        if not self.best.kept:
+        if not self.best.is_best:
             skip = self.frozen and self.checkpoints.has_backbone()
             weights = copied({k: t for k, t in self.model.state_dict().items() if not (skip and k.startswith("0."))})
             parts = in_parts(weights, self.frozen)
-        _save(self.checkpoints, self.learn, self.progress, self.best, state, parts, optimizer)
+        self.checkpoints.save(state, parts, optimizer, best_epoch(self.best))
 
 
 def save_between_phases(checkpoints: Checkpoints, learn: Learner, progress: Progress, best: BestWeights) -> None:
-    """A checkpoint at the end of a phase, when the model has the best weights so far."""
-    _save(checkpoints, learn, progress, best, {"epoch": 0}, None, {})
+    """Save a checkpoint at the end of a phase, when the model has the best weights so far."""
+    checkpoints.save({"epoch": 0} | training_state(learn, progress, best), None, {}, best_epoch(best))
 
 
-def _save(
-    checkpoints: Checkpoints,
-    learn: Learner,
-    progress: Progress,
-    best: BestWeights,
-    state: dict[str, Any],
-    parts: Parts | None,
-    optimizer: Tensors,
-) -> None:
-    state |= {
+def training_state(learn: Learner, progress: Progress, best: BestWeights) -> dict[str, Any]:
+    """Return what every checkpoint holds besides tensors."""
+    return {
         "phase": len(progress.ends),  # its place in the order of the phases
-        "ends": [*progress.ends],  # copies: they go on changing while this is written
+        "ends": [*progress.ends],  # copies: training extends the lists while a thread writes the checkpoint
         "history": [*progress.history],
         "best": [best.best, best.margin],
         "gradients": [name for name, p in learn.model.named_parameters() if p.grad is not None],
@@ -101,22 +96,25 @@ def _save(
         "batches": {**progress.batches},
         "seconds": progress.elapsed,
     }
-    known = None
-    if best.row is not None:
-        row = next(i for i, row in enumerate(progress.history) if row is best.row)
-        outputs = {"logits": best.logits.cpu(), "targets": best.targets.cpu()}
-        known = Best(row, in_parts(best.state, best.row["phase"] == "frozen"), outputs)
-    checkpoints.save(state, parts, optimizer, known)
+
+
+def best_epoch(best: BestWeights) -> Best | None:
+    """Return the best epoch so far as a checkpoint holds it, or None before the first epoch."""
+    if best.row is None:
+        return None
+    row = next(i for i, row in enumerate(best.history) if row is best.row)
+    outputs = {"logits": best.logits.cpu(), "targets": best.targets.cpu()}
+    return Best(row, in_parts(best.state, best.row["phase"] == "frozen"), outputs)
 
 
 class RestoreCheckpoint(Callback):
-    """Go on within a phase: skip the epochs that are done, and begin the next as if they had just been trained.
+    """Resume within a phase: skip the epochs that are done, and restore the training state before the next one.
 
-    fastai's `SkipToEpoch` has the other callbacks take part in the epochs that it skips, which those that watch a
-    metric don't survive; here they rest.
+    fastai's `SkipToEpoch` runs the other callbacks in the epochs that it skips. Callbacks that watch a metric fail
+    there, so this one disables them.
     """
 
-    order = -100  # before all others
+    order = -100  # before all other callbacks
 
     def __init__(
         self,
@@ -149,7 +147,7 @@ class RestoreCheckpoint(Callback):
 
 
 def restore_best(best: BestWeights, saved: Saved) -> None:
-    """Have `best`, whose history is in place, know the best epoch."""
+    """Restore the best epoch into `best`, whose history is restored already."""
     best.best, best.margin = saved.state["best"]
     if saved.best_row is not None:
         best.row = best.history[saved.best_row]
@@ -157,16 +155,16 @@ def restore_best(best: BestWeights, saved: Saved) -> None:
 
 
 def restore_model(learn: Learner, saved: Saved) -> None:
-    """Weights, and last of all the random states."""
+    """Restore the weights, the gradients that exist, and last the random states."""
     learn.model.load_state_dict(saved.weights)
-    # a gradient that was zeroed and one that was never there differ in the sign of zero
+    # a zero gradient and a missing one differ: with the first, the optimizer may change the sign of a zero
     for name, parameter in learn.model.named_parameters():
         parameter.grad = torch.zeros_like(parameter) if name in saved.state["gradients"] else None
     set_random_states(learn, saved.state["random"])
 
 
 def in_parts(weights: Tensors, frozen: bool) -> Parts:
-    """Weights by the file they go into: in the frozen phase the backbone, which doesn't change, has its own."""
+    """Return weights by the file they go into; in the frozen phase the unchanging backbone has its own file."""
     if not frozen:
         return {"model": weights}
     parts: Parts = {UNCHANGING: {}, "head": {}}
@@ -176,7 +174,7 @@ def in_parts(weights: Tensors, frozen: bool) -> Parts:
 
 
 def capture_optimizer(learn: Learner) -> tuple[dict[str, Any], Tensors]:
-    """The optimizer's rates and counters, and its tensors as `<parameter's number>.<name>`."""
+    """Return the optimizer's rates and counters, and its tensors under the names `<parameter's number>.<name>`."""
     states = [state for _, _, state, _ in learn.opt.all_params()]
     tensors = {
         f"{i}.{name}": value
@@ -189,7 +187,7 @@ def capture_optimizer(learn: Learner) -> tuple[dict[str, Any], Tensors]:
 
 
 def restore_optimizer(learn: Learner, state: dict[str, Any], tensors: Tensors) -> None:
-    """The reverse of `capture_optimizer`, into an optimizer of the same parameters."""
+    """Restore what `capture_optimizer` returned into an optimizer of the same parameters."""
     for hyper, saved in zip(learn.opt.hypers, state["optimizer"]["hypers"], strict=True):
         hyper.update(saved)
     parameters = [parameter for parameter, *_ in learn.opt.all_params()]
@@ -197,42 +195,42 @@ def restore_optimizer(learn: Learner, state: dict[str, Any], tensors: Tensors) -
         learn.opt.state[parameter] = dict(saved)
     for key, tensor in tensors.items():
         number, name = key.split(".", 1)
-        parameter = parameters[int(number)]  # its memory layout decides in which order sums are rounded
+        parameter = parameters[int(number)]  # its memory layout decides the order of sums, and so their rounding
         learn.opt.state[parameter][name] = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
 
 
 def random_states(learn: Learner) -> dict[str, Any]:
-    """All that is drawn from: Python, numpy, torch and its GPUs, and each loader's own, as JSON takes it."""
+    """Return the state of every random generator as JSON: Python, numpy, torch, its GPUs, and each loader's own."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), *rest],
-        "torch": _text(torch.get_rng_state()),
-        "cuda": [_text(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": [_hex(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
         "loaders": [loader.rng.getstate() for loader in learn.dls.loaders],
     }
 
 
 def set_random_states(learn: Learner, states: dict[str, Any]) -> None:
-    """The reverse of `random_states`; a GPU's only where there are as many GPUs."""
-    random.setstate(_pythons(states["python"]))
+    """Restore what `random_states` returned; the states of GPUs only where their number is the same."""
+    random.setstate(_python_state(states["python"]))
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes(states["torch"]))
+    torch.set_rng_state(_from_hex(states["torch"]))
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_bytes(state) for state in states["cuda"]])
+        torch.cuda.set_rng_state_all([_from_hex(state) for state in states["cuda"]])
     for loader, state in zip(learn.dls.loaders, states["loaders"], strict=True):
-        loader.rng.setstate(_pythons(state))
+        loader.rng.setstate(_python_state(state))
 
 
-def _text(state: torch.Tensor) -> str:
+def _hex(state: torch.Tensor) -> str:
     return state.numpy().tobytes().hex()
 
 
-def _bytes(text: str) -> torch.Tensor:
+def _from_hex(text: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
-def _pythons(state: list) -> tuple:
+def _python_state(state: list) -> tuple:
     version, numbers, gauss = state
     return version, tuple(numbers), gauss

@@ -2,7 +2,6 @@
 
 import io
 import json
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,14 @@ from rich.table import Table
 
 from xray_fastai.data.audit.shortcuts import Shortcut
 from xray_fastai.data.exclusions import LEAVE_OUT, write_list
-from xray_fastai.system.text import count_of
+from xray_fastai.system.text import WIDTH, count_of, printable, wrap
 
 FORMAT = 1
 """Version of the JSON layout; it changes if a program that reads the JSON must change."""
 
 SPLITS = ("train", "val", "test", "")  # "": class folders without splits
 SEVERITIES = ("error", "warning", "remark")
-MAX_SHOWN = 3  # files of a finding in the text
-WIDTH = 80
+MAX_SHOWN = 3  # files of a finding on the terminal
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,12 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        lines = _wrapped(f"{self.severity:<9}", self.text)
+        lines = wrap(self.text, f"{self.severity:<9}")
         for file in self.files[:MAX_SHOWN]:
-            name = "".join(c if c.isprintable() else "?" for c in file.name)
-            lines.append(f"{'':11}{name}" + (f": {file.detail}" if file.detail else ""))
+            lines.append(f"{'':11}{printable(file.name)}" + (f": {file.detail}" if file.detail else ""))
         if len(self.files) > MAX_SHOWN:
             lines.append(f"{'':11}... and {len(self.files) - MAX_SHOWN:,} more (--json names all)")
-        return "\n".join([*lines, *_wrapped(f"{'':9}-> ", self.advice)])
+        return "\n".join([*lines, *wrap(self.advice, f"{'':9}-> ")])
 
 
 @dataclass(frozen=True)
@@ -199,10 +196,3 @@ def _span(values: pd.Series) -> dict[str, float]:
 
 def _counts(values: pd.Series) -> dict[str, int]:
     return values.value_counts().to_dict()
-
-
-def _wrapped(start: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from xray_fastai.metrics import Interval, Scored, measure
+from xray_fastai.metrics.intervals import Interval, measure
+from xray_fastai.metrics.scored import Scored
+from xray_fastai.system.text import format_interval
 
 ALARM, ALARM_LOW = 0.7, 0.6
 """There is a warning if the AUC is at least `ALARM` and its 95 % interval lies above `ALARM_LOW`. The phantom, which
@@ -45,7 +47,7 @@ class Shortcut:
         return self.auc.value >= ALARM and self.auc.low > ALARM_LOW
 
     def __str__(self) -> str:
-        auc = f"AUC {self.auc.value:.2f} ({self.auc.low:.2f} to {self.auc.high:.2f})"
+        auc = "AUC " + format_interval(*self.auc, digits=2)
         if len(self.single) < 2:
             return auc
         return f"{auc}; alone, " + ", ".join(f"{name} {value:.2f}" for name, value in self.single.items())

@@ -1,19 +1,19 @@
-// Files that are chosen or dropped go to POST /predict one by one; what comes back becomes a card and a row of the table.
-// Text from outside becomes text alone (textContent); nothing here makes HTML of it.
+// Sends each chosen or dropped file to POST /predict, and shows each answer as a card and as a row of the table.
+// Text from outside is only ever set as text (textContent), never parsed as HTML.
 "use strict";
 
-const AT_ONCE = 2; // one is looked at while the next is on its way
-const TRIES = 60; // of a file, while the server is busy
+const MAX_RUNNING = 2; // requests: one file is predicted while the next one is sent
+const MAX_TRIES = 60; // requests for one file while the server is busy
 
-const at = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 const maxFile = Number(document.body.dataset.maxFile);
 const classes = JSON.parse(document.body.dataset.classes);
-const columns = ["path", "prediction", ...classes.map((name) => `p_${name}`), "threshold", "error"];
+const columns = JSON.parse(document.body.dataset.columns); // [{name, isNumber}], as the server names them in a row
 
-let jobs = []; // {file, card, row, result}, in the order in which they came; result is null until it is there
+let jobs = []; // {file, card, row, result}, in the order in which they were added; result is null until it arrives
 let waiting = [];
 let running = 0;
-let round = new AbortController(); // ended by "Clear"
+let session = new AbortController(); // "Clear" aborts it and starts another one
 
 function make(tag, className, ...children) {
   const element = document.createElement(tag);
@@ -22,16 +22,16 @@ function make(tag, className, ...children) {
   return element;
 }
 
-const plural = (number, what) => `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
-// never 1.000 nor 0.000, which nobody knows that well
+const countOf = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+// never 1.000 or 0.000: no probability is known that precisely
 const shown = (p) => (p > 0.9995 ? "> 0.999" : p < 0.0005 ? "< 0.001" : p.toFixed(3));
 const significant = (p) => String(Number(p.toPrecision(4)));
 
-// Taking files in
+// Adding files and sending them
 
 function add(files) {
   if (!files.length) {
-    at("status").textContent = "No file in what was dropped.";
+    byId("status").textContent = "The dropped item contains no file.";
     return;
   }
   const added = [...files].map((file) => {
@@ -41,47 +41,45 @@ function add(files) {
   });
   jobs.push(...added);
   waiting.push(...added);
-  at("cards").append(...added.map((job) => job.card));
-  at("rows").append(...added.map((job) => job.row));
-  at("results").hidden = false;
+  byId("cards").append(...added.map((job) => job.card));
+  byId("rows").append(...added.map((job) => job.row));
+  byId("results").hidden = false;
   document.body.classList.add("begun");
   if (jobs.length > added.length) added[0].card.scrollIntoView({ block: "start" });
-  tell();
-  while (running < AT_ONCE && waiting.length) work(round);
+  updateStatus();
+  while (running < MAX_RUNNING && waiting.length) work(session);
 }
 
-async function work(mine) {
+async function work(ownSession) {
   running += 1;
-  while (waiting.length && mine === round) {
+  while (waiting.length && ownSession === session) {
     const job = waiting.shift();
-    job.card.querySelector(".call").textContent = "looking …";
-    const result = await ask(job.file, mine.signal);
-    if (mine !== round) return; // cleared meanwhile, and counted anew
+    job.card.querySelector(".call").textContent = "predicting …";
+    const result = await predict(job.file, ownSession.signal);
+    if (ownSession !== session) return; // "Clear" was pressed, and has set `running` to 0
     job.result = result;
     show(job);
-    fillRow(job);
-    tell(job);
+    job.row.replaceChildren(...columns.map((column) => cellOf(job, column)));
+    updateStatus(job);
   }
-  if (mine === round) running -= 1;
+  if (ownSession === session) running -= 1;
 }
 
-const failed = (file, why, threshold = null) => ({
-  file: file.name,
-  prediction: null,
-  threshold,
-  error: `${file.name}: ${why}`,
-});
+function failed(file, reason, row = {}) {
+  const error = `${file.name}: ${reason}`;
+  return { prediction: null, error, row: { ...row, path: file.name, error } };
+}
 
-async function ask(file, signal) {
+async function predict(file, signal) {
   if (file.size > maxFile) {
-    return failed(file, `${Math.ceil(file.size / 1e6)} MB; at most ${Math.floor(maxFile / 1e6)} MB are read`);
+    return failed(file, `${Math.ceil(file.size / 1e6)} MB; the maximum is ${Math.floor(maxFile / 1e6)} MB`);
   }
   try {
     await file.slice(0, 1).arrayBuffer();
   } catch {
-    return failed(file, "can't be read; is it a folder, or was it moved?");
+    return failed(file, "cannot be read; is it a folder, or was it moved?");
   }
-  for (let tries = 0; tries < TRIES; tries += 1) {
+  for (let tries = 0; tries < MAX_TRIES; tries += 1) {
     const form = new FormData();
     form.append("file", file, file.name);
     try {
@@ -94,8 +92,8 @@ async function ask(file, signal) {
       const answer = await response.json();
       if (!answer.predictions) return failed(file, answer.error);
       const result = answer.predictions[0];
-      if (result.error) return failed(file, result.error.replace(`${result.file}: `, ""), result.threshold);
-      return { ...result, file: file.name }; // on its way, quotation marks in the name became %22
+      if (result.error) return failed(file, result.error.replace(`${result.file}: `, ""), result.row);
+      return { ...result, row: { ...result.row, path: file.name } }; // the form changes quotation marks to %22
     } catch {
       if (signal.aborted) return null;
       return failed(file, "no answer from the server; is it still running?");
@@ -134,7 +132,7 @@ const reason = (job) => {
 
 function pictures(job) {
   const { result } = job;
-  const one = (source, alt, caption) => {
+  const picture = (source, alt, caption) => {
     const frame = make("span", "frame");
     if (source) {
       const image = make("img");
@@ -148,10 +146,10 @@ function pictures(job) {
     return make("span", "picture", frame, make("span", "caption", caption));
   };
   return [
-    one(result.image, `X-ray ${job.file.name}`, "As read"),
-    one(
+    picture(result.image, `X-ray ${job.file.name}`, "As read"),
+    picture(
       result.heatmap,
-      result.heatmap ? `Heat map of ${job.file.name}: what spoke for ${result.prediction}` : result.note,
+      result.heatmap ? `Heat map of ${job.file.name}: the regions that supported ${result.prediction}` : result.note,
       `Heat map for ${result.prediction}`,
     ),
   ];
@@ -160,86 +158,80 @@ function pictures(job) {
 function score(result) {
   const parts = [];
   const positive = document.body.dataset.positive;
-  const decided = result.threshold !== null;
-  const named = decided ? [positive] : classes;
-  for (const name of named) {
+  const hasThreshold = result.threshold !== null;
+  const shownClasses = hasThreshold ? [positive] : classes;
+  for (const name of shownClasses) {
     const p = result.probabilities[name];
     const fill = make("div", "fill");
     fill.style.width = `${100 * p}%`;
     const track = make("div", "track", fill);
     track.setAttribute("aria-hidden", "true");
-    if (decided) {
+    if (hasThreshold) {
       const mark = make("div", "mark");
       mark.style.left = `${100 * result.threshold}%`;
       track.append(mark);
     }
-    const label = decided ? `Probability of ${name}` : name;
+    const label = hasThreshold ? `Probability of ${name}` : name;
     parts.push(make("div", "line", make("span", "", label), make("strong", "", shown(p))), track);
   }
   const kind = document.body.dataset.calibrated === "true" ? "calibrated" : "not calibrated";
-  let why = `The most probable class is called. Probabilities: ${kind}.`;
-  if (decided) {
+  let reasonOfCall = `The most probable class is predicted. Probabilities: ${kind}.`;
+  if (hasThreshold) {
     const side = result.prediction === positive ? "at or above" : "below";
-    why = `Called ${result.prediction}: ${side} the threshold of ${significant(result.threshold)} (the mark). Probability: ${kind}.`;
+    reasonOfCall = `Predicted ${result.prediction}: ${side} the threshold of ${significant(result.threshold)} (the mark). Probability: ${kind}.`;
   }
-  return make("div", "score", ...parts, make("p", "why", why));
+  return make("div", "score", ...parts, make("p", "why", reasonOfCall));
 }
 
 function enlarge(job) {
-  at("large-title").textContent = `${job.file.name}: ${job.result.prediction}`;
-  at("large").querySelector(".pictures").replaceChildren(...pictures(job));
-  at("large").showModal();
+  byId("large-title").textContent = `${job.file.name}: ${job.result.prediction}`;
+  byId("large").querySelector(".pictures").replaceChildren(...pictures(job));
+  byId("large").showModal();
 }
 
-function tell(last) {
+function updateStatus(last) {
   const done = jobs.filter((job) => job.result);
   const bad = done.filter((job) => job.result.error).length;
   const calls = classes.map((name) => [done.filter((job) => job.result.prediction === name).length, name]);
   const counts = calls.filter(([count]) => count).map(([count, name]) => `${count} ${name}`);
   if (bad) counts.push(`${bad} not read`);
-  at("counts").textContent = counts.join(", ");
+  byId("counts").textContent = counts.join(", ");
   const left = jobs.length - done.length;
-  let text = left ? `${done.length} of ${plural(jobs.length, "file")} done.` : `${plural(jobs.length, "file")} done.`;
+  const total = countOf(jobs.length, "file");
+  let text = left ? `${done.length} of ${total} done.` : `${total} done.`;
   if (last) {
     const result = last.result;
     const p = result.error ? null : result.probabilities[result.prediction];
-    const news = p === null ? `not read. ${reason(last)}` : `${result.prediction}, probability ${shown(p)}`;
-    text += ` ${last.file.name}: ${news}`;
+    const outcome = p === null ? `not read. ${reason(last)}` : `${result.prediction}, probability ${shown(p)}`;
+    text += ` ${last.file.name}: ${outcome}`;
   }
-  at("status").textContent = text;
-  at("download").disabled = !done.length;
+  byId("status").textContent = text;
+  byId("download").disabled = !done.length;
 }
 
 // The table, on the page and as a file
 
-const values = (result) => [
-  result.file,
-  result.prediction,
-  ...classes.map((name) => (result.probabilities ? result.probabilities[name] : null)),
-  result.threshold,
-  result.error,
-];
-
 function header() {
-  const cells = columns.map((name) => {
-    const cell = make("th", name.startsWith("p_") || name === "threshold" ? "n" : "", name === "path" ? "file" : name);
+  const cells = columns.map(({ name, isNumber }) => {
+    const cell = make("th", isNumber ? "n" : "", name === "path" ? "file" : name);
     cell.scope = "col";
     return cell;
   });
   return make("tr", "", ...cells);
 }
 
-function fillRow(job) {
-  const [file, prediction, ...rest] = values(job.result);
-  const error = rest.pop();
-  const first = make("th", "", file);
-  first.scope = "row";
-  const numbers = rest.map((p) => make("td", "n", p === null ? "" : p.toFixed(4)));
-  const fault = make("td", "fault", error ? reason(job) : "");
-  job.row.replaceChildren(first, make("td", "", prediction ?? ""), ...numbers, fault);
+function cellOf(job, { name, isNumber }) {
+  const value = job.result.row[name] ?? "";
+  if (name === "path") {
+    const cell = make("th", "", value);
+    cell.scope = "row";
+    return cell;
+  }
+  if (name === "error") return make("td", "fault", value && reason(job));
+  return isNumber ? make("td", "n", value === "" ? "" : value.toFixed(4)) : make("td", "", String(value));
 }
 
-// A spreadsheet takes text that begins like this for a formula, and runs it.
+// A spreadsheet runs text that begins with one of these characters as a formula; an apostrophe prevents it.
 const guarded = (text) => (/^[=+\-@\t\r\n＝＋－＠]/.test(text) ? `'${text}` : text);
 
 function csvCell(value) {
@@ -250,7 +242,9 @@ function csvCell(value) {
 }
 
 function download() {
-  const lines = [columns, ...jobs.filter((job) => job.result).map((job) => values(job.result))];
+  const names = columns.map((column) => column.name);
+  const rows = jobs.filter((job) => job.result).map((job) => names.map((name) => job.result.row[name]));
+  const lines = [names, ...rows];
   const text = lines.map((line) => `${line.map(csvCell).join(",")}\n`).join("");
   const link = make("a");
   link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
@@ -260,52 +254,52 @@ function download() {
 }
 
 function clear() {
-  round.abort();
-  round = new AbortController();
+  session.abort();
+  session = new AbortController();
   jobs = [];
   waiting = [];
   running = 0;
-  at("cards").replaceChildren();
-  at("rows").replaceChildren();
-  at("results").hidden = true;
+  byId("cards").replaceChildren();
+  byId("rows").replaceChildren();
+  byId("results").hidden = true;
   document.body.classList.remove("begun");
-  at("status").textContent = "Cleared.";
-  at("files").focus();
+  byId("status").textContent = "Cleared.";
+  byId("files").focus();
 }
 
-// Dropping: anywhere on the page, so that a file that misses the frame is not opened in place of the page
+// Dropping works anywhere on the page: otherwise the browser would replace the page by a file that misses the frame
 
-async function inFolder(folder) {
+async function filesIn(folder) {
   const reader = folder.createReader();
   const entries = [];
   for (;;) {
-    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)).catch(() => []);
-    if (!some.length) break; // it gives a hundred at a time
-    entries.push(...some);
+    const batch = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)).catch(() => []);
+    if (!batch.length) break; // the browser returns a hundred entries at a time
+    entries.push(...batch);
   }
   entries.sort((a, b) => (a.name < b.name ? -1 : 1));
-  const found = [];
+  const files = [];
   for (const entry of entries) {
     if (entry.name.startsWith(".")) continue;
-    if (entry.isDirectory) found.push(...(await inFolder(entry)));
-    else found.push(await new Promise((resolve) => entry.file(resolve, () => resolve(new File([], entry.name)))));
+    if (entry.isDirectory) files.push(...(await filesIn(entry)));
+    else files.push(await new Promise((resolve) => entry.file(resolve, () => resolve(new File([], entry.name)))));
   }
-  return found;
+  return files;
 }
 
-async function dropped(transfer) {
-  const parts = []; // taken at once: after the event the transfer is empty
+async function droppedFiles(transfer) {
+  const parts = []; // collected before the first await: the transfer is empty after the event
   for (const item of transfer.items) {
     if (item.kind !== "file") continue;
     const entry = item.webkitGetAsEntry?.();
     parts.push(entry?.isDirectory ? entry : item.getAsFile());
   }
-  const found = [];
-  for (const part of parts) found.push(...(part instanceof File ? [part] : await inFolder(part)));
-  return found;
+  const files = [];
+  for (const part of parts) files.push(...(part instanceof File ? [part] : await filesIn(part)));
+  return files;
 }
 
-at("head").append(header());
+byId("head").append(header());
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
   document.body.classList.add("over");
@@ -316,15 +310,15 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", async (event) => {
   event.preventDefault();
   document.body.classList.remove("over");
-  add(await dropped(event.dataTransfer));
+  add(await droppedFiles(event.dataTransfer));
 });
-at("files").addEventListener("change", () => {
-  add(at("files").files);
-  at("files").value = ""; // so that the same file can be chosen again
+byId("files").addEventListener("change", () => {
+  add(byId("files").files);
+  byId("files").value = ""; // otherwise the same file could not be chosen again
 });
-at("download").addEventListener("click", download);
-at("clear").addEventListener("click", clear);
-at("close").addEventListener("click", () => at("large").close());
-at("large").addEventListener("click", (event) => {
-  if (event.target === at("large")) at("large").close();
+byId("download").addEventListener("click", download);
+byId("clear").addEventListener("click", clear);
+byId("close").addEventListener("click", () => byId("large").close());
+byId("large").addEventListener("click", (event) => {
+  if (event.target === byId("large")) byId("large").close();
 });

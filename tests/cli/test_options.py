@@ -1,0 +1,194 @@
+"""The options of `fit` and `predict`: the command line, Python and the export take them from one dataclass."""
+
+import inspect
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+import typer
+import typer.main
+from typer.testing import CliRunner
+
+import xray_fastai
+from xray_fastai import FitConfig
+from xray_fastai.cli import main
+from xray_fastai.cli.command import Command
+from xray_fastai.cli.main import app, fit, predict
+from xray_fastai.cli.options import settings_from
+from xray_fastai.config import PredictConfig, _setting, setting_of
+from xray_fastai.export.schema import Settings
+from xray_fastai.system.errors import UserError
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize(("function", "config"), [(fit, FitConfig), (predict, PredictConfig)])
+def test_a_command_has_one_option_for_each_field(function, config):
+    own = {"fit": {"ctx", "resume", "open"}, "predict": {"paths", "model"}}[function.__name__]
+    parameters = {name: p.default for name, p in inspect.signature(function).parameters.items() if name not in own}
+    assert parameters == {field.name: field.default for field in fields(config)}
+    options = {param.name: param for param in COMMANDS[function.__name__].params}
+    for field in fields(config):
+        assert options[field.name].opts == [f"--{field.name.replace('_', '-')}"]
+        assert options[field.name].help == setting_of(field).help
+        assert options[field.name].default == field.default
+
+
+def other_values(config):
+    """Return a value for each field that is not its default, and the command line that gives these values."""
+    texts = {"valid": "0.2", "class_weights": "1,2"}
+    by_type = {bool: None, int: 40, float: 0.25, str: "text"}
+    values, args = {}, []
+    for field in fields(config):
+        (kind,) = (kind for kind in by_type if kind in (field.type, *get_args(field.type)))
+        option = f"--{field.name.replace('_', '-')}"
+        if kind is bool:
+            values[field.name] = not field.default
+            args.append(option.replace("--", "--no-") if field.default else option)
+        else:
+            choices = setting_of(field).choices
+            value = choices[-1] if choices else texts.get(field.name, by_type[kind])
+            values[field.name] = value
+            args += [option, value]
+    assert not [field.name for field in fields(config) if values[field.name] == field.default]
+    return values, args
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replace what `fit` and `predict` call by a function that notes its arguments."""
+    calls = []
+
+    def replace(function, result):
+        monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
+
+    replace("xray_fastai.training.fit.fit", SimpleNamespace(error=None, signal=None))
+    replace("xray_fastai.inference.predict_files.predict_command", 2)  # unreadable files
+    return calls
+
+
+def test_every_option_reaches_the_fit(run, calls):
+    values, args = other_values(FitConfig)
+    assert run("fit", *args).exit_code == 0
+    assert calls == [((FitConfig(**values),), {})]
+
+
+def test_a_resumed_fit_gets_only_the_options_that_were_given(run, calls):
+    run("fit", "--resume", "--no-cache", "--epochs", FitConfig.epochs)
+    run("fit", "--workers", 0, "--resume", "small")
+    assert calls == [
+        ((), {"resume": True, "cache": False, "epochs": FitConfig.epochs}),
+        ((), {"resume": "small", "workers": 0}),
+    ]
+
+
+def test_every_option_reaches_the_prediction(run, calls):
+    values, args = other_values(PredictConfig)
+    result = run("predict", "a", "-", *args)
+    assert calls == [((["a", "-"], None, PredictConfig(**values)), {})]
+    assert result.exit_code == 1  # for the unreadable files
+
+
+@pytest.mark.parametrize("name", ["evaluate", "interpret"])
+def test_a_command_and_its_function_have_the_same_defaults(name):
+    command, function = (inspect.signature(getattr(home, name)).parameters for home in (main, xray_fastai))
+    assert set(function) <= set(command)
+    for parameter in function.values():
+        assert command[parameter.name].default == parameter.default, parameter
+
+
+def test_predict_has_the_same_defaults_in_python():
+    parameters = inspect.signature(xray_fastai.predict).parameters
+    for field in fields(PredictConfig):
+        assert field.name not in parameters or parameters[field.name].default == field.default, field.name
+
+
+def test_the_export_has_one_entry_for_each_field():
+    assert set(Settings.model_fields) == {field.name for field in fields(FitConfig)}
+
+
+def test_a_new_option_needs_one_new_field():
+    @dataclass(frozen=True)
+    class WithMixup(FitConfig):
+        mixup: float = _setting(0.4, "Strength of mixup.", min=0, max=1)
+        swap: bool = _setting(True, "Swap the classes.")
+
+    app = typer.Typer()
+
+    @app.command(cls=Command)
+    @settings_from(WithMixup)
+    def fit(**settings):
+        print(WithMixup(**settings))
+
+    def run(*args):
+        return CliRunner().invoke(app, args)
+
+    assert "mixup=0.4, swap=True)" in run().output
+    assert "epochs=3" in run("--epochs", "3", "--mixup", "0.2", "--no-swap").output
+    assert "mixup=0.2, swap=False)" in run("--mixup", "0.2", "--no-swap").output
+    assert "Strength of mixup." in run("--help").output
+    assert run("--mixup", "2").exit_code == 2
+    with pytest.raises(UserError, match=r"^mixup 2: give a number from 0 to 1$"):
+        WithMixup(mixup=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong", "message"),
+    [
+        (FitConfig, {"epochs": 0}, "epochs 0: give 1 or more"),
+        (FitConfig, {"epochs": 2.5}, "epochs 2.5: give a value of type int"),
+        (FitConfig, {"epochs": True}, "epochs True: give a value of type int"),
+        (FitConfig, {"data": 3}, "data 3: give text"),
+        (FitConfig, {"size": 5000}, "size 5000: give a number from 32 to 4096"),
+        (FitConfig, {"lr": 0}, "lr 0: give a number that is above 0 and below 10"),
+        (FitConfig, {"lr": float("nan")}, "lr nan: give a number that is above 0 and below 10"),
+        (FitConfig, {"dropout": 1}, "dropout 1: give a number that is at least 0 and below 1"),
+        (FitConfig, {"target_sensitivity": 1.5}, "target_sensitivity 1.5: give a number that is above 0 and at most 1"),
+        (FitConfig, {"seed": 2**32}, "seed 4294967296: give a number that is at least 0 and below 4294967296"),
+        (FitConfig, {"device": "tpu"}, "device tpu: choose one of auto, cpu, cuda, mps"),
+        (FitConfig, {"valid": "0.9"}, "valid 0.9: give auto, folder, or a fraction from 0.02 to 0.5"),
+        (FitConfig, {"class_weights": "1,inf"}, "class_weights 1,inf: give balanced, none, or numbers above 0"),
+        (FitConfig, {"patient_pattern": "("}, "patient_pattern (: not a regular expression: missing )"),
+        (FitConfig, {"name": ".x"}, "name .x: use letters, digits"),
+        (FitConfig, {"exclude": "a\x1b"}, r"exclude a\x1b: holds the unprintable character '\x1b'; give another text"),
+        (PredictConfig, {"threshold": 2}, "threshold 2: give a number from 0 to 1"),
+        (PredictConfig, {"precision": "fp16"}, "precision fp16: choose one of auto, fp32, bf16"),
+        (PredictConfig, {"batch_size": 0}, "batch_size 0: give 1 or more"),
+        (PredictConfig, {"resume": True}, "resume: give the file to continue by --output"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(config, wrong, message):
+    with pytest.raises(UserError) as error:
+        config(**wrong)
+    assert str(error.value).startswith(message)
+
+
+def test_every_limit_itself_is_allowed():
+    for field in fields(FitConfig):
+        setting = setting_of(field)
+        for value in [*setting.choices, setting.min, setting.max]:
+            assert value is None or getattr(FitConfig(**{field.name: value}), field.name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"), [(None, None), ("balanced", None), ("none", None), ("3,1", [3, 1]), ("1.5, 2", [1.5, 2])]
+)
+def test_class_weights_as_numbers(text, weights):
+    config = FitConfig(class_weights=text)
+    assert config.class_weight_list() == weights
+    config.check_class_weights(["NORMAL", "PNEUMONIA"])
+
+
+def test_a_recipe_gives_values_only_where_there_are_none():
+    assert FitConfig(recipe="plain", augment="light").with_recipe() == FitConfig(
+        recipe="plain", contrast="none", augment="light", schedule="constant", class_weights="3,1"
+    )
+
+
+def test_an_error_names_the_option_as_it_is_typed(run, refused, export):
+    """`--class` is the parameter `label`; the folder of `data check` is not an option, and is not named as one."""
+    assert COMMANDS["interpret"].option_names()["label"] == "--class"
+    assert COMMANDS["fit"].option_names()["cache"] == "--cache"
+    refused(run("interpret", "--model", export, "--data", export.parent / "moved", "--class", "FLU"), "--class FLU: ")
+    assert "--data" not in run("data", "check", "nowhere").stderr

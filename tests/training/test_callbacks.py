@@ -1,0 +1,135 @@
+"""A user's fastai callbacks in `fit`, the learning rates that they see, and the fit's own callbacks."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from fastai.vision.all import Callback, CancelFitException
+
+from tests.conftest import settings_of
+from xray_fastai import fit
+from xray_fastai.training.callbacks import EarlyStopping, Schedule, StopOnNonFiniteLoss
+from xray_fastai.training.frozen_features import NextView
+
+LR = 1e-3
+
+
+@pytest.fixture
+def settings(collection, tmp_path):
+    """Settings of a quick fit with pretrained weights, which are random ones."""
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "weights.pth")
+    return {
+        "data": str(collection), "weights": str(tmp_path / "weights.pth"), "arch": "resnet18", "size": 32, "lr": LR,
+        "batch_size": 8, "workers": 0, "device": "cpu", "freeze_epochs": 2, "epochs": 2,
+    }  # fmt: skip
+
+
+class Spy(Callback):
+    "Records the rates that each phase starts with, and the batches of each epoch."
+
+    def __init__(self):
+        self.rates, self.batches = [], []
+
+    def before_fit(self):
+        self.rates.append([hyper["lr"] for hyper in self.opt.hypers])
+
+    def before_epoch(self):
+        self.batches.append(0)
+
+    def after_batch(self):
+        self.batches[-1] += self.training
+
+
+def test_a_callback_sees_both_phases_and_changes_nothing(settings):
+    """Earlier layers train at lower rates in the unfrozen phase, as in fastai's `fine_tune`."""
+    spy = Spy()
+    with_callback, without = fit(**settings, name="spied", callbacks=[spy]), fit(**settings, name="plain")
+    assert with_callback.history == without.history
+    assert [row["phase"] for row in with_callback.history] == ["frozen"] * 2 + ["unfrozen"] * 2
+    assert spy.batches == [4] * 4  # of 36 images, the last 4 make no whole batch
+    frozen, unfrozen = spy.rates
+    assert frozen[-1] == pytest.approx(LR)
+    assert unfrozen == pytest.approx([LR / 200, LR / 20, LR / 2])
+
+
+class Interfere(Spy):
+    "Runs out of memory in the first batch of the fit, and cancels the second epoch of the unfrozen phase."
+
+    def after_pred(self):
+        if len(self.rates) == 1 and self.training:
+            raise torch.OutOfMemoryError("no memory, for a test")
+        if len(self.rates) == 3 and len(self.batches) == 5:  # one epoch, then two, then the second
+            raise CancelFitException
+
+
+def test_a_callback_stays_after_out_of_memory_and_can_end_a_phase(settings, capsys):
+    spy = Interfere()
+    result = fit(**settings, name="cancelled", schedule="constant", callbacks=[spy])
+    assert "batches of 4 instead of 8 images" in capsys.readouterr().out
+    assert spy.batches == [0, 9, 9, 9, 0]
+    assert [(row["phase"], row["epoch"]) for row in result.history] == [("frozen", 1), ("frozen", 2), ("unfrozen", 1)]
+    assert result.status == "complete"
+    ends = [phase["end"] for phase in settings_of(Path("exports/cancelled"))["training"]["phases"]]
+    assert ends == ["reaching its last epoch", "a callback"]
+    assert spy.rates[-1] == pytest.approx([LR] * 3)  # a constant rate is the same for all layers
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(0, 0.25), (0.5, 0.75), (1, 1), (6, 1), (8, 0.5), (10, 0)])
+def test_the_rate_warms_up_stays_and_falls_along_a_cosine(epochs, expected):
+    schedule = Schedule(patience=2)
+    schedule.learn, schedule.cut = SimpleNamespace(n_epoch=10), 1.0
+    assert schedule.scale(epochs, 0.25) == pytest.approx(expected)
+    schedule.cut = 0.2
+    assert schedule.scale(epochs, 0.25) == pytest.approx(0.2 * expected)
+
+
+def track(callback, losses):
+    """Run `after_epoch` for each validation loss; return how many epochs it took part in."""
+    callback.learn = SimpleNamespace(recorder=SimpleNamespace(values=[]))
+    callback.idx, callback.best, callback.wait = 0, np.inf, 0
+    for epoch, loss in enumerate(losses, start=1):
+        callback.recorder.values.append([loss])
+        try:
+            callback.after_epoch()
+        except CancelFitException:
+            return epoch
+    return None
+
+
+def test_early_stopping_counts_epochs_since_the_last_best():
+    early = EarlyStopping(patience=2)
+    assert track(early, [3, 4, 2, 3, 1, 2, 0.5, 1]) is None and not early.stopped
+    assert track(early, [3, 4, 2, 2, 3, 1]) == 5 and early.stopped
+
+
+def test_the_rate_is_cut_after_epochs_without_a_new_best():
+    schedule = Schedule(patience=2)
+    schedule.cut = 1.0
+    track(schedule, [3, 4, 2, 3, 3, 4, 1, 2])
+    assert schedule.cut == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("loss", "stops"), [(np.nan, True), (np.inf, True), (1.0, False)])
+def test_a_loss_that_is_not_finite_stops_training_and_validation(training, loss, stops):
+    callback = StopOnNonFiniteLoss()
+    callback.learn = SimpleNamespace(training=training, loss=torch.tensor(loss), epoch=1, iter=2)
+    try:
+        callback("after_batch")
+    except CancelFitException:
+        assert stops and callback.where == f"epoch 2, {'training' if training else 'validation'} batch 3"
+    else:
+        assert not stops
+
+
+def test_the_epochs_take_the_views_in_turn():
+    callback, used = NextView(), []
+    for epoch in range(4):
+        callback.learn = SimpleNamespace(epoch=epoch, dl=SimpleNamespace(features=torch.zeros(3, 1, 1)))
+        callback.before_train()
+        used.append(callback.learn.dl.view)
+    assert used == [0, 1, 2, 0]

@@ -1,0 +1,80 @@
+"""Checkpoints on disk: what is kept, what is damaged, and what an earlier version wrote."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from xray_fastai.config import FitConfig
+from xray_fastai.export.run_folder import Unfinished, reserve
+from xray_fastai.system.errors import UserError
+from xray_fastai.training.checkpoint import Best, Checkpoints
+from xray_fastai.training.fit import _read_checkpoint
+from xray_fastai.training.plan import Origin
+
+IMAGES = {"train": 3, "valid": 2, "digest": "x"}
+
+
+@pytest.fixture
+def checkpoints():
+    """Three checkpoints, the second of which is the best epoch's; written without the key "pretrained", as by 0.1.0."""
+    with reserve("exports", "run") as run, Checkpoints(run) as checkpoints:
+        checkpoints.keep({"settings": FitConfig().to_dict(), "data": IMAGES, "origin": "weights.pth"})
+        best = None
+        for epoch in (1, 2, 3):
+            weights = {"model": {"w": torch.full((2,), float(epoch))}}
+            if epoch == 2:
+                best = Best(1, weights, {"logits": torch.zeros(1, 2), "targets": torch.zeros(1)})
+            checkpoints.save({"epoch": epoch}, None if epoch == 2 else weights, {"0.avg": torch.ones(2)}, best)
+        checkpoints.wait()
+        yield checkpoints
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_two_newest_checkpoints_and_the_best_weights_are_kept(checkpoints):
+    kinds = ("json", "model.safetensors", "optimizer.safetensors")
+    kept = {f"0000{n}.{kind}" for n in (2, 3) for kind in kinds} | {"00002.outputs.safetensors", "settings.json"}
+    assert set(names(checkpoints.folder)) == kept
+    saved, faults = Checkpoints(checkpoints.run).load()
+    assert (saved.state["epoch"], saved.best_row, faults) == (3, 1, [])
+    assert saved.weights["w"].tolist() == [3, 3] and saved.best["w"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["00003.model.safetensors", "00003.json"])
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(checkpoints, name):
+    path = checkpoints.folder / name
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    saved, faults = Checkpoints(checkpoints.run).load()
+    assert saved.state["epoch"] == 2 and len(faults) == 1 and "00003.json: damaged" in faults[0]
+
+
+def test_files_of_a_killed_process_are_deleted_and_a_failed_write_leaves_none(checkpoints, monkeypatch):
+    (checkpoints.folder / ".00003.json.1.partial").touch()
+    checkpoints.save({"epoch": 4}, {"model": {"w": torch.zeros(2)}}, {}, None)
+    checkpoints.wait()
+    assert not list(checkpoints.folder.glob(".*"))
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("xray_fastai.training.checkpoint.checksum", fails)
+        checkpoints.save({"epoch": 5}, {"model": {"w": torch.zeros(2)}}, {}, None)
+        with pytest.raises(
+            UserError, match=r"a checkpoint could not be written \(No space left on device\); free space"
+        ):
+            checkpoints.wait()
+    assert not list(checkpoints.folder.glob(".*"))
+    assert Checkpoints(checkpoints.run).load()[0].state["epoch"] == 4
+
+
+@pytest.mark.parametrize(("weights", "pretrained"), [("imagenet", True), ("none", False)])
+def test_a_checkpoint_without_the_field_pretrained_is_resumed(checkpoints, weights, pretrained):
+    found = Unfinished("run", checkpoints.run.partial, 0.0)
+    saved, origin = _read_checkpoint(found, Checkpoints(checkpoints.run), IMAGES, FitConfig(weights=weights))
+    assert saved.state["epoch"] == 3 and origin == Origin("weights.pth", pretrained)

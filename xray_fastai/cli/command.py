@@ -1,0 +1,84 @@
+"""Runs the commands: parses, prints an error as one line, and chooses the exit code."""
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import typer
+import typer.core
+
+from xray_fastai.system import distributed
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.signals import ignore_closed_output
+
+DEBUG = "XRAY_FASTAI_DEBUG"
+"""The environment variable that makes an unexpected error print its traceback, and libraries their warnings."""
+
+
+class Commands(typer.core.TyperGroup):
+    """Groups the commands. If several processes find the same wrong option, only the first prints it."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as stop:
+            if stop.code == 2:
+                distributed.give_way()
+            raise
+
+
+class Command(typer.core.TyperCommand):
+    """Runs one command and turns its errors into one line on standard error.
+
+    Exit codes: 1 for an error that the user can fix and for a bug, 130 for Ctrl-C, 143 for SIGTERM, 141 if standard
+    output was closed.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        if DEBUG not in os.environ:
+            warnings.simplefilter("ignore")  # libraries warn developers, not users
+        try:
+            distributed.check_command(self.name or "")
+            return super().invoke(ctx)
+        except UserError as error:
+            text = error.on_command_line(self.option_names())
+            distributed.tell("; ".join([f"Error: {text}", *getattr(error, "__notes__", [])]))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt as stop:
+            notes = "; ".join(getattr(stop, "__notes__", ["nothing was written."]))
+            distributed.tell(f"\nStopped; {notes}")
+            raise typer.Exit(143 if type(stop).__name__ == "Terminated" else 130) from None
+        except typer.Exit:
+            distributed.finish()
+            raise
+        except BrokenPipeError:
+            raise typer.Exit(ignore_closed_output()) from None
+        except Exception as error:
+            if DEBUG in os.environ:
+                sys.stderr = sys.__stderr__ if distributed.rank() else sys.stderr
+                raise
+            text = str(error).splitlines()[0] if str(error) else ""
+            distributed.tell(
+                f"Error: unexpected {type(error).__name__}: {text}. This is a bug in xray-fastai: please report it "
+                f"with the output of {DEBUG}=1."
+            )
+            raise typer.Exit(1) from None
+
+    def option_names(self) -> dict[str, str]:
+        """Return the options as the user types them, by the names of the function's parameters."""
+        return {param.name: param.opts[0] for param in self.params if isinstance(param, typer.core.TyperOption)}
+
+
+class ResumeCommand(Command):
+    """Allows `--resume` without a value, which typer does not support: it becomes `--resume=`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        followers = [*args[1:], "-"]
+        return super().parse_args(
+            ctx,
+            [
+                "--resume=" if arg == "--resume" and follower.startswith("-") else arg
+                for arg, follower in zip(args, followers, strict=True)
+            ],
+        )

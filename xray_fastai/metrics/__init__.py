@@ -1,0 +1,1 @@
+"""How good predictions are: metrics, their intervals, and the calibration of probabilities."""
