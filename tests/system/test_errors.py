@@ -8,8 +8,8 @@ from xray_fastai.system.errors import ImageError, UserError
 def test_an_option_is_named_as_it_is_typed():
     error = UserError("give a probability", option="min_share", value=1.5)
     assert str(error) == "min_share 1.5: give a probability"
-    assert error.on_command_line({"min_share"}) == "--min-share 1.5: give a probability"
-    assert error.on_command_line(set()) == "1.5: give a probability"
+    assert error.on_command_line({"min_share": "--min-share"}) == "--min-share 1.5: give a probability"
+    assert error.on_command_line({}) == "1.5: give a probability"
     assert error.message == "give a probability"
 
 

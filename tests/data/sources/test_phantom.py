@@ -61,7 +61,7 @@ def test_bad_input(phantom, run, refused):
 def test_fit_without_data_is_a_rehearsal_and_says_so(run):
     result = run("fit", "--arch", "resnet18", "--size", 32, "--epochs", 1, "--device", "cpu", "--name", "rehearsal")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("REHEARSAL") and "know nothing of patients" in result.stdout
+    assert result.stdout.startswith("REHEARSAL") and "nothing about patients" in result.stdout
     model = settings_of(Path("exports/rehearsal"))
     assert model["data"]["rehearsal"] and model["settings"]["weights"] == "none"
     assert model["settings"]["size"] == 32
