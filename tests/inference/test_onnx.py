@@ -31,13 +31,13 @@ import numpy as np, onnxruntime
 from PIL import Image
 
 session = onnxruntime.InferenceSession("rehearsal.onnx")
-told = session.get_modelmeta().custom_metadata_map  # classes, positive, threshold, size and more
-size = int(told["size"])
+metadata = session.get_modelmeta().custom_metadata_map  # classes, positive, threshold, size and more
+size = int(metadata["size"])
 image = Image.open("image.jpeg")
 image.draft("L", (2 * size, 2 * size))  # a large JPEG at reduced scale, as `predict` decodes it
 image = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
 (p,) = session.run(None, {"images": np.array(image)[None, None]})[0]  # (classes,)
-print(dict(zip(json.loads(told["classes"]), p)), told.get("positive"), "from", told.get("threshold"))
+print(dict(zip(json.loads(metadata["classes"]), p)), metadata.get("positive"), "from", metadata.get("threshold"))
 """
 """The example in the README."""
 
@@ -84,7 +84,7 @@ def test_the_readmes_lines_say_what_predict_says(written, export, files, capsys)
         names = {}
         exec(SNIPPET.replace("rehearsal.onnx", str(output)).replace("image.jpeg", row.path), names)
         assert names["p"] == pytest.approx([row.p_NORMAL, row.p_PNEUMONIA], abs=1e-5)
-        assert float(names["told"]["threshold"]) == row.threshold and names["told"]["positive"] == "PNEUMONIA"
+        assert float(names["metadata"]["threshold"]) == row.threshold and names["metadata"]["positive"] == "PNEUMONIA"
     assert table.p_PNEUMONIA.max() - table.p_PNEUMONIA.min() > 0.1  # else all would agree with all
     assert "'NORMAL': " in capsys.readouterr().out
 
@@ -122,15 +122,15 @@ def test_any_number_of_images_at_once(written, export):
 def test_the_file_tells_what_it_is(written, export):
     output, said = written
     model, file = settings_of(export), onnx.load(output)
-    told = {entry.key: entry.value for entry in file.metadata_props}
-    assert json.loads(told["classes"]) == model["classes"] and told["positive"] == model["positive"]
-    assert float(told["threshold"]) == model["threshold"] and float(told["temperature"]) == model["temperature"]
-    assert told["weights_sha256"] == model["weights"]["sha256"] and told["export"] == "small"
-    assert json.loads(told["preprocessing"]) == model["preprocessing"]
-    assert json.loads(told["versions"]) == model["versions"]
-    assert json.loads(told["exported_by"])["onnx"] == onnx.__version__
-    assert told["disclaimer"] == file.doc_string == DISCLAIMER
-    assert str(export.parent) not in json.dumps(told)
+    metadata = {entry.key: entry.value for entry in file.metadata_props}
+    assert json.loads(metadata["classes"]) == model["classes"] and metadata["positive"] == model["positive"]
+    assert float(metadata["threshold"]) == model["threshold"] and float(metadata["temperature"]) == model["temperature"]
+    assert metadata["weights_sha256"] == model["weights"]["sha256"] and metadata["export"] == "small"
+    assert json.loads(metadata["preprocessing"]) == model["preprocessing"]
+    assert json.loads(metadata["versions"]) == model["versions"]
+    assert json.loads(metadata["exported_by"])["onnx"] == onnx.__version__
+    assert metadata["disclaimer"] == file.doc_string == DISCLAIMER
+    assert str(export.parent) not in json.dumps(metadata)
     assert "32 images in onnxruntime" in said and "resnet18, 32 x 32 px" in said
 
 
