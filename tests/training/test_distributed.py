@@ -290,6 +290,7 @@ def test_the_others_wait_for_the_first_to_print_an_error(launched, monkeypatch, 
     from xray_fastai.system import distributed
 
     monkeypatch.setattr(distributed, "_store", None)
+    monkeypatch.setattr(distributed, "MAX_WAIT", 0.2)
     monkeypatch.setenv("RANK", "1")
     assert distributed._is_claimed() is False
     monkeypatch.setenv("RANK", "0")

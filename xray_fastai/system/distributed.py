@@ -17,6 +17,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -34,8 +35,8 @@ COMMANDS = ("fit", "predict")
 """The commands that run in several processes."""
 MAX_SILENCE = timedelta(hours=3)
 """How long a process waits for another that does not answer; the first may be reading a large data set."""
-MAX_WAIT = timedelta(seconds=1)
-"""How long the other processes wait for the first to print an error that all of them have."""
+MAX_WAIT = 5.0
+"""Seconds that the other processes wait for the first to print an error that all of them have."""
 
 _store: "Store | None" = None
 
@@ -241,16 +242,12 @@ def _claim() -> bool | None:
 def _is_claimed() -> bool | None:
     """Return whether a process claims within `MAX_WAIT` to print why they end; None if the store is gone."""
     try:
-        from torch.distributed import DistStoreError
-
-        store = _open_store()
+        store, end = _open_store(), time.monotonic() + MAX_WAIT
+        while not store.check([_key()]):  # `store.wait` prints lines of its own when the time is up
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
     except (ImportError, OSError, RuntimeError):
-        return None
-    try:
-        store.wait([_key()], MAX_WAIT)
-    except DistStoreError:  # it was not set in time
-        return False
-    except RuntimeError:
         return None
     return True
 
