@@ -157,6 +157,19 @@ def test_whole(whole):
     assert "Not evaluated yet" not in page.text and "Not interpreted yet" not in page.text
 
 
+def test_the_figures_at_the_top_are_those_of_the_chosen_threshold(bare):
+    content = evaluation()
+    content["operating_points"]["chosen"]["metrics"] = {
+        name: metric(value) for name, value in (("accuracy", 0.61), ("sensitivity", 0.62), ("specificity", 0.63))
+    }
+    add(bare, "evaluation-test", content)
+    page = Page(write_report(bare))
+    top = page.text[page.text.index("with 95 % intervals:") : page.text.index("What it was trained on")]
+    for text in ("ROC AUC 0.955", "accuracy 0.610", "sensitivity (recall) 0.620", "specificity 0.630"):
+        assert text in top
+    assert "here: threshold 0.4375 (chosen)" in top
+
+
 def test_loads_nothing_and_can_be_read_by_all(whole):
     page = Page(write_report(whole))
     policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
@@ -218,7 +231,7 @@ def test_a_hundred_images_stay_small(whole):
     assert path.stat().st_size < 6e6
     (picture,) = [picture for picture in page.all("img") if "Grad-CAM" in picture["alt"]]
     assert picture["src"].startswith("data:image/jpeg")
-    assert "Compressed here; in full (1300" in page.text
+    assert "Compressed here; the full picture (1300" in page.text
     assert "interpretation-valid/top_losses.png" in page.text
 
 

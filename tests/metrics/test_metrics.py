@@ -169,11 +169,14 @@ def test_undefined_resamples_are_left_out():
     measured = measure(scored, {"x": scored.y_prob.argmax(axis=1)})
     assert all(np.isfinite(interval).all() for interval in measured.free.values())
     assert np.isfinite(measured.points["x"]["sensitivity"]).all() and np.isfinite(measured.curves[0].band).all()
+    assert measure(scored, {"x": scored.y_true}).points["x"]["sensitivity"] == (1, 1, 1)
 
 
-def test_f1_without_an_image_of_the_class_is_undefined():
+def test_what_is_undefined_without_an_image_of_the_class():
     scored = Scored(np.zeros(4, dtype=int), np.full((4, 2), 0.5), np.arange(4), 1)
-    assert np.isnan(values(scored, np.array([0, 1, 0, 1]))["f1"])
+    computed = values(scored, np.array([0, 1, 0, 1])) | values(scored)
+    undefined = {name for name, value in computed.items() if np.isnan(value)}
+    assert undefined == {"balanced_accuracy", "sensitivity", "f1", "roc_auc", "average_precision"}
 
 
 def test_one_patient_has_no_interval():

@@ -96,7 +96,7 @@ def evaluate(
     opened = open_model(model, device, precision)
     images = labelled_images(opened.settings, data, split)
     if images.empty:
-        raise UserError("no image is left without those that fit validated on", option="split", value=split)
+        raise UserError("fit validated on all of its images; choose another split", option="split", value=split)
     if given is not None and len(opened.classes) != 2:
         message = f"the export has {len(opened.classes)} classes and predicts the most probable one; leave it out"
         raise UserError(message, option="threshold", value=f"{given:g}")

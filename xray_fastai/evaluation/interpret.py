@@ -215,7 +215,7 @@ def _images(model: Model, data: str | Path | None, split: str, selection: _Selec
         raise UserError(message, option="label", value=selection.label)
     images = labelled_images(model.settings, data, split)
     if images.empty:
-        raise UserError("no image is left without those that fit validated on", option="split", value=split)
+        raise UserError("fit validated on all of its images; choose another split", option="split", value=split)
     return images
 
 
