@@ -46,7 +46,7 @@ def follow(device: str) -> None:
     path, settings, precision = distributed.share()
     model = open_model(path, device, precision)
     if model.settings != settings:
-        raise UserError(f"{path}: this machine has another export there than the first; give all the same one")
+        raise UserError(f"{path}: differs from the export on the first machine; copy that one to all machines")
     for _ in _in_turns(model, iter(()), *distributed.share()):
         pass
 
