@@ -350,6 +350,16 @@ def test_size_and_shape_as_the_cause():
     assert any("the smallest third (up to 0.01 megapixels), 20 of 30" in line for line in suspicious_causes(table))
 
 
+def test_chance_is_no_cause():
+    """Four comparisons raise p = 0.014 above 0.05; at an error rate of 0.3 two errors of two images are likely."""
+    table = split(90, width=np.repeat([100, 200, 300], 30))
+    table.loc[[0, 1, 30, *range(60, 67)], "prediction"] = "PNEUMONIA"
+    assert not any("third" in line for line in suspicious_causes(table))
+    table = split(20, patient=["p0", "p0", *(f"p{i}" for i in range(2, 20))])
+    table.loc[:5, "prediction"] = "PNEUMONIA"
+    assert not any("Patient" in line for line in suspicious_causes(table))
+
+
 def test_a_class_of_another_size_is_no_cause():
     """All NORMAL images are small, and all errors are NORMAL: what counts is within a class."""
     table = split(60, width=[100] * 30 + [500] * 30, truth=["NORMAL"] * 30 + ["PNEUMONIA"] * 30)
