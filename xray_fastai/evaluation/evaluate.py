@@ -143,7 +143,7 @@ def _predict(request: _Request) -> Scored:
     model, images = request.model, request.images
     y_prob = model.probabilities(predict_all(model, images.path, request.tta), request.calibrated)
     y_true = np.array([model.classes.index(label) for label in images.label])
-    positive = model.classes.index(model.positive) if len(model.classes) == 2 else None
+    positive = model.classes.index(model.positive) if model.positive and len(model.classes) == 2 else None
     return Scored(y_true, y_prob, pd.factorize(images.patient)[0], positive)
 
 

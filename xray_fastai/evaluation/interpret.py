@@ -73,7 +73,7 @@ class XrayInterpretation(ClassificationInterpretation):
     def confusion_matrix(self) -> np.ndarray:
         "Counts (true class, predicted class), in the order of the vocabulary."
         matrix = np.zeros((len(self.vocab), len(self.vocab)), dtype=int)
-        np.add.at(matrix, (self._y_true(), self.predicted), 1)
+        np.add.at(matrix, (np.array(self._y_true()), self.predicted), 1)
         return matrix
 
     def print_classification_report(self):
@@ -234,12 +234,6 @@ def _rank(model: Model, split: str, images: pd.DataFrame) -> _Ranking:
     table = table.assign(probability=y_prob[np.arange(len(table)), y_pred])
     table = table.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
     return _Ranking(model, split, table, causes, interpretation)
-
-
-def _sizes(paths: Iterable[str]) -> np.ndarray:
-    """Widths and heights in pixels (N, 2), as the images are shown."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return np.array(list(pool.map(size_of, paths)))
 
 
 def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, str, list[str]]:

@@ -104,15 +104,21 @@ def predict(
         recursive=recursive, threshold=threshold, uncalibrated=uncalibrated, tta=tta, batch_size=batch_size,
         device=device, precision=precision,
     )  # fmt: skip
-    is_array = isinstance(paths, np.ndarray) and paths.ndim in (2, 3)
-    paths = [paths] if is_array or isinstance(paths, (str, bytes, os.PathLike, Image.Image)) else list(paths)
-    check_folders(paths, config.recursive)
+    sources = _as_list(paths)
+    check_folders(sources, config.recursive)
     model = model if isinstance(model, Model) else open_model(model, config.device, config.precision)
     builder = RowBuilder(model, config)
-    sources = image_sources(paths, config.recursive)
-    with closing(predict_batches(model, sources, config.batch_size, config.tta)) as batches:
+    images = image_sources(sources, config.recursive)
+    with closing(predict_batches(model, images, config.batch_size, config.tta)) as batches:
         rows = [row for batch in batches for row in builder.rows(batch)]
     return pd.DataFrame(rows, columns=[column.name for column in builder.columns])
+
+
+def _as_list(paths: Source | Iterable[Source]) -> list[Source]:
+    """Return one image or many as a list. An array of two or three dimensions is one image."""
+    if isinstance(paths, (str, bytes, Path, Image.Image)) or (isinstance(paths, np.ndarray) and paths.ndim in (2, 3)):
+        return [paths]
+    return list(paths)
 
 
 class RowBuilder:

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Batch:
 
 def predict_batches(
     model: Model, sources: Iterable[Source], batch_size: int = 32, tta: bool = False
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Predict sources in their order.
 
     Threads decode the next images while the network works. Memory does not grow with the number of sources.

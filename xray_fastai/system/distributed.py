@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from xray_fastai.system.errors import UserError, reason
 from xray_fastai.system.text import shown
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store
 
-T = TypeVar("T")
 
 COMMANDS = ("fit", "predict")
 """The commands that run in several processes."""
@@ -170,7 +169,7 @@ def session() -> Iterator[bool]:
         raise lost from None
 
 
-def share(value: T | None = None) -> T:
+def share(value: Any = None) -> Any:
     """Return the first process's value in all processes; the others wait for it. With one process, return `value`."""
     if world_size() == 1:
         return value

@@ -120,8 +120,8 @@ def _fit(
     if found is not None:
         checkpoints.take_over(found.checkpoint)
         report_resume(found, run, plan, saved)
-    origin = {"origin": plan.origin.name, "pretrained": plan.origin.pretrained}
-    checkpoints.keep({"settings": config.to_dict(), "data": images, **origin})
+    kept = {"data": images, "origin": plan.origin.name, "pretrained": plan.origin.pretrained}
+    checkpoints.keep({"settings": config.to_dict(), **kept})
     check_space(run.partial, trainer.learn.model)
     chosen = replace(plan.config, device=plan.device.type, precision=plan.precision)
     distributed.share((chosen, data, plan.origin, saved))

@@ -53,10 +53,7 @@ def check_data(data: str | Path | None = None, patient_pattern: str | None = Non
     started = time.perf_counter()
     if data is None:
         data = default_data()
-    if data is None:
-        root, splits = cached(), SPLITS[:3]
-    else:
-        root, splits = _find_splits(data)
+    root, splits = (cached(), SPLITS[:3]) if data is None else _find_splits(data)
     listed = pd.concat([_listed(root, split) for split in splits], ignore_index=True)
     is_image = ~listed.hidden & (listed.label != "") & listed.path.map(is_image_file)
     table = listed[is_image].drop(columns="hidden").reset_index(drop=True)
