@@ -256,7 +256,7 @@ except RuntimeError as error:
     [
         (
             "killed",
-            "RuntimeError another of the 2 processes ended, or cannot be reached; see .*(Connection closed by peer",
+            "RuntimeError another of the 2 processes ended, or cannot be reached; see .*(.*by peer",
         ),
         ("silent", "RuntimeError another of the 2 processes ended, or was silent for 3 hours, .*(Timed out waiting"),
     ],
