@@ -72,7 +72,7 @@ class XrayInterpretation(ClassificationInterpretation):
 
     def confusion_matrix(self) -> np.ndarray:
         "Counts (true class, predicted class), in the order of the vocabulary."
-        matrix = np.zeros((len(self.vocab), len(self.vocab)), dtype=int)
+        matrix: np.ndarray = np.zeros((len(self.vocab), len(self.vocab)), dtype=int)
         np.add.at(matrix, (np.array(self._y_true()), self.predicted), 1)
         return matrix
 

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from xray_fastai.inference.tta import mean_over_views
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
 
-Source = str | Path | bytes | Image.Image | np.ndarray
+Source: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
 """What `images.open_image` reads."""
 
 
