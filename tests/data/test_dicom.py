@@ -572,7 +572,7 @@ def test_data_check_finds_a_patient_in_two_splits_by_patient_id(tmp_path, run):
 def worked(patients, tmp_path_factory, run):
     """A folder in which every command has been run on DICOM files, one fit of them interrupted and resumed."""
     root = tmp_path_factory.mktemp("worked")
-    from xray_fastai.training.callbacks import StopOnNonFiniteLoss
+    from xray_fastai.training.stopping import StopOnNonFiniteLoss
 
     outputs, plain, calls = [], StopOnNonFiniteLoss.after_batch, []
 

@@ -15,7 +15,7 @@ from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai.evaluation.evaluate import evaluate
 from xray_fastai.metrics import scored
 from xray_fastai.metrics.intervals import measure
-from xray_fastai.metrics.points import METRICS
+from xray_fastai.metrics.table import METRICS
 
 TEST = {"test/NORMAL": 9, "test/PNEUMONIA": 7}
 FILES = {"confusion.png", "metrics.json", "precision_recall.png", "predictions.csv", "reliability.png", "roc.png"}

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.conftest import settings_of
 from xray_fastai.evaluation.learning_curves import plot_batch
 from xray_fastai.evaluation.report import embed_pictures, write_report
-from xray_fastai.metrics.points import METRICS
+from xray_fastai.metrics.table import METRICS
 from xray_fastai.system.errors import UserError
 
 EVIL = "<script>alert(1)</script>"

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from xray_fastai.metrics import intervals, points
+from xray_fastai.metrics import intervals, table
 from xray_fastai.metrics import scored as scored_module
 from xray_fastai.metrics.intervals import measure, patient_weights, resample
-from xray_fastai.metrics.points import FALSE_POSITIVE_RATES, METRICS, curve_values, title_of, values
 from xray_fastai.metrics.scored import BINS, Scored, calibration_error, losses
+from xray_fastai.metrics.table import FALSE_POSITIVE_RATES, METRICS, curve_values, title_of, values
 
 
 def draw(classes, images=60, patients=40, seed=0):
@@ -25,7 +25,7 @@ def draw(classes, images=60, patients=40, seed=0):
     return Scored(y_true, y_prob, patients, 1 if classes == 2 else None)
 
 
-@pytest.mark.parametrize("module", [intervals, points, scored_module])
+@pytest.mark.parametrize("module", [intervals, table, scored_module])
 def test_the_examples(module):
     failed, tried = doctest.testmod(module, extraglobs={"np": np})
     assert tried and not failed

@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 
-MODULES = ("evaluation.report", "training.fit", "training.loop", "training.finish")
+MODULES = ("evaluation.report", "training.fit", "training.loop", "training.write_export")
 
 
 def arrange(what: str, where: str, max_images: int = 0) -> None:

@@ -11,8 +11,9 @@ from fastai.vision.all import Callback, CancelFitException
 
 from tests.conftest import settings_of
 from xray_fastai import fit
-from xray_fastai.training.callbacks import EarlyStopping, Schedule, StopOnNonFiniteLoss
+from xray_fastai.training.callbacks import Schedule
 from xray_fastai.training.frozen_features import NextView
+from xray_fastai.training.stopping import EarlyStopping, StopOnNonFiniteLoss
 
 LR = 1e-3
 

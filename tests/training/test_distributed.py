@@ -21,7 +21,7 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
 ROOT = Path(__file__).parents[2]
-BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # five an epoch, two of validation
+BATCH = "xray_fastai.training.stopping:StopOnNonFiniteLoss.after_batch"  # five an epoch, two of validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
 
 

@@ -21,7 +21,7 @@ from xray_fastai.training.checkpoint import read_json, write_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
-BATCH = "xray_fastai.training.callbacks:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth of validation
+BATCH = "xray_fastai.training.stopping:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth of validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
 CHECKPOINTS = "xray_fastai.training.checkpoint:Checkpoints"
 END = "xray_fastai.training.loop:save_between_phases@1"
@@ -131,7 +131,7 @@ KILLED = [  # when; the place in a process that resumes after the previous kill;
     ),
     ("in the last epoch", f"{BATCH}@9", "after the frozen phase"),
     ("before the checkpoint of the end", END, "after unfrozen epoch 1"),
-    ("while the export is written", "xray_fastai.training.finish:plot_curves@1", "after unfrozen epoch 1"),
+    ("while the export is written", "xray_fastai.training.write_export:plot_curves@1", "after unfrozen epoch 1"),
 ]
 
 

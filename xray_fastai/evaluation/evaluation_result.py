@@ -10,7 +10,7 @@ import pandas as pd
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.evaluation.plots import FILES
-from xray_fastai.metrics.points import title_of
+from xray_fastai.metrics.table import title_of
 from xray_fastai.system.text import WIDTH, data_uri, format_interval, shorten, wrap
 
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from xray_fastai.metrics.intervals import Curve, Measured
-from xray_fastai.metrics.points import FALSE_POSITIVE_RATES
 from xray_fastai.metrics.scored import BINS, Scored
+from xray_fastai.metrics.table import FALSE_POSITIVE_RATES
 from xray_fastai.system.text import format_interval, shorten
 
 FILES = {

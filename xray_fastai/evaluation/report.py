@@ -23,7 +23,7 @@ from PIL import Image
 
 from xray_fastai.evaluation.learning_curves import svg_curves
 from xray_fastai.export.schema import read_settings
-from xray_fastai.metrics.points import METRICS, title_of
+from xray_fastai.metrics.table import METRICS, title_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import atomic_write
 from xray_fastai.system.text import data_uri, format_number, shorten

@@ -22,7 +22,7 @@ from filelock import FileLock
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import acquire, release, sync_folder
 
-CHECKPOINT, SETTINGS = "checkpoint", "settings.json"
+CHECKPOINT, SETTINGS_FILE = "checkpoint", "settings.json"
 
 
 class Reservation:
@@ -68,7 +68,7 @@ class Unfinished:
     @property
     def usable(self) -> bool:
         """Whether a checkpoint was written."""
-        return (self.checkpoint / SETTINGS).is_file()
+        return (self.checkpoint / SETTINGS_FILE).is_file()
 
     def __str__(self) -> str:
         return f"{self.path} of {datetime.fromtimestamp(self.when):%Y-%m-%d %H:%M}"
@@ -108,7 +108,7 @@ def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> It
                 fault = f"{run.final} already exists; give another name"
             elif run.partial.exists():
                 advice = "delete it"
-                if (run.checkpoint / SETTINGS).is_file():
+                if (run.checkpoint / SETTINGS_FILE).is_file():
                     advice = f"resume it by '{run.resume_command}', or delete it"
                 fault = f"{run.partial} belongs to an unfinished fit; {advice}"
             else:
@@ -191,7 +191,7 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
 def _first_name(run: Unfinished) -> str:
     """Return the name that a run was started with, without the number that was added when it was resumed."""
     try:
-        given = json.loads((run.checkpoint / SETTINGS).read_text(encoding="utf-8"))["settings"]["name"]
+        given = json.loads((run.checkpoint / SETTINGS_FILE).read_text(encoding="utf-8"))["settings"]["name"]
     except (OSError, ValueError, TypeError, KeyError):
         given = None
     if given is None and (date := re.match(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from xray_fastai.metrics.points import METRICS, Counts, Rankings, curve_values, values
 from xray_fastai.metrics.scored import Scored
+from xray_fastai.metrics.table import METRICS, Counts, Rankings, curve_values, values
 
 RESAMPLES = 2000
 SEED = 0

@@ -1,9 +1,6 @@
 """The callbacks that a fit adds to fastai's training loop; each has one purpose."""
 
-import contextlib
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from fastai.vision.all import (
     Callback,
-    CancelFitException,
     MixedPrecision,
     TrackerCallback,
     TrainEvalCallback,
@@ -21,7 +17,6 @@ from fastai.vision.all import (
 from torch.nn.functional import cross_entropy
 
 from xray_fastai.export.schema import HISTORY_COLUMNS
-from xray_fastai.system import distributed
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -184,96 +179,6 @@ class BestWeights(TrackerCallback):
         "Load the best weights into the model, if an epoch was completed."
         if self.row is not None:
             model.load_state_dict(self.state)
-
-
-class EarlyStopping(TrackerCallback):
-    """End the phase after `patience` epochs without a new lowest validation loss.
-
-    Unlike fastai's `EarlyStoppingCallback`, it prints nothing and remembers whether it ended the phase.
-    """
-
-    order = TrackerCallback.order + 3
-
-    def __init__(
-        self,
-        patience: int,  # epochs without a new lowest loss
-    ):
-        super().__init__()
-        self.patience, self.stopped = patience, False
-
-    def before_fit(self):
-        super().before_fit()
-        self.wait = 0
-
-    def after_epoch(self):
-        super().after_epoch()
-        self.wait = 0 if self.new_best else self.wait + 1
-        if self.wait >= self.patience:
-            self.stopped = True
-            raise CancelFitException
-
-
-class StopOnNonFiniteLoss(Callback):
-    "End the fit when a training or validation loss is infinite or not a number."
-
-    order = -9
-    run_valid = True
-    where: str | None = None
-
-    def after_batch(self):
-        if not torch.isfinite(self.loss):
-            part = "training" if self.training else "validation"
-            self.where = f"epoch {self.epoch + 1}, {part} batch {self.iter + 1}"
-            raise CancelFitException
-
-
-STOPPING = b"\nStopping after this batch, then exporting the best weights; press Ctrl-C again to stop at once.\n"
-
-
-class StopOnSignal(Callback):
-    """Stop after the batch at Ctrl-C or SIGTERM, and at once at a second Ctrl-C; a context around the fit.
-
-    Loading processes are forked inside the context and inherit its handlers. So a Ctrl-C, which the terminal sends to
-    them too, does not end them.
-    """
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    noted: int | None = None  # the signal that this process received
-    received: int | None = None  # the signal that ends the fit; several processes agree on it in `due`
-
-    def __enter__(self):
-        self.before, self.process = {}, os.getpid()
-        with contextlib.suppress(ValueError):  # only the main thread can set handlers
-            for number in self.signals:
-                self.before[number] = signal.signal(number, self.receive)
-        return self
-
-    def __exit__(self, kind, *_):
-        # torchrun and a cluster's scheduler may both send SIGTERM, and torchrun also when another process failed
-        ignore = distributed.world_size() > 1 and (kind is not None or self.received is not None)
-        for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_IGN if ignore else handler)
-
-    def receive(self, number, _frame):
-        if self.noted == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if distributed.world_size() == 1:
-            if self.noted is None and os.getpid() == self.process:  # not in a loading process
-                os.write(2, STOPPING)
-            self.received = number
-        self.noted = number
-
-    def due(self) -> bool:
-        """Return whether to stop now. Several processes agree: if one received a signal, all stop at the same batch."""
-        if distributed.world_size() > 1 and self.received is None:
-            self.received = distributed.any_of(self.noted)
-            if self.received is not None and distributed.rank() == 0:
-                os.write(2, STOPPING)
-        return self.received is not None
-
-    def after_batch(self):
-        if self.due():
-            raise CancelFitException
 
 
 class EpochLog(Callback):

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from xray_fastai.export.run_folder import CHECKPOINT, SETTINGS, Reservation
+from xray_fastai.export.run_folder import CHECKPOINT, SETTINGS_FILE, Reservation
 from xray_fastai.system.errors import UserError, reason
 from xray_fastai.system.files import atomic_write
 
@@ -88,7 +88,7 @@ class Checkpoints:
         """
         try:
             self.folder.mkdir(exist_ok=True)
-            write_json(self.folder / SETTINGS, {"format": FORMAT, **settings})
+            write_json(self.folder / SETTINGS_FILE, {"format": FORMAT, **settings})
         except OSError as error:
             raise self._write_error(error) from None
 
@@ -176,7 +176,7 @@ class Checkpoints:
     def _write(self, number: int, manifest: dict, new: Parts, files: dict[str, dict], earlier: set[str]) -> None:
         try:
             # the previous checkpoint stays until this one is complete
-            self._delete_all_but(earlier | {SETTINGS, f"{number - 1:05}.json"})
+            self._delete_all_but(earlier | {SETTINGS_FILE, f"{number - 1:05}.json"})
             for name, tensors in new.items():
                 files[name] = write_tensors(self.folder / name, tensors)
             write_json(self.folder / f"{number:05}.json", manifest | {"files": files})
@@ -265,7 +265,7 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: they are damaged, or of another version.
     """
-    path = folder / SETTINGS
+    path = folder / SETTINGS_FILE
     try:
         kept = read_json(path)
         check_format(path, kept["format"])

@@ -13,15 +13,15 @@ from xray_fastai.config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import fingerprint, read_collection
 from xray_fastai.data.sources.phantom import cached
-from xray_fastai.export.run_folder import SETTINGS, Reservation, Unfinished, reopen, reserve
+from xray_fastai.export.run_folder import SETTINGS_FILE, Reservation, Unfinished, reopen, reserve
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.training.checkpoint import Checkpoints, Saved, check_space, kept_settings
-from xray_fastai.training.finish import Result, export_learner
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import announce, name_leftovers, report_resume
 from xray_fastai.training.plan import Origin, make_plan
+from xray_fastai.training.write_export import Result, export_learner
 
 CHANGEABLE = ("data", "device", "workers", "cache", "exports")
 """Settings that may change when a fit is resumed. `data` must hold the same images."""
@@ -83,7 +83,7 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
     try:
         config = FitConfig(**kept_settings(found.checkpoint)["settings"])
     except (KeyError, TypeError) as error:
-        path = found.checkpoint / SETTINGS
+        path = found.checkpoint / SETTINGS_FILE
         raise UserError(
             f"{path}: written by another version ({error}); delete {found.path}, and start a new fit"
         ) from None

@@ -34,10 +34,10 @@ from torch.fx.experimental.optimization import fuse
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
-from xray_fastai.training.callbacks import StopOnSignal
 from xray_fastai.training.checkpoint import check_space
 from xray_fastai.training.plan import Plan
 from xray_fastai.training.state import random_states, set_random_states
+from xray_fastai.training.stopping import StopOnSignal
 
 IN_MEMORY = 2**30
 """Above this number of bytes, features are kept in a memory-mapped file; 2**30 bytes hold four views of 65,000 images

@@ -13,16 +13,7 @@ from xray_fastai.model.learner import parameter_counts
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.training import frozen_features
-from xray_fastai.training.callbacks import (
-    BestWeights,
-    EarlyStopping,
-    EpochLog,
-    FrozenBody,
-    Schedule,
-    StopOnNonFiniteLoss,
-    StopOnSignal,
-    precision_callbacks,
-)
+from xray_fastai.training.callbacks import BestWeights, EpochLog, FrozenBody, Schedule, precision_callbacks
 from xray_fastai.training.checkpoint import Checkpoints, Saved
 from xray_fastai.training.messages import report_smaller_batch
 from xray_fastai.training.out_of_memory import AccumulateGradients, is_out_of_memory, smaller
@@ -35,6 +26,7 @@ from xray_fastai.training.state import (
     restore_model,
     save_between_phases,
 )
+from xray_fastai.training.stopping import EarlyStopping, StopOnNonFiniteLoss, StopOnSignal
 
 
 class Trainer:
