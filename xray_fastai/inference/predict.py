@@ -20,7 +20,7 @@ from xray_fastai.config import PredictConfig
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.row_file import Row
 from xray_fastai.inference.stream import Batch, Source, check_folders, image_sources, predict_batches
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import ImageError, UserError
 
 DIGITS = 7
 """Decimal places of a probability in a row."""
@@ -147,8 +147,8 @@ class RowBuilder:
             for number, (source, logits, error) in enumerate(batch.outputs(), first)
         ]
 
-    def _row(self, path: str, logits: np.ndarray | None, error: str | None) -> Row:
-        result = ImageResult(path, self.threshold, error=error)
+    def _row(self, path: str, logits: np.ndarray | None, error: ImageError | None) -> Row:
+        result = ImageResult(path, self.threshold, error=None if error is None else str(error))
         if logits is not None and not np.isfinite(logits).all():
             result = ImageResult(path, self.threshold, error=f"{path}: the network's output is not a number")
         elif logits is not None:

@@ -29,11 +29,11 @@ class Batch:
     """Holds sources that went through the network together, and their logits."""
 
     sources: list[Source]
-    errors: list[str | None]  # for each source: why it cannot be read, or None
+    errors: list[ImageError | None]  # for each source: why it cannot be read, or None
     images: torch.Tensor  # (readable, 1, size, size), 8-bit
     logits: np.ndarray  # (readable, classes), fp32
 
-    def outputs(self) -> Iterator[tuple[Source, np.ndarray | None, str | None]]:
+    def outputs(self) -> Iterator[tuple[Source, np.ndarray | None, ImageError | None]]:
         """Yield each source with its logits (classes,) or None, and its error or None."""
         logits = iter(self.logits)
         for source, error in zip(self.sources, self.errors, strict=True):
@@ -57,11 +57,11 @@ def predict_batches(
         UserError: a batch does not fit into the device's memory.
     """
 
-    def decode(source: Source) -> torch.Tensor | str:
+    def decode(source: Source) -> torch.Tensor | ImageError:
         try:
             return torch.from_numpy(np.array(open_image(source, model.size)))[None]  # (1, size, size)
         except ImageError as error:
-            return str(error)
+            return error.with_traceback(None)  # whose frames hold the image
 
     sources = iter(sources)
     threads = min(16, os.cpu_count() or 1)
@@ -79,13 +79,13 @@ def predict_batches(
             batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
             fill()
             decoded = [future.result() for _, future in batch]
-            readable = [image for image in decoded if not isinstance(image, str)]
+            readable = [image for image in decoded if isinstance(image, torch.Tensor)]
             images = torch.empty(0, 1, model.size, model.size, dtype=torch.uint8)
             logits = np.empty((0, len(model.classes)), np.float32)
             if readable:
                 images = torch.stack(readable)
                 logits = (mean_over_views(model.outputs, images) if tta else model.outputs(images)).numpy()
-            errors = [image if isinstance(image, str) else None for image in decoded]
+            errors = [image if isinstance(image, ImageError) else None for image in decoded]
             yield Batch([source for source, _ in batch], errors, images, logits)
     except torch.OutOfMemoryError:
         raise UserError(
@@ -99,7 +99,7 @@ def predict_batches(
 
 def predict_stream(
     model: Model, sources: Iterable[Source], batch_size: int = 32, tta: bool = False
-) -> Iterator[tuple[Source, np.ndarray | None, str | None]]:
+) -> Iterator[tuple[Source, np.ndarray | None, ImageError | None]]:
     """Predict as `predict_batches` does, and yield one source at a time.
 
     Yields:

@@ -123,7 +123,7 @@ def predict_file(model: Model, name: str, content: bytes, heatmap: bool = True) 
     (batch,) = predict_batches(model, [content], 1)
     ((_, logits, error),) = batch.outputs()
     if error is not None:
-        return unreadable(model, name, error.removeprefix("image: "))  # what `open_image` calls bytes
+        return unreadable(model, name, error.message)
     if not np.isfinite(logits).all():
         return unreadable(model, name, "the network's output is not a number")
     probabilities = model.probabilities(logits)  # (classes,)
