@@ -64,7 +64,7 @@ def test_a_missing_class(refuse, collection):
 
 def test_a_class_that_only_val_has(refuse, collection):
     shutil.copytree(collection / "val" / "NORMAL", collection / "val" / "COVID")
-    refuse(collection, "val: holds class COVID", "the classes known are NORMAL, PNEUMONIA")
+    refuse(collection, "val: holds class COVID", "the known classes are NORMAL, PNEUMONIA")
 
 
 def test_one_class(refuse, collection):

@@ -74,6 +74,12 @@ def test_every_option_reaches_the_fit(run, calls):
     assert calls == [((FitConfig(**values),), {})]
 
 
+def test_the_command_runs_without_any_option(run, calls):
+    result = run("fit")
+    assert result.exit_code == 0, result.output
+    assert calls == [((FitConfig(),), {})]
+
+
 def test_a_resumed_fit_gets_only_the_options_that_were_given(run, calls):
     run("fit", "--resume", "--no-cache", "--epochs", FitConfig.epochs)
     run("fit", "--workers", 0, "--resume", "small")

@@ -153,7 +153,7 @@ def test_a_failure_leaves_the_earlier_evaluation(run, refused, export, data, tmp
 
 def test_uncalibrated(evaluated, changed, data):
     """Raw probabilities, and the same decisions: the threshold of the calibrated ones moves with them."""
-    export = changed(temperature=2.5, threshold=0.7, calibration="temperature 2.5 by 100 images")
+    export = changed(temperature=2.5, threshold=0.7, calibration="temperature 2.5 by 100 images", calibrated=True)
     calibrated = evaluate(export, data)
     text, summary, table = evaluated(export, "--uncalibrated")
     assert not summary["calibrated"] and "uncalibrated" in text

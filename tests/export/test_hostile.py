@@ -224,7 +224,7 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "data.valid_files": [([["a"]], "string"), (["../../etc/pas"], "pattern"), (None, "should be a list")],
     "settings.data": [(None, "which is for a rehearsal only"), ("a\0b", "unprintable"), (["a"], "string")],
     "settings.patient_pattern": [(3, "string"), ("x" * 5000, "5,000 characters")],
-    "settings.lr": [(-1, "settings: lr -1.0: ")],
+    "settings.lr": [(-1, "settings: lr -1: ")],
     "settings.epochs": [("all", "integer")],
     "training.phases": [([{}], "training.phases[0].name: field required"), (["a"], "object")],
     "training.seconds": [(-1, "equal to 0")],

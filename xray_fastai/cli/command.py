@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -74,11 +75,6 @@ class ResumeCommand(Command):
     """Allows `--resume` without a value, which typer does not support: it becomes `--resume=`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        followers = [*args[1:], "-"]
-        return super().parse_args(
-            ctx,
-            [
-                "--resume=" if arg == "--resume" and follower.startswith("-") else arg
-                for arg, follower in zip(args, followers, strict=True)
-            ],
-        )
+        pairs = pairwise([*args, "-"])
+        alone = [arg == "--resume" and follower.startswith("-") for arg, follower in pairs]
+        return super().parse_args(ctx, [f"{arg}=" if a else arg for arg, a in zip(args, alone, strict=True)])

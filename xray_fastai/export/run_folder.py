@@ -162,11 +162,11 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
     old = next((old for old in resumable if old.name == name), None)
     if old is None:
         if run.final.exists():
-            fault = f"{run.final} is finished, or was resumed already; unfinished in {exports}: {names}"
+            fault = f"{run.final} is finished, or was resumed already; unfinished runs in {exports}: {names}"
         elif run.partial.exists():
             fault = f"{run.partial} stopped before its first checkpoint; delete it"
         else:
-            fault = f"no such run in {exports}; unfinished there: {names}"
+            fault = f"no such run in {exports}; unfinished runs: {names}"
         raise UserError(fault, option="resume", value=name)
     try:
         lock = acquire(run.lock)
