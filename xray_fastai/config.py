@@ -74,6 +74,7 @@ class Setting:
     above: float | None = None  # all values are larger
     below: float | None = None  # all values are smaller
     check: Callable[[str], str | None] | None = None  # returns what the user has to do, or None for a right value
+    printable: bool = False  # whether unprintable characters are refused, because an export or a message holds the text
 
     @property
     def is_closed(self) -> bool:
@@ -86,7 +87,7 @@ class Setting:
             return f"choose one of {', '.join(self.choices)}"
         if not self._is_within(value):
             return f"give {self._limits()}"
-        if isinstance(value, str) and (fault := fault_of(value, MAX_TEXT)):
+        if self.printable and (fault := fault_of(value, MAX_TEXT)):
             return f"{fault}; give another text"
         return None if self.check is None else self.check(value)
 
@@ -194,7 +195,10 @@ class FitConfig:
     """
 
     data: str | None = _setting(
-        None, "Folder with train/CLASS/* and val/CLASS/*. [default: ./chest_xray, else phantom]", metavar="DIR"
+        None,
+        "Folder with train/CLASS/* and val/CLASS/*. [default: ./chest_xray, else phantom]",
+        metavar="DIR",
+        printable=True,
     )
     epochs: int = _setting(100, "Maximum number of epochs in each phase.", min=1)
     freeze_epochs: int | None = _setting(
@@ -222,6 +226,7 @@ class FitConfig:
         None,
         "Weights to start from: imagenet, none, or a .pth or .safetensors file. [default: imagenet; phantom: none]",
         metavar="imagenet|none|FILE",
+        printable=True,
     )
     recipe: str = _setting(
         "default",
@@ -272,6 +277,7 @@ class FitConfig:
         "Regular expression that finds the patient in a file name. [default: PatientID in DICOM, the Kaggle names]",
         metavar="REGEX",
         check=_check_patient_pattern,
+        printable=True,
     )
     skip_bad: bool = _setting(False, "Leave out images that cannot be read, instead of stopping.")
     exclude: str | None = _setting(
@@ -283,15 +289,10 @@ class FitConfig:
     workers: int | None = _setting(None, "Number of processes that load images. [default: by device and cores]", min=0)
     cache: bool = _setting(True, "Keep decoded images in the user's cache folder, for later epochs and fits.")
     name: str | None = _setting(None, "Name of the run. [default: date and time]", metavar="RUN", check=_check_name)
-    exports: str = _setting("exports", "Folder to write the run's folder into.", metavar="DIR")
+    exports: str = _setting("exports", "Folder to write the run's folder into.", metavar="DIR", printable=True)
 
     def __post_init__(self) -> None:
         _check_fields(self)
-
-    @property
-    def valid_fraction(self) -> float | None:
-        """The fraction of train/ to hold out; None if `valid` is not a number."""
-        return None if self.valid in ("auto", "folder") else float(self.valid)
 
     def class_weight_list(self) -> list[float] | None:
         """Return the weights given as numbers, in the order of the classes; None if `class_weights` has no numbers."""

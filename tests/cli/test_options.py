@@ -74,6 +74,11 @@ def test_every_option_reaches_the_fit(run, calls):
     assert calls == [((FitConfig(**values),), {})]
 
 
+def test_a_file_name_of_any_bytes_is_taken(run, calls):
+    run("predict", "a", "--output", "a\udcff.csv")
+    assert calls[0][0][2].output == "a\udcff.csv"
+
+
 def test_the_command_runs_without_any_option(run, calls):
     result = run("fit")
     assert result.exit_code == 0, result.output
@@ -157,7 +162,7 @@ def test_a_new_option_needs_one_new_field():
         (FitConfig, {"class_weights": "1,inf"}, "class_weights 1,inf: give balanced, none, or numbers above 0"),
         (FitConfig, {"patient_pattern": "("}, "patient_pattern (: not a regular expression: missing )"),
         (FitConfig, {"name": ".x"}, "name .x: use letters, digits"),
-        (FitConfig, {"exclude": "a\x1b"}, r"exclude a\x1b: holds the unprintable character '\x1b'; give another text"),
+        (FitConfig, {"weights": "a\x1b"}, r"weights a\x1b: holds the unprintable character '\x1b'; give another text"),
         (PredictConfig, {"threshold": 2}, "threshold 2: give a number from 0 to 1"),
         (PredictConfig, {"precision": "fp16"}, "precision fp16: choose one of auto, fp32, bf16"),
         (PredictConfig, {"batch_size": 0}, "batch_size 0: give 1 or more"),

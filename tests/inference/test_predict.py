@@ -139,6 +139,13 @@ def test_paths_pictures_and_arrays(model, an_image, tmp_path):
     assert "values from nan" in bad.error[0] and bad.prediction[1] in model.classes
 
 
+def test_a_path_of_any_kind(model, files):
+    with os.scandir(Path(files[0]).parent) as entries:
+        entry = next(entry for entry in entries if entry.path == str(files[0]))
+    assert predict(entry, model).path.tolist() == [str(files[0])]
+    assert predict([entry], model, recursive=1).error.isna().all()  # as bool
+
+
 def test_the_stream_gives_logits_in_order(model, files):
     found = list(predict_stream(model, [*files[:3], "nowhere.png", *files[3:5]], batch_size=2))
     assert [source for source, _, _ in found] == [*files[:3], "nowhere.png", *files[3:5]]

@@ -79,6 +79,24 @@ def test_a_callback_stays_after_out_of_memory_and_can_end_a_phase(settings, caps
     assert spy.rates[-1] == pytest.approx([LR] * 3)  # a constant rate is the same for all layers
 
 
+class EndAtOnce(Callback):
+    """Ends the frozen phase before its first epoch."""
+
+    def before_train(self):
+        if not any(p.requires_grad for p in self.model[0].parameters()):
+            raise CancelFitException
+
+
+def test_a_callback_can_end_a_phase_before_its_first_epoch(settings):
+    result = fit(**settings, name="at-once", frozen_views=0, callbacks=[EndAtOnce()])
+    assert [row["phase"] for row in result.history] == ["unfrozen", "unfrozen"]
+    phases = settings_of(Path("exports/at-once"))["training"]["phases"]
+    assert [(phase["best_epoch"] is None, phase["end"]) for phase in phases] == [
+        (True, "a callback"),
+        (False, "reaching its last epoch"),
+    ]
+
+
 @pytest.mark.parametrize(("epochs", "expected"), [(0, 0.25), (0.5, 0.75), (1, 1), (6, 1), (8, 0.5), (10, 0)])
 def test_the_rate_warms_up_stays_and_falls_along_a_cosine(epochs, expected):
     schedule = Schedule(patience=2)

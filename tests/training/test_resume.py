@@ -279,12 +279,12 @@ def test_resume_takes_the_newest_run_and_its_last_undamaged_checkpoint(crashed, 
     [
         (
             ["--resume", "crashed", "--epochs", 5, "--lr", 1],
-            ["--epochs: cannot change when crashed is resumed; leave out epochs, lr,"],
+            ["--epochs: cannot change when crashed is resumed, nor can --lr; leave it out"],
         ),
         (["--resume", "nosuch"], ["--resume nosuch: no such run in exports", "unfinished runs: crashed"]),
         (["--resume", "done"], ["--resume done: exports/done is finished", "unfinished runs in exports: crashed"]),
         (["--resume", "--exports", "other"], ["--resume: no unfinished run in other"]),
-        (["--resume", "empty"], ["exports/.empty.partial stopped before its first checkpoint", "delete it"]),
+        (["--resume", "empty"], ["exports/.empty.partial stopped before its settings were written", "delete it"]),
         (["--name", "crashed"], ["exports/.crashed.partial", "resume it by 'xray-fastai fit --resume crashed'"]),
         (["--resume", "crashed", "--data", "other"], ["--data other: no such folder"]),
     ],
@@ -333,7 +333,12 @@ def test_damaged_checkpoints_are_refused(suffix, crashed, run, refused):
     assert len(list(folder.glob(f"[0-9]*.{suffix}"))) == (3 if suffix == "head.safetensors" else 2)
     for path in folder.glob(f"[0-9]*.{suffix}"):
         damage(path)
-    refused(run("fit", "--resume", "crashed"), "damaged", "and so are the others", "delete exports/.crashed.partial")
+    refused(
+        run("fit", "--resume", "crashed"),
+        "damaged",
+        "no undamaged checkpoint is left",
+        "delete exports/.crashed.partial",
+    )
     assert folder.is_dir()
 
 
@@ -360,7 +365,7 @@ def test_a_run_that_another_fit_uses_is_refused(crashed, run, refused):
     link = crashed / ".crashed.partial"
     with reserve("exports", "other") as other:
         shutil.copytree(link / "checkpoint", other.checkpoint, copy_function=os.link)
-        refused(run("fit", "--resume", "other"), "--resume other: another fit is resuming this run")
+        refused(run("fit", "--resume", "other"), "--resume other: a fit is running under this name")
         refused(run("fit", "--name", "other"), "--name other", "a running fit writes")
         other.resumable = True
         result = run("fit", "--data", "nowhere")

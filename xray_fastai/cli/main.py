@@ -1,5 +1,7 @@
 """Defines the commands: each calls one function and prints its result."""
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +39,9 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show does not end the command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     distributed.hush()
 
 
@@ -75,10 +80,11 @@ def fit(
     **settings: Any,
 ) -> None:
     """Train on images in train/ and val/ (without any, on a synthetic data set) and write exports/RUN."""
+    config = FitConfig(**settings)  # before the import, which takes seconds: a wrong value is answered at once
     from xray_fastai.training.fit import fit as run
 
     if resume is None:
-        result = run(FitConfig(**settings))
+        result = run(config)
     else:
         result = run(resume=resume or True, **{k: v for k, v in settings.items() if _is_given(ctx, k)})
     if open and distributed.rank() == 0:
@@ -88,7 +94,8 @@ def fit(
             f"{result.error}; the best weights so far are in {result.path}; try a lower --lr than {result.config.lr:g}"
         )
     if result.signal:
-        distributed.tell("Interrupted: the best weights so far were exported.")
+        kept = "the best weights so far were exported" if result.history else "no epoch was completed"
+        distributed.tell(f"Interrupted: {kept}.")
         raise typer.Exit(128 + result.signal)
 
 

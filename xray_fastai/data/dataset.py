@@ -237,7 +237,7 @@ def read_split(
     check_split(folder, images, classes, partial)
     rows = [
         (str(folder / label / name), f"{split}/{label}/{name}", label, split)
-        for label, names in images.items()
+        for label, names in sorted(images.items())
         for name in names
     ]
     table = pd.DataFrame(rows, columns=["path", "file", "label", "split"])

@@ -85,7 +85,7 @@ def evaluate(
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
         output: the folder to write `evaluation-<split>/` into, instead of the export.
         device: auto, cpu, cuda or mps.
-        precision: auto, fp32 or bf16 (`inference.open_model`).
+        precision: auto, fp32 or bf16 (`inference.model.open_model`).
 
     Raises:
         UserError: no export, no such images, an image that cannot be read, or a folder that cannot be written to.

@@ -25,9 +25,9 @@ SIDE = 224
 SHARE = 0.1
 """The share of each class that is in a group."""
 MIN_IMAGES = 10
-"""Images and patients of each class that a group needs, for its AUC to mean something."""
+"""Images of each class that a group needs, and patients that each class needs, for an AUC to mean something."""
 GAP = 0.02
-"""A warning is given where a group's AUC is lower than that of all images by this, and its interval is below too."""
+"""A group is warned about if its AUC is at least this much below that of all images, and its interval is below it."""
 
 UNLIKE = "least typical"
 NAMES = {

@@ -67,7 +67,7 @@ class Unfinished:
 
     @property
     def usable(self) -> bool:
-        """Whether a checkpoint was written."""
+        """Whether the settings were written, so that the run can be resumed."""
         return (self.checkpoint / SETTINGS_FILE).is_file()
 
     def __str__(self) -> str:
@@ -154,7 +154,7 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
             raise UserError(f"no unfinished run in {exports}; start one by 'xray-fastai fit'", option="resume")
         name = resumable[0].name
     run = Reservation(exports, name)
-    busy = UserError("another fit is resuming this run; wait until it ends, or stop it", option="resume", value=name)
+    busy = UserError("a fit is running under this name; wait until it ends, or stop it", option="resume", value=name)
     if run.lock.exists():
         if (lock := acquire(run.lock)) is None:
             raise busy
@@ -164,7 +164,7 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
         if run.final.exists():
             fault = f"{run.final} is finished, or was resumed already; unfinished runs in {exports}: {names}"
         elif run.partial.exists():
-            fault = f"{run.partial} stopped before its first checkpoint; delete it"
+            fault = f"{run.partial} stopped before its settings were written; delete it"
         else:
             fault = f"no such run in {exports}; unfinished runs: {names}"
         raise UserError(fault, option="resume", value=name)
@@ -174,7 +174,10 @@ def reopen(exports: str | Path, name: str | None) -> Iterator[tuple[Reservation,
         raise UserError(
             f"cannot be written to ({error.strerror}); change its permissions", option="exports", value=exports
         ) from None
-    if lock is None or not old.usable:
+    if lock is None:
+        raise busy
+    if not old.usable:  # the fit that ran under this name ended just now, and took its folder along
+        release(lock)
         raise busy
     if old.path == run.partial:
         run.resumable = True

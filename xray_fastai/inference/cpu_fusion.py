@@ -8,7 +8,6 @@ import operator
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.optimization import fuse
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "swish"}
 """Modules that oneDNN can apply within a convolution, and oneDNN's names for them."""
@@ -49,6 +48,8 @@ class Fused(nn.Module):
 
 def fused_for_cpu(model: nn.Module, precision: torch.dtype = torch.bfloat16) -> Fused:
     """Return a fused copy of a network in eval mode, in `precision` and channels_last."""
+    from torch.fx.experimental.optimization import fuse  # whose import prints a warning of torch's
+
     graph = fuse(model).to(precision, memory_format=torch.channels_last)
     layers = dict(graph.named_modules())
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from fastai.vision.all import Learner, TensorImageBW
 from scipy.special import expit, logit, softmax
-from torch.fx.experimental.optimization import fuse
 
 from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.export.reader import load
@@ -55,7 +54,7 @@ class Model:
 
     @property
     def calibrated(self) -> bool:
-        """Whether temperature and threshold were chosen on validation images."""
+        """Whether the temperature was estimated on validation images."""
         return self.settings["calibrated"]
 
     def threshold_of(self, calibrated: bool = True) -> float | None:
@@ -118,6 +117,8 @@ class Model:
         Raises:
             UserError: an output is not a number, which oneDNN's ReLU would turn into zero.
         """
+        from torch.fx.experimental.optimization import fuse  # whose import prints a warning of torch's
+
         ramp = torch.arange(self.size**2).remainder(256).to(torch.uint8).view(1, 1, self.size, self.size)
         if not self.logits(ramp).isfinite().all():
             raise UserError(f"{self.path}: {NO_NUMBER}")

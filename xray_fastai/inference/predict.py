@@ -101,8 +101,8 @@ def predict(
         UserError: no export, a damaged one, a folder without images, or an option outside its limits.
     """
     config = PredictConfig(
-        recursive=recursive, threshold=threshold, uncalibrated=uncalibrated, tta=tta, batch_size=batch_size,
-        device=device, precision=precision,
+        recursive=bool(recursive), threshold=threshold, uncalibrated=bool(uncalibrated), tta=bool(tta),
+        batch_size=batch_size, device=device, precision=precision,
     )  # fmt: skip
     sources = _as_list(paths)
     check_folders(sources, config.recursive)
@@ -116,7 +116,8 @@ def predict(
 
 def _as_list(paths: Source | Iterable[Source]) -> list[Source]:
     """Return one image or many as a list. An array of two or three dimensions is one image."""
-    if isinstance(paths, (str, bytes, Path, Image.Image)) or (isinstance(paths, np.ndarray) and paths.ndim in (2, 3)):
+    is_array = isinstance(paths, np.ndarray) and paths.ndim in (2, 3)
+    if is_array or isinstance(paths, (str, bytes, os.PathLike, Image.Image)):
         return [paths]
     return list(paths)
 

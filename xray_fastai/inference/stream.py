@@ -61,7 +61,8 @@ def predict_batches(
         try:
             return torch.from_numpy(np.array(open_image(source, model.size)))[None]  # (1, size, size)
         except ImageError as error:
-            return error.with_traceback(None)  # whose frames hold the image
+            error.__context__ = error.__cause__ = None  # its traceback, as the error's own, keeps the image in memory
+            return error.with_traceback(None)
 
     sources = iter(sources)
     threads = min(16, os.cpu_count() or 1)
@@ -89,9 +90,7 @@ def predict_batches(
             yield Batch([source for source, _ in batch], errors, images, logits)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"not enough memory on {model.learn.dls.device}; give a smaller one, or --device cpu",
-            option="batch_size",
-            value=batch_size,
+            f"not enough memory on {model.learn.dls.device} for a batch size of {batch_size}; try --device cpu"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -120,7 +119,7 @@ def predict_all(model: Model, paths: Sequence[str], tta: bool = False) -> np.nda
     for _, output, error in track(predict_stream(model, paths, tta=tta), "predicting", len(paths)):
         logits.append(output)
         if error:
-            errors.append(error)
+            errors.append(str(error))
         elif not np.isfinite(output).all():
             raise UserError(f"{model.path}: {NO_NUMBER}")
     if errors:

@@ -163,7 +163,7 @@ class Predictor:
                 name, file = uploads.pop(0)
                 predictions.append(await self._predict(name, file, heatmap))
         except UserError as error:
-            raise HTTPException(503, str(error), {"Retry-After": "5"}) from None
+            raise HTTPException(503, error.message, {"Retry-After": "5"}) from None
         except ClientDisconnect:
             raise HTTPException(400, "the client closed the connection") from None
         finally:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from platformdirs import user_cache_path
 from xray_fastai.system.errors import UserError
 
 PROBE = 0.5  # seconds to wait for a lock; `unfinished` in another process holds it for a shorter time
+
+
+CACHE_ADVICE = "XDG_CACHE_HOME sets another folder" if sys.platform.startswith("linux") else "change its permissions"
+"""What to do if the cache folder cannot be written to."""
 
 
 def cache_dir() -> Path:

@@ -9,7 +9,7 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
@@ -107,8 +107,15 @@ def _check_entries(archive: Path, entries: list[zipfile.ZipInfo], max_bytes: int
             raise ArchiveError(f"{shown(entry.orig_filename)}: {fault}; do not unpack it", value=archive)
     if sum(entry.file_size for entry in entries) > max_bytes:
         raise ArchiveError(f"unpacks to more than {decimal(max_bytes)}; do not unpack it", value=archive)
-    # a/b and a//b are one file, and on many systems A/b too
-    if len({str(PurePosixPath(entry.filename)).casefold() for entry in entries}) < len(entries):
+
+
+def check_names(archive: Path, paths: Collection[PurePosixPath]) -> None:
+    """Check that no two files of an archive would be unpacked to one file.
+
+    Raises:
+        ArchiveError: two paths are equal; A/b and a/b are equal on many systems.
+    """
+    if len({str(path).casefold() for path in paths}) < len(paths):
         raise ArchiveError("holds two files of one name; do not unpack it", value=archive)
 
 
@@ -135,6 +142,7 @@ def _unpack(
     archive: Path, opened: zipfile.ZipFile, folder: Path, wanted: Sequence[str], limit: int
 ) -> tuple[str, list[str]]:
     names = opened.namelist()
+    check_names(archive, [PurePosixPath(name) for name in names])
     roots = [name.removesuffix(wanted[0]) for name in names if f"/{name}".endswith(f"/{wanted[0]}")]
     if len(roots) != 1:
         count = f"{len(roots)} exports" if roots else "no export"

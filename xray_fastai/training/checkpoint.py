@@ -209,7 +209,9 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
                 faults.append(f"{path}: damaged ({reason(error)})")
         if faults:
-            raise UserError(f"{faults[0]}, and so are the others; delete {folder.parent}, and start a new fit")
+            raise UserError(
+                f"{faults[0]}, and no undamaged checkpoint is left; delete {folder.parent}, and start a new fit"
+            )
         return None, []
 
     def _read(self, path: Path) -> Saved:

@@ -89,8 +89,10 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
         ) from None
     given = given | {"exports": str(run.exports)}
     if changed := [k for k, v in given.items() if k not in CHANGEABLE and v != getattr(config, k)]:
+        others = " and ".join(f"--{option.replace('_', '-')}" for option in changed[1:])
         raise UserError(
-            f"cannot change when {found.name} is resumed; leave out {', '.join(changed)}, or start a new fit",
+            f"cannot change when {found.name} is resumed{f', nor can {others}' if others else ''}; leave it out, or "
+            "start a new fit",
             option=changed[0],
         )
     return replace(config, **{k: v for k, v in given.items() if k in CHANGEABLE})

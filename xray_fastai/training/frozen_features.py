@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 from fastai.vision.all import Callback, CancelFitException, DataLoader, DataLoaders, Learner, TfmdDL, set_seed
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
@@ -146,6 +145,8 @@ def pooling(model: nn.Sequential) -> nn.Module:
     to 1.5 times faster in bfloat16 (128 and 224 px, one core). In float32 it changes features by at most 1e-6 of their
     norm.
     """
+    from torch.fx.experimental.optimization import fuse  # whose import prints a warning of torch's
+
     body = fuse(model[0].eval()).to(memory_format=torch.channels_last)  # a copy
     return nn.Sequential(body, model[1][0], nn.Flatten())
 

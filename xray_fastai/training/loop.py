@@ -78,12 +78,12 @@ class Trainer:
                 together: one ran out of memory at a step that the others completed); a checkpoint cannot be written.
         """
         with self.checkpoints or contextlib.nullcontext(), self.stop:
-            while (part := self._run_out_of_memory()) is not None:
+            while (part := self._train_until_out_of_memory()) is not None:
                 self._restart_smaller(part)
             if self.checkpoints is not None:
                 self.checkpoints.wait()
 
-    def _run_out_of_memory(self) -> str | None:
+    def _train_until_out_of_memory(self) -> str | None:
         """Train; return None at the end, or "train" or "valid" where a batch of these did not fit into memory.
 
         Returning from the `except` block drops the error, whose traceback keeps the tensors in memory.
@@ -116,6 +116,8 @@ class Trainer:
                 value=plan.config.device,
             )
         del self.learn, self.best
+        if self.checkpoints.number:  # whose record of the seconds holds those of this process
+            self.started = time.perf_counter()
         gc.collect()
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -149,7 +151,7 @@ class Trainer:
         if name == "frozen":
             learn.freeze()
             callbacks.append(FrozenBody())
-            if views := frozen_features.views(plan, epochs):
+            if self.checkpoints is not None and (views := frozen_features.views(plan, epochs)):
                 folder = self.checkpoints.run.partial
                 features = frozen_features.instead_of_images(learn, plan, views, folder, self.stop)
         else:
@@ -205,6 +207,6 @@ class Trainer:
             ends.append("a callback")
         else:
             ends.append("reaching its last epoch")
-        if self.checkpoints is not None:
+        if self.checkpoints is not None and self.best.row is not None:  # a callback may end a phase before any epoch
             save_between_phases(self.checkpoints, self.learn, self.progress, self.best)
         return True

@@ -103,8 +103,9 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
     phases, best = model["training"]["phases"], model["best"]
     for phase in phases:
         print(
-            f"{phase['name']} phase: {count_of(phase['epochs'], 'epoch')}, best epoch {phase['best_epoch']}; "
-            f"ended by {phase['end']}"
+            f"{phase['name']} phase: {count_of(phase['epochs'], 'epoch')}"
+            + (f", best epoch {phase['best_epoch']}" if phase["best_epoch"] else "")
+            + f"; ended by {phase['end']}"
         )
     if best:
         print(

@@ -13,6 +13,7 @@ from xray_fastai.model.loaders import default_workers, make_loaders
 from xray_fastai.model.pretrained import pretrained_state
 from xray_fastai.system import distributed
 from xray_fastai.system.device import choose_device, choose_precision, describe
+from xray_fastai.system.files import CACHE_ADVICE
 
 
 @dataclass(frozen=True)
@@ -107,5 +108,5 @@ def _pixel_cache(config: FitConfig, data: Collection) -> tuple[PixelCache | None
         cache = PixelCache(list(data.table.path), config.size)
     except OSError as error:
         path = error.filename or "the cache folder"
-        return None, f"none: {path}: {error.strerror}; XDG_CACHE_HOME sets another folder"
+        return None, f"none: {path}: {error.strerror}; {CACHE_ADVICE}"
     return cache, str(cache)

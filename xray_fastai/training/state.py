@@ -12,11 +12,17 @@ import numpy as np
 import torch
 from fastai.vision.all import Callback, CancelEpochException, CancelFitException, Learner, TrackerCallback
 
-from xray_fastai.training.callbacks import BestWeights, copied
+from xray_fastai.training.callbacks import BestWeights, Schedule, copied
 from xray_fastai.training.checkpoint import UNCHANGING, Best, Checkpoints, Parts, Saved, Tensors
+from xray_fastai.training.stopping import EarlyStopping
 
-COUNTERS = {"early_stopping": ("best", "wait"), "schedule": ("best", "wait", "cut")}
+COUNTERS = {EarlyStopping: ("best", "wait"), Schedule: ("best", "wait", "cut")}
 """The attributes of each callback that change from epoch to epoch."""
+
+
+def counting_callbacks(learn: Learner) -> dict[str, Callback]:
+    """Return the callbacks that have counters, by their names in a checkpoint; a user's of the same name is another."""
+    return {callback.name: callback for callback in learn.cbs if type(callback) in COUNTERS}
 
 
 @dataclass
@@ -64,9 +70,8 @@ class SaveCheckpoint(Callback):
         state |= {
             "epoch": self.epoch + 1,
             "counters": {
-                name: {attr: getattr(getattr(self.learn, name), attr) for attr in attrs}
-                for name, attrs in COUNTERS.items()
-                if hasattr(self.learn, name)  # a constant rate has no schedule
+                name: {attr: getattr(callback, attr) for attr in COUNTERS[type(callback)]}
+                for name, callback in counting_callbacks(self.learn).items()
             },
             "smooth_loss": [self.recorder.smooth_loss.count, self.recorder.smooth_loss.val.item()],
             "scaler": self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else {},
@@ -135,9 +140,10 @@ class RestoreCheckpoint(Callback):
     def restore(self):
         state = self.saved.state
         restore_optimizer(self.learn, state, self.saved.optimizer)
+        callbacks = counting_callbacks(self.learn)
         for name, values in state["counters"].items():
             for attr, value in values.items():
-                setattr(getattr(self.learn, name), attr, value)
+                setattr(callbacks[name], attr, value)
         loss = self.recorder.smooth_loss
         loss.count, loss.val = state["smooth_loss"][0], torch.tensor(state["smooth_loss"][1])
         self.learn.train_iter = self.start * len(self.dls.train)

@@ -174,7 +174,11 @@ def _tables(images: pd.DataFrame) -> str:
 def _plain(table: Table) -> str:
     """Return a table as text of `WIDTH` columns, without lines and colours."""
     table.box, table.pad_edge, table.padding = None, False, (0, 2, 0, 0)
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, markup=False, emoji=False)
+    for column in table.columns:
+        column.overflow = "fold"  # a long name continues on the next line
+    console = Console(
+        file=io.StringIO(), width=WIDTH, color_system=None, markup=False, emoji=False, force_jupyter=False
+    )
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 

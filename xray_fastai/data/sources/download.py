@@ -18,7 +18,7 @@ from pathlib import Path
 
 import requests
 from rich.filesize import decimal
-from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError, TimeoutError
+from urllib3.exceptions import HTTPError, InvalidHeader, NameResolutionError, NewConnectionError, TimeoutError
 from urllib3.util import Retry
 
 from xray_fastai import __version__
@@ -29,8 +29,8 @@ from xray_fastai.system.text import shown
 CONNECT, STALL = 20.0, 60.0
 """Seconds to wait for a connection, and then for more bytes."""
 MAX_WAIT = 60.0  # seconds, also if the host asks for more (Retry-After)
-RETRY = Retry(5, backoff_factor=1, backoff_max=MAX_WAIT, status_forcelist=(408, 425, 429, 500, 502, 503, 504))
-"""How often to try again without progress, the waits, and the status codes that may be temporary."""
+RETRY = Retry(5, status_forcelist=(408, 425, 429, 500, 502, 503, 504))
+"""How often to try again without progress, and the status codes that may be temporary. The waits are 1, 2, 4 ... s."""
 CHUNK = 1 << 16
 
 Check = Callable[[int, int], None]
@@ -103,7 +103,7 @@ def fetch(url: str, part: Path, magic: bytes, check: Check) -> None:
                     times = f", {failures} times in a row" if failures > 1 else ""
                     raise DownloadError(f"{error}{times}; try again later", url=url) from None
                 retry = retry.increment(error=error)
-                wait = retry.get_backoff_time() if error.wait is None else min(MAX_WAIT, error.wait)
+                wait = min(MAX_WAIT, 2.0 ** (failures - 1) if error.wait is None else error.wait)
                 print(f"{'interrupted':<14}{error}; trying again in {wait:g} s", flush=True)
             time.sleep(wait)
 
@@ -168,7 +168,11 @@ def _read_headers(
         raise _TemporaryError("the partial download belongs to another version of the file", wait=0)
     text = "the host answers " + shown(f"{status} {answer.reason or ''}".strip())
     if RETRY.is_retry("GET", status):
-        raise _TemporaryError(text, wait=RETRY.get_retry_after(answer.raw))
+        try:
+            wait = RETRY.get_retry_after(answer.raw)
+        except InvalidHeader:  # neither seconds nor a date
+            wait = None
+        raise _TemporaryError(text, wait=wait)
     why = {403: ", so it may need a browser", 404: ", so it may have moved", 410: ", so it was removed"}
     raise DownloadError(f"{text}{why.get(status, '')}", url=url)
 

@@ -29,7 +29,7 @@ from xray_fastai.system.files import acquire, release
 from xray_fastai.system.progress import track
 from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.system.text import count_of, shown
-from xray_fastai.system.zip_files import ArchiveError, open_zip
+from xray_fastai.system.zip_files import ArchiveError, check_names, open_zip
 
 ADDRESS = (
     "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
@@ -264,6 +264,8 @@ def _contents(
     if len(roots) != 1:
         content = "no collection in it: no train/CLASS/IMAGE" if not roots else f"{len(roots)} collections in it"
         raise ArchiveError(f"{content}; give the collection's .zip", value=archive)
-    images = dict(by_root[roots[0]])
+    files = by_root[roots[0]]
+    check_names(archive, [path for path, _ in files])
+    images = dict(files)
     taken = set(map(id, images.values()))
     return images, [entry for entry in entries if id(entry) not in taken]

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from xray_fastai.system.errors import UserError
-from xray_fastai.system.files import cache_dir
+from xray_fastai.system.files import CACHE_ADVICE, cache_dir
 
 DRAWING = 1  # version of the drawings; a cache folder of another version is not used
 
@@ -263,8 +263,7 @@ def cached() -> Path:
             shutil.rmtree(drawn, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"the rehearsal's images cannot be written there ({error.strerror}); "
-            "give --data, or another cache folder by the environment variable XDG_CACHE_HOME",
+            f"the rehearsal's images cannot be written there ({error.strerror}); {CACHE_ADVICE}, or give --data",
             value=cache,
         ) from None
     return folder
