@@ -15,8 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def settings_from(config: type) -> Callable[[Function], Function]:
     """Replace `**settings` in a command's signature by one option for each field of `config`.
 
-    typer reads the signature. The options come after the function's positional parameters and before its keyword-only
-    ones, and so they stand in `--help`.
+    typer reads the signature. `--help` lists the options after the positional and before the keyword-only parameters.
     """
 
     def decorate(function: Function) -> Function:

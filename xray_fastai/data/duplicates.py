@@ -68,7 +68,7 @@ def near_pairs(hashes: np.ndarray, max_bits: int = NEAR) -> Iterator[np.ndarray]
 
 
 def same_image(table: pd.DataFrame) -> np.ndarray:
-    """Number the images, with the same number for identical and near-identical ones and for chains of these.
+    """Number the images, with one number for identical and near-identical ones, also in a chain (A like B, B like C).
 
     Args:
         table: has the columns `digest`, `hash` and `contrast` of `image_facts.Facts`.

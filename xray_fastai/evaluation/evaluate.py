@@ -37,7 +37,7 @@ SPLITS = {
     "valid": "fit chose its epoch, temperature and threshold on this split: expect less of new images",
     "train": "the model was trained on these images: expect less of new ones",
 }
-"""The splits that can be evaluated, and why a result on one is too good."""
+"""The splits that can be evaluated, each with the warning that its result is too good, or None."""
 
 
 @dataclass(frozen=True)

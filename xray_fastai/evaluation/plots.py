@@ -94,7 +94,7 @@ def _precision_recall(summary: dict[str, Any], scored: Scored, measured: Measure
     figure, axes = _square(measured)
     for curve, style, name in _curves(summary, scored, measured):
         precision, recall, _ = precision_recall_curve(curve.positives, curve.scores, drop_intermediate=True)
-        # average precision is the area under steps: no threshold reaches the points on a line between two steps
+        # average precision is the area under a step curve: precision cannot be interpolated between two thresholds
         label = f"{name or 'average precision'} {format_interval(*curve.average_precision)}"
         axes.step(recall, precision, where="post", **style, label=label)
         share = curve.positives.mean()

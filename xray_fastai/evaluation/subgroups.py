@@ -100,7 +100,7 @@ def unusual(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray, sh
     """Return groups by name, each a boolean array (N,).
 
     A group holds the `share` of each class that is darkest, sharpest, and so on. The group "least typical" holds the
-    images that by their appearance belong to the other class.
+    images that look most like the other class.
     """
     sides = {UNLIKE: np.where(positives, 1, -1) * expected_by_appearance(looks, positives, patients)}
     for name, values in looks.items():

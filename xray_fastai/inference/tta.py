@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import affine_grid, grid_sample
 
 VIEWS = ((0, 1.0), (5, 1.05), (-5, 1.05), (0, 1.1), (0, 0.95))
-"""Rotation in degrees, and zoom. About a third of what training images are varied by. The first is the image itself."""
+"""Rotation in degrees, and zoom, of each view; the first is the unchanged image. The range is about a third of the
+training augmentation's."""
 
 
 def view(images: torch.Tensor, degrees: float, zoom: float) -> torch.Tensor:

@@ -36,12 +36,12 @@ class Scored:
 
     @property
     def measured(self) -> list[int]:
-        """The classes that a metric is the mean over, each against the rest."""
+        """The classes that a metric is averaged over, each against the rest."""
         return self.present if self.positive is None else [self.positive]
 
     @property
     def recalled(self) -> list[int]:
-        """The classes that balanced accuracy is the mean recall of."""
+        """The classes whose recalls balanced accuracy averages."""
         return self.present if self.positive is None and len(self.present) > 1 else list(range(self.classes))
 
     @cached_property

@@ -107,7 +107,7 @@ class Blur(Transform):
 
 
 class Noise(Transform):
-    """Adds Gaussian noise of its own strength to each image of a training batch; torchvision's is the same for all."""
+    """Adds Gaussian noise to a batch of training images, of its own strength for each; torchvision has one for all."""
 
     order = Blur.order
     split_idx = 0

@@ -1,4 +1,4 @@
-"""The page and the API as an ASGI application: who may ask, how many requests at once, and what each answer may be."""
+"""The page and the API as an ASGI application: who may ask, how many requests at once, the headers of answers."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""Where a fit runs, and in which precision."""
+"""Chooses the device and the precision."""
 
 import torch
 
@@ -7,33 +7,36 @@ from xray_fastai.system.errors import UserError
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device named, or with `auto` the GPU where there is one; of several processes each has its own.
+    """Return the device of this name; `auto` is a GPU if there is one. With several processes each gets its own GPU.
 
     Raises:
-        UserError: the machine, or this build of torch, has no such device, or too few.
+        UserError: the machine, or this build of torch, has no such device, or fewer than processes.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if wanted == "auto":
-        wanted = next(name for name in ("cuda", "mps", "cpu") if there[name])
-    if not there[wanted]:
-        found = ", ".join(name for name, here in there.items() if here)
+        wanted = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[wanted]:
+        names = ", ".join(name for name, is_there in available.items() if is_there)
         raise UserError(
-            f"torch finds none on this machine (there is {found}); or leave it to auto", option="device", value=wanted
+            f"torch finds no such device on this machine (it finds {names}); give one of these, or auto",
+            option="device",
+            value=wanted,
         )
     return own_device(torch.device(wanted))
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bfloat16 (avx512_bf16, or amx)."""
+    """Return whether this CPU computes in bfloat16 (avx512_bf16 or amx)."""
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16; with `auto` the fastest that the hardware computes in without harm.
+    """Return fp32, bf16 or fp16; `auto` is the fastest that the device supports without loss of quality.
 
     Raises:
-        UserError: fp16 off CUDA, where gradients would vanish for want of a loss scale; bf16 on a GPU without it.
+        UserError: fp16 without CUDA, where nothing scales the loss and gradients would vanish; or bf16 on a GPU
+            without it.
     """
     cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "auto":
@@ -52,7 +55,7 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> str:
-    """A device as a person knows it: the GPU's name, or the CPU and its threads."""
+    """Return the device's name for people: the GPU's name, or the CPU with its threads."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     threads = torch.get_num_threads()

@@ -214,7 +214,7 @@ def tell(text: str) -> None:
 
 
 def give_way() -> None:
-    """Let the first process print an error that all have: the others wait before they end, which would end it too."""
+    """Let the first process print an error that all have. The others wait: torchrun ends all once one has ended."""
     if world_size() == 1:
         return
     if rank():
@@ -224,7 +224,7 @@ def give_way() -> None:
 
 
 def finish() -> None:
-    """Let this process end by itself: torchrun sends SIGTERM to all once one has ended."""
+    """Ignore SIGTERM from now on: torchrun sends it to all once one has ended, and this process is about to end."""
     if world_size() > 1:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -86,9 +86,8 @@ class TrainTogether(DistributedTrainer):
         device: torch.device,
         seed: Sequence[int],  # of this fit and this phase
     ):
-        if (
-            device.type == "cuda" and not check_cuda_p2p_ib_support()
-        ):  # some GeForce GPUs; `accelerate launch` does the same
+        # some GeForce GPUs do not support it; `accelerate launch` does the same
+        if device.type == "cuda" and not check_cuda_p2p_ib_support():
             os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
         # buffers are equal in all processes, because batch norm computes them from the whole batch
         options = DistributedDataParallelKwargs(broadcast_buffers=False)
@@ -110,7 +109,8 @@ class TrainTogether(DistributedTrainer):
         return dl if isinstance(dl, SharedLoader) else SharedLoader(dl)
 
     def before_epoch(self):
-        # the first process draws the random numbers of a fit in one process, so a checkpoint stores only its states
+        # the first process keeps its random state, so it draws what a single process would; a checkpoint stores this
+        # state alone
         if rank():
             set_seed(int(np.random.SeedSequence([*self.seed, self.epoch, rank()]).generate_state(1)[0]))
 

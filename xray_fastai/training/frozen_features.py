@@ -12,7 +12,8 @@ pretrained on the drawn X-rays, 40 epochs; mean and standard deviation over draw
     1,080 images   0.4222 +- 0.0034 0.4255 +- 0.0041 0.4245 +- 0.0014 0.4255 +- 0.0013           0.4268 +- 0.0029
       200 images   0.5221 +- 0.0024 0.5215 +- 0.0013 0.5219 +- 0.0017 0.5219 +- 0.0009           0.5217 +- 0.0003
 
-while the time grows with their number. So the default is two, which has augmentation at a fraction of its cost.
+while the time grows with their number. So the default is two: most of the benefit
+of augmentation at a fraction of its cost.
 
 With several processes the backbone runs in every epoch: each process would need the features of all images.
 """

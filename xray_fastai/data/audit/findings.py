@@ -82,7 +82,7 @@ class Audit:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no error, so nothing that would spoil a result."""
+        """True if no finding is an error."""
         return not self.of("error")
 
     @property
