@@ -1,5 +1,6 @@
 """Defines the commands: each calls one function and prints its result."""
 
+import contextlib
 import io
 import sys
 from pathlib import Path
@@ -40,8 +41,9 @@ def main(
     ] = False,
 ) -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show does not end the command
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # of a stream whose file was replaced by a pipe
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     distributed.hush()
 
 
