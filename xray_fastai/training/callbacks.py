@@ -38,7 +38,7 @@ def standard_error(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Te
         weight: (classes,), as in the cross-entropy; None gives all classes the same weight.
     """
     losses = cross_entropy(logits, targets, reduction="none")  # (N,)
-    weights = torch.ones_like(losses) if weight is None else weight[targets]
+    weights = torch.ones_like(losses) if weight is None else weight.to(targets.device)[targets]
     mean = (weights * losses).sum() / weights.sum()
     return float((weights * (losses - mean)).norm() / weights.sum())
 
