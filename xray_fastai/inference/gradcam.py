@@ -15,6 +15,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from xray_fastai.inference.model import Model
+from xray_fastai.system.memory import out_of_memory_means
 
 OPACITY = 0.55
 """Opacity of the colour where a map is 1; where it is 0 the X-ray stays unchanged."""
@@ -34,7 +35,17 @@ def grad_cam(model: Model, images: torch.Tensor, targets: Sequence[int] | None =
     Returns:
         Maps (B, h, w), h = w = size / 32, each scaled from 0 (its minimum) to 1 (its maximum), as pytorch-grad-cam
         does. A map of zeros means that no part of the image raises the score more than another.
+
+    Raises:
+        UserError: the images do not fit into the device's memory.
     """
+    device = model.learn.dls.device
+    with out_of_memory_means(f"not enough memory on {device} for {len(images)} heat maps at once; try --device cpu"):
+        return _scaled(_maps(model, images, targets).float().cpu().numpy())
+
+
+def _maps(model: Model, images: torch.Tensor, targets: Sequence[int] | None) -> torch.Tensor:
+    """Return the maps (B, h, w) on the model's device, not scaled."""
     body, head = model.learn.model[0], model.learn.model[1]
     with hook_output(body) as hook:
         logits = model.logits(images)  # (B, classes)
@@ -46,8 +57,7 @@ def grad_cam(model: Model, images: torch.Tensor, targets: Sequence[int] | None =
         (gradients,) = torch.autograd.grad(scores.sum(), activations)
     with torch.no_grad():
         weights = gradients.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
-        maps = (weights * activations).sum(1).relu()  # (B, h, w)
-    return _scaled(maps.float().cpu().numpy())
+        return (weights * activations).sum(1).relu()  # (B, h, w)
 
 
 def upsample(cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -18,6 +18,7 @@ from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file, may_be
 from xray_fastai.inference.model import NO_NUMBER, Model
 from xray_fastai.inference.tta import mean_over_views
 from xray_fastai.system.errors import ImageError, UserError
+from xray_fastai.system.memory import is_out_of_memory
 from xray_fastai.system.progress import track
 
 Source: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
@@ -88,7 +89,9 @@ def predict_batches(
                 logits = (mean_over_views(model.outputs, images) if tta else model.outputs(images)).numpy()
             errors = [image if isinstance(image, ImageError) else None for image in decoded]
             yield Batch([source for source, _ in batch], errors, images, logits)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"not enough memory on {model.learn.dls.device} for a batch size of {batch_size}; try --device cpu"
         ) from None

@@ -45,8 +45,18 @@ class UserError(Exception):
         return f"{head}: {self.message}" if head else self.message
 
 
+WRITE_ERRORS = ("I/O error", "inline_container", "Parent directory", "cannot be opened")
+"""What safetensors and `torch.save` say; the first is a SafetensorError, the others are plain RuntimeErrors."""
+
+
 class ImageError(UserError):
     """A file that cannot be read as one X-ray image; `value` is its path, or "image" for an image without a path."""
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Return whether an error says that a file could not be written: one of the operating system, of safetensors, or
+    of torch's writer of zip files. Any other error while files are written is a bug."""
+    return isinstance(error, OSError) or any(text in str(error) for text in WRITE_ERRORS)
 
 
 def reason(error: Exception) -> str:

@@ -52,7 +52,7 @@ class Autocast(Callback):
         self,
         device_type: str,  # "cpu" or "mps", for torch.autocast
     ):
-        self.device_type = device_type
+        self.device_type, self.context = device_type, None
 
     def before_batch(self):
         self.context = torch.autocast(self.device_type, torch.bfloat16)
@@ -62,15 +62,42 @@ class Autocast(Callback):
         self.learn.pred = to_float(self.pred)
 
     def after_loss(self):
-        self.context.__exit__(None, None, None)
-        self.context = None
+        self.close()
+
+    def close(self):
+        """Leave autocast, if an error ended a batch inside it.
+
+        Else it stays on, and torch keeps its copies of the weights in half precision: all later batches of this process
+        would compute with the weights of that moment.
+        """
+        if self.context is not None:
+            self.context.__exit__(None, None, None)
+            self.context = None
 
 
-def precision_callbacks(precision: str, device: torch.device) -> Sequence[Callback]:
-    """Return the callback that makes fastai's loop compute in a precision; none for float32."""
+class CudaAutocast(MixedPrecision):
+    "fastai's `MixedPrecision`, which can leave autocast after an error, as `Autocast` does."
+
+    context = None  # entered in a batch
+
+    def before_batch(self):
+        super().before_batch()
+        self.context = self.autocast
+
+    def after_loss(self):
+        self.close()
+
+    close = Autocast.close
+
+
+def precision_callbacks(precision: str, device: torch.device) -> Sequence[Autocast | CudaAutocast]:
+    """Return the callback that makes fastai's loop compute in a precision; none for float32.
+
+    Whoever runs the loop calls its `close` at the end, also after an error.
+    """
     if precision == "fp32":
         return []
-    return [MixedPrecision(amp_mode=precision) if device.type == "cuda" else Autocast(device.type)]
+    return [CudaAutocast(amp_mode=precision) if device.type == "cuda" else Autocast(device.type)]
 
 
 class FrozenBody(Callback):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from xray_fastai.export.run_folder import CHECKPOINT, SETTINGS_FILE, Reservation
-from xray_fastai.system.errors import UserError, reason
+from xray_fastai.system.errors import UserError, is_write_error, reason
 from xray_fastai.system.files import atomic_write
 
 FORMAT = 2
@@ -162,10 +162,8 @@ class Checkpoints:
             UserError: it could not be written; the previous checkpoint is unchanged.
         """
         self.join()
-        if isinstance(self.error, OSError | SafetensorError):
-            raise self._write_error(self.error) from None
         if self.error is not None:
-            raise self.error
+            raise self._write_error(self.error) if is_write_error(self.error) else self.error from None
 
     def _write_error(self, error: Exception) -> UserError:
         return UserError(

@@ -12,11 +12,12 @@ from fastai.vision.all import Callback, CancelFitException
 from xray_fastai.model.learner import parameter_counts
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.memory import is_out_of_memory
 from xray_fastai.training import frozen_features
 from xray_fastai.training.callbacks import BestWeights, EpochLog, FrozenBody, Schedule, precision_callbacks
 from xray_fastai.training.checkpoint import Checkpoints, Saved
 from xray_fastai.training.messages import report_smaller_batch
-from xray_fastai.training.out_of_memory import AccumulateGradients, is_out_of_memory, smaller
+from xray_fastai.training.out_of_memory import AccumulateGradients, smaller
 from xray_fastai.training.plan import Plan
 from xray_fastai.training.state import (
     Progress,
@@ -144,7 +145,8 @@ class Trainer:
         """Run one phase: one `learn.fit`."""
         plan, config, learn = self.plan, self.plan.config, self.learn
         log = EpochLog(self.progress.history, name)
-        callbacks = [log, self.best, *callbacks, self.stop, *self._phase_callbacks(name), ChannelsLast()]
+        precision = precision_callbacks(plan.precision, plan.device)
+        callbacks = [log, self.best, *callbacks, self.stop, *precision, *self._phase_callbacks(name), ChannelsLast()]
         if config.schedule == "adaptive":
             callbacks.append(Schedule(patience=max(1, config.patience // 2)))
         features = contextlib.nullcontext([])
@@ -161,11 +163,12 @@ class Trainer:
                 learn.fit(epochs, lr=self._rate(name), cbs=[*callbacks, *more, *self.callbacks], reset_opt=True)
         finally:
             log.close()
+            for callback in precision:
+                callback.close()
 
     def _phase_callbacks(self, name: str) -> list[Callback]:
-        """Return the callbacks for precision, checkpoints, several processes, and batches in parts."""
-        plan, done = self.plan, len(self.progress.ends)
-        callbacks = [*precision_callbacks(plan.precision, plan.device)]
+        """Return the callbacks for checkpoints, several processes, and batches in parts."""
+        plan, done, callbacks = self.plan, len(self.progress.ends), []
         if self.checkpoints is not None:
             callbacks.append(SaveCheckpoint(self.checkpoints, self.progress, self.best, frozen=name == "frozen"))
         if distributed.world_size() > 1:

@@ -1,22 +1,7 @@
-"""Recognises that memory ran out, and trains with smaller batches, whose summed gradients equal the whole batch's."""
+"""Trains with smaller batches after memory ran out; their summed gradients equal the whole batch's."""
 
 import torch
 from fastai.vision.all import CancelBatchException, GradientAccumulation
-
-# torch's CPU allocator, MPS, cuDNN and cuBLAS raise plain RuntimeErrors, which only their text identifies.
-TEXTS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "MPS backend out of memory",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, so that a smaller batch may help."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
 
 
 def smaller(batch: int, current: int) -> int:

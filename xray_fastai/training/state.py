@@ -147,7 +147,8 @@ class RestoreCheckpoint(Callback):
         loss = self.recorder.smooth_loss
         loss.count, loss.val = state["smooth_loss"][0], torch.tensor(state["smooth_loss"][1])
         self.learn.train_iter = self.start * len(self.dls.train)
-        if state["scaler"]:
+        # a fit in fp16 may be resumed on a device without it, where nothing is scaled
+        if state["scaler"] and getattr(self.learn, "scaler", None) is not None:
             self.learn.scaler.load_state_dict(state["scaler"])
         restore_model(self.learn, self.saved)
 
@@ -213,18 +214,25 @@ def random_states(learn: Learner) -> dict[str, Any]:
         "numpy": [name, keys.tolist(), *rest],
         "torch": _hex(torch.get_rng_state()),
         "cuda": [_hex(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "mps": [_hex(torch.mps.get_rng_state())] if torch.backends.mps.is_available() else [],
         "loaders": [loader.rng.getstate() for loader in learn.dls.loaders],
     }
 
 
 def set_random_states(learn: Learner, states: dict[str, Any]) -> None:
-    """Restore what `random_states` returned; the states of GPUs only where their number is the same."""
+    """Restore what `random_states` returned; the states of GPUs as far as both machines have them.
+
+    A fit in one process computes on the first GPU, so its state is restored on any machine with GPUs.
+    """
     random.setstate(_python_state(states["python"]))
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_from_hex(states["torch"]))
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_from_hex(state) for state in states["cuda"]])
+    for number, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
+        torch.cuda.set_rng_state(_from_hex(state), number)
+    if torch.backends.mps.is_available():
+        for state in states.get("mps", []):  # missing in checkpoints of version 0.1.0
+            torch.mps.set_rng_state(_from_hex(state))
     for loader, state in zip(learn.dls.loaders, states["loaders"], strict=True):
         loader.rng.setstate(_python_state(state))
 

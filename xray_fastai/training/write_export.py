@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import Learner
-from safetensors import SafetensorError
 from safetensors.torch import save
 from scipy.special import softmax
 
@@ -28,7 +27,7 @@ from xray_fastai.export.run_folder import Reservation
 from xray_fastai.export.schema import FORMAT, PICKLE, SETTINGS, WEIGHTS
 from xray_fastai.model.augmentation import augmentation_values
 from xray_fastai.model.learner import set_temperature
-from xray_fastai.system.errors import ImageError, UserError, reason
+from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
 from xray_fastai.training.calibration import Calibration, calibrate
 from xray_fastai.training.loop import Trainer
@@ -126,8 +125,7 @@ def write_export(run: Reservation, learn: Learner, model: dict[str, Any], histor
     """
     folder = run.partial
     try:
-        learn.model.to("cpu", memory_format=torch.contiguous_format)
-        learn.dls.to("cpu")
+        _move_to_cpu(learn)
         state = {name: tensor.detach().contiguous() for name, tensor in learn.model.state_dict().items()}
         # `save_file` would make the file readable by its owner only
         (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
@@ -145,14 +143,26 @@ def write_export(run: Reservation, learn: Learner, model: dict[str, Any], histor
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         return run.publish(keep_checkpoint=model["status"] == "interrupted")
-    except (OSError, SafetensorError, RuntimeError, UserError) as error:
+    except Exception as error:
         with contextlib.suppress(OSError):  # the checkpoint is kept
             for file in filter(Path.is_file, folder.iterdir()):
                 file.unlink()
+        # the report's own message is for an export that was given, not for one that is being written
+        cause = (error.__context__ or error) if isinstance(error, UserError) else error
+        if not is_write_error(cause):
+            raise cause from None
         raise UserError(
-            f"{run.final}: the export could not be written ({reason(error)}); "
+            f"{run.final}: the export could not be written ({reason(cause)}); "
             "free space, or check that the folder exists and is writable"
         ) from None
+
+
+def _move_to_cpu(learn: Learner) -> None:
+    """Move all tensors that `learner.pkl` will hold; `learn.export` leaves out the optimizer and the last batch."""
+    learn.model.to("cpu", memory_format=torch.contiguous_format)
+    learn.dls.to("cpu")
+    learn.loss_func.to("cpu")
+    learn.loss_grad = None  # the last batch's
 
 
 @dataclass
