@@ -1,8 +1,8 @@
 """A second device for machines without a GPU: inside `second_device()` torch has the device `lazy`.
 
 Its tensors lie on the CPU, and the CPU computes with them: a set of storages says which they are. So values are exact,
-down to the random numbers, and the optimizer, batch norm and automatic differentiation are torch's own. As on CUDA,
-tensors of two devices don't meet, numpy can't read a tensor on the device, and it is stricter than CUDA in three points:
+down to the random numbers, and the optimizer, batch norm and automatic differentiation are torch's own. As on CUDA, an
+operation takes no tensors of two devices, and numpy cannot read a tensor on the device. It is stricter in three points:
 such a tensor is not pickled, a copy to the CPU has to block, and there is no float64, as on MPS.
 
 It sees functions of torch that Python calls in this thread. torch's own `lazy` backend, whose name it borrows, is no
@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from fastai.vision.all import TensorBase
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -43,7 +44,8 @@ class SecondDevice(TorchFunctionMode):
         self.storages: set[StorageWeakRef] = set()
 
     def holds(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and StorageWeakRef(tensor.untyped_storage()) in self.storages
+        with torch._C.DisableTorchFunction():
+            return tensor.device.type == "cpu" and StorageWeakRef(tensor.untyped_storage()) in self.storages
 
     def put(self, result) -> None:
         """Let all tensors of a function's result be on the device."""
@@ -59,19 +61,17 @@ class SecondDevice(TorchFunctionMode):
         here = [tensor for tensor in tensors if self.holds(tensor)]
         if function in (Tensor.to, Tensor.cpu):
             return self.moved(function, args, kwargs)
-        if function is Tensor.device.__get__ and here:
+        if function == Tensor.device.__get__ and here:  # made anew at each access
             return DEVICE
         if here and function in READERS:
             raise TypeError(f"can't convert {DEVICE} device type tensor to numpy; use Tensor.cpu() first")
-        if here and function is Tensor.__reduce_ex__:
-            raise TypeError(f"a tensor on {DEVICE} is pickled")
         self.check(function, args, kwargs, here, tensors)
         wanted = kwargs.get("device")
         made = wanted is not None and torch.device(wanted).type == NAME
         if made:
             kwargs["device"] = "cpu"
         result = function(*args, **kwargs)
-        if function is Tensor.data.__set__:
+        if function == Tensor.data.__set__:
             if here:
                 self.put(args[0])
         elif made or (here and wanted is None and function is not Tensor.copy_):
@@ -84,38 +84,41 @@ class SecondDevice(TorchFunctionMode):
         elsewhere = [t for t in tensors if id(t) not in known and (t.dim() or function in JOINS)]
         index_from_cpu = function is Tensor.__getitem__ and here and id(args[0]) in known
         if here and elsewhere and function not in MEETINGS and not index_from_cpu:
-            raise RuntimeError(f"{function.__name__}: expected all tensors to be on the same device, not {NAME} and cpu")
+            raise RuntimeError(
+                f"{function.__name__}: expected all tensors to be on the same device, not {NAME} and cpu"
+            )
         if function is Tensor.copy_ and here and id(args[0]) not in known and (kwargs.get("non_blocking") or args[2:]):
             raise RuntimeError("copy_: may be read before it has arrived")
 
     def moved(self, function, args, kwargs):
         """Return what `Tensor.to` and `Tensor.cpu` do."""
         tensor, *options = args
-        target = tensor
+        was_here, copies = self.holds(tensor), kwargs.pop("copy", False)
         if function is Tensor.cpu:
-            device, dtype, non_blocking, layout = torch.device("cpu"), None, False, kwargs.get("memory_format")
+            options = ["cpu", *options]
         elif options and isinstance(options[0], Tensor):
-            target = options[0]
-            device, dtype, non_blocking, layout = DEVICE if self.holds(target) else target.device, target.dtype, False, None
-        else:
-            copy = kwargs.pop("copy", False)
-            device, dtype, non_blocking, layout = torch._C._nn._parse_to(*options, **kwargs)
-            tensor = tensor.clone() if copy else tensor
-        was_here = self.holds(args[0])
-        stays = device is None or (device.type == NAME) == was_here
-        if was_here and not stays and non_blocking:
-            raise RuntimeError("to: a copy to the CPU may be read before it has arrived")
+            options = [DEVICE if self.holds(options[0]) else options[0].device, options[0].dtype, *options[1:]]
+        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*options, **kwargs)
         if device is not None and device.type not in (NAME, "cpu"):
             return function(*args, **kwargs)
-        changes = {"dtype": dtype or tensor.dtype}
-        if layout is not None:
-            changes["memory_format"] = layout
-        result = tensor.to("cpu", **changes)
-        if not stays and result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr():
-            result = result.clone()
-        if was_here if stays else device.type == NAME:
+        is_here = was_here if device is None else device.type == NAME
+        if was_here and not is_here and non_blocking:
+            raise RuntimeError("to: a copy to the CPU may be read before it has arrived")
+        layout = {} if layout is None else {"memory_format": layout}
+        result = tensor.to("cpu", dtype or tensor.dtype, copy=copies or is_here != was_here, **layout)
+        if is_here:
             self.put(result)
         return result
+
+    def refusing_pickle(self, reduce):
+        """Return a method that pickles tensors, except those on the device."""
+
+        def reduce_here(tensor, protocol):
+            if self.holds(tensor):
+                raise TypeError(f"a tensor on {DEVICE} is pickled")
+            return reduce(tensor, protocol)
+
+        return reduce_here
 
 
 @contextmanager
@@ -124,6 +127,8 @@ def second_device() -> Iterator[SecondDevice]:
     autocast, choose_device = torch.autocast, plan.choose_device
     with pytest.MonkeyPatch.context() as patch, SecondDevice() as device:
         patch.setattr(torch, "autocast", lambda name, *a, **k: autocast("cpu" if name == NAME else name, *a, **k))
+        for kind, name in ((Tensor, "_reduce_ex_internal"), (TensorBase, "__reduce_ex__")):
+            patch.setattr(kind, name, device.refusing_pickle(getattr(kind, name)))
         for module in (plan, inference_model):
             patch.setattr(module, "choose_device", lambda name: DEVICE if name == NAME else choose_device(name))
         for config in (FitConfig, PredictConfig):

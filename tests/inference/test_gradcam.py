@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from xray_fastai.inference.gradcam import grad_cam
+from xray_fastai.system.errors import UserError
 
 
 class Halves(nn.Module):
@@ -23,7 +25,7 @@ def model_of_halves():
     head[2].weight.data = torch.eye(2)
     network = nn.Sequential(Halves(), head)
     return SimpleNamespace(
-        learn=SimpleNamespace(model=network),
+        learn=SimpleNamespace(model=network, dls=SimpleNamespace(device=torch.device("cpu"))),
         logits=lambda images: network(images.float()).detach(),
         probabilities=lambda logits: logits,
         decide=lambda probabilities: probabilities.argmax(axis=-1),
@@ -40,3 +42,13 @@ def test_the_default_is_the_predicted_class():
     images = torch.tensor([[[[200, 10], [200, 10]]], [[[10, 200], [10, 200]]]], dtype=torch.uint8)
     maps = grad_cam(model_of_halves(), images)
     np.testing.assert_allclose(maps, [[[1, 0], [1, 0]], [[0, 1], [0, 1]]], atol=1e-6)
+
+
+def test_too_little_memory_is_an_error_for_the_user():
+    def fails(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = model_of_halves()
+    model.logits = fails
+    with pytest.raises(UserError, match="not enough memory on cpu for 2 heat maps at once; try --device cpu"):
+        grad_cam(model, torch.zeros(2, 1, 2, 2, dtype=torch.uint8))

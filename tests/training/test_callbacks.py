@@ -11,7 +11,7 @@ from fastai.vision.all import Callback, CancelFitException
 
 from tests.conftest import settings_of
 from xray_fastai import fit
-from xray_fastai.training.callbacks import Schedule
+from xray_fastai.training.callbacks import Autocast, CudaAutocast, Schedule, precision_callbacks
 from xray_fastai.training.frozen_features import NextView
 from xray_fastai.training.stopping import EarlyStopping, StopOnNonFiniteLoss
 
@@ -152,3 +152,42 @@ def test_the_epochs_take_the_views_in_turn():
         callback.before_train()
         used.append(callback.learn.dl.view)
     assert used == [0, 1, 2, 0]
+
+
+class FailInABatch(Callback):
+    """Ends the fit by an error between the forward pass and the loss."""
+
+    def after_pred(self):
+        raise ZeroDivisionError("for a test")
+
+
+def autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def test_autocast_ends_when_an_error_ends_a_batch(settings):
+    """Left on, it would make all later batches of the process compute with the weights of that moment."""
+    with pytest.raises(ZeroDivisionError):
+        fit(**settings | {"precision": "bf16", "weights": "none", "epochs": 1}, callbacks=[FailInABatch()])
+    assert not torch.is_autocast_enabled("cpu") and autocast_depth() == 0
+
+
+def test_autocast_of_cuda_ends_too():
+    (callback,) = precision_callbacks("bf16", torch.device("cuda"))
+    assert isinstance(callback, CudaAutocast)
+    callback.learn = SimpleNamespace()
+    callback.before_fit()
+    callback.before_batch()
+    assert autocast_depth() == 1
+    callback.after_fit()  # fastai forgets the context here
+    callback.close()
+    assert autocast_depth() == 0
+    callback.close()
+    assert autocast_depth() == 0
+
+
+def test_the_precision_chooses_the_callback():
+    assert precision_callbacks("fp32", torch.device("cuda")) == []
+    (callback,) = precision_callbacks("bf16", torch.device("cpu"))
+    assert isinstance(callback, Autocast)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from xray_fastai.config import FitConfig
 from xray_fastai.export.run_folder import Unfinished, reserve
@@ -72,6 +73,16 @@ def test_files_of_a_killed_process_are_deleted_and_a_failed_write_leaves_none(ch
             checkpoints.wait()
     assert not list(checkpoints.folder.glob(".*"))
     assert Checkpoints(checkpoints.run).load()[0].state["epoch"] == 4
+
+
+def test_a_bug_in_writing_is_not_called_a_full_disk(checkpoints, monkeypatch):
+    def fails(*_):
+        raise SafetensorError("the header is wrong")
+
+    monkeypatch.setattr("xray_fastai.training.checkpoint.save_file", fails)
+    checkpoints.save({"epoch": 4}, {"model": {"w": torch.zeros(2)}}, {}, None)
+    with pytest.raises(SafetensorError, match="the header is wrong"):
+        checkpoints.wait()
 
 
 @pytest.mark.parametrize(("weights", "pretrained"), [("imagenet", True), ("none", False)])

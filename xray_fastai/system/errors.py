@@ -45,7 +45,8 @@ class UserError(Exception):
         return f"{head}: {self.message}" if head else self.message
 
 
-WRITE_ERRORS = ("I/O error", "inline_container", "Parent directory", "cannot be opened")
+INCOMPLETE = ("inline_container", "basic_ios::clear")  # torch.save, which does not say why
+WRITE_ERRORS = ("I/O error", "Parent directory", "cannot be opened", *INCOMPLETE)
 """What safetensors and `torch.save` say; the first is a SafetensorError, the others are plain RuntimeErrors."""
 
 
@@ -62,7 +63,7 @@ def is_write_error(error: BaseException) -> bool:
 def reason(error: Exception) -> str:
     """Return why a file could not be written or read, as the operating system words it ("No space left on device")."""
     text = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-    if "inline_container" in text:  # torch.save, which does not say why
+    if any(part in text for part in INCOMPLETE):
         return "a file could not be written completely"
     match = re.search(r"I/O error: (.*) \(os error \d+\)", text)  # as safetensors words it
     return match[1] if match else text
