@@ -33,6 +33,7 @@ Tensor = torch.Tensor
 # they copy between devices, or look at no values
 MEETINGS = {Tensor.copy_, Tensor.__setitem__, Tensor.data.__set__, torch._has_compatible_shallow_copy_type}
 JOINS = {torch.cat, torch.stack}  # they take no number from the CPU either
+PARSERS = {torch._C._nn._parse_to}  # they read the name of a device, and make no tensor
 READERS = {Tensor.numpy, Tensor.__array__}
 
 
@@ -67,14 +68,11 @@ class SecondDevice(TorchFunctionMode):
             raise TypeError(f"can't convert {DEVICE} device type tensor to numpy; use Tensor.cpu() first")
         self.check(function, args, kwargs, here, tensors)
         wanted = kwargs.get("device")
-        made = wanted is not None and torch.device(wanted).type == NAME
+        made = wanted is not None and function not in PARSERS and torch.device(wanted).type == NAME
         if made:
             kwargs["device"] = "cpu"
         result = function(*args, **kwargs)
-        if function == Tensor.data.__set__:
-            if here:
-                self.put(args[0])
-        elif made or (here and wanted is None and function is not Tensor.copy_):
+        if made or (here and wanted is None and function is not Tensor.copy_):
             self.put(result)
         return result
 
