@@ -36,6 +36,18 @@ RATIO_WIDTH = 27  # characters of a ratio in a table
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def whole_number(name: str, default: int, least: int = 1) -> int:
+    """Return a setting from the environment.
+
+    Raises:
+        SystemExit: it is no whole number, or below `least`.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise SystemExit(f"{name}={text}: give a whole number of {least} or more")
+    return int(text)
+
+
 class Enough(Exception):
     """Ends a fit when everything is measured."""
 
@@ -47,8 +59,8 @@ def autocast() -> torch.autocast:
 
 def now() -> float:
     """Return the time in seconds, after everything that was started on a GPU has ended."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
