@@ -30,7 +30,7 @@ from xray_fastai.data.sources import phantom
 from xray_fastai.model.augmentation import AUGMENT, FASTAI_VALUES
 from xray_fastai.system.device import choose_device, choose_precision
 
-DEVICE = choose_device("auto")
+DEVICE = choose_device(os.environ.get("DEVICE", "auto"))
 PRECISION = choose_precision("auto", DEVICE)
 RATIO_WIDTH = 27  # characters of a ratio in a table
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -139,7 +139,7 @@ def real_fit(data: Path, *callbacks: Callback, **settings) -> float:
     with tempfile.TemporaryDirectory() as exports, contextlib.redirect_stdout(io.StringIO()):
         start = now()
         try:
-            config = FitConfig(data=str(data), valid="folder", exports=exports, **settings)
+            config = FitConfig(data=str(data), valid="folder", exports=exports, device=DEVICE.type, **settings)
             result = fit(config, callbacks=callbacks)
         except Enough:
             return now() - start
@@ -148,6 +148,11 @@ def real_fit(data: Path, *callbacks: Callback, **settings) -> float:
 
 def median(values: list[float]) -> float:
     return statistics.median(values)
+
+
+def medians(measured: dict[str, list[float]]) -> dict[str, float]:
+    """Return the median of each name's values; a name without values is left out."""
+    return {name: median(values) for name, values in measured.items() if values}
 
 
 def rounds(count: int) -> Iterator[int]:
@@ -186,9 +191,9 @@ def rates(ways: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[fl
 
 def show(title: str, measured: dict[str, list[float]], unit: str, against: tuple[str, ...]) -> None:
     """Print for each name the median, lowest and highest rate, and its ratio to the medians of `against`."""
-    medians = {name: statistics.median(values) for name, values in measured.items()}
+    middle = medians(measured)
     heads = "".join(f"{'/ ' + name:>{RATIO_WIDTH}}" for name in against)
     print(f"\n{title}\n{'':<28}{unit:>12}{'range':>20}{heads}")
     for name, values in measured.items():
-        ratios = "".join(f"{medians[name] / medians[other]:>{RATIO_WIDTH}.2f}" for other in against)
-        print(f"{name:<28}{medians[name]:>12.1f}{f'{min(values):.1f} to {max(values):.1f}':>20}{ratios}", flush=True)
+        ratios = "".join(f"{middle[name] / middle[other]:>{RATIO_WIDTH}.2f}" for other in against)
+        print(f"{name:<28}{middle[name]:>12.1f}{f'{min(values):.1f} to {max(values):.1f}':>20}{ratios}", flush=True)

@@ -27,7 +27,7 @@ from tests.benchmarks.measuring import (
     Enough,
     about_the_machine,
     autocast,
-    median,
+    medians,
     now,
     plain_learner,
     real_fit,
@@ -121,15 +121,15 @@ def measure() -> dict[str, float]:
             clock = step_shares.Clock()
             real_fit(data, *step_shares.watchers(clock, SKIP, STEPS), **settings())
             print(clock.table())
-    return {name: median(values) for name, values in rates.items()}
+    return medians(rates)
 
 
 def main() -> None:
     print(f"{ARCH}, {SIZE} px, batch {BATCH}; {about_the_machine()}")
-    medians = measure()
+    rates = measure()
     print(f"\nmedians of {REPEATS}\n{'':<8}{'images/s':>10}{'it / plain':>12}{'it / limit':>12}")
-    for name, value in medians.items():
-        print(f"{name:<8}{value:>10.2f}{value / medians['plain']:>12.2f}{value / medians['limit']:>12.2f}")
+    for name, value in rates.items():
+        print(f"{name:<8}{value:>10.2f}{value / rates['plain']:>12.2f}{value / rates['limit']:>12.2f}")
 
 
 if __name__ == "__main__":
