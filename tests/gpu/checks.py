@@ -99,15 +99,13 @@ def resumed(place: Place, precision: str) -> Outcome:
     torch.use_deterministic_algorithms(True, warn_only=True)
     size = {"size": 32} if place.quick else {"size": 64, "batch_size": 40}
     settings = options(place, arch="resnet18", precision=precision, freeze_epochs=3, epochs=3, **size)
-    name = f"cut-{precision}"
     whole, again = (fit(**settings, name=f"{word}-{precision}").history for word in ("whole", "again"))
-    for frozen, resume in ((True, {"name": name}), (False, {"resume": name})):
-        given = settings if "name" in resume else {"exports": settings["exports"]}
-        part = fit(**given, **resume, callbacks=[CtrlC(frozen, 1)])
+    part = fit(**settings, name=f"cut-{precision}", callbacks=[CtrlC(True, 1)])
+    for more in ([CtrlC(False, 1)], []):
         assert part.status == "interrupted" and part.signal == signal.SIGINT, part
-    end = fit(resume=name, exports=settings["exports"])
-    assert end.status == "complete", end
-    noise, difference = differs(whole, again), differs(whole, end.history)
+        part = fit(resume=part.path.name, exports=settings["exports"], callbacks=more)
+    assert part.status == "complete", part
+    noise, difference = differs(whole, again), differs(whole, part.history)
     allowed = max(SAME_HISTORY, 3 * noise)
     text = f"losses differ by {difference:.1e}, those of two whole fits by {noise:.1e}; allowed {allowed:.1e}"
     assert difference <= allowed, text
@@ -143,8 +141,10 @@ def interrupted(place: Place) -> Outcome:
     before = pd.read_csv(export / "history.csv")
     assert 2 <= len(before) < 6 and (export / "checkpoint").is_dir(), before
     process = command("fit", "--resume", given["name"], "--exports", given["exports"])
-    print(process.communicate()[0])
+    printed = process.communicate()[0]
+    print(printed)
     assert process.returncode == 0, f"exit code {process.returncode}"
+    export = Path(re.search(r"^export: (.*)$", printed, re.MULTILINE)[1])  # a run of another name
     after = pd.read_csv(export / "history.csv")
     assert list(after.epoch) == [1, 2, 3, 4, 5, 6] and after[: len(before)].equals(before), after
     return Outcome(PASS, f"exit code 130 after {len(before)} of 6 epochs; the rest after --resume")
