@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.gpu.runner import Check, Place, Run, exit_code, markdown
+from xray_fastai.system.signals import sigterm_raises
 
 CHECKS_OF, SPEED_OF = "tests.gpu.checks", "tests.gpu.speed"
 MINUTES = 8.0
@@ -143,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     minutes = given.minutes or (120 if given.quick else MINUTES)
     run = Run(place, jobs, minutes, lambda line: print(line, file=sys.stderr, flush=True))
     try:
-        run.all(checks)
+        with sigterm_raises():  # then, as at Ctrl-C, the checks that run are ended
+            run.all(checks)
         print(f"\n{head(given.device)}\n\n{markdown(run, checks)}\n")
         verdicts = Counter(outcome.verdict for outcome in run.outcomes.values())
         print(", ".join(f"{number} {verdict}" for verdict, number in verdicts.items()))

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import wait_for
 from tests.gpu import __main__ as command
-from tests.gpu.runner import BELOW, FAIL, MEASURED, NOT_RUN, PASS, Check, Outcome, Place, Run, exit_code
+from tests.gpu.runner import BELOW, FAIL, MEASURED, NOT_RUN, PASS, ROOT, Check, Outcome, Place, Run, exit_code
 
 HERE = "tests.gpu.test_runner"
 
@@ -105,6 +105,21 @@ def test_a_run_ends_when_its_time_is_up(tmp_path):
     found = verdicts(tmp_path, [*named("hangs"), *named("passes", alone=True)], minutes=0.05)
     assert found["hangs"].detail.startswith("ended after 3 s")
     assert found["passes"] == Outcome(FAIL, "not begun: the time of the whole run is up")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes of a session in /proc")
+def test_a_run_that_is_stopped_ends_its_checks(tmp_path):
+    program = (
+        "import sys; from tests.gpu import __main__ as command; from tests.gpu.test_runner import named; "
+        "command.all_checks = lambda place: named('hangs'); command.main(sys.argv[1:])"
+    )
+    arguments = ["--device", "cpu", "--quick", "--keep", str(tmp_path / "kept")]
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    child = tmp_path / "kept" / "child"
+    pid = int(wait_for(lambda: child.is_file() and child.read_text(), process, 120))
+    process.terminate()
+    assert process.wait(60) != 0
+    wait_for(lambda: not is_running(pid), seconds=10)
 
 
 @pytest.mark.parametrize(
