@@ -67,22 +67,30 @@ def now() -> float:
 def some_images(folder: Path, train: int, valid: int) -> Path:
     """Link images of XRAY_DATA, or of the drawn X-rays, into train/CLASS and val/CLASS; no patient is in both.
 
-    If there are fewer images than `train`, an image is linked several times into train/.
+    The classes take turns, so that both splits have all. If there are fewer images than `train`, an image is linked
+    several times into train/.
 
     Returns:
         `folder`.
+
+    Raises:
+        SystemExit: no images of a class would be left for train/.
     """
     root = find_root(os.environ["XRAY_DATA"]) if "XRAY_DATA" in os.environ else phantom.cached()
     table = read_split(root, "train")
     patients = sorted(table.patient.unique())
     random.Random(0).shuffle(patients)
     table = table.set_index("patient").loc[patients]
+    turns = table.groupby("label").cumcount().to_numpy().argsort(kind="stable")
+    table = table.iloc[turns]
+    rest = table[~table.index.isin(table.index[:valid])]
+    if set(rest.label) != set(table.label):
+        raise SystemExit(f"{root}: of {len(table)} images, with {valid} for validation, too few are left to train on")
     for label in table.label.unique():
         for split in ("train", "val"):
             (folder / split / label).mkdir(parents=True)
     for i, row in enumerate(table.iloc[:valid].itertuples()):
         (folder / "val" / row.label / f"v{i}-{Path(row.path).name}").symlink_to(Path(row.path).resolve())
-    rest = table[~table.index.isin(table.index[:valid])]
     for i in range(train):
         row = rest.iloc[i % len(rest)]
         name = f"t{i}-{Path(row.path).name}"

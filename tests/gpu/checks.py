@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from fastai.vision.all import Callback
 from fastai.vision.all import load_learner as load_pickled
 
 from tests.benchmarks.measuring import random_weights
-from tests.gpu.runner import NOT_RUN, PASS, ROOT, Outcome, Place
+from tests.gpu.runner import NOT_RUN, PASS, ROOT, Outcome, Place, last_line
 from xray_fastai import evaluate, fit, interpret, load_learner, predict, verify
 from xray_fastai.data.images import open_image
 from xray_fastai.data.sources import phantom
@@ -128,6 +129,12 @@ def command(*args, **kwargs) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def check_code(process: subprocess.Popen, allowed: Sequence[int], log: Path) -> None:
+    """Check how a command ended; where it was wrong, the last line in the log says why."""
+    code = process.wait()
+    assert code in allowed, f"exit code {code}: {last_line(log)}"
+
+
 def interrupted(place: Place) -> Outcome:
     """Press Ctrl-C in a terminal: all processes of the command get it, also those that load images."""
     given = options(place, name="terminal", weights="none", freeze_epochs=0, epochs=6, patience=6)
@@ -136,14 +143,14 @@ def interrupted(place: Place) -> Outcome:
         print(line, end="")
         if re.match(r"unfrozen\s+2/6", line):
             os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() == 128 + signal.SIGINT, f"exit code {process.returncode}"
+    check_code(process, [128 + signal.SIGINT], place.folder / "interrupted.log")
     export = Path(given["exports"]) / given["name"]
     before = pd.read_csv(export / "history.csv")
     assert 2 <= len(before) < 6 and (export / "checkpoint").is_dir(), before
     process = command("fit", "--resume", given["name"], "--exports", given["exports"])
     printed = process.communicate()[0]
     print(printed)
-    assert process.returncode == 0, f"exit code {process.returncode}"
+    check_code(process, [0], place.folder / "interrupted.log")
     export = Path(re.search(r"^export: (.*)$", printed, re.MULTILINE)[1])  # a run of another name
     after = pd.read_csv(export / "history.csv")
     assert list(after.epoch) == [1, 2, 3, 4, 5, 6] and after[: len(before)].equals(before), after
@@ -254,6 +261,8 @@ def served(place: Place) -> Outcome:
         lines.append(line)
         if line.startswith("page"):
             break
+    else:
+        check_code(process, [], place.folder / "serve.log")
     assert any(line.startswith("device") and place.device in line for line in lines), lines
     files = [("file", (Path(path).name, Path(path).read_bytes())) for path in paths]
     answer = requests.post(f"{lines[-1].split()[1]}/predict", files=files, timeout=60)
@@ -263,7 +272,7 @@ def served(place: Place) -> Outcome:
     there = pd.DataFrame([row["probabilities"] for row in rows]).to_numpy()
     process.send_signal(signal.SIGINT)
     process.communicate()
-    assert process.returncode in (0, 130), f"exit code {process.returncode}"
+    check_code(process, [0, 130], place.folder / "serve.log")
     text = compare(np.abs(there - table_of(paths, export, "cpu", "fp32")).max(), SAME["fp32"], "differs by")
     return Outcome(PASS, f"{len(paths)} files; {text} from the CPU")
 
