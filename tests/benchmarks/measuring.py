@@ -67,14 +67,14 @@ def now() -> float:
 def some_images(folder: Path, train: int, valid: int) -> Path:
     """Link images of XRAY_DATA, or of the drawn X-rays, into train/CLASS and val/CLASS; no patient is in both.
 
-    The classes take turns, so that both splits have all. If there are fewer images than `train`, an image is linked
-    several times into train/.
+    The classes take turns, so that both splits have all. At most a quarter of the images go into val/, and the others
+    of their patients into neither. Where a split needs more images than it has, each is linked several times.
 
     Returns:
         `folder`.
 
     Raises:
-        SystemExit: no images of a class would be left for train/.
+        SystemExit: no images of a class are left for a split.
     """
     root = find_root(os.environ["XRAY_DATA"]) if "XRAY_DATA" in os.environ else phantom.cached()
     table = read_split(root, "train")
@@ -83,18 +83,17 @@ def some_images(folder: Path, train: int, valid: int) -> Path:
     table = table.set_index("patient").loc[patients]
     turns = table.groupby("label").cumcount().to_numpy().argsort(kind="stable")
     table = table.iloc[turns]
-    rest = table[~table.index.isin(table.index[:valid])]
-    if set(rest.label) != set(table.label):
-        raise SystemExit(f"{root}: of {len(table)} images, with {valid} for validation, too few are left to train on")
+    held_out = table.iloc[: min(valid, len(table) // 4)]
+    rest = table[~table.index.isin(held_out.index)]
+    if not set(table.label) == set(held_out.label) == set(rest.label):
+        raise SystemExit(f"{root}: {len(table)} images are too few for {valid} of all classes for validation")
     for label in table.label.unique():
         for split in ("train", "val"):
             (folder / split / label).mkdir(parents=True)
-    for i, row in enumerate(table.iloc[:valid].itertuples()):
-        (folder / "val" / row.label / f"v{i}-{Path(row.path).name}").symlink_to(Path(row.path).resolve())
-    for i in range(train):
-        row = rest.iloc[i % len(rest)]
-        name = f"t{i}-{Path(row.path).name}"
-        (folder / "train" / row.label / name).symlink_to(Path(row.path).resolve())
+    for split, count, images in (("val", valid, held_out), ("train", train, rest)):
+        for i in range(count):
+            row = images.iloc[i % len(images)]
+            (folder / split / row.label / f"{split}{i}-{Path(row.path).name}").symlink_to(Path(row.path).resolve())
     return folder
 
 
