@@ -13,13 +13,13 @@ import numpy as np
 from fastai.vision.all import PILImage, Resize, ResizeMethod
 from PIL import Image
 
-from tests.benchmarks.measuring import rates, show
+from tests.benchmarks.measuring import rates, show, whole_number
 from xray_fastai.data.images import open_image
 from xray_fastai.data.sources.phantom import draw
 
 # -----------------------------------------------------------------------------
 SIZES = [int(size) for size in os.environ.get("SIZES", "128,224").split(",")]
-REPEATS = int(os.environ.get("REPEATS", "5"))
+REPEATS = whole_number("REPEATS", 5)
 DRAWN, SIDE = 12, 1400  # the number of drawn images, and their side in pixels
 # -----------------------------------------------------------------------------
 

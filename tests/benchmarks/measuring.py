@@ -30,10 +30,22 @@ from xray_fastai.data.sources import phantom
 from xray_fastai.model.augmentation import AUGMENT, FASTAI_VALUES
 from xray_fastai.system.device import choose_device, choose_precision
 
-DEVICE = choose_device("auto")
+DEVICE = choose_device(os.environ.get("DEVICE", "auto"))
 PRECISION = choose_precision("auto", DEVICE)
 RATIO_WIDTH = 27  # characters of a ratio in a table
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def whole_number(name: str, default: int, least: int = 1) -> int:
+    """Return a setting from the environment.
+
+    Raises:
+        SystemExit: it is no whole number, or below `least`.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise SystemExit(f"{name}={text}: give a whole number of {least} or more")
+    return int(text)
 
 
 class Enough(Exception):
@@ -47,34 +59,41 @@ def autocast() -> torch.autocast:
 
 def now() -> float:
     """Return the time in seconds, after everything that was started on a GPU has ended."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def some_images(folder: Path, train: int, valid: int) -> Path:
     """Link images of XRAY_DATA, or of the drawn X-rays, into train/CLASS and val/CLASS; no patient is in both.
 
-    If there are fewer images than `train`, an image is linked several times into train/.
+    The classes take turns, so that both splits have all. At most a quarter of the images go into val/, and the others
+    of their patients into neither. Where a split needs more images than it has, each is linked several times.
 
     Returns:
         `folder`.
+
+    Raises:
+        SystemExit: no images of a class are left for a split.
     """
     root = find_root(os.environ["XRAY_DATA"]) if "XRAY_DATA" in os.environ else phantom.cached()
     table = read_split(root, "train")
     patients = sorted(table.patient.unique())
     random.Random(0).shuffle(patients)
     table = table.set_index("patient").loc[patients]
+    turns = table.groupby("label").cumcount().to_numpy().argsort(kind="stable")
+    table = table.iloc[turns]
+    held_out = table.iloc[: min(valid, len(table) // 4)]
+    rest = table[~table.index.isin(held_out.index)]
+    if not set(table.label) == set(held_out.label) == set(rest.label):
+        raise SystemExit(f"{root}: {len(table)} images are too few for {valid} of all classes for validation")
     for label in table.label.unique():
         for split in ("train", "val"):
             (folder / split / label).mkdir(parents=True)
-    for i, row in enumerate(table.iloc[:valid].itertuples()):
-        (folder / "val" / row.label / f"v{i}-{Path(row.path).name}").symlink_to(Path(row.path).resolve())
-    rest = table[~table.index.isin(table.index[:valid])]
-    for i in range(train):
-        row = rest.iloc[i % len(rest)]
-        name = f"t{i}-{Path(row.path).name}"
-        (folder / "train" / row.label / name).symlink_to(Path(row.path).resolve())
+    for split, count, images in (("val", valid, held_out), ("train", train, rest)):
+        for i in range(count):
+            row = images.iloc[i % len(images)]
+            (folder / split / row.label / f"{split}{i}-{Path(row.path).name}").symlink_to(Path(row.path).resolve())
     return folder
 
 
@@ -127,7 +146,7 @@ def real_fit(data: Path, *callbacks: Callback, **settings) -> float:
     with tempfile.TemporaryDirectory() as exports, contextlib.redirect_stdout(io.StringIO()):
         start = now()
         try:
-            config = FitConfig(data=str(data), valid="folder", exports=exports, **settings)
+            config = FitConfig(data=str(data), valid="folder", exports=exports, device=DEVICE.type, **settings)
             result = fit(config, callbacks=callbacks)
         except Enough:
             return now() - start
@@ -136,6 +155,11 @@ def real_fit(data: Path, *callbacks: Callback, **settings) -> float:
 
 def median(values: list[float]) -> float:
     return statistics.median(values)
+
+
+def medians(measured: dict[str, list[float]]) -> dict[str, float]:
+    """Return the median of each name's values; a name without values is left out."""
+    return {name: median(values) for name, values in measured.items() if values}
 
 
 def rounds(count: int) -> Iterator[int]:
@@ -174,9 +198,9 @@ def rates(ways: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[fl
 
 def show(title: str, measured: dict[str, list[float]], unit: str, against: tuple[str, ...]) -> None:
     """Print for each name the median, lowest and highest rate, and its ratio to the medians of `against`."""
-    medians = {name: statistics.median(values) for name, values in measured.items()}
+    middle = medians(measured)
     heads = "".join(f"{'/ ' + name:>{RATIO_WIDTH}}" for name in against)
     print(f"\n{title}\n{'':<28}{unit:>12}{'range':>20}{heads}")
     for name, values in measured.items():
-        ratios = "".join(f"{medians[name] / medians[other]:>{RATIO_WIDTH}.2f}" for other in against)
-        print(f"{name:<28}{medians[name]:>12.1f}{f'{min(values):.1f} to {max(values):.1f}':>20}{ratios}", flush=True)
+        ratios = "".join(f"{middle[name] / middle[other]:>{RATIO_WIDTH}.2f}" for other in against)
+        print(f"{name:<28}{middle[name]:>12.1f}{f'{min(values):.1f} to {max(values):.1f}':>20}{ratios}", flush=True)

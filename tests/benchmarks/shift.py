@@ -45,6 +45,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from tests.benchmarks.measuring import whole_number
 from tests.benchmarks.robustness import SIDE, narrowed, widened
 from tests.benchmarks.views import MAX_CHANGES, views
 from xray_fastai import fit
@@ -73,11 +74,11 @@ AUGMENTATIONS = {  # of these, what differs from AUGMENT["strong"]
     "less-stretched": {"max_stretch": 1.15},
 }
 HOLDOUTS = os.environ.get("HOLDOUTS", "least typical,thumbnail").split(",")
-SEEDS = range(int(os.environ.get("SEEDS", "3")))
+SEEDS = range(whole_number("SEEDS", 3))
 COMMON = {
     "arch": os.environ.get("ARCH", "resnet18"),
-    "size": int(os.environ.get("SIZE", "64")),
-    "epochs": int(os.environ.get("EPOCHS", "16")),
+    "size": whole_number("SIZE", 64, 32),
+    "epochs": whole_number("EPOCHS", 16),
     "weights": "none",
 }
 SHARE = 0.15

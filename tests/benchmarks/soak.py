@@ -9,7 +9,6 @@ drawn X-rays, of which one in a hundred is broken. Memory is the resident set of
 import contextlib
 import csv
 import io
-import os
 import resource
 import shutil
 import subprocess
@@ -18,12 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.benchmarks.measuring import whole_number
 from xray_fastai import fit
 from xray_fastai.data.sources import phantom
 
 # -----------------------------------------------------------------------------
-FILES = int(os.environ.get("FILES", "50000"))
-FITS = int(os.environ.get("FITS", "20"))
+FILES = whole_number("FILES", 50000)
+FITS = whole_number("FITS", 20)
 SETTINGS = {"arch": "resnet18", "size": 32, "epochs": 1, "device": "cpu", "workers": 0, "weights": "none"}
 # -----------------------------------------------------------------------------
 

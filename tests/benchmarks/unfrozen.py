@@ -6,7 +6,10 @@ ours    `fit`'s own loop: loading, augmentation on the batch, all callbacks
 plain   `vision_learner` with its defaults, unfrozen
 limit   only torch, with one batch in memory: best precision, channels last, fused AdamW, no loading
 
-The first SKIP batches of an epoch are not counted, the next STEPS are.
+The first SKIP batches of an epoch are not counted, the next STEPS are. In the first repeat ours also decodes the files;
+the others find them in the cache. On a GPU, STEPS has to be larger than what the loading processes hold ready.
+
+At the end: what share of a step of ours goes into which part (`step_shares`); SHARES=0 leaves that out.
 """
 
 import contextlib
@@ -18,26 +21,29 @@ import torch
 import torchvision
 from fastai.vision.all import Callback
 
+from tests.benchmarks import step_shares
 from tests.benchmarks.measuring import (
     DEVICE,
     Enough,
     about_the_machine,
     autocast,
-    median,
+    medians,
     now,
     plain_learner,
     real_fit,
     rounds,
     some_images,
+    whole_number,
 )
 
 # -----------------------------------------------------------------------------
 ARCH = os.environ.get("ARCH", "resnet50")
-SIZE = int(os.environ.get("SIZE", "224"))
-BATCH = int(os.environ.get("BATCH", "32"))
-STEPS = int(os.environ.get("STEPS", "4"))
-SKIP = int(os.environ.get("SKIP", "2"))
-REPEATS = int(os.environ.get("REPEATS", "3"))
+SIZE = whole_number("SIZE", 224, 32)
+BATCH = whole_number("BATCH", 80 if DEVICE.type == "cuda" else 32)
+STEPS = whole_number("STEPS", 60 if DEVICE.type == "cuda" else 4)
+SKIP = whole_number("SKIP", 20 if DEVICE.type == "cuda" else 2, 0)
+REPEATS = whole_number("REPEATS", 3)
+SHARES = whole_number("SHARES", 1, 0)
 # -----------------------------------------------------------------------------
 
 
@@ -46,23 +52,34 @@ class Stopwatch(Callback):
 
     order = 100
 
-    def before_fit(self):
-        self.ends = []
+    def before_train(self):
+        self.steps = 0
+        self._look()
 
     def after_batch(self):
-        self.ends.append(now())
-        if len(self.ends) == SKIP + STEPS:
+        self.steps += 1
+        self._look()
+
+    def _look(self):
+        # only here: `now` waits for the GPU, which elsewhere would cost what it measures
+        if self.steps == SKIP:
+            self.start = now()
+        elif self.steps == SKIP + STEPS:
+            self.seconds = now() - self.start
             raise Enough("all batches were timed")  # fastai needs an exception with a message
 
     @property
     def rate(self) -> float:
-        return STEPS * BATCH / (self.ends[-1] - self.ends[SKIP - 1])
+        return STEPS * BATCH / self.seconds
+
+
+def settings() -> dict:
+    return {"arch": ARCH, "size": SIZE, "batch_size": BATCH, "weights": "none", "epochs": 1}
 
 
 def ours(data: Path) -> float:
     watch = Stopwatch()
-    settings = {"arch": ARCH, "size": SIZE, "batch_size": BATCH, "weights": "none", "epochs": 1}
-    real_fit(data, watch, **settings)
+    real_fit(data, watch, **settings())
     return watch.rate
 
 
@@ -91,8 +108,8 @@ def limit() -> float:
     return STEPS * BATCH / (now() - start)
 
 
-def main() -> None:
-    print(f"{ARCH}, {SIZE} px, batch {BATCH}; {about_the_machine()}")
+def measure() -> dict[str, float]:
+    """Return the medians of images a second: plain, ours, limit. Also prints the shares of a step, unless SHARES=0."""
     rates = {"plain": [], "ours": [], "limit": []}
     with tempfile.TemporaryDirectory() as temporary:
         data = some_images(Path(temporary), (SKIP + STEPS + 1) * BATCH, 8)
@@ -100,10 +117,19 @@ def main() -> None:
             rates["plain"].append(plain(data))
             rates["ours"].append(ours(data))
             rates["limit"].append(limit())
+        if SHARES:
+            clock = step_shares.Clock()
+            real_fit(data, *step_shares.watchers(clock, SKIP, STEPS), **settings())
+            print(clock.table())
+    return medians(rates)
+
+
+def main() -> None:
+    print(f"{ARCH}, {SIZE} px, batch {BATCH}; {about_the_machine()}")
+    rates = measure()
     print(f"\nmedians of {REPEATS}\n{'':<8}{'images/s':>10}{'it / plain':>12}{'it / limit':>12}")
-    medians = {name: median(values) for name, values in rates.items()}
-    for name, value in medians.items():
-        print(f"{name:<8}{value:>10.2f}{value / medians['plain']:>12.2f}{value / medians['limit']:>12.2f}")
+    for name, value in rates.items():
+        print(f"{name:<8}{value:>10.2f}{value / rates['plain']:>12.2f}{value / rates['limit']:>12.2f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Checks what only a machine with a GPU can show: `python -m tests.gpu`."""
