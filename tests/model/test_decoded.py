@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import TfmdDL
+from fastai.vision.all import ProgressCallback, TfmdDL, load_learner
 from PIL import Image
 
 from xray_fastai.data.pixel_cache import PixelCache
 from xray_fastai.model import decoded, transforms
 from xray_fastai.model.decoded import DecodedLoader
+from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import make_loaders
 from xray_fastai.system.errors import ImageError
 
@@ -103,6 +104,19 @@ def test_other_images_go_through_fastais_loader(table):
     assert image.size == (32, 32) and CLASSES[label] == table.label[0]
     images, targets, items = loaders.valid.show_batch(max_n=3, show=False)
     assert images.shape == (4, 3, 32, 32) and targets.shape == (4,) and len(items) == 3
+
+
+def test_fastais_tools_use_the_loaders(table, tmp_path):
+    loaders = loaders_of(table, True)
+    assert len(loaders.train.show_batch(unique=True, show=False)[0]) == 5  # one image in five places
+    learn = build_learner(loaders, "resnet18")
+    learn.remove_cb(ProgressCallback)
+    assert learn.lr_find(num_it=3, show_plot=False).valley > 0
+    assert len(learn.recorder.losses) == 3
+    probabilities, targets = learn.get_preds()
+    assert probabilities.shape == (9, 2) and torch.equal(targets, loaders.valid.classes)
+    learn.export(tmp_path / "learner.pkl")
+    assert type(load_learner(tmp_path / "learner.pkl").dls.valid) is TfmdDL
 
 
 def test_nothing_is_opened_any_more_when_an_epoch_is_left(table, monkeypatch):
