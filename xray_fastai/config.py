@@ -286,7 +286,11 @@ class FitConfig:
     seed: int = _setting(42, "Seed of all random numbers.", min=0, below=2**32)
     device: str = _setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
     precision: str = _setting("auto", f"Precision: {', '.join(PRECISIONS)}.", choices=PRECISIONS)
-    workers: int | None = _setting(None, "Number of processes that load images. [default: by device and cores]", min=0)
+    workers: int | None = _setting(
+        None,
+        "Number of processes that load images where decoded ones are not cached. [default: by device and cores]",
+        min=0,
+    )
     cache: bool = _setting(True, "Keep decoded images in the user's cache folder, for later epochs and fits.")
     name: str | None = _setting(None, "Name of the run. [default: date and time]", metavar="RUN", check=_check_name)
     exports: str = _setting("exports", "Folder to write the run's folder into.", metavar="DIR", printable=True)

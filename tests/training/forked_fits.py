@@ -7,8 +7,8 @@ Reads one job a line from standard input, and writes one result a line. A job ha
 The fault happens when the child enters the function (or `module:Class.method`) for the n-th time: `kill` and
 `terminate` send SIGKILL and SIGTERM to the child, `vanish` renames the folder of exports. `starve` runs out of memory
 from the n-th time on, when the function, a method that gets a batch, gets more than "max_images" images. "limit" is the
-maximum size of a file in bytes. A checkpoint that is being written is completed first, unless its thread enters the
-function.
+maximum size of a file in bytes. Each epoch gets a checkpoint, or the first after so many "seconds". A checkpoint that
+is being written is completed first, unless its thread enters the function.
 """
 
 import importlib
@@ -56,10 +56,12 @@ def arrange(what: str, where: str, max_images: int = 0) -> None:
 
 def child(job: dict) -> None:
     from xray_fastai import fit
+    from xray_fastai.training import state
 
     try:
         if "do" in job:
             arrange(job["do"], job["at"], job.get("max_images", 0))
+        state.SECONDS = job.get("seconds", 0)
         if "limit" in job:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
         fit(**job["fit"])

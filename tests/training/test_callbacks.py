@@ -145,6 +145,26 @@ def test_a_loss_that_is_not_finite_stops_training_and_validation(training, loss,
         assert not stops
 
 
+@pytest.mark.parametrize(("bad", "seen"), [(0, 4), (3, 4), (4, 8), (8, 10)])
+def test_losses_on_a_gpu_are_read_after_some_batches_and_at_the_end_of_the_part(bad, seen):
+    """`meta` tensors stand for those of a GPU until they are read."""
+    callback, read = StopOnNonFiniteLoss(every=4), 0
+    callback._check = lambda: check()
+    learn = callback.learn = SimpleNamespace(training=True, epoch=0, loss=torch.empty((), device="meta"))
+
+    def check():
+        callback.finite = [torch.tensor(read + i != bad) for i in range(len(callback.finite))]
+        StopOnNonFiniteLoss._check(callback)
+
+    callback("before_train")
+    with pytest.raises(CancelFitException):
+        for learn.iter in range(10):
+            callback("after_batch")
+            read += 0 if callback.finite else 4
+        callback("after_train")
+    assert callback.where == f"epoch 1, training batch {bad + 1}" and learn.iter + 1 == seen
+
+
 def test_the_epochs_take_the_views_in_turn():
     callback, used = NextView(), []
     for epoch in range(4):

@@ -31,6 +31,19 @@ def checkpoints():
         yield checkpoints
 
 
+def test_a_best_epoch_without_a_checkpoint_comes_with_the_next_one(checkpoints):
+    """It is another epoch than the one that is saved, and has its own files; the backbone is written once."""
+    parts = [{"backbone": {"0.w": torch.ones(1)}, "head": {"1.w": torch.full((1,), value)}} for value in (7.0, 8.0)]
+    outputs = {"logits": torch.zeros(1, 2), "targets": torch.zeros(1)}
+    checkpoints.save({"epoch": 8}, parts[1], {}, Best(6, parts[0], outputs))
+    checkpoints.wait()
+    assert {"00004.head.safetensors", "00004.best.head.safetensors"} < set(names(checkpoints.folder))
+    saved, _ = Checkpoints(checkpoints.run).load()
+    assert (saved.weights["1.w"], saved.best["1.w"], saved.best_row) == (8, 7, 6)
+    assert saved.weights["0.w"] == saved.best["0.w"] == 1
+    assert sum("backbone" in name for name in names(checkpoints.folder)) == 1
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from fastai.vision.all import Callback, DataLoaders, Learner, ProgressCallback
 
 from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import load_learner
@@ -115,6 +116,41 @@ def test_ctrl_c_while_features_are_computed_ends_as_in_a_first_epoch(data, weigh
     assert "computed in" not in result.stdout
     assert settings_of(Path("exports/stopped"))["status"] == "interrupted"
     load_learner("exports/stopped")
+
+
+def test_callbacks_get_the_events_that_fastai_gives_them():
+    """In the same order; also a callback made of functions, one that is added in a fit, and one that does not run."""
+
+    seen = []
+
+    class Add(Callback):
+        order = 5
+
+        def before_batch(self):
+            seen.append("add")
+            if not self.iter and not self.epoch:
+                self.learn.add_cb(Callback(after_batch=lambda self: seen.append("added")))
+
+    class Quiet(Callback):
+        def before_epoch(self):
+            self.run = self.epoch == 1
+
+        def after_batch(self):
+            seen.append("quiet")
+
+    found = {}
+    for kind in (Learner, frozen_features.HeadLearner):
+        seen.clear()
+        batches = [(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))] * 2
+        learn = kind(DataLoaders(batches, batches), torch.nn.Linear(3, 2), loss_func=torch.nn.functional.cross_entropy)
+        learn.remove_cb(ProgressCallback)
+        functions = Callback(before_epoch=lambda self: seen.append("epoch"), after_fit=lambda self: seen.append("fit"))
+        with learn.no_logging():
+            for _ in range(2):
+                learn.fit(2, 0.1, cbs=[functions, Quiet(), Add()])
+        found[kind] = [*seen]
+    assert found[Learner] == found[frozen_features.HeadLearner]
+    assert {*found[Learner]} == {"add", "added", "epoch", "fit", "quiet"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

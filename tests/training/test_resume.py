@@ -150,6 +150,14 @@ def test_a_fit_killed_many_times_gives_the_result_of_an_uninterrupted_one(fits, 
     assert rates[-1] < rates[-2] < rates[0]  # the rate was cut
 
 
+def test_epochs_without_a_checkpoint_are_trained_again(fits, whole):
+    """The best epoch so far may be one of them, and so may one that is not the best."""
+    at = {"do": "kill", "at": END, "seconds": 1000}  # between the phases
+    fits(-signal.SIGKILL, at, **SETTINGS, name="sparse")
+    assert resumed(fits(do={"seconds": 1000}, resume="sparse")) == "sparse after frozen epoch 1"
+    same(fits.exports / "sparse", whole)
+
+
 def test_a_terminated_fit_resumes_under_another_name(fits, whole):
     """As on a cluster that needs the machine for another job; meanwhile the interrupted export can be used."""
     at = {"do": "terminate", "at": f"{BATCH}@27"}  # in the unfrozen phase's first epoch

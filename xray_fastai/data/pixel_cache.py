@@ -43,7 +43,7 @@ class PixelCache:
         Raises:
             OSError: an image is missing, the cache folder cannot be written to, or has less than twice the space free.
         """
-        paths = sorted(map(os.path.abspath, paths))
+        self.paths = paths = sorted(map(os.path.abspath, paths))
         self.rows = {path: row for row, path in enumerate(paths)}
         self.size = size
         images, states = hashlib.sha256(f"{LAYOUT} {size}".encode()), hashlib.sha256()

@@ -59,6 +59,25 @@ def stretch_matrix(images: torch.Tensor, max_ratio: float, p: float) -> torch.Te
     return affine_mat(width, zero, zero, zero, 1 / width, zero)
 
 
+class Affine(AffineCoordTfm):
+    """Resamples a batch once for all of fastai's affine transforms, and never waits for a GPU.
+
+    fastai's own class reads the largest coordinate from the GPU for each batch. It needs it only where the output is
+    smaller than the input; here both have the same size. The result is the same to the last digit.
+    """
+
+    def __init__(
+        self,
+        tfm: AffineCoordTfm,  # composed by `aug_transforms`
+    ):
+        super().__init__(tfm.aff_fs, mode=tfm.mode, pad_mode=tfm.pad_mode, align_corners=tfm.align_corners)
+
+    def encodes(self, x: TensorImage):
+        images = x.as_subclass(torch.Tensor)  # (B, C, H, W)
+        grid = F.affine_grid(self.mat.as_subclass(torch.Tensor), images.shape, align_corners=self.align_corners)
+        return type(x)(F.grid_sample(images, grid, self.mode, self.pad_mode, self.align_corners))
+
+
 class Stretch(AffineCoordTfm):
     """Makes images wider or narrower for their height.
 
@@ -141,4 +160,5 @@ def build_augmentation(name: str) -> list[Transform]:
         if values[largest] > 0
     ]
     fastai_values = {key: values[key] for key in FASTAI_VALUES}
-    return [*aug_transforms(do_flip=False, max_warp=0.0, **fastai_values, xtra_tfms=affine), *quality]
+    moving, *lighting = aug_transforms(do_flip=False, max_warp=0.0, **fastai_values, xtra_tfms=affine)
+    return [Affine(moving), *lighting, *quality]

@@ -9,6 +9,7 @@ from fastai.vision.all import (
     CrossEntropyLossFlat,
     DataLoaders,
     Learner,
+    Recorder,
     RocAuc,
     RocAucBinary,
     accuracy,
@@ -20,6 +21,7 @@ from torch import nn
 from xray_fastai.config import FitConfig
 from xray_fastai.model.architectures import build_backbone, build_head, split_parameters
 from xray_fastai.model.optimizer import FusedAdam
+from xray_fastai.model.recorder import EpochAverage, EpochMetric, EpochRecorder
 
 
 class CalibratedCrossEntropy(CrossEntropyLossFlat):
@@ -94,9 +96,11 @@ def build_learner(
         splitter=partial(split_parameters, arch=arch),
         loss_func=CalibratedCrossEntropy(weight=weight),
         opt_func=FusedAdam,
-        metrics=[accuracy, RocAucBinary() if classes == 2 else RocAuc()],
+        metrics=[EpochAverage(accuracy), EpochMetric(RocAucBinary() if classes == 2 else RocAuc())],
         train_bn=False,
     )
+    learn.remove_cb(Recorder)
+    learn.add_cb(EpochRecorder())
     learn.arch = arch  # the name replaces the partial, which holds the pretrained tensors
     return learn
 

@@ -68,8 +68,16 @@ class OpenXray(Transform):
     def encodes(self, source):
         if self.cache is None or not isinstance(source, str):
             return XrayImage(open_image(source, self.size))
-        pixels = self.cache.get(source)  # (size, size)
+        return XrayImage(Image.fromarray(self.cached(source)))
+
+    def cached(self, path: str) -> np.ndarray:
+        """Return a file's image (size, size) from the cache; where it is missing or damaged there, decode and store it.
+
+        Raises:
+            ImageError: see `open_image`.
+        """
+        pixels = self.cache.get(path)
         if pixels is None:
-            pixels = np.array(open_image(source, self.size))
-            self.cache.put(source, pixels)
-        return XrayImage(Image.fromarray(pixels))
+            pixels = np.array(open_image(path, self.size))
+            self.cache.put(path, pixels)
+        return pixels

@@ -11,12 +11,14 @@ from fastai.vision.all import (
     MixedPrecision,
     TrackerCallback,
     TrainEvalCallback,
-    to_detach,
     to_float,
 )
 from torch.nn.functional import cross_entropy
 
 from xray_fastai.export.schema import HISTORY_COLUMNS
+
+BACKBONE = "0."
+"""The names of the backbone's tensors begin with this; it does not change in the frozen phase."""
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -182,19 +184,23 @@ class BestWeights(TrackerCallback):
         self.targets: torch.Tensor | None = None  # (validation images,)
 
     def before_validate(self):
-        self.outputs = []
+        self.outputs = []  # on the device: a copy to the CPU would wait for it
 
     def after_batch(self):
         if not self.training:
-            self.outputs.append((to_detach(self.pred, gather=False), to_detach(self.yb[0], gather=False)))
+            self.outputs.append((self.pred.detach(), self.yb[0].detach()))
 
     def after_epoch(self):
         super().after_epoch()
         self.is_best = self.new_best or bool(self.recorder.values[-1][self.idx] <= self.best + self.margin)
         if self.is_best:
-            self.row = self.history[-1]
-            self.logits, self.targets = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
-            self.state = copied(self.model.state_dict())
+            before, self.row = self.row, self.history[-1]
+            self.logits, self.targets = (torch.cat(parts).cpu() for parts in zip(*self.outputs, strict=True))
+            state = self.model.state_dict()
+            if before is not None and before["phase"] == self.row["phase"] == "frozen":  # the backbone has not changed
+                self.state = self.state | copied({k: t for k, t in state.items() if not k.startswith(BACKBONE)})
+            else:
+                self.state = copied(state)
         if self.new_best and self.later:
             self.margin = standard_error(self.logits.float(), self.targets, self.loss_func.func.weight)
 

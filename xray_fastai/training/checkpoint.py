@@ -4,10 +4,11 @@
                00012.json                     counters, history, random states, and the list of its files
                00012.model.safetensors        the weights after that epoch
                00012.optimizer.safetensors    Adam's averages
-               00007.model.safetensors        the best epoch's weights: that epoch's own file, kept
+               00007.model.safetensors        the best epoch's weights: that epoch's own file, kept; or
+                                              00008.best.model.safetensors, if epoch 7 has no checkpoint
                00007.outputs.safetensors      its validation outputs
 
-In the frozen phase the backbone is written once, and after each epoch only the head. The `.json` file is written last;
+In the frozen phase the backbone is written once, and then only the head. The `.json` file is written last;
 it lists the checkpoint's files with size and CRC-32. The two newest checkpoints are kept.
 """
 
@@ -125,18 +126,21 @@ class Checkpoints:
         self.number += 1
         new: Parts = {}
 
-        def named(parts: Parts) -> list[str]:
+        def named(parts: Parts, of: str = "") -> list[str]:
             names = []
             for part, tensors in parts.items():
-                kept = next((name for name in self.files if f".{part}." in name), None) if part == UNCHANGING else None
-                names.append(kept or f"{self.number:05}.{part}.safetensors")
+                kept = None
+                if part == UNCHANGING:
+                    kept = next((name for name in [*self.files, *new] if f".{part}." in name), None)
+                names.append(kept or f"{self.number:05}{of}.{part}.safetensors")
                 if kept is None:
                     new[names[-1]] = tensors
             return names
 
         if best is not None and (self.best is None or self.best["row"] != best.row):
             new[outputs := f"{self.number:05}.outputs.safetensors"] = best.outputs
-            self.best = {"row": best.row, "weights": named(best.parts), "outputs": outputs}
+            of = "" if parts is None else ".best"  # an epoch since the previous checkpoint, but not this one
+            self.best = {"row": best.row, "weights": named(best.parts, of), "outputs": outputs}
         weights = self.best["weights"] if parts is None else named(parts)
         if optimizer:
             new[f"{self.number:05}.optimizer.safetensors"] = optimizer

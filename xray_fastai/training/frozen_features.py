@@ -51,6 +51,34 @@ class HeadAlone(nn.Sequential):
         return self[1](x)
 
 
+class HeadLearner(Learner):
+    """Calls at each event only the callbacks that define it, in fastai's order.
+
+    fastai asks every callback at every event, and each looks for the event in the learner and its network. A step of a
+    head (ResNet18's, 16 images, 15 callbacks) took 6.9 ms that way and 4.5 ms this way, on one core.
+    """
+
+    asked: tuple[Callback, ...] = ()  # the callbacks that `listeners` was made from
+    listeners: dict[str, list[Callback]]  # by event
+
+    def __call__(self, event_name: str):
+        if self.asked != (callbacks := tuple(self.cbs)):
+            self.asked, self.listeners = callbacks, {}
+        if event_name not in self.listeners:
+            self.listeners[event_name] = [
+                callback
+                for callback in self.cbs.sorted("order")
+                if defines(callback, event_name) or event_name == "after_fit"  # after which fastai runs all again
+            ]
+        for callback in self.listeners[event_name]:
+            callback(event_name)
+
+
+def defines(callback: Callback, name: str) -> bool:
+    """Return whether a callback's class, or the callback itself, has a method for an event."""
+    return hasattr(type(callback), name) or name in vars(callback)
+
+
 class FeatureLoader(DataLoader):
     "Gives features and classes in the batches and the order of a loader of images."
 
@@ -64,9 +92,10 @@ class FeatureLoader(DataLoader):
         self.features, self.targets, self.view = features, targets, 0
         self.rng = images.rng
 
-    def do_batch(self, items: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        at = torch.tensor(items, device=self.features.device)
-        return self.features[self.view, at, :, None, None], self.targets[at]  # (B, channels, 1, 1), (B,)
+    def create_batches(self, samps: Iterator[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = torch.tensor(list(samps), device=self.features.device)  # sent to a GPU once an epoch
+        for at in order.split(self.bs)[: len(self)]:
+            yield self.features[self.view, at, :, None, None], self.targets[at]  # (B, channels, 1, 1), (B,)
 
 
 class NextView(Callback):
@@ -106,7 +135,7 @@ def instead_of_images(
         CancelFitException: a signal stopped the fit.
         UserError: there is too little space on the disk.
     """
-    model, images = learn.model, learn.dls
+    model, images, plain = learn.model, learn.dls, type(learn)
     train, valid = images.loaders
     print(
         f"\nfeatures of {train.n:,} training images{f', {count} views each,' if count > 1 else ''} "
@@ -130,11 +159,13 @@ def instead_of_images(
     size = sum(loader.features.nbytes for loader in loaders)
     print(f"computed in {seconds // 60}:{seconds % 60:02}, {size / 1e6:,.0f} MB; epochs now train the head on them")
     learn.dls = DataLoaders(*loaders, path=images.path, device=plan.device)
-    learn.model = HeadAlone(*model)
+    learn.model, learn.__class__ = HeadAlone(*model), HeadLearner
     try:
         yield [NextView()]
     finally:
-        learn.model, learn.dls = model, images
+        learn.model, learn.dls, learn.__class__ = model, images, plain
+        for name in ("asked", "listeners"):
+            vars(learn).pop(name, None)
         for loader, own in zip(loaders, images.loaders, strict=True):
             own.rng = loader.rng
 

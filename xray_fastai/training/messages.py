@@ -35,7 +35,9 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
     total, head = parameters
     print(f"network       {config.arch}, {config.size} x {config.size} px, weights {plan.origin.name}")
     print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")
-    loading = f"{config.workers} loading processes" if config.workers else "images loaded in the same process"
+    loading = "images loaded in the same process"
+    if config.workers and plan.cache is None:
+        loading = f"{config.workers} loading processes"
     print(f"device        {plan.device_name}, precision {plan.precision}, {loading}")
     print(f"decoded       {plan.cache_note}")
     contrast = "histogram equalised" if config.contrast == "equalize" else "grey values unchanged"

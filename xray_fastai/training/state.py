@@ -3,6 +3,7 @@
 A resumed fit gives the same history and weights as one that was never interrupted: on a CPU bit for bit.
 """
 
+import math
 import random
 import time
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from fastai.vision.all import Callback, CancelEpochException, CancelFitException, Learner, TrackerCallback
 
-from xray_fastai.training.callbacks import BestWeights, Schedule, copied
+from xray_fastai.training.callbacks import BACKBONE, BestWeights, Schedule, copied
 from xray_fastai.training.checkpoint import UNCHANGING, Best, Checkpoints, Parts, Saved, Tensors
 from xray_fastai.training.stopping import EarlyStopping
 
@@ -41,8 +42,16 @@ class Progress:
         return self.seconds + time.perf_counter() - self.started
 
 
+SECONDS = 1.0
+"""An epoch that ends sooner after the previous checkpoint gets none. A small head trains for milliseconds an epoch, and
+would wait for the disk: a checkpoint is four files that are synchronised."""
+
+
 class SaveCheckpoint(Callback):
-    "Save a checkpoint after each epoch, except the last of a phase, after which `save_between_phases` saves one."
+    """Save a checkpoint after each epoch, but not more often than every `SECONDS`.
+
+    The last epoch of a phase gets none: `save_between_phases` saves one after it.
+    """
 
     order = TrackerCallback.order + 4  # after early stopping, which ends the phase before this is reached
 
@@ -54,14 +63,16 @@ class SaveCheckpoint(Callback):
         frozen: bool,  # whether only the head trains
     ):
         self.checkpoints, self.progress, self.best, self.frozen = checkpoints, progress, best, frozen
+        self.saved = -math.inf  # when the last checkpoint began, in seconds
 
     def after_batch(self):
         if self.checkpoints.failed:
             raise CancelFitException
 
     def after_epoch(self):
-        if self.epoch + 1 == self.n_epoch:
+        if self.epoch + 1 == self.n_epoch or time.monotonic() - self.saved < SECONDS:
             return
+        self.saved = time.monotonic()
         self.checkpoints.join()
         if self.checkpoints.failed:
             raise CancelFitException
@@ -79,7 +90,9 @@ class SaveCheckpoint(Callback):
         parts = None
         if not self.best.is_best:
             skip = self.frozen and self.checkpoints.has_backbone()
-            weights = copied({k: t for k, t in self.model.state_dict().items() if not (skip and k.startswith("0."))})
+            weights = copied(
+                {k: t for k, t in self.model.state_dict().items() if not (skip and k.startswith(BACKBONE))}
+            )
             parts = in_parts(weights, self.frozen)
         self.checkpoints.save(state, parts, optimizer, best_epoch(self.best))
 
@@ -176,7 +189,7 @@ def in_parts(weights: Tensors, frozen: bool) -> Parts:
         return {"model": weights}
     parts: Parts = {UNCHANGING: {}, "head": {}}
     for name, tensor in weights.items():
-        parts[UNCHANGING if name.startswith("0.") else "head"][name] = tensor
+        parts[UNCHANGING if name.startswith(BACKBONE) else "head"][name] = tensor
     return parts
 
 

@@ -38,16 +38,47 @@ class EarlyStopping(TrackerCallback):
 
 
 class StopOnNonFiniteLoss(Callback):
-    "End the fit when a training or validation loss is infinite or not a number."
+    """End the fit when a training or validation loss is infinite or not a number.
+
+    Reading a loss from a GPU waits until it has computed all that was started. So there, the losses are read together,
+    after some batches and at the end of the part.
+    """
 
     order = -9
     run_valid = True
     where: str | None = None
 
+    def __init__(
+        self,
+        every: int = 32,  # batches between two looks at the losses on a GPU
+    ):
+        super().__init__()
+        self.every, self.finite = every, []
+
+    def before_train(self):
+        self.finite = []  # whether each loss is finite: 0-dimensional, on the device
+
+    def before_validate(self):
+        self.finite = []
+
     def after_batch(self):
-        if not torch.isfinite(self.loss):
+        self.finite.append(torch.isfinite(self.loss.detach()))
+        if self.loss.device.type == "cpu" or len(self.finite) == self.every:
+            self._check()
+
+    def after_train(self):
+        self._check()
+
+    def after_validate(self):
+        self._check()
+
+    def _check(self):
+        finite = torch.stack(self.finite).tolist() if self.finite else []
+        self.finite = []
+        if not all(finite):
             part = "training" if self.training else "validation"
-            self.where = f"epoch {self.epoch + 1}, {part} batch {self.iter + 1}"
+            batch = self.iter + 1 - len(finite) + finite.index(False) + 1
+            self.where = f"epoch {self.epoch + 1}, {part} batch {batch}"
             raise CancelFitException
 
 

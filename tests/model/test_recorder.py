@@ -1,0 +1,82 @@
+"""Losses and metrics of an epoch are fastai's, and no batch waits for the device."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.learner import AvgSmoothLoss
+from fastai.vision.all import (
+    AvgLoss,
+    AvgMetric,
+    RocAuc,
+    RocAucBinary,
+    TensorCategory,
+    TensorImageBW,
+    accuracy,
+    to_detach,
+)
+
+from xray_fastai.model.loaders import make_loaders
+from xray_fastai.model.recorder import EpochAverage, EpochLoss, EpochMetric, SmoothLoss
+
+PAIRS = [
+    (lambda classes: EpochAverage(accuracy), lambda classes: AvgMetric(accuracy)),
+    (lambda classes: EpochLoss(), lambda classes: AvgLoss()),
+    (lambda classes: SmoothLoss(), lambda classes: AvgSmoothLoss()),
+    (
+        lambda classes: EpochMetric(RocAucBinary() if classes == 2 else RocAuc()),
+        lambda classes: RocAucBinary() if classes == 2 else RocAuc(),
+    ),
+]
+
+
+def batches(classes: int) -> list[SimpleNamespace]:
+    """Return what a metric sees of a learner after each batch; the last batch is smaller."""
+    torch.manual_seed(0)
+    seen = []
+    for size in (8, 8, 5):
+        targets = TensorCategory(torch.arange(size) % classes)
+        pred = torch.randn(size, classes, requires_grad=True)
+        loss = torch.nn.functional.cross_entropy(pred, targets.as_subclass(torch.Tensor))
+        seen.append(SimpleNamespace(pred=pred, y=targets, yb=(targets,), loss=loss, to_detach=to_detach))
+    return seen
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(("ours", "fastais"), PAIRS, ids=["average", "loss", "smooth loss", "area"])
+def test_values_are_fastais(ours, fastais, classes):
+    ours, fastais = ours(classes), fastais(classes)
+    for _ in range(2):  # epochs
+        for metric in (ours, fastais):
+            metric.reset()
+            for learn in batches(classes):
+                metric.accumulate(learn)
+        assert float(ours.value) == float(fastais.value)
+
+
+def test_columns_have_fastais_names():
+    assert [ours(2).name for ours, _ in PAIRS[::3]] == [fastais(2).name for _, fastais in PAIRS[::3]]
+
+
+@pytest.mark.parametrize("ours", [pair[0] for pair in PAIRS], ids=["average", "loss", "smooth loss", "area"])
+def test_no_batch_is_read_from_the_device(ours):
+    """Tensors on `meta` have no values: what reads one, or copies it to the CPU, raises."""
+    metric = ours(2)
+    metric.reset()
+    for learn in batches(2):
+        meta = {name: getattr(learn, name).detach().to("meta") for name in ("pred", "y", "loss")}
+        metric.accumulate(SimpleNamespace(**meta, yb=(meta["y"],), to_detach=to_detach))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("augment", ["strong", "light"])
+def test_no_augmented_batch_is_read_from_the_device(augment, training):
+    blank = np.zeros((2, 32, 32), np.uint8)
+    table = pd.DataFrame({"path": list(blank), "label": ["A", "B"], "is_valid": [False, True]})
+    loaders = make_loaders(table, ["A", "B"], 32, 1, torch.device("cpu"), 0, augment=augment, contrast="equalize")
+    loader = loaders.to(torch.device("meta"))[0 if training else 1]
+    loader.before_iter()
+    images = TensorImageBW(torch.empty(3, 1, 32, 32, dtype=torch.uint8, device="meta"))
+    assert loader.after_batch((images, TensorCategory(torch.empty(3))))[0].shape == (3, 3, 32, 32)

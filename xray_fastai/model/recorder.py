@@ -1,0 +1,77 @@
+"""fastai's losses and metrics, kept on the device until a part of an epoch ends, so that no batch waits for a GPU.
+
+fastai copies them to the CPU after each batch: six times in a batch that validates. The values are fastai's.
+"""
+
+import torch
+from fastai.learner import AvgSmoothLoss
+from fastai.vision.all import AccumMetric, AvgLoss, AvgMetric, Recorder, find_bs
+
+
+class EpochAverage(AvgMetric):
+    "Averages `func` over the images of an epoch."
+
+    def accumulate(self, learn):
+        size = find_bs(learn.yb)
+        self.total += self.func(learn.pred, *learn.yb).detach() * size
+        self.count += size
+
+
+class EpochLoss(AvgLoss):
+    "Averages the losses of the batches of an epoch, by their number of images."
+
+    def accumulate(self, learn):
+        size = find_bs(learn.yb)
+        self.total += learn.loss.detach().mean() * size
+        self.count += size
+
+
+class SmoothLoss(AvgSmoothLoss):
+    "Averages the losses of the last batches."
+
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().as_subclass(torch.Tensor).mean()  # fastai's tensors are slow
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+
+class EpochMetric(AccumMetric):
+    "Computes a metric of scikit-learn once an epoch, from all outputs."
+
+    def __init__(
+        self,
+        metric: AccumMetric,  # such as `RocAucBinary()`
+    ):
+        super().__init__(
+            metric.func, metric.dim_argmax, metric.activation, metric.thresh, metric.to_np, metric.invert_args,
+            metric.flatten, metric.name, **metric.kwargs,
+        )  # fmt: skip
+
+    def accum_values(self, preds, targs, learn=None):
+        self.preds.append(preds.detach())
+        self.targs.append(targs.detach())
+
+    @property
+    def value(self):
+        if self.preds:
+            self.preds, self.targs = ([torch.cat(parts).cpu()] for parts in (self.preds, self.targs))
+        return super().value
+
+
+class EpochRecorder(Recorder):
+    "fastai's `Recorder` with these losses; `losses` are on the CPU when an epoch's training ends."
+
+    name = "recorder"  # `learn.recorder`, as fastai's
+
+    def __init__(self):
+        super().__init__()
+        self.loss, self.smooth_loss = EpochLoss(), SmoothLoss(self.smooth_loss.beta)
+
+    def before_train(self):
+        super().before_train()
+        self.start = len(self.losses)
+
+    def after_train(self):
+        super().after_train()
+        if self.losses[self.start :]:
+            self.losses[self.start :] = torch.stack(self.losses[self.start :]).cpu().unbind()
