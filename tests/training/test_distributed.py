@@ -328,3 +328,19 @@ def test_each_image_of_each_batch_goes_to_one_process(images, drop_last, monkeyp
         assert all(batches)  # no empty batch, which a network refuses
         parts.append([batch[: loader.shares(i)[rank]] for i, batch in enumerate(batches)])
     assert [list(chain.from_iterable(batch)) for batch in zip(*parts, strict=True)] == whole
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_gpus_reach_each_other_if_accelerate_says_so(answer, monkeypatch):
+    from xray_fastai.training.data_parallel import gpus_reach_each_other
+
+    monkeypatch.setattr("accelerate.utils.check_cuda_p2p_ib_support", lambda: answer)
+    assert gpus_reach_each_other() is answer
+
+
+def test_without_accelerates_undocumented_function_gpus_copy_through_memory(monkeypatch):
+    from xray_fastai.training.data_parallel import gpus_reach_each_other
+
+    monkeypatch.delattr("accelerate.utils.check_cuda_p2p_ib_support")
+    with pytest.warns(UserWarning, match="slower: accelerate raises ImportError"):
+        assert not gpus_reach_each_other()

@@ -16,6 +16,7 @@ from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.export.reader import load
 from xray_fastai.export.schema import SETTINGS
 from xray_fastai.inference.cpu_fusion import fused_for_cpu
+from xray_fastai.model.folding import fold_batch_norm
 from xray_fastai.system.device import choose_device, choose_precision
 from xray_fastai.system.errors import UserError
 
@@ -117,14 +118,14 @@ class Model:
         Raises:
             UserError: an output is not a number, which oneDNN's ReLU would turn into zero.
         """
-        from torch.fx.experimental.optimization import fuse  # whose import prints a warning of torch's
-
         ramp = torch.arange(self.size**2).remainder(256).to(torch.uint8).view(1, 1, self.size, self.size)
-        if not self.logits(ramp).isfinite().all():
+        images = torch.cat([ramp, ramp.mT])
+        logits = self.logits(images)
+        if not logits.isfinite().all():
             raise UserError(f"{self.path}: {NO_NUMBER}")
-        if self._on_cpu and (self.precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            return fused_for_cpu(self.learn.model, self._kind)
-        return fuse(self.learn.model).to(self._kind, memory_format=torch.channels_last)
+        if self._on_cpu:
+            return fused_for_cpu(self.learn.model, self._kind, self._prepared(images).as_subclass(torch.Tensor), logits)
+        return fold_batch_norm(self.learn.model).to(self._kind, memory_format=torch.channels_last)
 
 
 def newest_export(exports: str | Path = "exports") -> Path:

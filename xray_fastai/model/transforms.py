@@ -1,6 +1,6 @@
 """Transforms that open an image and equalize its histogram."""
 
-from multiprocessing.context import get_spawning_popen
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from xray_fastai.data.pixel_cache import PixelCache
 class XrayImage(PILImageBW):
     "An 8-bit, one-channel X-ray; black is shown as black."
 
-    _show_args = {"cmap": "gray"}  # noqa: RUF012
+    def show(self, ctx=None, **kwargs):
+        return super().show(ctx=ctx, **{"cmap": "gray"} | kwargs)
 
 
 BLACK = 8
@@ -48,6 +49,20 @@ class Equalize(Transform):
         return equalize(x.as_subclass(torch.Tensor))
 
 
+def is_starting_a_process() -> bool:
+    """Return whether `multiprocessing` is pickling this moment for a process that it starts.
+
+    Python does not document its function. Without it a started process decodes each image again, which is slower.
+    """
+    try:
+        from multiprocessing.context import get_spawning_popen
+
+        return get_spawning_popen() is not None
+    except Exception as error:  # of what class is not documented
+        warnings.warn(f"loading processes get no decoded images, slower: {type(error).__name__}: {error}", stacklevel=2)
+        return False
+
+
 class OpenXray(Transform):
     "Opens what `images.open_image` takes as an `XrayImage`; `input_types` are what `learn.predict` may be given."
 
@@ -62,8 +77,7 @@ class OpenXray(Transform):
 
     def __getstate__(self):
         "Keep the cache in a loading process, and leave it out of an export, which is opened on other machines."
-        spawning = get_spawning_popen() is not None
-        return self.__dict__ | {"cache": self.cache if spawning else None}
+        return self.__dict__ | {"cache": self.cache if is_starting_a_process() else None}
 
     def encodes(self, source):
         if self.cache is None or not isinstance(source, str):

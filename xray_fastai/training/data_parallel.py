@@ -6,6 +6,7 @@ with the code for one process. Except for augmentation and dropout, the result i
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from copy import copy
 from itertools import accumulate, pairwise
@@ -14,7 +15,7 @@ from signal import SIG_IGN, SIGTERM, signal
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedDataParallelKwargs, check_cuda_p2p_ib_support
+from accelerate.utils import DistributedDataParallelKwargs
 from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.vision.all import DataLoader, L, set_seed, to_detach
 from torch import nn
@@ -40,12 +41,8 @@ class SharedLoader(DistributedDL):
     def __len__(self):
         return len(self.dl)
 
-    def _broadcast(self, t, rank):
-        "Share over gloo; fastai's method moves the values to a GPU, for NCCL."
-        return share(t)
-
     def get_idxs(self):
-        idxs = self._broadcast(list(self.dl.get_idxs()), 0)
+        idxs = share(list(self.dl.get_idxs()))
         self.n = len(self.dl) * self.dl.bs if self.dl.drop_last else len(idxs)
         own = []
         for first in range(0, self.n, self.dl.bs):
@@ -86,8 +83,7 @@ class TrainTogether(DistributedTrainer):
         device: torch.device,
         seed: Sequence[int],  # of this fit and this phase
     ):
-        # some GeForce GPUs do not support it; `accelerate launch` does the same
-        if device.type == "cuda" and not check_cuda_p2p_ib_support():
+        if device.type == "cuda" and not gpus_reach_each_other():
             os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
         # buffers are equal in all processes, because batch norm computes them from the whole batch
         options = DistributedDataParallelKwargs(broadcast_buffers=False)
@@ -105,8 +101,11 @@ class TrainTogether(DistributedTrainer):
         self.learn.model, self.spread = self.whole, None
         self.accelerator.free_memory()
 
-    def _wrap_dl(self, dl):
-        return dl if isinstance(dl, SharedLoader) else SharedLoader(dl)
+    def before_train(self):
+        self.learn.dl = SharedLoader(self.dl)
+
+    def before_validate(self):
+        self.learn.dl = SharedLoader(self.dl)
 
     def before_epoch(self):
         # the first process keeps its random state, so it draws what a single process would; a checkpoint stores this
@@ -138,6 +137,23 @@ class TrainTogether(DistributedTrainer):
 
     def after_epoch(self):
         self.recorder.log = L(share(list(self.recorder.log)))  # different machines may round differently
+
+
+def gpus_reach_each_other() -> bool:
+    """Return whether NCCL may copy from GPU to GPU, which some GeForce GPUs do not support.
+
+    `accelerate launch` asks the same. Accelerate does not document its function. Where it fails, NCCL copies through
+    memory, which always works, but is slower.
+    """
+    try:
+        from accelerate.utils import check_cuda_p2p_ib_support
+
+        return check_cuda_p2p_ib_support()
+    except Exception as error:  # of what class is not documented
+        warnings.warn(
+            f"NCCL copies through memory, slower: accelerate raises {type(error).__name__}: {error}", stacklevel=2
+        )
+        return False
 
 
 def gathered(part: torch.Tensor, shares: Sequence[int]) -> torch.Tensor:
@@ -219,7 +235,7 @@ def sync_batch_norm(model: nn.Module, device: torch.device) -> list[tuple[nn.Mod
             new = nn.SyncBatchNorm.convert_sync_batchnorm(child)
         else:
             new = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            for tensor in (*child._parameters, *child._buffers):
-                setattr(new, tensor, getattr(child, tensor))
+            for tensor, value in (*child.named_parameters(), *child.named_buffers()):
+                setattr(new, tensor, value)
         setattr(parent, name, new)
     return replaced

@@ -29,8 +29,9 @@ class AccumulateGradients(GradientAccumulation):
         self.count, self.total = self.count + len(self.yb[0]), self.total + self.part
         if self.count < self.n_acc:
             raise CancelBatchException
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, self.n_acc / self.total)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= self.n_acc / self.total
         self.count, self.total = 0, 0.0
 
     def after_train(self):
