@@ -50,6 +50,7 @@ def fit(run, collection, decoded):
     return fit
 
 
+@pytest.mark.slow
 def test_a_file_is_decoded_once_and_the_fit_is_the_same(fit, run, collection):
     images = sum(1 for _ in collection.glob("tra*/*/*")) + sum(1 for _ in collection.glob("val/*/*"))
     _, plain, often = fit("plain", "--no-cache")
@@ -101,6 +102,7 @@ def test_two_at_once(tmp_path):
     assert PixelCache(paths, 32).get(str(tmp_path / "another.png")) is None
 
 
+@pytest.mark.slow
 def test_where_no_cache_can_be(fit, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

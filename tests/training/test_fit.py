@@ -46,6 +46,7 @@ def cached_weights(arch, tmp_path, monkeypatch):
     return state
 
 
+@pytest.mark.slow
 def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
     result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", "first")
     assert result.exit_code == 0, result.output
@@ -78,6 +79,7 @@ def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
     assert len(history_of(export)) == 2
 
 
+@pytest.mark.slow
 def test_frozen_then_unfrozen_from_weights_in_torch_hubs_cache(collection, run, tmp_path, monkeypatch):
     cached_weights("resnet18", tmp_path / "hub", monkeypatch)
     args = ["fit", "--data", collection, *QUICK, "--weights", "imagenet", "--precision", "fp32"]
@@ -126,6 +128,7 @@ def test_the_frozen_phase_does_not_change_the_backbone(collection, monkeypatch, 
     assert (head[-1].in_features, head[-1].out_features) == (2048, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_reads_torchvisions_weights_and_its_export_loads(arch, collection, run, tmp_path):
     torch.save(network(arch).state_dict(), tmp_path / "weights.pth")
@@ -137,6 +140,7 @@ def test_every_architecture_reads_torchvisions_weights_and_its_export_loads(arch
     assert learn.predict(next((collection / "train" / "NORMAL").iterdir()))[2].sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_each_phase_and_the_best_epoch_is_exported(collection, run, tmp_path, monkeypatch):
     cached_weights("resnet18", tmp_path / "hub", monkeypatch)
     args = ["--epochs", 30, "--patience", 2, "--lr", "0.05", "--name", "early"]
@@ -154,6 +158,7 @@ def test_early_stopping_ends_each_phase_and_the_best_epoch_is_exported(collectio
     assert "No improvement" not in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "margin", "kept"), [("adaptive", 0, "lowest"), ("adaptive", 99, "last"), ("constant", 99, "lowest")]
 )
@@ -191,6 +196,7 @@ def test_the_standard_error_of_a_weighted_loss():
     assert standard_error(logits, targets, torch.ones(2)) == pytest.approx(standard_error(logits, targets, None))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_history_to_the_last_digit(collection, run):
     args = ["fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 3]
     for name, seed, workers in [("a", 7, 0), ("b", 7, 1), ("c", 8, 0)]:
@@ -199,6 +205,7 @@ def test_the_same_seed_gives_the_same_history_to_the_last_digit(collection, run)
     assert a == b != c
 
 
+@pytest.mark.slow
 def test_the_settings_in_an_export_repeat_its_fit(collection, run):
     assert run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", "a").exit_code == 0
     rates = []
@@ -219,6 +226,7 @@ def test_test_is_never_read(collection, run):
     assert run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1).exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("valid", "words"), [("folder", "val/ (4 images)"), ("0.25", "held out of train/, by patient")]
 )
@@ -228,6 +236,7 @@ def test_valid(valid, words, collection, run):
     assert words in result.stdout
 
 
+@pytest.mark.slow
 def test_three_classes(tmp_path, run):
     root = draw_collection(tmp_path, {f"train/{name}": 12 for name in ("BACTERIA", "NORMAL", "VIRUS")})
     args = ["--weights", "none", "--epochs", 1, "--class-weights", "1,2.5,1", "--name", "three"]
@@ -238,6 +247,7 @@ def test_three_classes(tmp_path, run):
     assert load_learner("exports/three").predict(next((root / "train" / "VIRUS").iterdir()))[2].shape == (3,)
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_training_set_is_reduced(collection, run):
     args = ["--weights", "none", "--epochs", 1, "--batch-size", 500]
     result = run("fit", "--data", collection, *QUICK, *args)
@@ -245,6 +255,7 @@ def test_a_batch_larger_than_the_training_set_is_reduced(collection, run):
     assert re.search(r"batch size +36, all training images, instead of 500", result.stdout)
 
 
+@pytest.mark.slow
 def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
     for name in ("IM-a.jpeg", "IM-b.jpeg"):
         (collection / "train" / "NORMAL" / name).write_bytes(b"")
@@ -255,6 +266,7 @@ def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
     assert "IM-a" not in model.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "everyone"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
 )
@@ -292,6 +304,7 @@ def members(session: int) -> set[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_training_leaves_no_files(number, collection, start, tmp_path):
     process = start("fit", "--data", collection, *QUICK, "--weights", "none", cwd=tmp_path)
@@ -303,6 +316,7 @@ def test_a_signal_before_training_leaves_no_files(number, collection, start, tmp
     assert not list((tmp_path / "exports").iterdir())
 
 
+@pytest.mark.slow
 def test_a_loss_that_becomes_infinite_keeps_the_best_weights(collection, run, refused, monkeypatch):
     from xray_fastai.training.callbacks import Schedule
 
@@ -314,6 +328,7 @@ def test_a_loss_that_becomes_infinite_keeps_the_best_weights(collection, run, re
     load_learner("exports/far")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_never_finite_leaves_no_files(collection, run, refused, tmp_path):
     state = network("resnet18").state_dict()
     state["conv1.weight"] *= 1e38
