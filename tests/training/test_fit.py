@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import re
@@ -245,6 +246,25 @@ def test_three_classes(tmp_path, run):
     assert "loss weights  BACTERIA 1, NORMAL 2.5, VIRUS 1" in result.stdout
     assert settings_of(Path("exports/three"))["threshold"] is None
     assert load_learner("exports/three").predict(next((root / "train" / "VIRUS").iterdir()))[2].shape == (3,)
+
+
+@pytest.mark.slow
+def test_a_fit_without_what_linux_alone_has(collection, run, monkeypatch):
+    """Windows writes no file to the disk that is open for reading only; it and macOS lack some functions of `os`."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def fsync(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("xray_fastai.system.files.sync_folder", lambda folder: None)
+    monkeypatch.setattr("xray_fastai.export.run_folder.sync_folder", lambda folder: None)
+    for name in ("sched_getaffinity", "posix_fallocate"):
+        monkeypatch.delattr(os, name, raising=False)
+    result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--name", "elsewhere")
+    assert result.exit_code == 0, result.output
+    assert settings_of(Path("exports/elsewhere"))["status"] == "complete"
 
 
 @pytest.mark.slow

@@ -62,8 +62,9 @@ def patients_of(names: Sequence[str], pattern: str | None = None) -> list[str | 
     command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _MATCH]
     try:
         process = subprocess.run(
-            command, input=json.dumps([pattern, list(names)]), capture_output=True, text=True, timeout=SECONDS
-        )
+            command, input=json.dumps([pattern, list(names)]), capture_output=True, text=True,
+            errors="backslashreplace", timeout=SECONDS,  # of a message, in whatever encoding; the rest is ASCII
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise UserError(
             f"takes more than {SECONDS:g} s on the file names, as nested repeats such as (a+)+ do; fit with a "

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import ntpath
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import check_data
 from xray_fastai.data.audit.shortcuts import find_shortcuts
 from xray_fastai.data.duplicates import near_pairs, same_image
+from xray_fastai.data.exclusions import leave_out
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.sources.phantom import write
 
@@ -423,6 +425,17 @@ def test_a_fit_leaves_out_what_the_list_says(run, collection):
     assert sum(model["data"]["train"].values()) + sum(model["data"]["valid"].values()) == 42
     assert model["settings"]["exclude"] == "list.csv"
     assert spoilt.name not in (Path("exports/without") / "model.json").read_text()
+
+
+def test_on_windows_a_list_may_have_backslashes_and_another_case(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.path.normcase", ntpath.normcase)
+    table = pd.DataFrame([("train/A/p1.jpeg", "train", "A"), ("train/A/p2.jpeg", "train", "A")])
+    table.columns = ["file", "split", "label"]
+    rows = [("train\\A\\P1.jpeg", "leave out"), ("train/A/none.jpeg", "leave out")]
+    pd.DataFrame(rows, columns=["file", "action"]).to_csv("list.csv", index=False)
+    kept, notes = leave_out(table, tmp_path, "list.csv")
+    assert kept.file.tolist() == ["train/A/p2.jpeg"]
+    assert notes == ["left out by --exclude: 1 image", "named by --exclude, but missing: 1 file"]
 
 
 @pytest.mark.parametrize(
