@@ -66,6 +66,14 @@ def elsewhere(tmp_path_factory, monkeypatch):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def empty_curves(request, monkeypatch):
+    """Leave the learning curves of fits and reports empty, where no test looks at them: they take a second of each."""
+    drawing = sys.modules.get("xray_fastai.evaluation.learning_curves")  # not imported for this alone
+    if drawing is not None and request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr(drawing, "_draw_curves", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def run():
     """Run the command line in this process."""

@@ -39,11 +39,12 @@ def decoded(monkeypatch):
 
 @pytest.fixture
 def fit(run, collection, decoded):
-    """Fit two epochs; what was printed, the history, and how many files were decoded."""
+    """Fit two epochs of two batches; what was printed, the history, and how many files were decoded."""
 
     def fit(name, *options):
         decoded.clear()
-        result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", name, *options)
+        args = ["--weights", "none", "--epochs", 2, "--batch-size", 18, "--name", name]
+        result = run("fit", "--data", collection, *QUICK, *args, *options)
         assert result.exit_code == 0, result.output
         return result.output, (Path("exports") / name / "history.csv").read_text(), len(decoded)
 

@@ -48,6 +48,7 @@ def cached_weights(arch, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.curves
 def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
     result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", "first")
     assert result.exit_code == 0, result.output
@@ -172,7 +173,7 @@ def test_the_weights_are_those_of_the_last_epoch_within_a_standard_error(
             path.rename(folder / f"swapped-{path.name}")
     monkeypatch.setattr("xray_fastai.training.callbacks.standard_error", lambda *_: margin)
     options = ["--weights", "none", "--epochs", 8, "--lr", "1e-3", "--schedule", schedule, "--name", "kept"]
-    result = run("fit", "--data", collection, *QUICK, *options)
+    result = run("fit", "--data", collection, *QUICK, "--batch-size", 18, *options)
     assert result.exit_code == 0, result.output
     losses = [float(row["valid_loss"]) for row in history_of(Path("exports/kept"))]
     best = settings_of(Path("exports/kept"))["best"]
@@ -199,7 +200,7 @@ def test_the_standard_error_of_a_weighted_loss():
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_history_to_the_last_digit(collection, run):
-    args = ["fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 3]
+    args = ["fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 3, "--batch-size", 18]
     for name, seed, workers in [("a", 7, 0), ("b", 7, 1), ("c", 8, 0)]:
         assert run(*args, "--seed", seed, "--workers", workers, "--name", name).exit_code == 0
     a, b, c = (Path("exports", name, "history.csv").read_text() for name in "abc")
@@ -208,7 +209,8 @@ def test_the_same_seed_gives_the_same_history_to_the_last_digit(collection, run)
 
 @pytest.mark.slow
 def test_the_settings_in_an_export_repeat_its_fit(collection, run):
-    assert run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", "a").exit_code == 0
+    args = ["--weights", "none", "--epochs", 2, "--batch-size", 18, "--name", "a"]
+    assert run("fit", "--data", collection, *QUICK, *args).exit_code == 0
     rates = []
 
     class Rates(Callback):
