@@ -1,5 +1,6 @@
 """What the tests share: a small collection, the command line, one small export, and the real images where they are."""
 
+import gc
 import json
 import os
 import shutil
@@ -7,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -26,10 +29,34 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 QUICK = ["--arch", "resnet18", "--size", "32", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
 
 
+def pytest_collection_finish():
+    """Leave what was imported out of later garbage collections: each would take half a second; a fit ends with one."""
+    gc.collect()
+    gc.freeze()
+
+
+def common_folder(tmp_path_factory) -> Path:
+    """Return a folder of this run of the tests that all of its processes share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """Fill a folder in the first process that needs it, and return a copy of it for this one."""
+    folder = common_folder(tmp_path_factory) / f"made-{name}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            partial.mkdir()
+            make(partial)
+            partial.rename(folder)
+    return Path(shutil.copytree(folder, tmp_path_factory.mktemp(name) / name))
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path_factory, monkeypatch):
     """Each test starts in an empty folder, with caches of its own that it shares with the others."""
-    cache = tmp_path_factory.getbasetemp() / "cache"
+    cache = common_folder(tmp_path_factory) / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     torch_home, cwd = tmp_path_factory.mktemp("torch"), tmp_path_factory.mktemp("cwd")
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
@@ -37,6 +64,14 @@ def elsewhere(tmp_path_factory, monkeypatch):
     yield
     for folder in (torch_home, cwd):  # an export is 90 MB, and there are hundreds of tests
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def empty_curves(request, monkeypatch):
+    """Leave the learning curves of fits and reports empty, where no test looks at them: they take a second of each."""
+    drawing = sys.modules.get("xray_fastai.evaluation.learning_curves")  # not imported for this alone
+    if drawing is not None and request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr(drawing, "_draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -94,15 +129,17 @@ def collection(tmp_path):
 @pytest.fixture(scope="session")
 def export(tmp_path_factory, run):
     """An export of a two-epoch fit on the small collection, whose folder is gone; its rate leaves it in some doubt."""
-    root = tmp_path_factory.mktemp("export")
-    data = draw_collection(root / "data", {"train/NORMAL": 16, "train/PNEUMONIA": 24})
-    result = run(
-        "fit", "--data", data, *QUICK, "--weights", "none", "--epochs", 2, "--lr", "2e-4", "--exports", root,
-        "--name", "small"
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    data.rename(root / "moved")
-    return root / "small"
+
+    def make(root: Path) -> None:
+        data = draw_collection(root / "data", {"train/NORMAL": 16, "train/PNEUMONIA": 24})
+        result = run(
+            "fit", "--data", data, *QUICK, "--weights", "none", "--epochs", 2, "--lr", "2e-4", "--exports", root,
+            "--name", "small"
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        data.rename(root / "moved")
+
+    return made_once(tmp_path_factory, "export", make) / "small"
 
 
 @pytest.fixture(scope="session")

@@ -177,7 +177,13 @@ def _check_patient_pattern(text: str) -> str | None:
     return None
 
 
+WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names of devices, with any extension, that no file or folder can have on Windows."""
+
+
 def _check_name(text: str) -> str | None:
+    if WINDOWS_DEVICE.fullmatch(text) or text.endswith("."):
+        return "no folder can have this name on Windows; give another"
     if re.fullmatch(r"[^\W_][\w.-]*", text):
         return None
     return "use letters, digits, '.', '_' and '-'; begin with a letter or a digit"

@@ -157,6 +157,9 @@ def test_fp16_on_a_cpu(refuse, collection):
         ("--lr", "0"),
         ("--patient-pattern", "("),
         ("--name", "../x"),
+        ("--name", "con"),
+        ("--name", "NUL.1"),
+        ("--name", "dot."),
         ("--positive", "FLU"),
         ("--seed", "-1"),
     ],
@@ -196,6 +199,7 @@ def test_exports_without_permission(refuse, collection, tmp_path):
     refuse(collection, "cannot be written to", options=["--exports", tmp_path / "closed"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file size limit")
 def test_a_disk_that_fills_up_before_an_epoch_is_kept(start, collection, tmp_path):
     """A limit on the size of files acts as a full disk."""
@@ -204,6 +208,7 @@ def test_a_disk_that_fills_up_before_an_epoch_is_kept(start, collection, tmp_pat
     assert not list((tmp_path / "exports").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file size limit")
 def test_a_disk_that_fills_up_while_exporting(start, collection, tmp_path):
     """There is space for the weights, but not for learner.pkl; the fit resumes when there is space again."""

@@ -47,6 +47,7 @@ def test_an_unknown_name_is_an_attribute_error():
         xray_fastai.train  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
 def test_evaluate_interpret_and_predict_agree(precision, export, tmp_path):
     """The three functions give the same probabilities for the same images and precision."""

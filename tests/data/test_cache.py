@@ -39,17 +39,19 @@ def decoded(monkeypatch):
 
 @pytest.fixture
 def fit(run, collection, decoded):
-    """Fit two epochs; what was printed, the history, and how many files were decoded."""
+    """Fit two epochs of two batches; what was printed, the history, and how many files were decoded."""
 
     def fit(name, *options):
         decoded.clear()
-        result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", name, *options)
+        args = ["--weights", "none", "--epochs", 2, "--batch-size", 18, "--name", name]
+        result = run("fit", "--data", collection, *QUICK, *args, *options)
         assert result.exit_code == 0, result.output
         return result.output, (Path("exports") / name / "history.csv").read_text(), len(decoded)
 
     return fit
 
 
+@pytest.mark.slow
 def test_a_file_is_decoded_once_and_the_fit_is_the_same(fit, run, collection):
     images = sum(1 for _ in collection.glob("tra*/*/*")) + sum(1 for _ in collection.glob("val/*/*"))
     _, plain, often = fit("plain", "--no-cache")
@@ -101,6 +103,7 @@ def test_two_at_once(tmp_path):
     assert PixelCache(paths, 32).get(str(tmp_path / "another.png")) is None
 
 
+@pytest.mark.slow
 def test_where_no_cache_can_be(fit, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -624,6 +624,7 @@ def contents(root, checkpoint):
                         yield f"{name}/{member.filename}", packed.read(member)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_headers_is_in_what_the_commands_say_and_write(worked):
     root, _, outputs, checkpoint = worked
     secrets = [*{part for text in SECRETS.values() for part in text.split("^")}, PATIENT]
@@ -635,6 +636,7 @@ def test_nothing_of_the_headers_is_in_what_the_commands_say_and_write(worked):
             assert secret.encode() not in content, (name, secret)
 
 
+@pytest.mark.slow
 def test_the_interrupted_fit_went_on_and_its_patients_are_known(worked):
     _, export, outputs, _ = worked
     model = settings_of(export)
@@ -643,6 +645,7 @@ def test_the_interrupted_fit_went_on_and_its_patients_are_known(worked):
     assert "training      " in outputs[0] and "resuming" in outputs[1]
 
 
+@pytest.mark.slow
 def test_evaluate_and_interpret_count_patients(worked, patients):
     _, export, *_ = worked
     metrics = json.loads((export / "evaluation-test" / "metrics.json").read_text())
@@ -655,6 +658,7 @@ def test_evaluate_and_interpret_count_patients(worked, patients):
     )
 
 
+@pytest.mark.slow
 def test_predict_takes_folders_of_all_kinds_of_names(worked, patients):
     root, *_ = worked
     rows = pd.read_csv(root / "p.csv")

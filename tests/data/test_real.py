@@ -1,10 +1,13 @@
 """What holds on the real collection, where it is: skipped without XRAY_DATA."""
 
 import pandas as pd
+import pytest
 
 from tests.conftest import settings_of
 from xray_fastai.data.dataset import check_files, find_root, labelled_images, read_split
 from xray_fastai.data.splits import assign_validation, hold_out
+
+pytestmark = pytest.mark.slow  # reading 5,232 images takes half a minute
 
 
 def test_the_counts_are_the_collections(real_images):

@@ -117,6 +117,7 @@ def test_json(run, export, data, tmp_path):
     assert json.loads(result.stdout) == json.loads((tmp_path / "new/folder/evaluation-test/metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_python_and_an_earlier_evaluation(run, changed, data):
     """Into the export itself, the newest in ./exports; what an earlier run left there goes as a whole."""
     Path("exports").mkdir()
@@ -151,6 +152,7 @@ def test_a_failure_leaves_the_earlier_evaluation(run, refused, export, data, tmp
     assert os.listdir(tmp_path / "out") == ["evaluation-test"]
 
 
+@pytest.mark.slow
 def test_uncalibrated(evaluated, changed, data):
     """Raw probabilities, and the same decisions: the threshold of the calibrated ones moves with them."""
     export = changed(temperature=2.5, threshold=0.7, calibration="temperature 2.5 by 100 images", calibrated=True)
@@ -188,6 +190,7 @@ def test_classes_in_another_order(evaluated, export, changed, data):
     assert np.trace(summary["operating_points"]["0.5"]["confusion"]) == 23 - np.trace(usual.confusion)
 
 
+@pytest.mark.slow
 def test_three_classes(evaluated, run, refused, tmp_path):
     train = {"train/COVID": 8, "train/NORMAL": 8, "train/PNEUMONIA": 8}
     test = {"test/COVID": 5, "test/NORMAL": 6, "test/PNEUMONIA": 7}

@@ -222,6 +222,7 @@ def test_names_that_would_be_markup(export, tmp_path):
     assert "$<b>_^{xyyyy" in str(result) and "yyyz}.jpeg" in str(result)
 
 
+@pytest.mark.slow
 def test_as_fastai_knows_it(found, export):
     inside = found.interpretation
     assert isinstance(inside, ClassificationInterpretation)
@@ -260,6 +261,7 @@ def random_model(arch: str, size: int) -> Model:
     return Model(Path("random"), settings, learn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "densenet121", "convnext_tiny", "efficientnet_b0"])
 def test_the_same_map_as_pytorch_grad_cam(arch):
     package = pytest.importorskip("pytorch_grad_cam")
@@ -304,6 +306,7 @@ def test_the_overlay_lies_where_the_map_says():
     assert changed[:, 0].max() < 100 * 1.5 / 7 + 1 and changed[:, 1].min() > 300 * 5.5 / 7 - 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4, LIMIT])
 def test_the_picture_keeps_the_aspect_ratio(count, tmp_path):
     cell = Cell(Image.new("L", (160, 100)), np.zeros((7, 7)), "a" * 200, "NORMAL", "PNEUMONIA", 0.9, 2.3)

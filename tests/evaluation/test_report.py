@@ -15,6 +15,8 @@ from xray_fastai.evaluation.report import embed_pictures, write_report
 from xray_fastai.metrics.table import METRICS
 from xray_fastai.system.errors import UserError
 
+pytestmark = pytest.mark.curves
+
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 PLOTS = ("confusion.png", "roc.png", "precision_recall.png", "reliability.png")

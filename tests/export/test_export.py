@@ -37,6 +37,7 @@ def predicted(load, *args, cwd):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_both_ways_of_loading_give_the_same_in_a_new_process(export, an_image, tmp_path):
     safe = predicted("from xray_fastai import load_learner", export, an_image, cwd=tmp_path)
     pickled = predicted("from fastai.vision.all import load_learner", export / "learner.pkl", an_image, cwd=tmp_path)

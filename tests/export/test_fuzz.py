@@ -128,6 +128,7 @@ def taken(content):
 EACH = [None, True, False, -1, 0, 1, 10**400, 0.5, -1e300, 1e308, "", "NORMAL", "x" * 5000, [], [None], {}, {"a": None}]
 
 
+@pytest.mark.slow
 def test_each_node_in_turn_becomes_each_value(models, tmp_path):
     """If the file is accepted, the report can be written."""
     for text in models:
@@ -143,6 +144,7 @@ def test_each_node_in_turn_becomes_each_value(models, tmp_path):
                     write_report(tmp_path)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.data())
 def test_a_changed_model_json(models, tmp_path_factory, data):

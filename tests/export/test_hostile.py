@@ -301,6 +301,7 @@ def test_what_a_fit_writes_has_no_unknown_keys(export, run, an_image):
     assert not run("predict", an_image, "--model", export).stderr
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_before_it_is_taken():
     """8 MB of the JSON that grows most are parsed in 250 MB more than the module itself takes."""
     resource = pytest.importorskip("resource")
@@ -417,6 +418,7 @@ def _hook(event, args):
 sys.addaudithook(_hook)
 
 
+@pytest.mark.slow
 def test_no_command_opens_a_pickle_and_each_reads_the_weights_once(copy, run, an_image, tmp_path):
     mark = tmp_path / "mark"
 

@@ -95,6 +95,7 @@ def test_the_readmes_lines_need_no_torch():
     assert modules == {"json", "os", "numpy", "onnxruntime", "PIL"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="where onnxruntime's cache is, is known for Linux alone")
 @pytest.mark.parametrize("ours", [True, False])
 def test_onnxruntime_keeps_no_identifier(written, export, an_image, ours, tmp_path):
@@ -141,6 +142,7 @@ def test_the_newest_export_by_its_name_in_this_folder(written_before, export, ru
     assert Path("first.onnx").is_file() and sorted(path.name for path in Path().iterdir()) == ["exports", "first.onnx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "contrast"), [("densenet121", "none"), ("efficientnet_b0", "equalize")])
 def test_other_networks(architecture, contrast, export):
     settings = settings_of(export)

@@ -158,6 +158,7 @@ def test_an_output_that_is_not_a_number_is_an_error_of_the_row(model, files, mon
     assert table.prediction.isna().all() and "not a number" in table.error[0]
 
 
+@pytest.mark.slow
 def test_more_than_two_classes(run, tmp_path):
     data = draw_collection(tmp_path / "data", {"train/A": 8, "train/B": 8, "train/PNEUMONIA": 8})
     fit = ["--weights", "none", "--epochs", 1, "--exports", tmp_path, "--name", "three", "--class-weights", "none"]
@@ -444,6 +445,7 @@ def test_a_disk_that_fills_up(suffix, says, refused, files):
     assert read(output).path.tolist() == files
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_rows(start, says, export, files):
     process = start(
         "predict", "-", "--model", export, "--device", "cpu", "--precision", "fp32", "--batch-size", 4,
@@ -465,6 +467,7 @@ def test_ctrl_c_leaves_whole_rows(start, says, export, files):
     assert read(Path("out.csv")).path.tolist() == files
 
 
+@pytest.mark.slow
 def test_a_pipe_that_is_closed(start, export, files):
     process = start("predict", *files, "--model", export, "--device", "cpu", "--batch-size", 1)
     assert process.stdout.readline().strip() == DISCLAIMER
@@ -534,6 +537,7 @@ def test_an_output_that_another_process_is_writing_is_left_to_it(says, refused, 
     assert sorted(os.listdir()) == ["out.csv"]
 
 
+@pytest.mark.slow
 def test_bf16_on_a_cpu_that_only_imitates_it(start, export, files):
     """oneDNN's own operators do not run there; torch's do."""
     args = ["predict", *files[:4], "--model", export, "--device", "cpu", "--precision", "bf16", "--output", "out.csv"]

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
 from xray_fastai.data.images import open_image
@@ -45,6 +46,7 @@ def test_the_mean_of_the_logits_of_all_views(run, export, tmp_path):
     assert again.exit_code == 1 and "came from another model, --precision or --tta" in again.output  # without --tta
 
 
+@pytest.mark.slow
 def test_evaluate(run, export, tmp_path):
     options = ["--data", export.parent / "moved", "--split", "train", "--output", tmp_path, "--model", export]
     result = run("evaluate", *options, "--tta")

@@ -28,6 +28,7 @@ def brighter(image: Image.Image) -> Image.Image:
     return image.point([(v + 40) if v < 200 else min(255, 240 + (v - 200) // 4) for v in range(256)])
 
 
+@pytest.mark.slow
 def test_exposure_changes_nothing_where_images_are_equalised(collection, tmp_path, run):
     image = open_image(next((collection / "train" / "NORMAL").iterdir())).point(lambda v: 20 + v // 2)
     found = {}
@@ -73,6 +74,7 @@ def test_an_export_from_before_there_was_a_choice_sees_images_as_they_are(export
     assert np.isclose(float(batch[0, 0].min()), (90 / 255 - 0.485) / 0.229, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_plain_is_the_work_that_this_one_follows(collection, tmp_path):
     fit(**FIT, data=collection, epochs=1, exports=tmp_path, name="plain", recipe="plain")
     model = settings_of(tmp_path / "plain")
@@ -82,6 +84,7 @@ def test_plain_is_the_work_that_this_one_follows(collection, tmp_path):
     assert history.lr.tolist() == [2e-3]  # constant: neither warmed up nor brought down
 
 
+@pytest.mark.slow
 def test_what_is_given_wins_over_the_recipe(collection, tmp_path):
     fit(**FIT, data=collection, epochs=1, exports=tmp_path, name="mixed", recipe="plain", augment="light")
     settings = settings_of(tmp_path / "mixed")["settings"]
@@ -104,6 +107,7 @@ def shaded(tmp_path, count: int) -> list[str]:
     return paths
 
 
+@pytest.mark.slow
 def test_the_group_that_a_model_fails_on_is_named(tmp_path):
     paths = shaded(tmp_path, 400)
     positives = np.arange(400) % 2 == 1

@@ -325,6 +325,7 @@ def test_errors_of_the_command_are_one_line(run, refused, export, tmp_path, serv
     assert run("serve", "--port", 70000).exit_code == 2
 
 
+@pytest.mark.slow
 def test_open_to_other_machines_until_sigterm(run, export, photos):
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
@@ -407,6 +408,7 @@ def done(page, number):
     page.locator("#status", has_text=re.compile(f"^{number} files? done")).wait_for(timeout=30_000)
 
 
+@pytest.mark.slow
 def test_drop_a_file_and_see_the_result(page, photos, export):
     drop(page, photos[-1])
     done(page, 1)
@@ -423,6 +425,7 @@ def test_drop_a_file_and_see_the_result(page, photos, export):
     assert "one cell for the whole image" in card.inner_text()  # the network takes 32 pixels
 
 
+@pytest.mark.slow
 def test_drop_a_broken_one_and_see_the_message(page, photos, tmp_path):
     (tmp_path / "broken.jpeg").write_bytes(BROKEN)
     drop(page, tmp_path / "broken.jpeg")
@@ -434,6 +437,7 @@ def test_drop_a_broken_one_and_see_the_message(page, photos, tmp_path):
     assert page.locator("#counts").inner_text().endswith("1 not read")
 
 
+@pytest.mark.slow
 def test_several_at_once_by_the_file_input_and_their_table(page, photos, export, tmp_path):
     names = ["=1+1.jpeg", "<img src=x onerror=alert(1)>.jpeg", 'a "quoted", name.jpeg', "scan without extension"]
     for name, photo in zip(names, photos[::10], strict=True):
@@ -466,6 +470,7 @@ def test_several_at_once_by_the_file_input_and_their_table(page, photos, export,
     assert page.locator(".card").count() == 0 and not page.locator("#results").is_visible()
 
 
+@pytest.mark.slow
 def test_a_folder_by_drop(page, photos, tmp_path):
     (tmp_path / "all" / "below").mkdir(parents=True)
     for name in ("b.jpeg", "below/a.jpeg", ".hidden"):
@@ -475,6 +480,7 @@ def test_a_folder_by_drop(page, photos, tmp_path):
     assert page.locator(".card h3").all_inner_texts() == ["b.jpeg", "a.jpeg"]
 
 
+@pytest.mark.slow
 def test_by_keyboard_alone(page, photos):
     choosers = []
     page.on("filechooser", lambda chooser: choosers.append(chooser))  # before the key: the event arrives late
@@ -494,6 +500,7 @@ def test_by_keyboard_alone(page, photos):
     assert button.evaluate("button => button === document.activeElement")
 
 
+@pytest.mark.slow
 def test_on_a_phone_and_in_the_dark(page, photos, tmp_path):
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.emulate_media(color_scheme="dark")
@@ -505,6 +512,7 @@ def test_on_a_phone_and_in_the_dark(page, photos, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+@pytest.mark.slow
 def test_the_page_tries_a_busy_server_again(browser, server, photos):
     page = browser.new_page()
     page.goto(server)

@@ -1,5 +1,6 @@
 """SIGTERM ends a block like Ctrl-C, and a closed pipe ends a command without a traceback."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import threading
 
 import pytest
 
-from xray_fastai.system.signals import Terminated, sigterm_raises
+from xray_fastai.system.signals import Terminated, output_is_closed, sigterm_raises
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 
@@ -37,6 +38,21 @@ def test_another_thread_than_the_main_one_changes_no_handler():
     thread.start()
     thread.join()
     assert inside == [before]
+
+
+@pytest.mark.parametrize(
+    ("error", "platform", "closed"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "linux", True),
+        (OSError(errno.EINVAL, "Invalid argument"), "win32", True),
+        (OSError(errno.EINVAL, "Invalid argument"), "linux", False),
+        (OSError(errno.EINVAL, "Invalid argument", "a?.jpeg"), "win32", False),
+        (OSError(errno.ENOSPC, "No space left on device"), "win32", False),
+    ],
+)
+def test_a_closed_pipe_is_an_invalid_argument_on_windows(error, platform, closed, monkeypatch):
+    monkeypatch.setattr("sys.platform", platform)
+    assert output_is_closed(error) == closed
 
 
 def test_a_closed_pipe_gives_the_exit_code_of_sigpipe_and_no_message():

@@ -79,6 +79,7 @@ def main() -> None:
 
     for name in MODULES:
         importlib.import_module(f"xray_fastai.{name}")
+    importlib.import_module("xray_fastai.evaluation.learning_curves")._draw_curves = lambda *_: None  # see `conftest`
     for line in sys.stdin:
         reader, writer = os.pipe()
         if (pid := os.fork()) == 0:

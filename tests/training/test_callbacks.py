@@ -45,6 +45,7 @@ class Spy(Callback):
         self.batches[-1] += self.training
 
 
+@pytest.mark.slow
 def test_a_callback_sees_both_phases_and_changes_nothing(settings):
     """Earlier layers train at lower rates in the unfrozen phase, as in fastai's `fine_tune`."""
     spy = Spy()
@@ -67,6 +68,7 @@ class Interfere(Spy):
             raise CancelFitException
 
 
+@pytest.mark.slow
 def test_a_callback_stays_after_out_of_memory_and_can_end_a_phase(settings, capsys):
     spy = Interfere()
     result = fit(**settings, name="cancelled", schedule="constant", callbacks=[spy])

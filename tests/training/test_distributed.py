@@ -18,7 +18,7 @@ import torchvision
 from tests.conftest import QUICK, draw_collection, settings_of
 
 pytest.importorskip("accelerate")
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")]
 
 ROOT = Path(__file__).parents[2]
 BATCH = "xray_fastai.training.stopping:StopOnNonFiniteLoss.after_batch"  # five an epoch, two of validation

@@ -55,6 +55,7 @@ def frozen(data, weights, run):
     return frozen
 
 
+@pytest.mark.slow
 def test_features_train_as_a_backbone_that_runs_every_epoch(frozen):
     """Batch for batch, with dropout; and the unfrozen phase after it is the same too."""
     options = ["--augment", "none"]
@@ -70,6 +71,7 @@ def test_features_train_as_a_backbone_that_runs_every_epoch(frozen):
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_views_differ_and_a_file_on_the_disk_gives_what_memory_gives(frozen, monkeypatch):
     features, folders, loader = [], [], frozen_features.FeatureLoader
     monkeypatch.setattr(frozen_features, "FeatureLoader", lambda *args: features.append(args[0]) or loader(*args))

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import re
@@ -46,6 +47,8 @@ def cached_weights(arch, tmp_path, monkeypatch):
     return state
 
 
+@pytest.mark.slow
+@pytest.mark.curves
 def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
     result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", "first")
     assert result.exit_code == 0, result.output
@@ -78,6 +81,7 @@ def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
     assert len(history_of(export)) == 2
 
 
+@pytest.mark.slow
 def test_frozen_then_unfrozen_from_weights_in_torch_hubs_cache(collection, run, tmp_path, monkeypatch):
     cached_weights("resnet18", tmp_path / "hub", monkeypatch)
     args = ["fit", "--data", collection, *QUICK, "--weights", "imagenet", "--precision", "fp32"]
@@ -126,6 +130,7 @@ def test_the_frozen_phase_does_not_change_the_backbone(collection, monkeypatch, 
     assert (head[-1].in_features, head[-1].out_features) == (2048, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_reads_torchvisions_weights_and_its_export_loads(arch, collection, run, tmp_path):
     torch.save(network(arch).state_dict(), tmp_path / "weights.pth")
@@ -137,6 +142,7 @@ def test_every_architecture_reads_torchvisions_weights_and_its_export_loads(arch
     assert learn.predict(next((collection / "train" / "NORMAL").iterdir()))[2].sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_each_phase_and_the_best_epoch_is_exported(collection, run, tmp_path, monkeypatch):
     cached_weights("resnet18", tmp_path / "hub", monkeypatch)
     args = ["--epochs", 30, "--patience", 2, "--lr", "0.05", "--name", "early"]
@@ -154,6 +160,7 @@ def test_early_stopping_ends_each_phase_and_the_best_epoch_is_exported(collectio
     assert "No improvement" not in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "margin", "kept"), [("adaptive", 0, "lowest"), ("adaptive", 99, "last"), ("constant", 99, "lowest")]
 )
@@ -166,7 +173,7 @@ def test_the_weights_are_those_of_the_last_epoch_within_a_standard_error(
             path.rename(folder / f"swapped-{path.name}")
     monkeypatch.setattr("xray_fastai.training.callbacks.standard_error", lambda *_: margin)
     options = ["--weights", "none", "--epochs", 8, "--lr", "1e-3", "--schedule", schedule, "--name", "kept"]
-    result = run("fit", "--data", collection, *QUICK, *options)
+    result = run("fit", "--data", collection, *QUICK, "--batch-size", 18, *options)
     assert result.exit_code == 0, result.output
     losses = [float(row["valid_loss"]) for row in history_of(Path("exports/kept"))]
     best = settings_of(Path("exports/kept"))["best"]
@@ -191,16 +198,19 @@ def test_the_standard_error_of_a_weighted_loss():
     assert standard_error(logits, targets, torch.ones(2)) == pytest.approx(standard_error(logits, targets, None))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_history_to_the_last_digit(collection, run):
-    args = ["fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 3]
+    args = ["fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 3, "--batch-size", 18]
     for name, seed, workers in [("a", 7, 0), ("b", 7, 1), ("c", 8, 0)]:
         assert run(*args, "--seed", seed, "--workers", workers, "--name", name).exit_code == 0
     a, b, c = (Path("exports", name, "history.csv").read_text() for name in "abc")
     assert a == b != c
 
 
+@pytest.mark.slow
 def test_the_settings_in_an_export_repeat_its_fit(collection, run):
-    assert run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 2, "--name", "a").exit_code == 0
+    args = ["--weights", "none", "--epochs", 2, "--batch-size", 18, "--name", "a"]
+    assert run("fit", "--data", collection, *QUICK, *args).exit_code == 0
     rates = []
 
     class Rates(Callback):
@@ -219,6 +229,7 @@ def test_test_is_never_read(collection, run):
     assert run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1).exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("valid", "words"), [("folder", "val/ (4 images)"), ("0.25", "held out of train/, by patient")]
 )
@@ -228,6 +239,7 @@ def test_valid(valid, words, collection, run):
     assert words in result.stdout
 
 
+@pytest.mark.slow
 def test_three_classes(tmp_path, run):
     root = draw_collection(tmp_path, {f"train/{name}": 12 for name in ("BACTERIA", "NORMAL", "VIRUS")})
     args = ["--weights", "none", "--epochs", 1, "--class-weights", "1,2.5,1", "--name", "three"]
@@ -238,6 +250,26 @@ def test_three_classes(tmp_path, run):
     assert load_learner("exports/three").predict(next((root / "train" / "VIRUS").iterdir()))[2].shape == (3,)
 
 
+@pytest.mark.slow
+def test_a_fit_without_what_linux_alone_has(collection, run, monkeypatch):
+    """Windows writes no file to the disk that is open for reading only; it and macOS lack some functions of `os`."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def fsync(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("xray_fastai.system.files.sync_folder", lambda folder: None)
+    monkeypatch.setattr("xray_fastai.export.run_folder.sync_folder", lambda folder: None)
+    for name in ("sched_getaffinity", "posix_fallocate"):
+        monkeypatch.delattr(os, name, raising=False)
+    result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--name", "elsewhere")
+    assert result.exit_code == 0, result.output
+    assert settings_of(Path("exports/elsewhere"))["status"] == "complete"
+
+
+@pytest.mark.slow
 def test_a_batch_larger_than_the_training_set_is_reduced(collection, run):
     args = ["--weights", "none", "--epochs", 1, "--batch-size", 500]
     result = run("fit", "--data", collection, *QUICK, *args)
@@ -245,6 +277,7 @@ def test_a_batch_larger_than_the_training_set_is_reduced(collection, run):
     assert re.search(r"batch size +36, all training images, instead of 500", result.stdout)
 
 
+@pytest.mark.slow
 def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
     for name in ("IM-a.jpeg", "IM-b.jpeg"):
         (collection / "train" / "NORMAL" / name).write_bytes(b"")
@@ -255,6 +288,7 @@ def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
     assert "IM-a" not in model.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "everyone"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
 )
@@ -292,6 +326,7 @@ def members(session: int) -> set[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_training_leaves_no_files(number, collection, start, tmp_path):
     process = start("fit", "--data", collection, *QUICK, "--weights", "none", cwd=tmp_path)
@@ -303,6 +338,7 @@ def test_a_signal_before_training_leaves_no_files(number, collection, start, tmp
     assert not list((tmp_path / "exports").iterdir())
 
 
+@pytest.mark.slow
 def test_a_loss_that_becomes_infinite_keeps_the_best_weights(collection, run, refused, monkeypatch):
     from xray_fastai.training.callbacks import Schedule
 
@@ -314,6 +350,7 @@ def test_a_loss_that_becomes_infinite_keeps_the_best_weights(collection, run, re
     load_learner("exports/far")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_never_finite_leaves_no_files(collection, run, refused, tmp_path):
     state = network("resnet18").state_dict()
     state["conv1.weight"] *= 1e38

@@ -19,7 +19,7 @@ from xray_fastai import load_learner
 from xray_fastai.export.run_folder import reopen, reserve
 from xray_fastai.training.checkpoint import read_json, write_json
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")]
 
 BATCH = "xray_fastai.training.stopping:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth of validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"

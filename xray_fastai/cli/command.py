@@ -11,7 +11,7 @@ import typer.core
 
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
-from xray_fastai.system.signals import ignore_closed_output
+from xray_fastai.system.signals import ignore_closed_output, output_is_closed
 
 DEBUG = "XRAY_FASTAI_DEBUG"
 """The environment variable that makes an unexpected error print its traceback, and libraries their warnings."""
@@ -53,9 +53,9 @@ class Command(typer.core.TyperCommand):
         except typer.Exit:
             distributed.finish()
             raise
-        except BrokenPipeError:
-            raise typer.Exit(ignore_closed_output()) from None
         except Exception as error:
+            if isinstance(error, OSError) and output_is_closed(error):
+                raise typer.Exit(ignore_closed_output()) from None
             if DEBUG in os.environ:
                 sys.stderr = sys.__stderr__ if distributed.rank() else sys.stderr
                 raise

@@ -6,6 +6,7 @@
 """
 
 import csv
+import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -39,7 +40,9 @@ def write_list(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def read_list(path: str | Path) -> set[str]:
-    """Read the names of the files to leave out.
+    """Read the names of the files to leave out, as `os.path.normcase` changes them.
+
+    On Windows, where an editor may have changed slashes into backslashes, all spellings of a name become one.
 
     Raises:
         UserError: the file is missing, or is not such a list.
@@ -55,7 +58,7 @@ def read_list(path: str | Path) -> set[str]:
                     value=path,
                 )
             return {
-                PurePosixPath(row["file"]).as_posix()
+                os.path.normcase(PurePosixPath(row["file"]))
                 for row in reader
                 if row["file"] and (row["action"] or "").strip().lower() == LEAVE_OUT
             }
@@ -79,12 +82,13 @@ def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame,
         UserError: the file is not such a list, or it names every image of a class.
     """
     excluded = read_list(path)
-    dropped = table.file.isin(excluded)
+    names = table.file.map(os.path.normcase)
+    dropped = names.isin(excluded)
     kept = table[~dropped].reset_index(drop=True)
     for split, label in sorted({(s, c) for s, c in zip(table.split, table.label, strict=True)}):
         if not ((kept.split == split) & (kept.label == label)).any():
             raise UserError(f"names every image of {split}/{label}, so none is left", option="exclude", value=path)
     notes = [f"left out by --exclude: {count_of(int(dropped.sum()), 'image')}"]
-    if missing := sum(not (root / file).exists() for file in excluded - set(table.file)):
+    if missing := sum(not (root / file).exists() for file in excluded - set(names)):
         notes.append(f"named by --exclude, but missing: {count_of(missing, 'file')}")
     return kept, notes

@@ -1,9 +1,7 @@
 """Decode one image file to its end, and collect facts from its header and its pixels."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from xray_fastai.data.dicom.reader import FORMAT as DICOM
 from xray_fastai.data.duplicates import perceptual_hash
 from xray_fastai.data.images import MAX_PIXELS, check_file, open_file, open_image
 from xray_fastai.system.errors import ImageError
+from xray_fastai.system.parallel import map_in_threads
 
 SIZE = 112
 """Side in pixels for decoding: enough for the hash, and half of 224 (libjpeg decodes at half the size directly)."""
@@ -93,11 +92,7 @@ def examine_all(paths: Iterable[str]) -> Iterator[Facts | ImageError]:
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        try:
-            yield from pool.map(examined, paths)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    yield from map_in_threads(examined, paths)
 
 
 def _header(image: Image.Image) -> dict[str, Any]:

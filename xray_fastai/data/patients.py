@@ -12,13 +12,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 
 from xray_fastai.data.dicom.reader import patient_key
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.text import shown
 
 KAGGLE_PATIENT = re.compile(r"^(?:(person\d+)_|((?:NORMAL2-)?IM-\d+)-)")
@@ -62,8 +62,9 @@ def patients_of(names: Sequence[str], pattern: str | None = None) -> list[str | 
     command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _MATCH]
     try:
         process = subprocess.run(
-            command, input=json.dumps([pattern, list(names)]), capture_output=True, text=True, timeout=SECONDS
-        )
+            command, input=json.dumps([pattern, list(names)]), capture_output=True, text=True,
+            errors="backslashreplace", timeout=SECONDS,  # of a message, in whatever encoding; the rest is ASCII
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise UserError(
             f"takes more than {SECONDS:g} s on the file names, as nested repeats such as (a+)+ do; fit with a "
@@ -93,8 +94,7 @@ def patients_in(table: pd.DataFrame, pattern: str | None = None) -> list[str]:
         UserError: see `patients_of`.
     """
     by_name = patients_of([Path(file).name for file in table.file], pattern)
-    with ThreadPoolExecutor() as pool:
-        by_header = [key and f"{_KEY}{key}" for key in pool.map(patient_key, table.path)]
+    by_header = [key and f"{_KEY}{key}" for key in map_in_threads(patient_key, table.path)]
     first, second = (by_header, by_name) if pattern is None else (by_name, by_header)
     return [a or b or file for a, b, file in zip(first, second, table.file, strict=True)]
 

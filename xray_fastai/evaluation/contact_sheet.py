@@ -1,8 +1,6 @@
 """Draw X-rays in one picture, each in its own aspect ratio beside its heat map, with its true and predicted class."""
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from PIL import Image
 from xray_fastai.data.images import open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model
+from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.text import shorten
 
 DPI = 130
@@ -55,15 +54,14 @@ def make_cells(model: Model, rows: pd.DataFrame) -> Iterator[Cell]:
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         return image
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(rows), BATCH):
-            batch = rows.iloc[start : start + BATCH]
-            squares = list(pool.map(lambda path: np.array(open_image(path, model.size)), batch.path))
-            targets = [model.classes.index(name) for name in batch.prediction]
-            cams = grad_cam(model, torch.from_numpy(np.stack(squares))[:, None], targets)
-            thumbnails = pool.map(thumbnail, batch.path)
-            for image, cam, row in zip(thumbnails, cams, batch.itertuples(), strict=True):
-                yield Cell(image, cam, Path(row.path).name, row.truth, row.prediction, row.probability, row.loss)
+    for start in range(0, len(rows), BATCH):
+        batch = rows.iloc[start : start + BATCH]
+        squares = list(map_in_threads(lambda path: np.array(open_image(path, model.size)), batch.path))
+        targets = [model.classes.index(name) for name in batch.prediction]
+        cams = grad_cam(model, torch.from_numpy(np.stack(squares))[:, None], targets)
+        thumbnails = map_in_threads(thumbnail, batch.path)
+        for image, cam, row in zip(thumbnails, cams, batch.itertuples(), strict=True):
+            yield Cell(image, cam, Path(row.path).name, row.truth, row.prediction, row.probability, row.loss)
 
 
 def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, path: Path) -> None:

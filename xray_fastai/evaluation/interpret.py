@@ -7,9 +7,7 @@ interpretation-<split>/top_losses.png   the images of largest loss beside their 
 
 import html
 import json
-import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from xray_fastai.metrics.scored import losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import replaced
+from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import data_uri, shorten, wrap
 
@@ -295,8 +294,7 @@ def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, description: st
 
 def _sizes(paths: Iterable[str]) -> np.ndarray:
     """Return widths and heights in pixels (N, 2), as the images are shown."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return np.array(list(pool.map(size_of, paths)))
+    return np.array(list(map_in_threads(size_of, paths)))
 
 
 def _head(ranking: _Ranking, data: str) -> list[tuple[str, str]]:

