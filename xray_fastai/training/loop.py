@@ -143,7 +143,7 @@ class Trainer:
     def _fit_phase(self, name: str, epochs: int, callbacks: list[Callback]) -> None:
         """Run one phase: one `learn.fit`."""
         plan, config, learn = self.plan, self.plan.config, self.learn
-        log = EpochLog(self.progress.history, name)
+        log = EpochLog(self.progress.history, name, config.patience)
         callbacks = [log, self.best, *callbacks, self.stop, *self._phase_callbacks(name), ChannelsLast()]
         if config.schedule == "adaptive":
             callbacks.append(Schedule(patience=max(1, config.patience // 2)))
