@@ -39,6 +39,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    from xray_fastai.system.threads import sleep_soon
+
+    sleep_soon()
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 

@@ -216,16 +216,21 @@ class FitConfig:
         "epoch, which is much slower.",
         min=0,
     )
-    patience: int = _setting(20, "Stop a phase after this many epochs without a lower validation loss.", min=1)
-    batch_size: int = _setting(80, "Batch size.", min=1)
-    lr: float = _setting(
-        2e-3,
-        "Peak learning rate of the head. In the unfrozen phase the earlier layers have a lower rate.",
+    patience: int | None = _setting(
+        None,
+        "Stop a phase after this many epochs without a lower validation loss. [default: 20; phantom: 5]",
+        min=1,
+    )
+    batch_size: int | None = _setting(None, "Batch size. [default: 80; phantom: 16]", min=1)
+    lr: float | None = _setting(
+        None,
+        "Peak learning rate of the head. In the unfrozen phase the earlier layers have a lower rate. [default: 0.002; "
+        "phantom: 0.001]",
         above=0,
         below=10,
     )
     size: int | None = _setting(
-        None, "Side in pixels to resize images to. [default: 224; phantom: 64]", min=MIN_SIZE, max=MAX_SIZE
+        None, "Side in pixels to resize images to. [default: 224; phantom: 48]", min=MIN_SIZE, max=MAX_SIZE
     )
     arch: str = _setting("resnet50", f"Backbone: {', '.join(ARCHITECTURES)}.", choices=tuple(ARCHITECTURES))
     weights: str | None = _setting(

@@ -12,6 +12,7 @@ import typer.core
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.signals import ignore_closed_output, output_is_closed
+from xray_fastai.system.threads import sleep_soon
 
 DEBUG = "XRAY_FASTAI_DEBUG"
 """The environment variable that makes an unexpected error print its traceback, and libraries their warnings."""
@@ -39,6 +40,7 @@ class Command(typer.core.TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         if DEBUG not in os.environ:
             warnings.simplefilter("ignore")  # libraries warn developers, not users
+        sleep_soon()
         try:
             distributed.check_command(self.name or "")
             return super().invoke(ctx)

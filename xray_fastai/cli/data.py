@@ -78,7 +78,7 @@ def download(
 @data_app.command(cls=Command)
 def phantom(
     folder: NewFolder,
-    images: Annotated[int, typer.Option(help="Number of images.")] = 600,
+    images: Annotated[int, typer.Option(help="Number of images.")] = 510,
     seed: Annotated[int, typer.Option(help="Random seed.", min=0)] = 0,
 ) -> None:
     """Draw synthetic chest X-rays into DIR/{train,val,test}/{NORMAL,PNEUMONIA}, for rehearsals and tests."""

@@ -27,6 +27,13 @@ from xray_fastai.system.progress import track
 PHANTOM_NAME = "built-in phantom"
 """The displayed name of the X-rays that the package draws."""
 DEFAULT_FOLDER = "chest_xray"
+DEFAULTS = {"weights": "imagenet", "size": 224, "batch_size": 80, "lr": 2e-3, "patience": 20}
+REHEARSAL = {"weights": "none", "size": 48, "batch_size": 16, "lr": 1e-3, "patience": 5}
+"""The defaults of options by data: of images that the user has, and of drawn ones.
+
+A rehearsal starts from random weights and should end in a few minutes. What counts is the number of steps that it can
+afford.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,7 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
 def with_data_defaults(config: FitConfig) -> FitConfig:
     """Fill in the settings that depend on the data. Without a data folder (`data` None) the fit is a rehearsal."""
     config = config.with_choices(data=default_data())
-    if config.data is None:
-        config = config.with_choices(weights="none", size=64)
-    else:
-        config = config.with_choices(weights="imagenet", size=224)
+    config = config.with_choices(**(REHEARSAL if config.data is None else DEFAULTS))
     return config.with_choices(freeze_epochs=config.epochs)
 
 

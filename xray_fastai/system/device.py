@@ -1,13 +1,18 @@
-"""Chooses the device and the precision."""
+"""Chooses the device, the threads of a CPU, and the precision."""
 
 import torch
 
 from xray_fastai.system.distributed import own_device
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.threads import Threads, advise
+
+_threads: Threads | None = None  # what `choose_threads` chose
 
 
 def choose_device(wanted: str) -> torch.device:
     """Return the device of this name; `auto` is a GPU if there is one. With several processes each gets its own GPU.
+
+    On a CPU it also chooses how many threads torch computes with (`threads.advise`).
 
     Raises:
         UserError: the machine, or this build of torch, has no such device, or fewer than processes.
@@ -22,7 +27,19 @@ def choose_device(wanted: str) -> torch.device:
             option="device",
             value=wanted,
         )
-    return own_device(torch.device(wanted))
+    device = own_device(torch.device(wanted))
+    if device.type == "cpu":
+        _choose_threads()
+    return device
+
+
+def _choose_threads() -> None:
+    """Let torch compute with as many threads as are advisable now, never with more than it would use by itself."""
+    global _threads
+    count = torch.get_num_threads()  # differs from the last choice where the caller has set it since
+    _threads = advise(_threads.most if _threads is not None and count == _threads.count else count)
+    if _threads.count != count:
+        torch.set_num_threads(_threads.count)
 
 
 def cpu_has_bf16() -> bool:
@@ -58,8 +75,10 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> str:
-    """Return the device's name for people: the GPU's name, or the CPU with its threads."""
+    """Return the device's name for people: the GPU's name, or the CPU with its threads, and why there are not more."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    threads = torch.get_num_threads()
-    return f"cpu ({threads} thread{'s' if threads > 1 else ''})" if device.type == "cpu" else device.type
+    if device.type != "cpu":
+        return device.type
+    count = torch.get_num_threads()
+    return f"cpu ({_threads if _threads is not None and count == _threads.count else Threads(count, count)})"

@@ -3,7 +3,9 @@
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from fastai.vision.all import (
@@ -214,8 +216,23 @@ class BestWeights(TrackerCallback):
             model.load_state_dict(self.state)
 
 
+def short_duration(seconds: float) -> str:
+    """Return a duration as minutes and seconds, or, from an hour on, as hours and minutes.
+
+    >>> [short_duration(s) for s in (0.4, 75, 3599.4, 3599.6, 90000)]
+    ['0:00', '1:15', '59:59', '1h00', '25h00']
+    """
+    seconds = round(seconds)
+    return f"{seconds // 60}:{seconds % 60:02}" if seconds < 3600 else f"{seconds // 3600}h{seconds // 60 % 60:02}"
+
+
 class EpochLog(Callback):
-    "Record the history, and print one row an epoch, with a progress bar if standard output is a terminal."
+    """Record the history, and print one row an epoch, with a progress bar if standard output is a terminal.
+
+    From the second epoch on, a row tells the time that the phase still takes, at the speed of the last epochs: at least
+    (if no epoch improves on the lowest validation loss, early stopping ends it), and at most (all epochs). The first
+    epoch that a process trains also fills caches; it says little about the others.
+    """
 
     order = TrackerCallback.order - 1
 
@@ -223,11 +240,15 @@ class EpochLog(Callback):
         self,
         history: list[dict],  # gets one row an epoch, with the keys `HISTORY_COLUMNS`
         phase: str,  # "frozen" or "unfrozen"
+        patience: int,  # epochs without a new lowest loss, after which early stopping ends the phase
     ):
-        self.history, self.phase, self.bar = history, phase, None
+        self.history, self.phase, self.patience, self.bar = history, phase, patience, None
 
     def before_fit(self):
-        print(f"\n{'phase':<9}{'epoch':>9}{'train loss':>12}{'valid loss':>12}{'accuracy':>10}{'AUC':>8}{'time':>8}")
+        self.logged = None  # when the last row was printed
+        self.between = deque(maxlen=5)  # seconds from row to row: few, since other programs come and go
+        titles = f"{'phase':<9}{'epoch':>9}{'train loss':>12}{'valid loss':>12}{'accuracy':>10}{'AUC':>8}{'time':>8}"
+        print(f"\n{titles}{'left':>12}")
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -257,11 +278,24 @@ class EpochLog(Callback):
         values = [float(value) for value in self.recorder.values[-1]]
         row = [self.phase, self.epoch + 1, *values, self.opt.hypers[-1]["lr"]]
         self.history.append(dict(zip(HISTORY_COLUMNS, row, strict=True)))
-        seconds = round(time.perf_counter() - self.start)
+        now = time.perf_counter()
         epoch = f"{self.epoch + 1}/{self.n_epoch}"
         text = f"{self.phase:<9}{epoch:>9}{values[0]:>12.4f}{values[1]:>12.4f}{values[2]:>10.3f}{values[3]:>8.3f}"
-        text += f"{seconds // 60:>5}:{seconds % 60:02}"
+        text += f"{short_duration(now - self.start):>8}"
+        if self.logged is not None:
+            self.between.append(now - self.logged)
+            text += f"{self.left():>12}"
+        self.logged = now
         (self.bar.console.print if self.bar else print)(text, **({"highlight": False} if self.bar else {"flush": True}))
+
+    def left(self) -> str:
+        "Return the least and the most time that the phase still takes, as `0:20-3:10`; one time if they are equal."
+        losses = [row["valid_loss"] for row in self.history if row["phase"] == self.phase]
+        waited = len(losses) - 1 - losses.index(min(losses))
+        most = self.n_epoch - (self.epoch + 1)
+        least = min(most, max(0, self.patience - waited))
+        times = [short_duration(epochs * fmean(self.between)) for epochs in (least, most)]
+        return times[0] if least in (0, most) else "-".join(times)
 
     def close(self):
         "Remove the progress bar from the terminal."

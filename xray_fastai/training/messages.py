@@ -49,8 +49,13 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
         print(f"processes     {processes}, {plan.batch_size // processes} images each of a batch of {plan.batch_size}")
     if plan.batch_size < config.batch_size:
         print(f"batch size    {plan.batch_size}, all training images, instead of {config.batch_size}")
+    phases = ", ".join(f"{name} (at most {count_of(epochs, 'epoch')})" for name, epochs in plan.phases)
+    print(f"phases        {phases}")
+    print(f"              each ends after {count_of(config.patience, 'epoch')} without a lower validation loss")
     if not plan.origin.pretrained:
-        print("frozen phase  skipped: without pretrained weights the backbone's features are random")
+        shown = len(plan.phases) > 1
+        what = "only to show it: the head trains on random features" if shown else "skipped: the features are random"
+        print(f"frozen phase  {what} without pretrained weights")
 
 
 def checkpoint_position(plan: Plan, saved: Saved) -> str:

@@ -95,7 +95,7 @@ def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None)
         origin=origin,
         pretrained=pretrained,
         class_weights=class_weight_values(config, data.train.label, data.classes),
-        phases=phases if origin.pretrained and config.freeze_epochs else phases[1:],
+        phases=phases if config.freeze_epochs and (origin.pretrained or data.rehearsal) else phases[1:],
         batch_size=distributed.batch_size(config.batch_size, len(data.train)),
     )
 

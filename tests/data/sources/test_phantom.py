@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from tests.conftest import settings_of
-from xray_fastai.data.dataset import read_split
+from xray_fastai.data.dataset import DEFAULTS, REHEARSAL, read_split
 from xray_fastai.data.patients import KAGGLE_PATIENT
 
 
@@ -58,10 +58,25 @@ def test_bad_input(phantom, run, refused):
     refused(run("data", "phantom", "file/below"), "file/below")
 
 
-def test_fit_without_data_is_a_rehearsal_and_says_so(run):
-    result = run("fit", "--arch", "resnet18", "--size", 32, "--epochs", 1, "--device", "cpu", "--name", "rehearsal")
+def test_fit_without_data_is_a_rehearsal_of_both_phases_and_says_so(run):
+    options = ["--arch", "resnet18", "--size", 32, "--freeze-epochs", 2, "--epochs", 1, "--device", "cpu"]
+    result = run("fit", *options, "--name", "rehearsal")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("REHEARSAL") and "nothing about patients" in result.stdout
+    assert "phases        frozen (at most 2 epochs), unfrozen (at most 1 epoch)" in result.stdout
+    assert "frozen phase  only to show it: the head trains on random features" in result.stdout
     model = settings_of(Path("exports/rehearsal"))
-    assert model["data"]["rehearsal"] and model["settings"]["weights"] == "none"
-    assert model["settings"]["size"] == 32
+    assert [phase["name"] for phase in model["training"]["phases"]] == ["frozen", "unfrozen"]
+    assert model["data"]["rehearsal"] and model["settings"]["size"] == 32
+    assert {name: model["settings"][name] for name in REHEARSAL} == REHEARSAL | {"size": 32}
+
+
+def test_only_a_rehearsal_trains_a_head_on_random_features(run, phantom):
+    options = ["--weights", "none", "--arch", "resnet18", "--size", 32, "--epochs", 1, "--device", "cpu"]
+    result = run("fit", "--data", phantom, *options, "--name", "scratch")
+    assert result.exit_code == 0, result.output
+    assert "frozen phase  skipped: the features are random without pretrained weights" in result.stdout
+    model = settings_of(Path("exports/scratch"))
+    assert [phase["name"] for phase in model["training"]["phases"]] == ["unfrozen"]
+    given = {"weights": "none", "size": 32}
+    assert DEFAULTS | given == {name: model["settings"][name] for name in DEFAULTS}
