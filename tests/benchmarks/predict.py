@@ -53,7 +53,7 @@ def main() -> None:
         learn.dls.to(DEVICE)
         learn.model.to(DEVICE)
         x = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
-        raw = open_model(export).learn.model.to(memory_format=torch.channels_last)
+        raw = open_model(export).network.to(memory_format=torch.channels_last)
         folded, kind = fuse(raw).to(TYPES[PRECISION], memory_format=torch.channels_last), TYPES[PRECISION]
 
         def plain() -> int:

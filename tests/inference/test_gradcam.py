@@ -23,7 +23,7 @@ def model_of_halves():
     head[2].weight.data = torch.eye(2)
     network = nn.Sequential(Halves(), head)
     return SimpleNamespace(
-        learn=SimpleNamespace(model=network),
+        network=network,
         logits=lambda images: network(images.float()).detach(),
         probabilities=lambda logits: logits,
         decide=lambda probabilities: probabilities.argmax(axis=-1),

@@ -90,7 +90,7 @@ def predict_batches(
             yield Batch([source for source, _ in batch], errors, images, logits)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"not enough memory on {model.learn.dls.device} for a batch size of {batch_size}; try --device cpu"
+            f"not enough memory on {model.device} for a batch size of {batch_size}; try --device cpu"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

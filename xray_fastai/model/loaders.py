@@ -15,12 +15,12 @@ from fastai.vision.all import (
     IntToFloatTensor,
     Normalize,
     TransformBlock,
-    imagenet_stats,
 )
 from PIL import Image
 
 from xray_fastai.data.pixel_cache import PixelCache
 from xray_fastai.model.augmentation import build_augmentation
+from xray_fastai.model.preprocessing import MEAN, STD
 from xray_fastai.model.transforms import Equalize, OpenXray
 from xray_fastai.system.distributed import local_world_size
 
@@ -55,7 +55,7 @@ def xray_block(
         get_x=ColReader("path"),
         get_y=ColReader("label"),
         splitter=ColSplitter(),
-        batch_tfms=[*batch_transforms, Normalize.from_stats(*imagenet_stats, cuda=False)],
+        batch_tfms=[*batch_transforms, Normalize.from_stats(MEAN, STD, cuda=False)],
     )
 
 
