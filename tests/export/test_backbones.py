@@ -33,9 +33,10 @@ def test_the_table_has_the_tensors_of_the_network(arch):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_network_is_the_one_that_fastai_trains(arch):
+    dls = empty_loaders(["A", "B"], 32)
     with torch.device("meta"):
         network = build_network(arch, 2, 0.25)
-        learn = build_learner(empty_loaders(["A", "B"], 32), arch, dropout=0.25)
+        learn = build_learner(dls, arch, dropout=0.25)
     assert repr(network) == repr(learn.model)  # each layer with its settings
     assert tensors_of(network) == tensors_of(learn.model)
 
