@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # type checkers and editors read these imports; `__getattr__`
     from xray_fastai.data.audit.check import check_data
     from xray_fastai.evaluation.evaluate import evaluate
     from xray_fastai.evaluation.interpret import interpret
-    from xray_fastai.export.reader import load_learner
+    from xray_fastai.export.learner import load_learner
     from xray_fastai.export.verification import verify
     from xray_fastai.inference.predict import predict
     from xray_fastai.training.fit import fit
@@ -28,7 +28,7 @@ _MODULES = {
     "evaluate": "evaluation.evaluate",
     "fit": "training.fit",
     "interpret": "evaluation.interpret",
-    "load_learner": "export.reader",
+    "load_learner": "export.learner",
     "predict": "inference.predict",
     "verify": "export.verification",
 }

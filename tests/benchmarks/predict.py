@@ -86,7 +86,7 @@ def measure() -> dict[str, float]:
         learn.model.to(DEVICE)
         kind = TYPES[PRECISION]
         x = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
-        raw = load_learner(export).model.to(DEVICE, memory_format=torch.channels_last)
+        raw = open_model(export, DEVICE.type).network.to(memory_format=torch.channels_last)
         folded, converted = fuse(raw).to(kind, memory_format=torch.channels_last), x.to(kind)
         steps = -(-IMAGES // BATCH)
 

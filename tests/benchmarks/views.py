@@ -29,7 +29,7 @@ from torchvision.models import resnet18
 from xray_fastai.data.dataset import find_root, read_split
 from xray_fastai.data.images import open_image
 from xray_fastai.data.sources import phantom
-from xray_fastai.model.transforms import equalize
+from xray_fastai.model.preprocessing import equalize
 
 # -----------------------------------------------------------------------------
 SIDE, BATCH, EPOCHS = 64, 64, 14

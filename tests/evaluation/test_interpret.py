@@ -17,12 +17,12 @@ from xray_fastai import DISCLAIMER
 from xray_fastai.data.dataset import file_key
 from xray_fastai.evaluation.contact_sheet import LIMIT, Cell, draw_sheet
 from xray_fastai.evaluation.error_patterns import suspicious_causes
-from xray_fastai.evaluation.interpret import XrayInterpretation, interpret
-from xray_fastai.export.reader import load_learner
+from xray_fastai.evaluation.interpret import interpret
+from xray_fastai.evaluation.interpretation import XrayInterpretation
+from xray_fastai.export.learner import load_learner
 from xray_fastai.inference.gradcam import grad_cam, overlay, upsample
 from xray_fastai.inference.model import Model
-from xray_fastai.model.learner import build_learner
-from xray_fastai.model.loaders import empty_loaders
+from xray_fastai.model.architectures import build_network
 
 
 @pytest.fixture(scope="module")
@@ -250,15 +250,16 @@ def random_model(arch: str, size: int) -> Model:
     What speaks for one of its classes speaks against the other: one of their maps is not 0.
     """
     torch.manual_seed(0)
-    learn = build_learner(empty_loaders(["NORMAL", "PNEUMONIA"], size), arch)
+    network = build_network(arch, 2, dropout=0.5)
     with torch.no_grad():
-        learn.model.train()
+        network.train()
         for _ in range(5):
-            learn.model(torch.randn(4, 3, 64, 64))
-        learn.model[1][-1].weight[1] = -learn.model[1][-1].weight[0]
-    learn.model.eval()
+            network(torch.randn(4, 3, 64, 64))
+        network[1][-1].weight[1] = -network[1][-1].weight[0]
+    network.eval()
     settings = {"classes": ["NORMAL", "PNEUMONIA"], "positive": "PNEUMONIA", "threshold": 0.5, "temperature": 1.0}
-    return Model(Path("random"), settings, learn)
+    settings["preprocessing"] = {"size": size}
+    return Model(Path("random"), settings, network)
 
 
 @pytest.mark.slow
@@ -275,7 +276,7 @@ def test_the_same_map_as_pytorch_grad_cam(arch):
     assert maps.shape == (4, 3, 3) and maps.min() == 0 and maps.max() == pytest.approx(1, abs=1e-3)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     batch = (images / 255 - mean[:, None, None]) / std[:, None, None]
-    with package.GradCAM(model.learn.model, [model.learn.model[0]]) as cam:
+    with package.GradCAM(model.network, [model.network[0]]) as cam:
         expected = cam(batch, [ClassifierOutputTarget(target) for target in targets])
     for ours, theirs in zip(maps, expected, strict=True):
         np.testing.assert_allclose(upsample(ours, (size, size)), theirs, atol=1e-4)
@@ -286,8 +287,8 @@ def test_grad_cam_of_a_frozen_network_and_the_predicted_class():
     images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (3, 1, 64, 64), dtype=np.uint8))
     y_pred = model.decide(model.probabilities(model.logits(images).numpy()))
     expected = grad_cam(model, images, y_pred)
-    assert all(parameter.grad is None for parameter in model.learn.model.parameters())
-    model.learn.model.requires_grad_(False)
+    assert all(parameter.grad is None for parameter in model.network.parameters())
+    model.network.requires_grad_(False)
     with torch.inference_mode():
         np.testing.assert_array_equal(grad_cam(model, images), expected)
     for i in range(3):  # whatever the batch

@@ -25,7 +25,8 @@ def model_of_halves():
     head[2].weight.data = torch.eye(2)
     network = nn.Sequential(Halves(), head)
     return SimpleNamespace(
-        learn=SimpleNamespace(model=network, dls=SimpleNamespace(device=torch.device("cpu"))),
+        network=network,
+        device=torch.device("cpu"),
         logits=lambda images: network(images.float()).detach(),
         probabilities=lambda logits: logits,
         decide=lambda probabilities: probabilities.argmax(axis=-1),

@@ -20,8 +20,7 @@ from xray_fastai import DISCLAIMER
 from xray_fastai.inference import onnx_export
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.predict import predict
-from xray_fastai.model.learner import build_learner
-from xray_fastai.model.loaders import empty_loaders
+from xray_fastai.model.architectures import build_network
 
 SNIPPET = """
 import json, os
@@ -147,12 +146,11 @@ def test_the_newest_export_by_its_name_in_this_folder(written_before, export, ru
 def test_other_networks(architecture, contrast, export):
     settings = settings_of(export)
     settings |= {"architecture": architecture, "preprocessing": settings["preprocessing"] | {"contrast": contrast}}
-    learn = build_learner(empty_loaders(settings["classes"], 32, contrast), architecture)
-    learn.model.eval()
+    network = build_network(architecture, len(settings["classes"]), dropout=0.5).eval()
     images = torch.from_numpy(onnx_export._test_images(32))
-    logits = Model(export, settings, learn).logits(images).numpy()
-    learn.model[1][-1].weight.data /= np.ptp(logits[:, 1] - logits[:, 0]) / 4  # else all have the same probabilities
-    model = Model(export, settings, learn)
+    logits = Model(export, settings, network).logits(images).numpy()
+    network[1][-1].weight.data /= np.ptp(logits[:, 1] - logits[:, 0]) / 4  # else all have the same probabilities
+    model = Model(export, settings, network)
     assert np.ptp(model.probabilities(model.logits(images).numpy())[:, 0]) > 0.3
     onnx_export._write(model, Path("a.onnx"), {})
     assert onnx_export._difference(model, Path("a.onnx"), onnxruntime) < 1e-5

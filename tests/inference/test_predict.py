@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import DISCLAIMER, load_learner
 from xray_fastai.cli import app
-from xray_fastai.inference import predict as predict_module
 from xray_fastai.inference import predict_files
+from xray_fastai.inference import rows as rows_module
 from xray_fastai.inference.model import open_model
-from xray_fastai.inference.predict import Column, predict
+from xray_fastai.inference.predict import predict
 from xray_fastai.inference.row_file import RowFile
+from xray_fastai.inference.rows import Column
 from xray_fastai.inference.stream import predict_stream
 from xray_fastai.system.device import cpu_has_bf16
 from xray_fastai.system.errors import UserError
@@ -109,7 +110,7 @@ def test_an_image_is_called_at_the_threshold(model, files):
 
 
 def test_uncalibrated_makes_the_same_decisions_by_default(model, files):
-    hot = type(model)(model.path, model.settings | {"temperature": 3.0, "threshold": 0.55}, model.learn)
+    hot = type(model)(model.path, model.settings | {"temperature": 3.0, "threshold": 0.55}, model.network)
     calibrated, raw = predict(files, hot), predict(files, hot, uncalibrated=True)
     assert (calibrated.prediction == raw.prediction).all()
     assert not np.allclose(calibrated.p_NORMAL, raw.p_NORMAL)
@@ -117,7 +118,7 @@ def test_uncalibrated_makes_the_same_decisions_by_default(model, files):
 
 
 def test_the_threshold_moves_with_the_temperature(model):
-    hot = type(model)(model.path, model.settings | {"temperature": 3.0, "threshold": 0.55}, model.learn)
+    hot = type(model)(model.path, model.settings | {"temperature": 3.0, "threshold": 0.55}, model.network)
     margins = np.linspace(-3, 3, 61)
     logits = np.stack([np.zeros(61), margins], axis=1)
     calibrated, raw = hot.probabilities(logits), hot.probabilities(logits, calibrated=False)
@@ -184,8 +185,8 @@ def test_a_column_is_added_in_one_place(model, says, files, monkeypatch):
         ]
         return [*original(classes), *extra]
 
-    original = predict_module.columns_of
-    monkeypatch.setattr(predict_module, "columns_of", columns_of)
+    original = rows_module.columns_of
+    monkeypatch.setattr(rows_module, "columns_of", columns_of)
     table = predict(files[:3], model)
     assert table.columns.tolist() == [*COLUMNS, "folder", "seven"] and table.folder.tolist() == ["NORMAL"] * 3
     for output in ("out.csv", "out.jsonl"):

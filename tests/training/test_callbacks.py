@@ -11,8 +11,8 @@ from fastai.vision.all import Callback, CancelFitException
 
 from tests.conftest import settings_of
 from xray_fastai import fit
-from xray_fastai.training.callbacks import Autocast, CudaAutocast, EpochLog, Schedule, precision_callbacks
 from xray_fastai.training import callbacks
+from xray_fastai.training.callbacks import Autocast, CudaAutocast, EpochLog, Schedule, precision_callbacks
 from xray_fastai.training.frozen_features import NextView
 from xray_fastai.training.stopping import EarlyStopping, StopOnNonFiniteLoss
 

@@ -47,6 +47,14 @@ def main(
     distributed.hush()
 
 
+def _check_export(model: Path | None) -> None:
+    """Answer a wrong --model at once; the imports of the command itself take seconds."""
+    from xray_fastai.export.reader import find_export
+
+    if distributed.rank() == 0:
+        find_export(model)
+
+
 Export = Annotated[
     Path | None, typer.Option("--model", metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
 ]
@@ -82,7 +90,9 @@ def fit(
     **settings: Any,
 ) -> None:
     """Train on images in train/ and val/ (without any, on a synthetic data set) and write exports/RUN."""
-    config = FitConfig(**settings)  # before the import, which takes seconds: a wrong value is answered at once
+    config = FitConfig(**settings)
+    if resume is None and distributed.rank() == 0:
+        _check_paths(config)
     from xray_fastai.training.fit import fit as run
 
     if resume is None:
@@ -99,6 +109,16 @@ def fit(
         kept = "the best weights so far were exported" if result.history else "no epoch was completed"
         distributed.tell(f"Interrupted: {kept}.")
         raise typer.Exit(128 + result.signal)
+
+
+def _check_paths(config: FitConfig) -> None:
+    """Answer a wrong --data or --name at once; the imports of `fit` itself take seconds."""
+    from xray_fastai.data.dataset import find_root
+    from xray_fastai.export.run_folder import check_name
+
+    check_name(config.exports, config.name)
+    if config.data is not None:
+        find_root(config.data)
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
@@ -131,6 +151,7 @@ def evaluate(
     open: Open = False,
 ) -> None:
     """Measure how good a model is: metrics with 95 % intervals, a table of predictions and plots."""
+    _check_export(model)
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
@@ -162,6 +183,7 @@ def interpret(
     open: Open = False,
 ) -> None:
     """Show where a model errs and what it looks at: top losses with their Grad-CAM heat maps."""
+    _check_export(model)
     from xray_fastai.evaluation.interpret import interpret as run
 
     result = run(
@@ -183,9 +205,11 @@ def predict(
     **settings: Any,
 ) -> None:
     """Predict new images. The exit code is 1 if a file could not be read."""
+    config = PredictConfig(**settings)
+    _check_export(model)
     from xray_fastai.inference.predict_files import predict_command as run
 
-    errors = run(paths, model, PredictConfig(**settings))
+    errors = run(paths, model, config)
     if errors:
         raise typer.Exit(1)
 
@@ -201,6 +225,7 @@ def serve(
     open: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
     """Serve a page to drop images on, and POST /predict for programs. Ctrl-C ends it."""
+    _check_export(model)
     from xray_fastai.serving.server import serve as run
 
     run(model, host, port, device=device, open=open)
@@ -233,6 +258,7 @@ def export(
     ] = None,
 ) -> None:
     """Write an export as one ONNX file: preprocessing, network, temperature and softmax in one graph."""
+    _check_export(export)
     from xray_fastai.inference.onnx_export import export_onnx
 
     print(export_onnx(export, output))

@@ -201,7 +201,7 @@ def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:
     counts = ", ".join(f"{c} {n:,}{' (positive)' if c == positive else ''}" for c, n in summary["counts"].items())
     about = {
         "model": f"{model.path}: {summary['architecture']}",
-        "device": f"{describe(model.learn.dls.device)}, precision {model.precision}",
+        "device": f"{describe(model.device)}, precision {model.precision}",
         "data": f"{summary['data']}, split {summary['split']}: {summary['images']:,} images, "
         f"{summary['patients']:,} patients",
         "classes": counts,

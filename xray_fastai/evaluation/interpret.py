@@ -9,17 +9,17 @@ import html
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
-from fastai.vision.all import ClassificationInterpretation, DataLoader, Learner
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.data.dataset import labelled_images
 from xray_fastai.data.images import size_of
-from xray_fastai.evaluation.contact_sheet import BATCH, LIMIT, draw_sheet, make_cells
+from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet, make_cells
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model
@@ -32,6 +32,9 @@ from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import data_uri, shorten, wrap
 
+if TYPE_CHECKING:
+    from xray_fastai.evaluation.interpretation import XrayInterpretation
+
 FORMAT = 1
 """The layout of `summary.json`."""
 
@@ -39,51 +42,6 @@ PICTURE, LOSSES, SUMMARY = "top_losses.png", "top_losses.csv", "summary.json"
 SPLITS = ("valid", "test", "train")
 WORST = 16
 """Images in `summary.json` and in the table on the terminal."""
-
-
-class XrayInterpretation(ClassificationInterpretation):
-    """fastai's interpretation, with the losses and predictions that this package reports everywhere.
-
-    fastai takes the loss of the training: weighted by class, before calibration. Sorted by this loss, the images of a
-    rare class come first because they are rare. Here an image's loss is -log of its true class's calibrated
-    probability. fastai also predicts the most probable class, where an export applies its threshold. Here the confusion
-    matrix, and what is made from it, counts the predictions of the export.
-    """
-
-    def __init__(
-        self,
-        learn: Learner,
-        dl: DataLoader,  # over a table with a column `label`
-        losses: torch.Tensor,  # (N,)
-        predicted: np.ndarray,  # (N,), index of the predicted class
-        act=None,  # activation; None is the loss function's own, calibrated
-    ):
-        super().__init__(learn, dl, losses, act)
-        self.predicted = predicted
-
-    @classmethod
-    def from_learner(cls, learn, ds_idx=1, dl=None, act=None):
-        "As fastai's; it predicts the most probable class, since a learner has no threshold."
-        if dl is None:
-            dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False)
-        y_prob, y_true = (part.numpy() for part in learn.get_preds(dl=dl, act=act))
-        return cls(learn, dl, torch.from_numpy(losses(y_prob, y_true)), y_prob.argmax(axis=1), act)
-
-    def confusion_matrix(self) -> np.ndarray:
-        "Counts (true class, predicted class), in the order of the vocabulary."
-        matrix: np.ndarray = np.zeros((len(self.vocab), len(self.vocab)), dtype=int)
-        np.add.at(matrix, (np.array(self._y_true()), self.predicted), 1)
-        return matrix
-
-    def print_classification_report(self):
-        "Print scikit-learn's report on the predicted classes."
-        from sklearn.metrics import classification_report
-
-        names, labels = list(self.vocab), list(range(len(self.vocab)))
-        print(classification_report(self._y_true(), self.predicted, labels=labels, target_names=names, zero_division=0))
-
-    def _y_true(self) -> list[int]:
-        return [self.vocab.o2i[label] for label in self.dl.items.label]
 
 
 @dataclass(frozen=True)
@@ -97,7 +55,17 @@ class Interpreted:
     selection: str
     remarks: list[str] = field(repr=False)
     causes: list[str]
-    interpretation: XrayInterpretation = field(repr=False)  # for fastai's own methods
+    model: Model = field(repr=False)
+    images: pd.DataFrame = field(repr=False)  # of the split: path, patient, label, loss, predicted (index of the class)
+
+    @cached_property
+    def interpretation(self) -> "XrayInterpretation":
+        """fastai's interpretation of the split, for its methods; the first use imports fastai and reads the export."""
+        from xray_fastai.evaluation.interpretation import (
+            interpretation_of,  # fastai takes seconds; the command needs none
+        )
+
+        return interpretation_of(self.model.path, self.images, self.model.device)
 
     def __str__(self) -> str:
         files = [self.path / name for name in (PICTURE, LOSSES, SUMMARY)]
@@ -140,9 +108,9 @@ class _Ranking:
 
     model: Model
     split: str
+    images: pd.DataFrame  # in the order of the folder: path, patient, label, loss, predicted
     table: pd.DataFrame  # path, patient, truth, prediction, p_<class> ..., loss, probability (of the prediction)
     causes: list[str]
-    interpretation: XrayInterpretation
 
     @property
     def errors(self) -> int:
@@ -194,7 +162,7 @@ def interpret(
     write_report(opened.path, output)
     head = _head(ranking, opened.settings["data"]["name"] if data is None else str(data))
     table = ranking.table.drop(columns="probability")
-    return Interpreted(folder, table, shown, head, description, remarks, ranking.causes, ranking.interpretation)
+    return Interpreted(folder, table, shown, head, description, remarks, ranking.causes, opened, ranking.images)
 
 
 def _check(split: str, selection: _Selection) -> None:
@@ -224,15 +192,12 @@ def _rank(model: Model, split: str, images: pd.DataFrame) -> _Ranking:
     sizes = _sizes(images.path)
     y_true = np.array([model.classes.index(name) for name in images.label])
     y_pred, loss = model.decide(y_prob), losses(y_prob, y_true)
-    dl = model.learn.dls.test_dl(images, with_labels=True, bs=BATCH)
-    interpretation = XrayInterpretation(model.learn, dl, torch.from_numpy(loss), y_pred)
-
     table = images[["path", "patient"]].assign(truth=images.label, prediction=np.array(model.classes)[y_pred])
     table = table.assign(**{f"p_{name}": y_prob[:, i] for i, name in enumerate(model.classes)}, loss=loss)
     causes = suspicious_causes(table.assign(width=sizes[:, 0], height=sizes[:, 1]))
     table = table.assign(probability=y_prob[np.arange(len(table)), y_pred])
     table = table.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
-    return _Ranking(model, split, table, causes, interpretation)
+    return _Ranking(model, split, images.assign(loss=loss, predicted=y_pred), table, causes)
 
 
 def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, str, list[str]]:
@@ -302,7 +267,7 @@ def _head(ranking: _Ranking, data: str) -> list[tuple[str, str]]:
     model, images = ranking.model, len(ranking.table)
     threshold = model.threshold_of()
     rule = "" if threshold is None else f", at the threshold {threshold:.3f}"
-    device = f"on {describe(model.learn.dls.device)}, precision {model.precision}"
+    device = f"on {describe(model.device)}, precision {model.precision}"
     return [
         ("Model:", str(model.path)),
         ("", f"{model.settings['architecture']}, {model.size} pixels, {device}"),

@@ -1,7 +1,7 @@
 """Reads an export without pickle.
 
     exports/<run>/model.safetensors   the weights
-                  model.json          what else is needed to rebuild the learner and to judge it (`schema.py`)
+                  model.json          what else is needed to rebuild the model and to judge it (`schema.py`)
                   learner.pkl         fastai's own export
                   history.csv         one row an epoch
                   curves.png          the history as a picture
@@ -10,18 +10,14 @@
 
 While a fit runs, its folder has another name (`run_folder.py`), so a folder with the run's name is complete. The export
 of an interrupted fit also holds `checkpoint/`, from which `fit --resume` continues.
+
+`network.py` makes a torch network of an export, `learner.py` a fastai `Learner`. This module imports neither library.
 """
 
 from pathlib import Path
 from typing import Any
 
-import torch
-from fastai.vision.all import Learner, ProgressCallback
-
 from xray_fastai.export.schema import LIMIT, SETTINGS, WEIGHTS, parse, warn
-from xray_fastai.export.weights_file import read_tensors
-from xray_fastai.model.learner import build_learner, set_temperature
-from xray_fastai.model.loaders import empty_loaders
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.untrusted import read_received
 
@@ -38,12 +34,14 @@ def read(path: str | Path) -> dict[str, Any]:
     return model
 
 
-def find_export(path: str | Path) -> Path:
-    """Check that a folder holds the two files of an export, and return it.
+def find_export(path: str | Path | None = None) -> Path:
+    """Check that a folder holds the two files of an export, and return it; None takes the newest in ./exports.
 
     Raises:
-        UserError: it does not exist, or lacks a file.
+        UserError: it does not exist, or lacks a file; or there is no export in ./exports.
     """
+    if path is None:
+        return _newest(Path("exports"))
     path = Path(path)
     try:
         exists, complete = path.exists(), all((path / name).exists() for name in (SETTINGS, WEIGHTS))
@@ -61,39 +59,8 @@ def find_export(path: str | Path) -> Path:
     return path
 
 
-def load_learner(path: str | Path) -> Learner:
-    """Build a fastai `Learner` from an export's `model.safetensors` and `model.json`; nothing is unpickled.
-
-    Args:
-        path: the export's folder.
-
-    Returns:
-        A learner on the CPU, in evaluation mode. `learn.predict(image)` takes a path, a PIL image or an array. It
-        returns the label, its index and the calibrated probabilities (classes,), in the order of `learn.dls.vocab`.
-
-    Raises:
-        UserError: the folder is no export, was written by a newer version, or is damaged.
-    """
-    return load(path)[1]
-
-
-def load(path: str | Path) -> tuple[dict[str, Any], Learner]:
-    """Return the settings of an export (`model.json`) and its learner (`load_learner`)."""
-    model = read(path)
-    return model, rebuild(Path(path), model)
-
-
-def rebuild(folder: Path, model: dict[str, Any]) -> Learner:
-    """Build the learner of checked settings, with the weights in `folder` (`load_learner`)."""
-    preprocessing = model["preprocessing"]
-    dls = empty_loaders(model["classes"], preprocessing["size"], preprocessing.get("contrast", "none"))
-    arch = model["architecture"]
-    with torch.device("meta"):  # takes no memory and makes no random weights: ResNet50 loads in 0.2 s instead of 0.3 s
-        learn = build_learner(dls, arch, dropout=model["dropout"], class_weights=model["class_weights"])
-    tensors = read_tensors(folder, WEIGHTS, model["weights"]["sha256"], learn.model.state_dict(), arch)
-    learn.model.to_empty(device="cpu")
-    learn.model.load_state_dict(tensors)
-    set_temperature(learn, model["temperature"])
-    learn.remove_cb(ProgressCallback)  # it shows a bar at each prediction; to train further, add it again
-    learn.model.eval()
-    return learn
+def _newest(exports: Path) -> Path:
+    complete = [path.parent for path in exports.glob(f"*/{SETTINGS}") if not path.parent.name.startswith(".")]
+    if not complete:
+        raise UserError(f"{exports}: no export in it; make one by 'xray-fastai fit', or name one by --model")
+    return max(complete, key=lambda path: (path / SETTINGS).stat().st_mtime)

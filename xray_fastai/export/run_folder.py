@@ -74,6 +74,16 @@ class Unfinished:
         return f"{self.path} of {datetime.fromtimestamp(self.when):%Y-%m-%d %H:%M}"
 
 
+def check_name(exports: str | Path, name: str | None) -> None:
+    """Check that no run has this name yet, without reserving it; a running or crashed fit is found by `reserve`.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if name is not None and os.path.exists(taken := Reservation(Path(exports), name).final):
+        raise UserError(f"{taken} already exists; give another name", option="name", value=name)
+
+
 @contextlib.contextmanager
 def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> Iterator[Reservation]:
     """Reserve a run's name, and yield its folder.

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xray_fastai.export.reader import rebuild
 from xray_fastai.export.schema import HISTORY_COLUMNS, LIMIT, SETTINGS, WEIGHTS, parse
+from xray_fastai.export.weights_file import read_weights
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown
 from xray_fastai.system.untrusted import read_received
@@ -161,10 +161,9 @@ def _settings(folder: Path, model: dict, unknown: list[str]) -> str:
 
 
 def _weights(folder: Path, model: dict) -> str:
-    learn = rebuild(folder, model)
-    tensors = learn.model.state_dict()
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    return f"{len(tensors)} tensors, {size / 1e6:.1f} MB; SHA-256, names, shapes, types and values are correct"
+    weights = read_weights(folder, WEIGHTS, model["weights"]["sha256"], model["architecture"], len(model["classes"]))
+    size = sum(tensor.nbytes for tensor in weights.values())
+    return f"{len(weights)} tensors, {size / 1e6:.1f} MB; SHA-256, names, shapes, types and values are correct"
 
 
 def _history(folder: Path) -> str:

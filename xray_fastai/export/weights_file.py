@@ -1,13 +1,16 @@
-"""Reads the weights of an export once, and compares them with the network before they are loaded into it."""
+"""Reads the weights of an export once, and checks them before they are loaded into a network; numpy, without torch."""
 
 import hashlib
 import json
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
-import torch
+import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.numpy import load
 
+from xray_fastai.config import ARCHITECTURES
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown
 from xray_fastai.system.untrusted import open_received
@@ -15,13 +18,40 @@ from xray_fastai.system.untrusted import open_received
 HEADER = 1_000_000
 """The largest accepted safetensors header, in bytes; that of a resnet101, the largest here, has 70,000."""
 
-TYPES = {torch.float32: "F32", torch.int64: "I64"}
-"""The types of an export's tensors, and their names in safetensors."""
+BACKBONES = "backbones.json"
+"""The file of names and shapes of each backbone's tensors. `python -m tests.export.test_backbones` writes it."""
+
+BYTES = {"F32": 4, "I64": 8}
+"""The types of an export's tensors as safetensors names them, and the bytes of a value."""
+
+Layout = dict[str, tuple[str, list[int]]]
+"""Type and shape of each tensor by its name."""
 
 
-def read_tensors(
-    folder: Path, name: str, sha256: str, network: dict[str, torch.Tensor], architecture: str
-) -> dict[str, torch.Tensor]:
+@cache
+def _backbones() -> dict[str, dict[str, list[int]]]:
+    return json.loads(files("xray_fastai.export").joinpath(BACKBONES).read_text(encoding="utf-8"))
+
+
+def layout_of(architecture: str, classes: int) -> Layout:
+    """Return the tensors of a network (`architectures.build_network`).
+
+    Args:
+        architecture: a name in `ARCHITECTURES`.
+        classes: how many.
+    """
+    features = ARCHITECTURES[architecture].features
+    shapes = _backbones()[architecture] | {"1.3.weight": [classes, features], "1.3.bias": [classes]}
+    counters = "num_batches_tracked"  # of batch norm: the only integers
+    return {name: ("I64" if name.endswith(counters) else "F32", shape) for name, shape in shapes.items()}
+
+
+def size_of(layout: Layout) -> int:
+    """Return the bytes that tensors take together."""
+    return sum(BYTES[kind] * int(np.prod(shape, dtype=np.int64)) for kind, shape in layout.values())
+
+
+def read_weights(folder: Path, name: str, sha256: str, architecture: str, classes: int) -> dict[str, np.ndarray]:
     """Read a safetensors file and check it.
 
     The format is 8 bytes with the header's length, the header (JSON), and the tensors' bytes
@@ -32,17 +62,17 @@ def read_tensors(
         folder: holds the file.
         name: the file's name.
         sha256: the expected hash, in hexadecimal.
-        network: the `state_dict` that the tensors are for; on the device "meta" it takes no memory.
-        architecture: the network's name, for the error.
+        architecture: the network that the tensors are for.
+        classes: how many outputs it has.
 
     Returns:
-        The tensors by the names of `network`, on the CPU.
+        The tensors by the names of `layout_of`.
 
     Raises:
         UserError: the file is damaged, has another hash, belongs to another network, or has values that are not finite.
     """
-    file = folder / name
-    expected = sum(tensor.nbytes for tensor in network.values())
+    file, layout = folder / name, layout_of(architecture, classes)
+    expected = size_of(layout)
     with open_received(folder, name) as (stream, size):
         start = stream.read(8)
         header = int.from_bytes(start, "little")
@@ -60,32 +90,31 @@ def read_tensors(
         raise UserError(f"{file}: changed during reading; try again")
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{file}: its SHA-256 is not the one in model.json; get the export again")
-    if fault := _difference(content[8 : 8 + header], network):
+    if fault := _difference(content[8 : 8 + header], layout):
         raise UserError(f"{file}: not the weights of {architecture}: {fault}; get the export again")
     try:
         tensors = load(content)
     except SafetensorError as error:
         raise UserError(f"{file}: damaged: {shown(error, 120)}; get the export again") from None
     for key, tensor in tensors.items():
-        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        if not np.isfinite([tensor.min(), tensor.max()]).all():  # NaN is both
             raise UserError(f"{file}: {key} holds values that are not finite; get the export again")
     return tensors
 
 
-def _difference(header: bytes, network: dict[str, torch.Tensor]) -> str | None:
-    """Return the first difference between a header and the network, or None."""
+def _difference(header: bytes, layout: Layout) -> str | None:
+    """Return the first difference between a header and the network's tensors, or None."""
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         actual = {key: (value["dtype"], value["shape"]) for key, value in entries.items()}
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         return f"its header is damaged ({type(error).__name__})"
-    expected = {key: (TYPES[tensor.dtype], list(tensor.shape)) for key, tensor in network.items()}
-    if missing := sorted(expected.keys() - actual.keys()):
+    if missing := sorted(layout.keys() - actual.keys()):
         return f"{count_of(len(missing), 'missing tensor')}: {', '.join(missing[:3])}"
-    if extra := sorted(actual.keys() - expected.keys()):
+    if extra := sorted(actual.keys() - layout.keys()):
         return f"{count_of(len(extra), 'unknown tensor')}: {shown(', '.join(extra[:3]), 120)}"
-    for key, (kind, shape) in expected.items():
+    for key, (kind, shape) in layout.items():
         if actual[key] != (kind, shape):
             return f"{key} is {shown(actual[key][0], 10)} {shown(actual[key][1], 40)} instead of {kind} {shape}"
     return None

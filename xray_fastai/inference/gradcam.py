@@ -1,6 +1,6 @@
 """Grad-CAM: shows which parts of an image raise the score of a class (Selvaraju et al. 2017, arXiv:1610.02391).
 
-The layer is the last convolutional block as the head receives it, the output of `learn.model[0]`. In the package
+The layer is the last convolutional block as the head receives it, the output of `model.network[0]`. In the package
 pytorch-grad-cam the same target is `layer4` for a resnet, and `features` for convnext_tiny and efficientnet_b0. For
 densenet121 it is the output of the ReLU behind `features`. (The batch norm before that ReLU, `features.norm5`, is a
 wrong target: the ReLU overwrites its output in place, so activations and gradients would belong to different layers.)
@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from fastai.callback.hook import hook_output
-from matplotlib import colormaps
 from PIL import Image
 
 from xray_fastai.inference.model import Model
@@ -39,20 +37,24 @@ def grad_cam(model: Model, images: torch.Tensor, targets: Sequence[int] | None =
     Raises:
         UserError: the images do not fit into the device's memory.
     """
-    device = model.learn.dls.device
-    with out_of_memory_means(f"not enough memory on {device} for {len(images)} heat maps at once; try --device cpu"):
+    explain = f"not enough memory on {model.device} for {len(images)} heat maps at once; try --device cpu"
+    with out_of_memory_means(explain):
         return _scaled(_maps(model, images, targets).float().cpu().numpy())
 
 
 def _maps(model: Model, images: torch.Tensor, targets: Sequence[int] | None) -> torch.Tensor:
     """Return the maps (B, h, w) on the model's device, not scaled."""
-    body, head = model.learn.model[0], model.learn.model[1]
-    with hook_output(body) as hook:
+    backbone, head = model.network
+    stored: list[torch.Tensor] = []
+    hook = backbone.register_forward_hook(lambda _module, _inputs, output: stored.append(output))
+    try:
         logits = model.logits(images)  # (B, classes)
+    finally:
+        hook.remove()
     if targets is None:
         targets = model.decide(model.probabilities(logits.numpy()))
     with torch.inference_mode(False):  # its tensors cannot have gradients; copies made outside it can
-        activations = hook.stored.as_subclass(torch.Tensor).clone().requires_grad_()  # (B, channels, h, w)
+        activations = stored[0].clone().requires_grad_()  # (B, channels, h, w)
         scores = head(activations).gather(1, torch.as_tensor(targets, device=activations.device)[:, None])
         (gradients,) = torch.autograd.grad(scores.sum(), activations)
     with torch.no_grad():
@@ -79,6 +81,8 @@ def upsample(cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def overlay(image: Image.Image, cam: np.ndarray) -> Image.Image:
     """Draw a map (h, w) over an image of any size: blue is weak evidence, red is strong. The result is "RGB"."""
+    from matplotlib import colormaps  # takes half a second, and most predictions draw nothing
+
     heat = upsample(cam, image.size)
     alpha = OPACITY * heat[..., None]
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]

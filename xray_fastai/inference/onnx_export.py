@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.vision.all import imagenet_stats
 from PIL import Image
 
 from xray_fastai import __version__
 from xray_fastai.data.sources.phantom import draw
-from xray_fastai.inference.model import Model, newest_export, open_model
-from xray_fastai.model.transforms import equalize
+from xray_fastai.export.reader import find_export
+from xray_fastai.inference.model import Model, open_model
+from xray_fastai.model.preprocessing import Preprocessing
 from xray_fastai.system.errors import UserError, reason
 from xray_fastai.system.files import atomic_write, check_new
 from xray_fastai.system.signals import sigterm_raises
@@ -78,7 +78,7 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
     except ImportError as error:
         raise UserError(f'{error.name} is not installed; pip install "xray-fastai[onnx]"') from None
 
-    export = newest_export() if export is None else Path(export)
+    export = find_export(export)
     output = Path(f"{export.resolve().name}.onnx") if output is None else Path(output)
     check_new(output, "output")
     model = open_model(export, "cpu")
@@ -127,20 +127,15 @@ def _write(model: Model, path: Path, versions: dict[str, str]) -> None:
 
 def _graph(model: Model) -> torch.nn.Module:
     """Build the module that maps 8-bit images (N, 1, size, size) to probabilities (N, classes)."""
-    equalizes = model.settings["preprocessing"].get("contrast", "none") == "equalize"
 
     class Graph(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.network = model.learn.model
-            for name, values in zip(("mean", "std"), imagenet_stats, strict=True):
-                self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+            self.network = model.network
+            self.preprocessing = Preprocessing(model.settings["preprocessing"].get("contrast", "none"))
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            if equalizes:
-                images = equalize(images)
-            images = (images.float() / 255 - self.mean) / self.std  # (N, 3, size, size)
-            return torch.softmax(self.network(images) / model.temperature, dim=1)
+            return torch.softmax(self.network(self.preprocessing(images)) / model.temperature, dim=1)
 
     return Graph().eval()
 

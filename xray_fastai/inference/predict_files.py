@@ -18,8 +18,8 @@ from xray_fastai.config import PredictConfig
 from xray_fastai.data.images import has_no_extension, open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model, open_model
-from xray_fastai.inference.predict import RowBuilder, probability_column
 from xray_fastai.inference.row_file import Row, RowFile
+from xray_fastai.inference.rows import RowBuilder, probability_column
 from xray_fastai.inference.sharding import follow, predict_sharded
 from xray_fastai.inference.stream import Batch, Source, check_folders, image_sources, predict_batches
 from xray_fastai.inference.tta import describe as describe_tta
@@ -122,7 +122,7 @@ def _predict(paths: list[str], model: Path | None, config: PredictConfig) -> int
         print(DISCLAIMER)
         print(f"{'model':<14}{opened.path}" + (" (the newest in ./exports)" if model is None else ""))
         processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-        print(f"{'device':<14}{describe(opened.learn.dls.device)}{processes}, precision {opened.precision}")
+        print(f"{'device':<14}{describe(opened.device)}{processes}, precision {opened.precision}")
         print(builder, flush=True)
         types = {column.name: column.type for column in builder.columns}
         with nullcontext() if output is None else RowFile(output, types, config.resume) as file:

@@ -16,7 +16,7 @@ from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file, may_be
 from xray_fastai.inference.model import NO_NUMBER, Model
 from xray_fastai.inference.tta import mean_over_views
 from xray_fastai.system.errors import ImageError, UserError
-from xray_fastai.system.memory import is_out_of_memory
+from xray_fastai.system.memory import out_of_memory_means
 from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.progress import track
 
@@ -72,15 +72,9 @@ def predict_batches(
             logits = np.empty((0, len(model.classes)), np.float32)
             if readable:
                 images = torch.from_numpy(np.stack(readable))[:, None]  # (readable, 1, size, size)
-                try:
+                explain = f"not enough memory on {model.device} for a batch size of {batch_size}; try --device cpu"
+                with out_of_memory_means(explain):
                     logits = (mean_over_views(model.outputs, images) if tta else model.outputs(images)).numpy()
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    raise UserError(
-                        f"not enough memory on {model.learn.dls.device} for a batch size of {batch_size}; "
-                        "try --device cpu"
-                    ) from None
             errors = [image if isinstance(image, ImageError) else None for _, image in batch]
             yield Batch([source for source, _ in batch], errors, images, logits)
 

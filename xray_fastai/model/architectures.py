@@ -1,12 +1,12 @@
 """Builds torchvision's networks as backbone and head, and splits them into parameter groups (`config.ARCHITECTURES`).
 
+Plain torch: training gives these parts to fastai's `vision_learner`, prediction takes `build_network` and no fastai.
 Everything that a pickled learner refers to is a function of this module, so that `learner.pkl` holds names
 and no bytecode.
 """
 
 import torch
 import torchvision
-from fastai.vision.all import L, params
 from torch import nn
 
 from xray_fastai.config import ARCHITECTURES
@@ -47,9 +47,18 @@ def build_head(arch: str, classes: int, dropout: float) -> nn.Sequential:
     )
 
 
-def split_parameters(model: nn.Sequential, arch: str) -> L:
+def build_network(arch: str, classes: int, dropout: float) -> nn.Sequential:
+    """Build backbone and head, as `vision_learner` joins them: (B, 3, S, S) -> (B, classes).
+
+    The weights are random, or on the device "meta" none.
+    """
+    backbone = build_backbone(arch)[:-1]  # without the layer that tells fastai where to cut
+    return nn.Sequential(backbone, build_head(arch, classes, dropout))
+
+
+def split_parameters(model: nn.Sequential, arch: str) -> list[list[nn.Parameter]]:
     """Split backbone and head into three parameter groups: early layers, late layers, head."""
     backbone, head = model
     layers = backbone[0] if isinstance(backbone[0], nn.Sequential) else backbone  # a resnet has no `features`
     early = ARCHITECTURES[arch].early_layers
-    return L(layers[:early], layers[early:], head).map(params)
+    return [list(part.parameters()) for part in (layers[:early], layers[early:], head)]

@@ -14,13 +14,13 @@ from fastai.vision.all import (
     IntToFloatTensor,
     Normalize,
     TransformBlock,
-    imagenet_stats,
 )
 from PIL import Image
 
 from xray_fastai.data.pixel_cache import PixelCache
 from xray_fastai.model.augmentation import build_augmentation
 from xray_fastai.model.decoded import DecodedImages, DecodedLoader, cores
+from xray_fastai.model.preprocessing import MEAN, STD
 from xray_fastai.model.transforms import Equalize, OpenXray
 
 
@@ -54,7 +54,7 @@ def xray_block(
         get_x=ColReader("path"),
         get_y=ColReader("label"),
         splitter=ColSplitter(),
-        batch_tfms=[*batch_transforms, Normalize.from_stats(*imagenet_stats, cuda=False)],
+        batch_tfms=[*batch_transforms, Normalize.from_stats(MEAN, STD, cuda=False)],
         dl_type=None if cache is None else DecodedLoader,
     )
 

@@ -1,4 +1,4 @@
-"""Transforms that open an image and equalize its histogram."""
+"""fastai transforms that open an image and equalize its histogram."""
 
 import warnings
 from pathlib import Path
@@ -10,6 +10,7 @@ from PIL import Image
 
 from xray_fastai.data.images import open_image
 from xray_fastai.data.pixel_cache import PixelCache
+from xray_fastai.model.preprocessing import equalize
 
 
 class XrayImage(PILImageBW):
@@ -17,27 +18,6 @@ class XrayImage(PILImageBW):
 
     def show(self, ctx=None, **kwargs):
         return super().show(ctx=ctx, **{"cmap": "gray"} | kwargs)
-
-
-BLACK = 8
-"""Grey values below this one belong to a border or to the air beside the body, and are not counted."""
-
-
-def equalize(images: torch.Tensor) -> torch.Tensor:
-    """Spread the grey values of each image evenly over 0 to 255 (Gonzalez & Woods, Digital Image Processing, 3.3.1).
-
-    A change of exposure, window or gamma then has no effect, in training and in use, as long as no two grey values
-    become one and none becomes black. Black pixels are not counted, so a black border does not change the rest of the
-    image. Input and output are 8-bit (B, 1, S, S). An ONNX file has this function in its graph, for any B.
-    """
-    values = images.flatten(1).long()  # (B, S * S)
-    counts = torch.zeros(images.shape[0], 256, device=images.device).scatter_add_(
-        1, values, torch.ones_like(values, dtype=torch.float32)
-    )
-    counts[:, :BLACK] = 0
-    below = counts.cumsum(1)  # (B, 256)
-    table = (255 * below / below[:, -1:].clamp_min(1)).round()
-    return table.gather(1, values).view(images.shape).to(torch.uint8)
 
 
 class Equalize(Transform):

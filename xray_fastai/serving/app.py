@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.inference.model import Model
-from xray_fastai.inference.predict import columns_of
+from xray_fastai.inference.rows import columns_of
 from xray_fastai.serving.predictions import (
     Health,
     ModelFacts,

@@ -10,7 +10,7 @@ from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.data.images import open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model
-from xray_fastai.inference.predict import DIGITS, ImageResult, columns_of
+from xray_fastai.inference.rows import DIGITS, ImageResult, columns_of
 from xray_fastai.inference.stream import predict_batches
 from xray_fastai.system.text import data_uri
 

@@ -144,9 +144,9 @@ class Trainer:
     def _fit_phase(self, name: str, epochs: int, callbacks: list[Callback]) -> None:
         """Run one phase: one `learn.fit`."""
         plan, config, learn = self.plan, self.plan.config, self.learn
+        log = EpochLog(self.progress.history, name, config.patience)
         precision = precision_callbacks(plan.precision, plan.device)
         callbacks = [log, self.best, *callbacks, self.stop, *precision, *self._phase_callbacks(name), ChannelsLast()]
-        log = EpochLog(self.progress.history, name, config.patience)
         if config.schedule == "adaptive":
             callbacks.append(Schedule(patience=max(1, config.patience // 2)))
         features = contextlib.nullcontext([])

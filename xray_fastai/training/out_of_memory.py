@@ -1,6 +1,5 @@
 """Trains with smaller batches after memory ran out; their summed gradients equal the whole batch's."""
 
-import torch
 from fastai.vision.all import CancelBatchException, GradientAccumulation
 
 

@@ -1,0 +1,113 @@
+"""Commands import what they need: a model predicts without fastai, and is verified without torch.
+
+Each test runs in a process of its own, where a finder notes which module imported one of the libraries first.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+WATCH = """
+import sys
+
+unwanted, importers = {unwanted!r}, {{}}
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in unwanted:
+            frame = sys._getframe(1)
+            while frame.f_globals["__name__"].startswith("importlib"):
+                frame = frame.f_back
+            importers.setdefault(name, frame.f_globals["__name__"])
+
+sys.meta_path.insert(0, Watch())
+
+def xray(*args):
+    from xray_fastai.cli import app
+    try:
+        app(list(args))
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+
+{code}
+found = [f"{{name}}, by {{importers.get(name)}}" for name in unwanted if name in sys.modules]
+sys.exit(f"imported: {{found}}" if found else 0)
+"""
+
+
+def imports_none_of(unwanted, code, *args):
+    command = [sys.executable, "-c", WATCH.format(unwanted=unwanted, code=code), *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_verify_needs_no_torch(export):
+    imports_none_of(["torch", "fastai", "matplotlib", "sklearn", "pandas"], 'xray("verify", sys.argv[1])', export)
+
+
+def test_predict_and_serve_need_no_fastai(export, an_image):
+    code = """
+export, image = sys.argv[1:]
+xray("predict", image, "--model", export)
+
+from xray_fastai.inference.model import open_model  # the forward passes of evaluate and interpret
+from xray_fastai.inference.stream import predict_all
+model = open_model(export)
+predict_all(model, [image])
+
+import xray_fastai.serving.server  # `serve` until it is ready, and an answer without a heat map
+from xray_fastai.serving.app import Predictor, create_app
+from xray_fastai.serving.predictions import predict_file
+create_app(Predictor(model), {"localhost"})
+assert predict_file(model, "a.jpeg", open(image, "rb").read(), heatmap=False).prediction
+"""
+    imports_none_of(["fastai", "matplotlib", "sklearn", "pandas", "scipy"], code, export, an_image)
+
+
+def test_evaluate_interpret_and_export_need_no_fastai(export, tmp_path):
+    pytest.importorskip("onnxruntime")
+    code = """
+export, data, output = sys.argv[1:]
+xray("export", export, "--output", output + "/small.onnx")
+found = [name for name in ("matplotlib", "sklearn") if name in sys.modules]
+assert not found, f"export imports {found}, by {importers}"
+xray("evaluate", "--model", export, "--data", data, "--split", "train", "--output", output)
+xray("interpret", "--model", export, "--data", data, "--split", "train", "--output", output)
+unwanted.remove("matplotlib"), unwanted.remove("sklearn")  # for metrics and pictures
+"""
+    unwanted = ["fastai", "matplotlib", "sklearn"]
+    imports_none_of(unwanted, code, export, export.parent / "moved", tmp_path)
+
+
+def test_a_heat_map_imports_matplotlib_only_then(export, an_image, tmp_path):
+    """The test of the tests above: they see what a command imports, and name the module that did."""
+    code = 'xray("predict", sys.argv[1], "--model", sys.argv[2], "--heatmaps", sys.argv[3])'
+    with pytest.raises(AssertionError, match=r"imported: \['matplotlib, by xray_fastai\.inference\.gradcam'\]"):
+        imports_none_of(["matplotlib", "fastai"], code, an_image, export, tmp_path / "maps")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["fit", "--data", "nowhere"], "--data nowhere: no such folder"),
+        (["fit", "--name", "taken"], "--name taken: exports/taken already exists"),
+        (["predict", "a.jpeg", "--model", "nowhere"], "nowhere: not an export"),
+        (["evaluate"], "exports: no export in it"),
+        (["serve", "--model", "nowhere"], "nowhere: not an export"),
+    ],
+)
+def test_a_wrong_path_is_answered_before_torch_is_imported(command, words, tmp_path):
+    (tmp_path / "exports" / "taken").mkdir(parents=True)
+    code = f"""
+import contextlib, io, os
+os.chdir({str(tmp_path)!r})
+from xray_fastai.cli import app
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    try:
+        app({command!r})
+    except SystemExit as stop:
+        assert stop.code == 1
+assert {words!r} in said.getvalue(), said.getvalue()
+"""
+    imports_none_of(["torch", "fastai"], code)

@@ -1,0 +1,38 @@
+"""Builds a fastai `Learner` from an export, without pickle: the public function `load_learner`."""
+
+from pathlib import Path
+
+import torch
+from fastai.vision.all import Learner, ProgressCallback
+
+from xray_fastai.export.network import load_weights
+from xray_fastai.export.reader import read
+from xray_fastai.model.learner import build_learner, set_temperature
+from xray_fastai.model.loaders import empty_loaders
+
+
+def load_learner(path: str | Path) -> Learner:
+    """Build a fastai `Learner` from an export's `model.safetensors` and `model.json`; nothing is unpickled.
+
+    Args:
+        path: the export's folder.
+
+    Returns:
+        A learner on the CPU, in evaluation mode. `learn.predict(image)` takes a path, a PIL image or an array. It
+        returns the label, its index and the calibrated probabilities (classes,), in the order of `learn.dls.vocab`.
+
+    Raises:
+        UserError: the folder is no export, was written by a newer version, or is damaged.
+    """
+    model = read(path)
+    preprocessing = model["preprocessing"]
+    dls = empty_loaders(model["classes"], preprocessing["size"], preprocessing.get("contrast", "none"))
+    with torch.device("meta"):  # as in `load_network`
+        learn = build_learner(
+            dls, model["architecture"], dropout=model["dropout"], class_weights=model["class_weights"]
+        )
+    load_weights(learn.model, Path(path), model)
+    set_temperature(learn, model["temperature"])
+    learn.remove_cb(ProgressCallback)  # it shows a bar at each prediction; to train further, add it again
+    learn.model.eval()
+    return learn
