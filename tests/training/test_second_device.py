@@ -14,7 +14,6 @@ from fastai.vision.all import load_learner as load_pickled
 from tests.conftest import draw_collection, settings_of
 from tests.second_device import DEVICE, second_device
 from xray_fastai import evaluate, fit, interpret, predict
-from xray_fastai.evaluation import subgroups
 from xray_fastai.inference.gradcam import grad_cam
 from xray_fastai.inference.model import open_model
 from xray_fastai.serving.predictions import predict_file
@@ -118,8 +117,6 @@ def root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "MIN_IMAGES", 8)
         patch.setattr(calibration, "MIN_OF_A_CLASS", 4)
-        patch.setattr(subgroups, "MIN_IMAGES", 1)
-        patch.setattr(subgroups, "SHARE", 0.5)
         train(root, "cpu", "cpu")
         with second_device():
             train(root, "lazy", "lazy")
@@ -139,7 +136,7 @@ def train(root: Path, name: str, device: str, callbacks=(), **settings):
 def same_result(a: Path, b: Path) -> None:
     assert (a / "history.csv").read_bytes() == (b / "history.csv").read_bytes()
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    for key in ("best", "temperature", "threshold", "calibration", "calibrated", "worst_group"):
+    for key in ("best", "temperature", "threshold", "calibration", "calibrated"):
         assert settings_of(a)[key] == settings_of(b)[key], key
 
 
@@ -148,7 +145,7 @@ def test_a_fit_of_both_phases_gives_the_cpus_result_bit_for_bit(root):
     same_result(root / "cpu", root / "lazy")
     settings = settings_of(root / "lazy")
     assert settings["class_weights"] == pytest.approx([1.5, 0.75]) and settings["training"]["device"] == "lazy"
-    assert settings["worst_group"] is not None and "too few" not in settings["calibration"]
+    assert "too few" not in settings["calibration"]
     learn = load_pickled(root / "lazy" / "learner.pkl")
     assert learn.predict(next((root / "data" / "test" / "NORMAL").iterdir()))[2].shape == (2,)
 
