@@ -133,13 +133,27 @@ class Run:
 
 
 def end_session(leader: int) -> None:
-    """Kill all processes of a session, also those in a process group of their own."""
+    """Kill all processes of a session and all that descend from its leader: torchrun gives its own to each rank."""
+    found = processes() if os.path.isdir("/proc") else {}
+    doomed = {leader} | {pid for pid, (_, session) in found.items() if session == leader}
+    while more := {pid for pid, (parent, _) in found.items() if parent in doomed} - doomed:
+        doomed |= more
     with suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
+    for pid in doomed - {leader}:
         with suppress(ProcessLookupError, PermissionError):
-            if name.isdigit() and os.getsid(int(name)) == leader:
-                os.kill(int(name), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+
+
+def processes() -> dict[int, tuple[int, int]]:
+    """Return the parent and the session of each process (Linux)."""
+    found = {}
+    for name in os.listdir("/proc"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if name.isdigit():
+                fields = Path("/proc", name, "stat").read_text(errors="replace").rpartition(")")[2].split()
+                found[int(name)] = int(fields[1]), int(fields[3])
+    return found
 
 
 def last_line(log: Path) -> str:

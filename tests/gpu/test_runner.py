@@ -45,7 +45,8 @@ def leaves(place: Place) -> Outcome:
 
 
 def hangs(place: Place) -> Outcome:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], process_group=0)
+    # as torchrun starts its processes
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     (place.folder / "child").write_text(str(child.pid))
     print("waiting for the other process", flush=True)
     time.sleep(600)
