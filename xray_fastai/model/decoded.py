@@ -114,8 +114,9 @@ class DecodedLoader(TfmdDL):
     ):
         super().__init__(dataset, *args, **kwargs)
         self.images = images
-        self.rows = torch.tensor([images.cache.rows[os.path.abspath(path)] for path in dataset.items["path"]])  # (n,)
-        self.classes = torch.tensor([dataset.vocab.o2i[label] for label in dataset.items["label"]])  # (n,)
+        table, numbers = dataset.items, dataset.vocab.o2i
+        self.rows = torch.tensor([images.cache.rows[os.path.abspath(path)] for path in table["path"]])  # (n,)
+        self.classes = torch.tensor([numbers[label] for label in table["label"]])  # (n,)
 
     def create_batches(self, samps):
         numbers = map(torch.tensor, self.chunkify(samps))
