@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import ProgressCallback, TfmdDL, load_learner
+from fastai.vision.all import ProgressCallback, TensorImageBW, TfmdDL, Transform, load_learner
 from PIL import Image
 
 from xray_fastai.data.pixel_cache import PixelCache
@@ -104,6 +104,19 @@ def test_other_images_go_through_fastais_loader(table):
     assert image.size == (32, 32) and CLASSES[label] == table.label[0]
     images, targets, items = loaders.valid.show_batch(max_n=3, show=False)
     assert images.shape == (4, 3, 32, 32) and targets.shape == (4,) and len(items) == 3
+
+
+def test_a_transform_of_single_images_that_a_user_adds_is_used(table):
+    plain, gathered = loaders_of(table, False), loaders_of(table, True)
+    for loaders in (plain, gathered):
+        loaders.add_tfms([Transform(darker)], "after_item")
+    assert_same(epochs(gathered), epochs(plain))
+    with pytest.raises(AssertionError):
+        assert_same(epochs(gathered), epochs(loaders_of(table, True)))
+
+
+def darker(x: TensorImageBW):
+    return x // 2
 
 
 def test_fastais_tools_use_the_loaders(table, tmp_path):
