@@ -1,12 +1,13 @@
 """Batches from the array of decoded images: the same as fastai's own, on any device, and each file is opened once."""
 
 import random
+import threading
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import ProgressCallback, TfmdDL, load_learner
+from fastai.vision.all import ProgressCallback, TensorImageBW, TfmdDL, Transform, load_learner
 from PIL import Image
 
 from xray_fastai.data.pixel_cache import PixelCache
@@ -106,13 +107,26 @@ def test_other_images_go_through_fastais_loader(table):
     assert images.shape == (4, 3, 32, 32) and targets.shape == (4,) and len(items) == 3
 
 
+def test_a_transform_of_single_images_that_a_user_adds_is_used(table):
+    plain, gathered = loaders_of(table, False), loaders_of(table, True)
+    for loaders in (plain, gathered):
+        loaders.add_tfms([Transform(darker)], "after_item")
+    assert_same(epochs(gathered), epochs(plain))
+    with pytest.raises(AssertionError):
+        assert_same(epochs(gathered), epochs(loaders_of(table, True)))
+
+
+def darker(x: TensorImageBW):
+    return x // 2
+
+
 def test_fastais_tools_use_the_loaders(table, tmp_path):
     loaders = loaders_of(table, True)
     assert len(loaders.train.show_batch(unique=True, show=False)[0]) == 5  # one image in five places
     learn = build_learner(loaders, "resnet18")
     learn.remove_cb(ProgressCallback)
-    assert learn.lr_find(num_it=3, show_plot=False).valley > 0
-    assert len(learn.recorder.losses) == 3
+    assert learn.lr_find(num_it=6, show_plot=False).valley > 0
+    assert len(learn.recorder.losses) == 6
     probabilities, targets = learn.get_preds()
     assert probabilities.shape == (9, 2) and torch.equal(targets, loaders.valid.classes)
     learn.export(tmp_path / "learner.pkl")
@@ -120,11 +134,22 @@ def test_fastais_tools_use_the_loaders(table, tmp_path):
 
 
 def test_nothing_is_opened_any_more_when_an_epoch_is_left(table, monkeypatch):
-    opened = []
+    opened, left = [], threading.Event()
     monkeypatch.setattr(decoded, "batches_ahead", lambda device: 1)
+    monkeypatch.setattr(decoded, "cores", lambda: 1)
     loader = loaders_of(table, True).train
-    monkeypatch.setattr(decoded.OpenXray, "cached", lambda self, path: opened.append(path))
+
+    def cached(self, path):
+        opened.append(path)
+        if len(opened) > 5:  # in the second batch
+            left.wait(20)
+
+    monkeypatch.setattr(decoded.OpenXray, "cached", cached)
     batches = loader.create_batches(iter(range(14)))
     next(batches)
     batches.close()
-    assert 5 <= len(opened) <= 10  # of the first batch and at most of the next
+    left.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("decode"):
+            thread.join(20)
+    assert len(opened) in (5, 6)

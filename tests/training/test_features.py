@@ -135,7 +135,7 @@ def test_callbacks_get_the_events_that_fastai_gives_them():
 
     class Quiet(Callback):
         def before_epoch(self):
-            self.run = self.epoch == 1
+            self.run = self.epoch == 0  # until the fit ends
 
         def after_batch(self):
             seen.append("quiet")
@@ -147,9 +147,10 @@ def test_callbacks_get_the_events_that_fastai_gives_them():
         learn = kind(DataLoaders(batches, batches), torch.nn.Linear(3, 2), loss_func=torch.nn.functional.cross_entropy)
         learn.remove_cb(ProgressCallback)
         functions = Callback(before_epoch=lambda self: seen.append("epoch"), after_fit=lambda self: seen.append("fit"))
+        quiet = Quiet()  # the same in both fits
         with learn.no_logging():
             for _ in range(2):
-                learn.fit(2, 0.1, cbs=[functions, Quiet(), Add()])
+                learn.fit(2, 0.1, cbs=[functions, quiet, Add()])
         found[kind] = [*seen]
     assert found[Learner] == found[frozen_features.HeadLearner]
     assert {*found[Learner]} == {"add", "added", "epoch", "fit", "quiet"}

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from fastai.vision.all import Datasets, TensorCategory, TensorImageBW, TfmdDL
+from fastai.vision.all import Datasets, TensorCategory, TensorImageBW, TfmdDL, ToTensor
 
 from xray_fastai.data.pixel_cache import PixelCache
 from xray_fastai.model.transforms import OpenXray
@@ -114,10 +114,16 @@ class DecodedLoader(TfmdDL):
     ):
         super().__init__(dataset, *args, **kwargs)
         self.images = images
-        self.rows = torch.tensor([images.cache.rows[os.path.abspath(path)] for path in dataset.items["path"]])  # (n,)
-        self.classes = torch.tensor([dataset.vocab.o2i[label] for label in dataset.items["label"]])  # (n,)
+        table, numbers = dataset.items, dataset.vocab.o2i
+        self.rows = torch.tensor([images.cache.rows[os.path.abspath(path)] for path in table["path"]])  # (n,)
+        self.classes = torch.tensor([numbers[label] for label in table["label"]])  # (n,)
 
     def create_batches(self, samps):
+        if any(type(tfm) is not ToTensor for tfm in self.after_item.fs):  # a user added one, for single images
+            return super().create_batches(samps)
+        return self._gathered(samps)
+
+    def _gathered(self, samps: Iterable[int]) -> Iterator[tuple[TensorImageBW, TensorCategory]]:
         numbers = map(torch.tensor, self.chunkify(samps))
         for rows, classes in self.images.opened((self.rows[at], self.classes[at]) for at in numbers):
             yield TensorImageBW(self.images[rows]), TensorCategory(self.images.moved(classes))
