@@ -29,6 +29,6 @@ def test_a_process_that_is_started_anew_reads_the_same(tmp_path):
     queue = context.SimpleQueue()
     process = context.Process(target=mean_of_first, args=(loaders.train, loaders.valid, queue))
     process.start()
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0
     assert queue.get() == loaders.valid.one_batch()[0].mean().item()

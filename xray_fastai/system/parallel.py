@@ -57,7 +57,7 @@ def map_in_threads(
         finished.put(None)
 
     running, submitted = 0, 0
-    waiting: dict[int, tuple[Any, BaseException | None]] = {}  # results by the number of the item
+    waiting: dict[int, list[Any]] = {}  # results and errors by the number of the item
     numbered = enumerate(items)
     try:
         for _ in range(threads):
@@ -69,7 +69,8 @@ def map_in_threads(
         turn = 0
         while turn < submitted:
             while turn not in waiting:
-                number, *waiting[number] = finished.get()
+                number, *outcome = finished.get()
+                waiting[number] = outcome
             value, error = waiting.pop(turn)
             turn += 1
             if error is not None:

@@ -496,13 +496,15 @@ def test_near_identical_copies_stay_on_one_side_of_the_hold_out(tmp_path):
 
 
 def test_ctrl_c_while_reading_ends_at_once_and_writes_nothing(data, tmp_path):
-    """Sent from within, once some files are read."""
+    """Sent from within, once some files are read. If it hangs from then on, the message shows each thread's stack."""
     program = (
-        "import sys, os, signal, xray_fastai.data.image_facts as facts\n"
+        "import faulthandler, sys, os, signal, xray_fastai.data.image_facts as facts\n"
         "from xray_fastai.cli.main import app\n"
         "read, count = facts.examine, iter(range(10**9))\n"
         "def examine(*args):\n"
-        "    if next(count) == 20: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    if next(count) == 20:\n"
+        "        faulthandler.dump_traceback_later(60, exit=True)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return read(*args)\n"
         "facts.examine = examine\n"
         "app(['data', 'check', sys.argv[1], '--fix', 'list.csv'])\n"
@@ -511,7 +513,7 @@ def test_ctrl_c_while_reading_ends_at_once_and_writes_nothing(data, tmp_path):
         for i in range(2000):
             os.symlink(path, path.with_name(f"IM-5{i:04d}-0001.jpeg"))
     done = subprocess.run(
-        [sys.executable, "-c", program, data], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, "-c", program, data], capture_output=True, text=True, cwd=tmp_path, timeout=600
     )
     assert done.returncode == 130, done.stderr
     assert done.stderr.strip() == "Stopped; nothing was written." and not done.stdout
