@@ -21,7 +21,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: CORES, raising=False)
     monkeypatch.setattr(os, "sysconf", lambda _: 100)
     monkeypatch.setattr(threads, "Path", lambda *parts: tmp_path.joinpath(*(part.lstrip("/") for part in parts)))
-    clock = {"monotonic": 1000.0, "process_time": 0.0, "cores": 0}
+    clock = {"monotonic": 1000.0, "own": 0.0, "cores": 0}
     (tmp_path / "proc/self").mkdir(parents=True)
 
     def write():
@@ -31,12 +31,12 @@ def machine(monkeypatch, tmp_path):
     def passes(seconds, cores=0.0, own=0.0):
         """Of so many seconds, each core was in use for a share, and this process computed for a while."""
         clock["monotonic"] += seconds
-        clock["process_time"] += own
+        clock["own"] += own
         clock["cores"] += round(100 * seconds * cores)
         write()
 
-    for name in ("monotonic", "process_time"):
-        monkeypatch.setattr(threads.time, name, lambda name=name: clock[name])
+    monkeypatch.setattr(threads.time, "monotonic", lambda: clock["monotonic"])
+    monkeypatch.setattr(os, "times", lambda: (clock["own"] / 2, clock["own"] / 4, clock["own"] / 4, 0.0, 0.0))
     monkeypatch.setattr(threads.time, "sleep", lambda seconds: passes(seconds, clock.get("asleep", 0.0)))
     passes(0)
     monkeypatch.setattr(threads, "_last", threads.look())

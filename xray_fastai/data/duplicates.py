@@ -25,7 +25,7 @@ from PIL import Image
 SIDE, FREQUENCIES = 32, 16
 NEAR = 24
 """Two hashes that differ in at most this many of 256 bits are of the same image. Different X-rays differ in at least 38
-bits in the Kaggle collection, and in at least 30 in the phantom's 600 drawings."""
+bits in the Kaggle collection, and in at least 30 in the phantom's 510 drawings."""
 FLAT = 4.0
 """An image with less contrast than this (standard deviation of grey values, 0 to 255) is blank; its hash is noise."""
 _COSINES = np.cos(np.pi * np.outer(np.arange(FREQUENCIES), 2 * np.arange(SIDE) + 1) / (2 * SIDE)).astype(np.float32)

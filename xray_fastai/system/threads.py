@@ -17,10 +17,10 @@ SPINS = 3_000
 """Rounds that a thread spins before it sleeps.
 
 Training steps a second (ResNet18, 32 images of 64 px, fp32, 2 cores with AVX2, 2 threads) of a process that is alone,
-and of each of two at the same time:
+and of each of two at the same time. (At a high priority on a machine in use; the first row is good to a tenth.)
 
     rounds          300,000     10,000     3,000     1,000     0 (asleep at once)     one thread
-    one process        2.11       1.91      1.89      1.91                   1.81           1.09
+    one process        2.11       2.00      1.89      1.91                   1.81           1.09
     two processes      0.58       0.85      1.00      1.18                   1.03           1.38
 """
 OWN_CHOICE = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
@@ -85,7 +85,7 @@ def look() -> Use | None:
             # user, nice, system, idle, iowait, irq, softirq, steal: proc_stat(5)
             user, _, system, _, _, *others = map(int, columns[:8])
             ticks += user + system + sum(others)
-    return Use(time.monotonic(), ticks / tick, time.process_time())
+    return Use(time.monotonic(), ticks / tick, sum(os.times()[:4]))  # own: with child processes that have ended
 
 
 def others_use() -> float | None:
