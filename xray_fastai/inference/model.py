@@ -69,7 +69,7 @@ class Model:
         """
         if len(self.classes) != 2 or self.positive is None or self.threshold is None or calibrated:
             return self.threshold if len(self.classes) == 2 else None
-        from scipy.special import expit, logit  # takes as long as a sixth of torch, and few commands need it
+        from scipy.special import expit, logit  # takes 0.4 s, and only `uncalibrated` needs it
 
         return float(expit(self.temperature * logit(self.threshold)))
 

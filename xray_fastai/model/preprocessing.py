@@ -44,4 +44,4 @@ class Preprocessing(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self.equalizes:
             images = equalize(images)
-        return (images.float().div_(255) - self.mean) / self.std  # (B, 3, S, S)
+        return (images.float() / 255 - self.mean) / self.std  # (B, 3, S, S)
