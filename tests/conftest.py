@@ -48,7 +48,9 @@ def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path
         if not folder.exists():
             partial = folder.with_suffix(".partial")
             partial.mkdir()
-            make(partial)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("XDG_CACHE_HOME", str(common_folder(tmp_path_factory) / "cache"))  # not the user's
+                make(partial)
             partial.rename(folder)
     return Path(shutil.copytree(folder, tmp_path_factory.mktemp(name) / name))
 
