@@ -22,7 +22,7 @@ def test_without_pythons_undocumented_function_images_are_decoded_again(tmp_path
     with pytest.warns(UserWarning, match="get no decoded images, slower: ImportError"):
         opened = pickle.loads(pickle.dumps(OpenXray(32, "decoded images")))  # noqa: S301
     assert opened.cache is None
-    assert np.array_equal(opened.encodes(str(tmp_path / "x.png")), np.arange(1024, dtype=np.uint8).reshape(32, 32))
+    assert np.array_equal(opened(str(tmp_path / "x.png")), np.arange(1024, dtype=np.uint8).reshape(32, 32))
 
 
 def test_black_is_shown_as_black():
