@@ -28,7 +28,7 @@ from xray_fastai.data.sources import phantom
 from xray_fastai.inference.gradcam import grad_cam
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.onnx_export import export_onnx
-from xray_fastai.model.transforms import equalize
+from xray_fastai.model.preprocessing import equalize
 
 SAME = {"fp32": 1e-3, "bf16": 0.05}
 """The largest difference of a probability from the CPU's in fp32; `predict --resume` takes the same for one model."""
