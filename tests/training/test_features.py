@@ -151,6 +151,7 @@ def test_callbacks_get_the_events_that_fastai_gives_them():
         with learn.no_logging():
             for _ in range(2):
                 learn.fit(2, 0.1, cbs=[functions, quiet, Add()])
+            learn.validate(cbs=[functions])  # calls two events at once
         found[kind] = [*seen]
     assert found[Learner] == found[frozen_features.HeadLearner]
     assert {*found[Learner]} == {"add", "added", "epoch", "fit", "quiet"}

@@ -23,7 +23,7 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,7 +62,11 @@ class HeadLearner(Learner):
     asked: tuple[Callback, ...] = ()  # the callbacks that `listeners` was made from
     listeners: dict[str, list[Callback]]  # by event
 
-    def __call__(self, event_name: str):
+    def __call__(self, event_name: str | Sequence[str]):
+        if not isinstance(event_name, str):  # `validate` and `get_preds` call two events at once
+            for name in event_name:
+                self(name)
+            return
         if self.asked != (callbacks := tuple(self.cbs)):
             self.asked, self.listeners = callbacks, {}
         if event_name not in self.listeners:
