@@ -198,7 +198,7 @@ def test_autocast_ends_when_an_error_ends_a_batch(settings):
 
 def test_autocast_of_cuda_ends_too():
     (callback,) = precision_callbacks("bf16", torch.device("cuda"))
-    assert isinstance(callback, CudaAutocast)
+    assert isinstance(callback, CudaAutocast) and callback.name == "mixed_precision"  # as fastai's
     callback.learn = SimpleNamespace()
     callback.before_fit()
     callback.before_batch()

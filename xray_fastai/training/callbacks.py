@@ -82,6 +82,7 @@ class Autocast(Callback):
 class CudaAutocast(MixedPrecision):
     "fastai's `MixedPrecision`, which can leave autocast after an error, as `Autocast` does."
 
+    name = "mixed_precision"  # `learn.mixed_precision`, which fastai's callbacks look for
     context = None  # entered in a batch
 
     def before_batch(self):
