@@ -59,7 +59,7 @@ class EpochMetric(AccumMetric):
 
 
 class EpochRecorder(Recorder):
-    "fastai's `Recorder` with these losses; `losses` are on the CPU when an epoch's training ends."
+    "fastai's `Recorder` with these losses; `losses` are on the CPU when an epoch's training, or the fit, ends."
 
     name = "recorder"  # `learn.recorder`, as fastai's
 
@@ -67,11 +67,18 @@ class EpochRecorder(Recorder):
         super().__init__()
         self.loss, self.smooth_loss = EpochLoss(), SmoothLoss(self.smooth_loss.beta)
 
-    def before_train(self):
-        super().before_train()
-        self.start = len(self.losses)
+    def before_fit(self):
+        super().before_fit()
+        self.read = 0  # losses that are on the CPU
 
     def after_train(self):
         super().after_train()
-        if self.losses[self.start :]:
-            self.losses[self.start :] = torch.stack(self.losses[self.start :]).cpu().unbind()
+        self._read_losses()
+
+    def after_fit(self):
+        self._read_losses()  # of an epoch that was cancelled, as `lr_find` does
+
+    def _read_losses(self):
+        if self.losses[self.read :]:
+            self.losses[self.read :] = torch.stack(self.losses[self.read :]).cpu().unbind()
+            self.read = len(self.losses)
