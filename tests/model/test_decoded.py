@@ -15,6 +15,7 @@ from xray_fastai.model import decoded, transforms
 from xray_fastai.model.decoded import DecodedLoader
 from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import make_loaders
+from xray_fastai.system import parallel
 from xray_fastai.system.errors import ImageError
 
 CLASSES, CPU = ["NORMAL", "PNEUMONIA"], torch.device("cpu")
@@ -55,6 +56,7 @@ def assert_same(batches, others):
 @pytest.mark.parametrize("kept", [False, True], ids=["mapped", "kept on the device"])
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_batches_are_those_of_fastais_loader(table, monkeypatch, kept, ahead):
+    monkeypatch.setattr(decoded, "GROUP", 2)
     monkeypatch.setattr(decoded, "fits_on", lambda device, size: kept)
     monkeypatch.setattr(decoded, "batches_ahead", lambda device: ahead)
     plain, gathered = loaders_of(table, False), loaders_of(table, True)
@@ -107,17 +109,22 @@ def test_other_images_go_through_fastais_loader(table):
     assert images.shape == (4, 3, 32, 32) and targets.shape == (4,) and len(items) == 3
 
 
-def test_a_transform_of_single_images_that_a_user_adds_is_used(table):
+def darker(x: TensorImageBW):
+    return x // 2
+
+
+def all_darker(samples: list):
+    return [(image // 2, label) for image, label in samples]
+
+
+@pytest.mark.parametrize(("event", "function"), [("after_item", darker), ("before_batch", all_darker)])
+def test_a_transform_of_single_images_that_a_user_adds_is_used(event, function, table):
     plain, gathered = loaders_of(table, False), loaders_of(table, True)
     for loaders in (plain, gathered):
-        loaders.add_tfms([Transform(darker)], "after_item")
+        loaders.add_tfms([Transform(function)], event)
     assert_same(epochs(gathered), epochs(plain))
     with pytest.raises(AssertionError):
         assert_same(epochs(gathered), epochs(loaders_of(table, True)))
-
-
-def darker(x: TensorImageBW):
-    return x // 2
 
 
 def test_fastais_tools_use_the_loaders(table, tmp_path):
@@ -137,19 +144,19 @@ def test_nothing_is_opened_any_more_when_an_epoch_is_left(table, monkeypatch):
     opened, left = [], threading.Event()
     monkeypatch.setattr(decoded, "batches_ahead", lambda device: 1)
     monkeypatch.setattr(decoded, "cores", lambda: 1)
-    loader = loaders_of(table, True).train
+    monkeypatch.setattr(parallel, "MAX_WAIT", 0.1)
+    loader, others = loaders_of(table, True).train, threading.enumerate()
 
-    def cached(self, path):
+    def cached(cache, path):
         opened.append(path)
         if len(opened) > 5:  # in the second batch
             left.wait(20)
 
-    monkeypatch.setattr(decoded.OpenXray, "cached", cached)
+    monkeypatch.setattr(decoded, "open_cached", cached)
     batches = loader.create_batches(iter(range(14)))
     next(batches)
     batches.close()
     left.set()
-    for thread in threading.enumerate():
-        if thread.name.startswith("decode"):
-            thread.join(20)
+    for thread in {*threading.enumerate()} - {*others}:
+        thread.join(20)
     assert len(opened) in (5, 6)

@@ -93,15 +93,12 @@ class PixelCache:
         self.sums = self.map[: 4 * len(self.rows)].view(np.uint32)  # (N,)
         self.pixels = self.map[4 * len(self.rows) :].reshape(-1, self.size, self.size)  # (N, size, size)
 
-    def __getstate__(self) -> dict:  # a loading process opens the file again
+    def __getstate__(self) -> dict:  # another process opens the file again
         return {name: value for name, value in self.__dict__.items() if name not in ("map", "sums", "pixels")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        try:
-            self._open()
-        except OSError:  # the cache was cleared meanwhile
-            self.rows = {}
+        self._open()
 
     def get(self, path: str) -> np.ndarray | None:
         """Return the image (size, size), or None if it is not in the cache yet."""

@@ -5,17 +5,18 @@ Pillow releases Python's lock. Opening reads it from the cache, whose checksum i
 """
 
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain, islice
 
 import numpy as np
 import torch
 from fastai.vision.all import Datasets, TensorCategory, TensorImageBW, TfmdDL, ToTensor
 
 from xray_fastai.data.pixel_cache import PixelCache
-from xray_fastai.model.transforms import OpenXray
+from xray_fastai.model.transforms import open_cached
 from xray_fastai.system.distributed import local_world_size
+from xray_fastai.system.parallel import map_in_threads
 
 GPU_SHARE = 16
 """A GPU keeps the images if they need at most one part in so many of its free memory.
@@ -23,6 +24,8 @@ GPU_SHARE = 16
 5,232 images of 224 px are 263 MB, so a GPU with 4.2 GB free keeps them. The rest is for the network: torch then has
 94 % of what it would have without the images.
 """
+GROUP = 64
+"""Batches within which threads open the images of the next ones; at the end of a group they finish first."""
 
 
 def cores() -> int:
@@ -49,12 +52,15 @@ class DecodedImages:
 
     def __init__(self, cache: PixelCache, device: torch.device):
         self.cache, self.device = cache, device
-        self.opener = OpenXray(cache.size, cache)
         self.ready = np.zeros(len(cache.paths), bool)  # which images were opened in this fit
-        self.mapped = torch.from_numpy(cache.pixels)[:, None]  # (N, 1, S, S), the cache's file
         self.kept = None  # (N, 1, S, S), a copy on the GPU
         if fits_on(device, self.mapped.nbytes):
             self.kept = torch.empty(self.mapped.shape, dtype=self.mapped.dtype, device=device)
+
+    @property
+    def mapped(self) -> torch.Tensor:
+        """The cache's file (N, 1, S, S). A tensor that stays would become a copy when a process is started with it."""
+        return torch.from_numpy(self.cache.pixels)[:, None]
 
     def opened(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield batches when their images are ready.
@@ -65,28 +71,30 @@ class DecodedImages:
         Raises:
             ImageError: a file cannot be read.
         """
-        ahead = batches_ahead(self.device)
-        waiting: deque[tuple[tuple[torch.Tensor, ...], dict[int, Future]]] = deque()
-        pool = ThreadPoolExecutor(cores(), thread_name_prefix="decode")  # starts a thread when it gets work
-        try:
-            for batch in batches:
-                new = [row for row in batch[0].tolist() if not self.ready[row]]
-                waiting.append((batch, {row: pool.submit(self.opener.cached, self.cache.paths[row]) for row in new}))
-                if len(waiting) > ahead:
-                    yield self._finished(*waiting.popleft())
-            while waiting:
-                yield self._finished(*waiting.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        batches, ahead = iter(batches), batches_ahead(self.device)
+        while group := [*islice(batches, GROUP if ahead else 1)]:
+            yield from self._opened(group, max(1, ahead) * len(group[0][0]))
 
-    def _finished(self, batch: tuple[torch.Tensor, ...], new: dict[int, Future]) -> tuple[torch.Tensor, ...]:
-        for future in new.values():
-            future.result()
-        if new and self.kept is not None:
-            rows = torch.tensor(list(new))
-            self.kept[self.moved(rows)] = self.moved(self.mapped[rows])
-        self.ready[list(new)] = True
-        return batch
+    def _opened(
+        self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], ahead: int
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield batches when their images are ready, while threads open up to `ahead` images beyond."""
+        new = [[row for row in dict.fromkeys(rows.tolist()) if not self.ready[row]] for rows, _ in batches]
+        paths = (self.cache.paths[row] for row in chain(*new))
+        # its threads start with the first image, so there are none where all images are ready
+        with closing(map_in_threads(lambda path: open_cached(self.cache, path), paths, cores(), ahead)) as images:
+            for batch, rows in zip(batches, new, strict=True):
+                for _ in islice(images, len(rows)):
+                    pass
+                self._keep(rows)
+                yield batch
+
+    def _keep(self, rows: list[int]) -> None:
+        """Note that the images of these rows were opened, and copy them to a GPU that keeps them."""
+        if rows and self.kept is not None:
+            at = torch.tensor(rows)
+            self.kept[self.moved(at)] = self.moved(self.mapped[at])
+        self.ready[rows] = True
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the images (B, 1, S, S) of rows (B,) on the device; they must be ready."""
@@ -119,7 +127,8 @@ class DecodedLoader(TfmdDL):
         self.classes = torch.tensor([numbers[label] for label in table["label"]])  # (n,)
 
     def create_batches(self, samps):
-        if any(type(tfm) is not ToTensor for tfm in self.after_item.fs):  # a user added one, for single images
+        # a user added one, for single images or for the list of a batch
+        if self.before_batch.fs or any(type(tfm) is not ToTensor for tfm in self.after_item.fs):
             return super().create_batches(samps)
         return self._gathered(samps)
 

@@ -1,6 +1,5 @@
 """fastai transforms that open an image and equalize its histogram."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,20 +28,6 @@ class Equalize(Transform):
         return equalize(x.as_subclass(torch.Tensor))
 
 
-def is_starting_a_process() -> bool:
-    """Return whether `multiprocessing` is pickling this moment for a process that it starts.
-
-    Python does not document its function. Without it a started process decodes each image again, which is slower.
-    """
-    try:
-        from multiprocessing.context import get_spawning_popen
-
-        return get_spawning_popen() is not None
-    except Exception as error:  # of what class is not documented
-        warnings.warn(f"loading processes get no decoded images, slower: {type(error).__name__}: {error}", stacklevel=2)
-        return False
-
-
 class OpenXray(Transform):
     "Opens what `images.open_image` takes as an `XrayImage`; `input_types` are what `learn.predict` may be given."
 
@@ -56,22 +41,23 @@ class OpenXray(Transform):
         self.size, self.cache = size, cache
 
     def __getstate__(self):
-        "Keep the cache in a loading process, and leave it out of an export, which is opened on other machines."
-        return self.__dict__ | {"cache": self.cache if is_starting_a_process() else None}
+        "Leave out the cache: an export is opened on other machines."
+        return self.__dict__ | {"cache": None}
 
     def encodes(self, source):
         if self.cache is None or not isinstance(source, str):
             return XrayImage(open_image(source, self.size))
-        return XrayImage(Image.fromarray(self.cached(source)))
+        return XrayImage(Image.fromarray(open_cached(self.cache, source)))
 
-    def cached(self, path: str) -> np.ndarray:
-        """Return a file's image (size, size) from the cache; where it is missing or damaged there, decode and store it.
 
-        Raises:
-            ImageError: see `open_image`.
-        """
-        pixels = self.cache.get(path)
-        if pixels is None:
-            pixels = np.array(open_image(path, self.size))
-            self.cache.put(path, pixels)
-        return pixels
+def open_cached(cache: PixelCache, path: str) -> np.ndarray:
+    """Return a file's image (size, size) from the cache; where it is missing or damaged there, decode and store it.
+
+    Raises:
+        ImageError: see `open_image`.
+    """
+    pixels = cache.get(path)
+    if pixels is None:
+        pixels = np.array(open_image(path, cache.size))
+        cache.put(path, pixels)
+    return pixels
