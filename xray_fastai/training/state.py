@@ -1,6 +1,7 @@
 """Saves and restores the training state between epochs: optimizer, schedule, counters, random states.
 
-A resumed fit gives the same history and weights as one that was never interrupted: on a CPU bit for bit.
+A resumed fit gives the same history and weights as one that was never interrupted: on a CPU, with the same number of
+threads, bit for bit.
 """
 
 import math
