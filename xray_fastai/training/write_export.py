@@ -163,6 +163,8 @@ def _move_to_cpu(learn: Learner) -> None:
     learn.dls.to("cpu")
     learn.loss_func.to("cpu")
     learn.loss_grad = None  # the last batch's
+    for metric in (*learn.metrics, learn.recorder.loss, learn.recorder.smooth_loss):
+        metric.reset()  # sums of the last epoch
 
 
 @dataclass
