@@ -10,6 +10,7 @@ from fastai.learner import AvgSmoothLoss
 from fastai.vision.all import (
     AvgLoss,
     AvgMetric,
+    L,
     RocAuc,
     RocAucBinary,
     TensorCategory,
@@ -19,7 +20,7 @@ from fastai.vision.all import (
 )
 
 from xray_fastai.model.loaders import make_loaders
-from xray_fastai.model.recorder import EpochAverage, EpochLoss, EpochMetric, SmoothLoss
+from xray_fastai.model.recorder import EpochAverage, EpochLoss, EpochMetric, EpochRecorder, SmoothLoss
 
 PAIRS = [
     (lambda classes: EpochAverage(accuracy), lambda classes: AvgMetric(accuracy)),
@@ -68,6 +69,17 @@ def test_no_batch_is_read_from_the_device(ours):
     for learn in batches(2):
         meta = {name: getattr(learn, name).detach().to("meta") for name in ("pred", "y", "loss")}
         metric.accumulate(SimpleNamespace(**meta, yb=(meta["y"],), to_detach=to_detach))
+
+
+def test_the_recorder_reads_no_batch_from_the_device():
+    recorder = EpochRecorder()
+    recorder.learn = learn = SimpleNamespace(metrics=L(), training=True, opt=SimpleNamespace(hypers=[{"lr": 0.1}]))
+    recorder.before_fit()
+    recorder.before_train()
+    for _ in range(3):
+        learn.yb, learn.loss = (torch.empty(4, device="meta"),), torch.empty((), device="meta")
+        recorder.after_batch()
+    assert learn.smooth_loss.is_meta and [loss.is_meta for loss in recorder.losses] == [True] * 3
 
 
 @pytest.mark.parametrize("training", [True, False])

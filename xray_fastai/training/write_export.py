@@ -162,7 +162,7 @@ def _move_to_cpu(learn: Learner) -> None:
     learn.model.to("cpu", memory_format=torch.contiguous_format)
     learn.dls.to("cpu")
     learn.loss_func.to("cpu")
-    learn.loss_grad = None  # the last batch's
+    learn.loss_grad = learn.smooth_loss = None  # the last batch's
     for metric in (*learn.metrics, learn.recorder.loss, learn.recorder.smooth_loss):
         metric.reset()  # sums of the last epoch
 
