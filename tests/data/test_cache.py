@@ -137,6 +137,6 @@ def test_another_process_opens_the_file_again(collection):
     cache.put(paths[0], image)
     assert (copy.copy(cache).get(paths[0]) == image).all()  # as it comes to another process
     pixel_cache.clear()
-    with pytest.raises(FileNotFoundError, match=cache.path.name):
+    with pytest.raises(FileNotFoundError):
         copy.copy(cache)
     assert (cache.get(paths[0]) == image).all()  # the file stays open
