@@ -8,11 +8,6 @@ from fastai.learner import AvgSmoothLoss
 from fastai.vision.all import AccumMetric, AvgLoss, AvgMetric, Recorder, find_bs
 
 
-def on_cpu(value: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a tensor on the CPU, where the recorder keeps the values of all epochs; None stays None."""
-    return None if value is None else value.cpu()
-
-
 class EpochAverage(AvgMetric):
     "Averages `func` over the images of an epoch."
 
@@ -20,10 +15,6 @@ class EpochAverage(AvgMetric):
         size = find_bs(learn.yb)
         self.total += self.func(learn.pred, *learn.yb).detach() * size
         self.count += size
-
-    @property
-    def value(self):
-        return on_cpu(super().value)
 
 
 class EpochLoss(AvgLoss):
@@ -34,10 +25,6 @@ class EpochLoss(AvgLoss):
         self.total += learn.loss.detach().mean() * size
         self.count += size
 
-    @property
-    def value(self):
-        return on_cpu(super().value)
-
 
 class SmoothLoss(AvgSmoothLoss):
     "Averages the losses of the last batches."
@@ -46,10 +33,6 @@ class SmoothLoss(AvgSmoothLoss):
         self.count += 1
         loss = learn.loss.detach().as_subclass(torch.Tensor).mean()  # fastai's tensors are slow
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
-
-    @property
-    def value(self):
-        return on_cpu(super().value)
 
 
 class EpochMetric(AccumMetric):
@@ -76,7 +59,7 @@ class EpochMetric(AccumMetric):
 
 
 class EpochRecorder(Recorder):
-    "fastai's `Recorder` with these losses; `losses` are on the CPU when an epoch's training ends."
+    "fastai's `Recorder` with these losses; `losses` are on the CPU when an epoch's training, or the fit, has ended."
 
     name = "recorder"  # `learn.recorder`, as fastai's
 
@@ -84,11 +67,18 @@ class EpochRecorder(Recorder):
         super().__init__()
         self.loss, self.smooth_loss = EpochLoss(), SmoothLoss(self.smooth_loss.beta)
 
-    def before_train(self):
-        super().before_train()
-        self.start = len(self.losses)
+    def before_fit(self):
+        super().before_fit()
+        self.copied = 0  # the losses before this one are on the CPU
 
     def after_train(self):
         super().after_train()
-        if self.losses[self.start :]:
-            self.losses[self.start :] = torch.stack(self.losses[self.start :]).cpu().unbind()
+        self._copy()
+
+    def after_fit(self):
+        self._copy()  # where the fit was cancelled in an epoch
+
+    def _copy(self):
+        if losses := self.losses[self.copied :]:
+            self.losses[self.copied :] = torch.stack(losses).cpu().unbind()
+            self.copied, self.learn.smooth_loss = len(self.losses), self.losses[-1]
