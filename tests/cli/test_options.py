@@ -63,6 +63,8 @@ def calls(monkeypatch):
     def replace(function, result):
         monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
 
+    monkeypatch.setattr(main, "_check_paths", lambda config: None)
+    monkeypatch.setattr(main, "_check_export", lambda path: None)
     replace("xray_fastai.training.fit.fit", SimpleNamespace(error=None, signal=None))
     replace("xray_fastai.inference.predict_files.predict_command", 2)  # unreadable files
     return calls

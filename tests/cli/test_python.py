@@ -23,7 +23,8 @@ def test_the_public_names_are_listed():
     """For `dir`, for editors and type checkers, and for the import at first use: three lists of the same names."""
     assert dir(xray_fastai) == sorted(xray_fastai.__all__)
     tree = ast.parse(Path(xray_fastai.__file__).read_text(encoding="utf-8"))
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "xray_fastai." in node.module]
+    (checking,) = (node for node in tree.body if isinstance(node, ast.If))  # if TYPE_CHECKING
+    imports = [node for node in checking.body if isinstance(node, ast.ImportFrom)]
     modules = {node.names[0].name: node.module.removeprefix("xray_fastai.") for node in imports}
     assert modules == xray_fastai._MODULES
     assert {*modules, "__version__"} == set(xray_fastai.__all__)

@@ -176,11 +176,17 @@ def test_the_pickle_holds_names_and_no_code_and_no_path(export):
     own = {name.removeprefix("xray_fastai.") for name in names if name.startswith("xray_fastai")}
     assert own == {
         "model.architectures.split_parameters",
+        "model.augmentation.Affine",
         "model.augmentation.Blur",
         "model.augmentation.Noise",
         "model.augmentation.stretch_matrix",
         "model.learner.CalibratedCrossEntropy",
         "model.optimizer.FusedAdam",
+        "model.recorder.EpochAverage",
+        "model.recorder.EpochLoss",
+        "model.recorder.EpochMetric",
+        "model.recorder.EpochRecorder",
+        "model.recorder.SmoothLoss",
         "model.transforms.Equalize",
         "model.transforms.OpenXray",
         "model.transforms.XrayImage",

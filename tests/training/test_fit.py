@@ -295,7 +295,8 @@ def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
 )
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
 def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(number, everyone, collection, start, tmp_path):
-    args = ["--weights", "none", "--epochs", 2000, "--patience", 2000, "--name", "stopped", "--workers", 2]
+    args = ["--weights", "none", "--epochs", 2000, "--patience", 2000, "--name", "stopped"]
+    args += ["--no-cache", "--workers", 2]
     process = start("fit", "--data", collection, *QUICK, *args, cwd=tmp_path, start_new_session=True)
     for line in process.stdout:
         if re.match(r"unfrozen +3/2000", line):

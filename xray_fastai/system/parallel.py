@@ -6,12 +6,13 @@ included. If this happens just after `threading.Condition` took its lock, nobody
 readings of 2,000 items, each stopped by SIGINT at a random moment, 33 hung (Python 3.11, 2 busy cores).
 
 Here the main thread and the others meet only in `queue.SimpleQueue`. It is written in C, and no signal handler runs
-halfway through its calls. Python does not wait for daemon threads when it ends.
+halfway through its calls. `threading.Thread.start` takes such a lock, too, so `_thread` starts the threads, Python's
+documented interface below it. Python does not wait for these threads when it ends.
 """
 
 import os
-import threading
 import time
+from _thread import start_new_thread
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from itertools import islice
@@ -61,7 +62,7 @@ def map_in_threads(
     numbered = enumerate(items)
     try:
         for _ in range(threads):
-            threading.Thread(target=work, daemon=True).start()
+            start_new_thread(work, ())
             running += 1
         for task in islice(numbered, ahead):
             tasks.put(task)

@@ -134,7 +134,7 @@ def _limit(folder: Path) -> float | None:
         if (folder / "cpu.max").is_file():
             most, period = (folder / "cpu.max").read_text().split()
         else:
-            most, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            most, period = ((folder / name).read_text() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
         return None if most == "max" or int(most) <= 0 else int(most) / int(period)
     except (OSError, ValueError):
         return None

@@ -324,7 +324,7 @@ def test_small_splits_are_reported_with_an_interval(data):
     small = [finding.text for finding in audit.findings if finding.kind == "few-images"]
     assert len(small) == 3 and any("test/" in text for text in small)
     (advice,) = (f.advice for f in audit.findings if f.kind == "few-images" and f.text.startswith("test/"))
-    assert "if 4 of 4 are detected, the sensitivity is 0.51 to 1.00 (95 %)" in advice
+    assert "if 4 of 5 are detected, the sensitivity is 0.38 to 0.96 (95 %)" in advice
 
 
 def test_imbalance_is_a_remark(data):
