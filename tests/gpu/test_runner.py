@@ -91,6 +91,7 @@ def test_each_check_has_its_verdict_and_the_others_go_on(tmp_path):
     assert found["gone"].verdict == FAIL and "AttributeError" in found["gone"].detail
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes of a session in /proc")
 def test_a_hanging_check_is_ended_with_all_that_it_started(tmp_path):
     start = time.monotonic()
@@ -108,6 +109,7 @@ def test_a_run_ends_when_its_time_is_up(tmp_path):
     assert found["passes"] == Outcome(FAIL, "not begun: the time of the whole run is up")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes of a session in /proc")
 def test_a_run_that_is_stopped_ends_its_checks(tmp_path):
     program = (

@@ -71,15 +71,33 @@ def test_no_batch_is_read_from_the_device(ours):
         metric.accumulate(SimpleNamespace(**meta, yb=(meta["y"],), to_detach=to_detach))
 
 
-def test_the_recorder_reads_no_batch_from_the_device():
+def recorder_of(device: str) -> EpochRecorder:
+    """Return a recorder that has seen three training batches whose losses are on a device."""
     recorder = EpochRecorder()
-    recorder.learn = learn = SimpleNamespace(metrics=L(), training=True, opt=SimpleNamespace(hypers=[{"lr": 0.1}]))
-    recorder.before_fit()
-    recorder.before_train()
-    for _ in range(3):
-        learn.yb, learn.loss = (torch.empty(4, device="meta"),), torch.empty((), device="meta")
+    learn = recorder.learn = SimpleNamespace(metrics=L(), training=True, opt=SimpleNamespace(hypers=[{"lr": 1.0}]))
+    for event in (recorder.before_fit, recorder.before_epoch, recorder.before_train):
+        event()
+    for batch in batches(2):
+        learn.loss, learn.yb = batch.loss.detach().to(device), batch.yb
         recorder.after_batch()
-    assert learn.smooth_loss.is_meta and [loss.is_meta for loss in recorder.losses] == [True] * 3
+    return recorder
+
+
+def test_the_recorder_reads_no_batch_from_the_device():
+    recorder = recorder_of("meta")
+    assert {loss.device.type for loss in (*recorder.losses, recorder.learn.smooth_loss)} == {"meta"}
+
+
+@pytest.mark.parametrize("end", ["after_train", "after_fit"])
+def test_the_losses_are_copied_when_training_ends_and_when_a_fit_is_cancelled(end, monkeypatch):
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tensor) or tensor + 1)
+    recorder = recorder_of("cpu")
+    losses = [*recorder.losses]
+    for event in (getattr(recorder, end), recorder.after_fit):
+        event()
+    assert len(copied) == 1 and recorder.losses == [loss + 1 for loss in losses]
+    assert recorder.learn.smooth_loss == losses[-1] + 1
 
 
 @pytest.mark.parametrize("training", [True, False])

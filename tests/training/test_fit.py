@@ -82,6 +82,7 @@ def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
 
 
 @pytest.mark.slow
+@pytest.mark.curves
 def test_frozen_then_unfrozen_from_weights_in_torch_hubs_cache(collection, run, tmp_path, monkeypatch):
     cached_weights("resnet18", tmp_path / "hub", monkeypatch)
     args = ["fit", "--data", collection, *QUICK, "--weights", "imagenet", "--precision", "fp32"]
@@ -340,6 +341,7 @@ def test_a_signal_before_training_leaves_no_files(number, collection, start, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.curves
 def test_a_loss_that_becomes_infinite_keeps_the_best_weights(collection, run, refused, monkeypatch):
     from xray_fastai.training.callbacks import Schedule
 

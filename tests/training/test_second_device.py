@@ -16,6 +16,7 @@ from tests.second_device import DEVICE, second_device
 from xray_fastai import evaluate, fit, interpret, predict
 from xray_fastai.inference.gradcam import grad_cam
 from xray_fastai.inference.model import open_model
+from xray_fastai.model import decoded
 from xray_fastai.serving.predictions import predict_file
 from xray_fastai.training import calibration, frozen_features
 
@@ -148,6 +149,17 @@ def test_a_fit_of_both_phases_gives_the_cpus_result_bit_for_bit(root):
     assert "too few" not in settings["calibration"]
     learn = load_pickled(root / "lazy" / "learner.pkl")
     assert learn.predict(next((root / "data" / "test" / "NORMAL").iterdir()))[2].shape == (2,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [False, True], ids=["mapped", "kept on the device"])
+def test_a_fit_on_the_array_of_decoded_images_gives_the_same(kept, root, device, monkeypatch):
+    """The default on a GPU, which keeps a small array itself."""
+    monkeypatch.setattr(decoded, "fits_on", lambda device, size: kept)
+    name = f"cached-{kept}"
+    train(root, name, "lazy", cache=True)
+    for file in ("history.csv", "model.safetensors"):
+        assert (root / name / file).read_bytes() == (root / "cpu" / file).read_bytes(), file
 
 
 @pytest.mark.slow

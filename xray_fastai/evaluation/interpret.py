@@ -61,9 +61,8 @@ class Interpreted:
     @cached_property
     def interpretation(self) -> "XrayInterpretation":
         """fastai's interpretation of the split, for its methods; the first use imports fastai and reads the export."""
-        from xray_fastai.evaluation.interpretation import (
-            interpretation_of,  # fastai takes seconds; the command needs none
-        )
+        # fastai takes seconds to import, and the command does without it
+        from xray_fastai.evaluation.interpretation import interpretation_of
 
         return interpretation_of(self.model.path, self.images, self.model.device)
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from xray_fastai.inference.model import Model
 from xray_fastai.system.memory import out_of_memory_means
+from xray_fastai.system.text import count_of
 
 OPACITY = 0.55
 """Opacity of the colour where a map is 1; where it is 0 the X-ray stays unchanged."""
@@ -37,7 +38,8 @@ def grad_cam(model: Model, images: torch.Tensor, targets: Sequence[int] | None =
     Raises:
         UserError: the images do not fit into the device's memory.
     """
-    explain = f"not enough memory on {model.device} for {len(images)} heat maps at once; try --device cpu"
+    maps = count_of(len(images), "heat map")
+    explain = f"not enough memory on {model.device} for {maps} at once; try --device cpu"
     with out_of_memory_means(explain):
         return _scaled(_maps(model, images, targets).float().cpu().numpy())
 

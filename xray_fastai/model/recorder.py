@@ -59,7 +59,7 @@ class EpochMetric(AccumMetric):
 
 
 class EpochRecorder(Recorder):
-    "fastai's `Recorder` with these losses; `losses` are on the CPU when an epoch's training, or the fit, ends."
+    "fastai's `Recorder` with these losses; `losses` are on the CPU when an epoch's training, or the fit, has ended."
 
     name = "recorder"  # `learn.recorder`, as fastai's
 
@@ -69,16 +69,16 @@ class EpochRecorder(Recorder):
 
     def before_fit(self):
         super().before_fit()
-        self.read = 0  # losses that are on the CPU
+        self.copied = 0  # the losses before this one are on the CPU
 
     def after_train(self):
         super().after_train()
-        self._read_losses()
+        self._copy()
 
     def after_fit(self):
-        self._read_losses()  # of an epoch that was cancelled, as `lr_find` does
+        self._copy()  # where the fit was cancelled in an epoch
 
-    def _read_losses(self):
-        if self.losses[self.read :]:
-            self.losses[self.read :] = torch.stack(self.losses[self.read :]).cpu().unbind()
-            self.read = len(self.losses)
+    def _copy(self):
+        if losses := self.losses[self.copied :]:
+            self.losses[self.copied :] = torch.stack(losses).cpu().unbind()
+            self.copied, self.learn.smooth_loss = len(self.losses), self.losses[-1]
