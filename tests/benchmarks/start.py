@@ -77,12 +77,14 @@ def measured_server(*command: str) -> tuple[float, float]:
     """Return the seconds until a server has answered, and the CPU seconds until it has ended."""
     before, start = _cpu_of_children(), time.perf_counter()
     process = subprocess.Popen([sys.executable, "-u", *map(str, command)], stdout=subprocess.PIPE, text=True)
+    taken = None
     for line in process.stdout:
         if line.startswith("page"):
             urllib.request.urlopen(f"{line.split()[1]}/health").close()
             taken = time.perf_counter() - start
             process.send_signal(signal.SIGINT)
     process.wait()
+    assert taken is not None, "the server ended before it was ready"
     return taken, _cpu_of_children() - before
 
 

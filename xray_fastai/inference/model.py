@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from xray_fastai.model.preprocessing import Preprocessing
 from xray_fastai.system.device import choose_device, choose_precision
 from xray_fastai.system.errors import UserError
 
+_precision_lock = RLock()
 NO_NUMBER = "the network's output is not a number, so its weights cannot be used; give another export"
 
 
@@ -167,10 +169,14 @@ def open_model(path: str | Path | None = None, device: str = "auto", precision: 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Compute convolutions in fp32; on CUDA the default is TF32, with 10 bits of mantissa instead of 23."""
+    """Compute convolutions in fp32; on CUDA the default is TF32, with 10 bits of mantissa instead of 23.
+
+    torch has one setting for all threads, so one thread at a time is inside this context.
+    """
     convolution = torch.backends.cudnn.conv
-    before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        convolution.fp32_precision = before
+    with _precision_lock:
+        before, convolution.fp32_precision = convolution.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            convolution.fp32_precision = before

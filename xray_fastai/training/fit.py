@@ -87,6 +87,12 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
         raise UserError(
             f"{path}: written by another version ({error}); delete {found.path}, and start a new fit"
         ) from None
+    if config.data is None and given.get("data") is not None:
+        raise UserError(
+            f"{found.name} trains on the X-rays that the package draws; leave it out",
+            option="data",
+            value=given["data"],
+        )
     given = given | {"exports": str(run.exports)}
     if changed := [k for k, v in given.items() if k not in CHANGEABLE and v != getattr(config, k)]:
         others = " and ".join(f"--{option.replace('_', '-')}" for option in changed[1:])

@@ -76,7 +76,6 @@ def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None)
     """
     device, processes = choose_device(config.device), distributed.world_size()
     precision = choose_precision(config.precision, device)
-    config = config.with_choices(workers=default_workers(device))
     pretrained = None
     if origin is None and config.weights != "none":
         pretrained = pretrained_state(config.arch, config.weights)
@@ -84,6 +83,7 @@ def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None)
         origin = Origin("none: from scratch" if pretrained is None else pretrained[1], pretrained is not None)
     phases = [("frozen", config.freeze_epochs), ("unfrozen", config.epochs)]
     cache, note = _pixel_cache(config, data)
+    config = config.with_choices(workers=default_workers(device) if cache is None else 0)
     return Plan(
         config=config,
         data=data,
