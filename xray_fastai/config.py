@@ -218,7 +218,7 @@ class FitConfig:
     )
     patience: int | None = _setting(
         None,
-        "Stop a phase after this many epochs without a lower validation loss. [default: 20; phantom: 6]",
+        "Stop a phase after this many epochs without a lower validation loss. [default: 20; phantom: 4]",
         min=1,
     )
     batch_size: int | None = _setting(None, "Batch size. [default: 80; phantom: 16]", min=1)

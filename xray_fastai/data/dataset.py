@@ -28,12 +28,12 @@ PHANTOM_NAME = "built-in phantom"
 """The displayed name of the X-rays that the package draws."""
 DEFAULT_FOLDER = "chest_xray"
 DEFAULTS = {"weights": "imagenet", "size": 224, "batch_size": 80, "lr": 2e-3, "patience": 20}
-REHEARSAL = {"weights": "none", "size": 48, "batch_size": 16, "lr": 1e-3, "patience": 6}
+REHEARSAL = {"weights": "none", "size": 48, "batch_size": 16, "lr": 1e-3, "patience": 4}
 """The defaults of options by data: of images that the user has, and of drawn ones.
 
 A rehearsal starts from random weights and should end in minutes on two cores without bf16. From scratch, a ResNet50
-learns by steps rather than by images, so it takes many small ones. With a patience of 5 the rate was cut at epoch 6,
-too early (validation AUC of 0.96 at epoch 8 for seed 42).
+learns by steps rather than by images, so it takes many small ones. Test AUC for seed 42: 0.967 after 11 epochs with a
+patience of 4; with 6 it trains up to twice as long, to 0.999.
 """
 
 
