@@ -58,7 +58,7 @@ def test_a_good_data_set_has_no_errors_and_exit_code_0(run, data):
 
 
 @pytest.mark.slow
-def test_without_a_folder_the_phantom_or_chest_xray_is_checked(run, data):
+def test_without_a_folder_the_phantom_or_chest_xray_is_checked(run, data, few_drawings):
     assert "built-in phantom" in run("data", "check").stdout
     shutil.copytree(data, "chest_xray")
     assert json.loads(run("data", "check", "--json").stdout)["data"] == "chest_xray"
