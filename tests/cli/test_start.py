@@ -46,6 +46,7 @@ def test_verify_needs_no_torch(export):
     imports_none_of(["torch", "fastai", "matplotlib", "sklearn", "pandas"], 'xray("verify", sys.argv[1])', export)
 
 
+@pytest.mark.slow
 def test_predict_and_serve_need_no_fastai(export, an_image):
     code = """
 export, image = sys.argv[1:]
@@ -65,6 +66,7 @@ assert predict_file(model, "a.jpeg", open(image, "rb").read(), heatmap=False).pr
     imports_none_of(["fastai", "matplotlib", "sklearn", "pandas", "scipy"], code, export, an_image)
 
 
+@pytest.mark.slow
 def test_evaluate_interpret_and_export_need_no_fastai(export, tmp_path):
     pytest.importorskip("onnxruntime")
     code = """
@@ -80,6 +82,7 @@ unwanted.remove("matplotlib"), unwanted.remove("sklearn")  # for metrics and pic
     imports_none_of(unwanted, code, export, export.parent / "moved", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_heat_map_imports_matplotlib_only_then(export, an_image, tmp_path):
     """The test of the tests above: they see what a command imports, and name the module that did."""
     code = 'xray("predict", sys.argv[1], "--model", sys.argv[2], "--heatmaps", sys.argv[3])'

@@ -120,6 +120,7 @@ def darker(x: TensorImageBW):
     return x // 2
 
 
+@pytest.mark.slow
 def test_fastais_tools_use_the_loaders(table, tmp_path):
     loaders = loaders_of(table, True)
     assert len(loaders.train.show_batch(unique=True, show=False)[0]) == 5  # one image in five places

@@ -52,7 +52,7 @@ JUNK = {
 
 
 class Host:
-    """One file on a local server, which gives its first answers by a plan; `waits` has the seconds before new attempts."""
+    """One file on a local server, which gives its first answers by a plan; `waits`: seconds before new attempts."""
 
     def __init__(self, content):
         self.content, self.etag, self.modified, self.ranges = content, '"one"', DATE, True

@@ -58,6 +58,7 @@ def test_bad_input(phantom, run, refused):
     refused(run("data", "phantom", "file/below"), "file/below")
 
 
+@pytest.mark.slow
 def test_fit_without_data_is_a_rehearsal_of_both_phases_and_says_so(run, few_drawings):
     options = ["--arch", "resnet18", "--size", 32, "--freeze-epochs", 2, "--epochs", 1, "--device", "cpu"]
     result = run("fit", *options, "--name", "rehearsal")
@@ -71,6 +72,7 @@ def test_fit_without_data_is_a_rehearsal_of_both_phases_and_says_so(run, few_dra
     assert {name: model["settings"][name] for name in REHEARSAL} == REHEARSAL | {"size": 32}
 
 
+@pytest.mark.slow
 def test_only_a_rehearsal_trains_a_head_on_random_features(run, phantom):
     options = ["--weights", "none", "--arch", "resnet18", "--size", 32, "--epochs", 1, "--device", "cpu"]
     result = run("fit", "--data", phantom, *options, "--name", "scratch")
