@@ -45,8 +45,8 @@ def test_one_epoch_on_real_images_already_tells_the_classes_apart(real_images, r
         link = tmp_path / row.file
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(f"{find_root(real_images).resolve()}/{row.file}")
-    args = ["--arch", "resnet18", "--size", 64, "--weights", "none", "--batch-size", 16, "--valid", "0.25"]
-    result = run("fit", "--data", tmp_path, *args, "--epochs", 4, "--lr", 1e-3, "--exports", tmp_path, "--name", "real")
+    args = ["--arch", "resnet18", "--size", 32, "--weights", "none", "--batch-size", 32, "--valid", "0.25"]
+    result = run("fit", "--data", tmp_path, *args, "--epochs", 3, "--lr", 1e-3, "--exports", tmp_path, "--name", "real")
     assert result.exit_code == 0, result.output
     model = settings_of(tmp_path / "real")
     assert model["best"]["roc_auc"] > 0.9
