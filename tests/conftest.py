@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from xray_fastai.cli import app
+from xray_fastai.data.sources import phantom
 
 # torch comes later: tests run side by side, one process a core, and torch's threads would get into each other's way
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -150,6 +152,13 @@ def an_image(export):
 
 
 @pytest.fixture
+def few_drawings(tmp_path, monkeypatch):
+    """The X-rays that the package draws where no data is given: 60 instead of 510, in a cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(phantom, "write", partial(phantom.write, images=60))
+
+
+@pytest.fixture(scope="session")
 def real_images():
     """The real collection's folder, where XRAY_DATA names it."""
     folder = os.environ.get("XRAY_DATA")

@@ -370,6 +370,7 @@ def test_a_header_of_sequences_is_refused_before_it_takes_minutes():
         open_image(content_of(ds))
 
 
+@pytest.mark.slow
 def test_broken_files_give_a_picture_or_one_line_and_nothing_else(capfd):
     """Bits flipped and ends torn off, in the header and in each kind of pixel data; nothing is printed or logged."""
     logged = io.StringIO()
@@ -412,6 +413,7 @@ def python(code, *args, folder=None):
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, cwd=folder)
 
 
+@pytest.mark.slow
 def test_without_the_extra_one_line_says_what_to_install(tmp_path):
     folder = tmp_path / "train" / "NORMAL"
     folder.mkdir(parents=True)

@@ -15,8 +15,15 @@ def test_the_counts_are_the_collections(real_images):
     assert train.label.value_counts().to_dict() == {"PNEUMONIA": 3875, "NORMAL": 1341}
 
 
-def test_a_tenth_is_held_out_by_patient_and_no_identical_file_is_on_both_sides(real_images):
-    train = check_files(read_split(find_root(real_images), "train"))[0]
+@pytest.fixture(scope="module")
+def checked(real_images):
+    """The readable files of train and of val, with the digests of their content."""
+    table = check_files(pd.concat([read_split(find_root(real_images), split) for split in ("train", "val")]))[0]
+    return [table[table.split == split].reset_index(drop=True) for split in ("train", "val")]
+
+
+def test_a_tenth_is_held_out_by_patient_and_no_identical_file_is_on_both_sides(checked):
+    train, _ = checked
     assert train.digest.duplicated().any()  # 24 groups of identical files
     for seed in range(3):
         held_out = hold_out(train, 0.1, seed)
@@ -26,12 +33,8 @@ def test_a_tenth_is_held_out_by_patient_and_no_identical_file_is_on_both_sides(r
             assert not set(train[column][held_out]) & set(train[column][~held_out])
 
 
-def test_auto_validation_takes_val_too(real_images):
-    root = find_root(real_images)
-    both = pd.concat([read_split(root, split) for split in ("train", "val")])
-    table = check_files(both)[0]
-    parts = [rows.reset_index(drop=True) for _, rows in table.groupby("split")]
-    table, line, leaking = assign_validation(*parts, "auto", 42)
+def test_auto_validation_takes_val_too(checked):
+    _, line, leaking = assign_validation(*checked, "auto", 42)
     assert "val/, which is too small alone (16 images)" in line and leaking == 0
 
 
@@ -42,8 +45,8 @@ def test_one_epoch_on_real_images_already_tells_the_classes_apart(real_images, r
         link = tmp_path / row.file
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(f"{find_root(real_images).resolve()}/{row.file}")
-    args = ["--arch", "resnet18", "--size", 64, "--weights", "none", "--batch-size", 16, "--valid", "0.25"]
-    result = run("fit", "--data", tmp_path, *args, "--epochs", 4, "--lr", 1e-3, "--exports", tmp_path, "--name", "real")
+    args = ["--arch", "resnet18", "--size", 32, "--weights", "none", "--batch-size", 32, "--valid", "0.25"]
+    result = run("fit", "--data", tmp_path, *args, "--epochs", 3, "--lr", 1e-3, "--exports", tmp_path, "--name", "real")
     assert result.exit_code == 0, result.output
     model = settings_of(tmp_path / "real")
     assert model["best"]["roc_auc"] > 0.9

@@ -73,6 +73,7 @@ def refuse(run, refused, export, tmp_path):
     return refuse
 
 
+@pytest.mark.slow
 def test_what_is_written_and_printed(evaluated, export, data, tmp_path):
     text, summary, table = evaluated(export, "--threshold", "0.4")
     lines = text.splitlines()
@@ -112,6 +113,7 @@ def test_what_is_written_and_printed(evaluated, export, data, tmp_path):
         assert sum(line.startswith(f"{metric.title} ") for line in lines) == 1, metric.name
 
 
+@pytest.mark.slow
 def test_json(run, export, data, tmp_path):
     result = run("evaluate", "--model", export, "--data", data, "--output", tmp_path / "new" / "folder", "--json")
     assert json.loads(result.stdout) == json.loads((tmp_path / "new/folder/evaluation-test/metrics.json").read_text())
@@ -169,6 +171,7 @@ def test_uncalibrated(evaluated, changed, data):
     assert summary["operating_points"]["chosen"]["threshold"] == pytest.approx(raw)
 
 
+@pytest.mark.slow
 def test_one_class_only(evaluated, export, tmp_path):
     text, summary, _ = evaluated(export, data=draw_collection(tmp_path / "one", {"test/PNEUMONIA": 4}))
     for name in ("ROC AUC", "average precision", "specificity", "balanced accuracy"):
@@ -179,6 +182,7 @@ def test_one_class_only(evaluated, export, tmp_path):
     assert summary["metrics"]["brier_score"]["low"] is not None
 
 
+@pytest.mark.slow
 def test_classes_in_another_order(evaluated, export, changed, data):
     """Truth goes by name: with the names of a network's outputs exchanged, what was right is wrong."""
     _, summary, table = evaluated(changed(classes=["PNEUMONIA", "NORMAL"]))
@@ -268,6 +272,7 @@ def test_a_folder_of_that_name_that_is_no_evaluation(run, refused, export, data,
     assert (tmp_path / "evaluation-test" / "mine").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_the_validation_split_is_the_one_of_fit(run, export, tmp_path):
     options = ["--data", export.parent / "moved", "--split", "valid", "--output", tmp_path]
     result = run("evaluate", "--model", export, *options)

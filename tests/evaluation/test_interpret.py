@@ -54,6 +54,7 @@ def found(export, data, tmp_path_factory):
     return interpret(export, data, "test", output=tmp_path_factory.mktemp("found"), precision="fp32")
 
 
+@pytest.mark.slow
 def test_valid_is_what_fit_validated_on(look, export):
     result, folder = look(split="valid")
     assert result.exit_code == 0, result.output
@@ -116,12 +117,14 @@ def test_the_newest_export_and_into_it_by_default(run, refused, export, data, tm
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_more_than_there_are(look):
     result, _ = look("--top", 1000)
     assert result.exit_code == 0 and "--top 1000: there are only 12; all are shown." in result.stdout
     assert "The 12 images with the largest loss" in result.stdout
 
 
+@pytest.mark.slow
 def test_one_class_and_confident(look):
     _, folder = look("--class", "NORMAL", "--top", 2)
     summary = json.loads((folder / "summary.json").read_text())
@@ -133,6 +136,7 @@ def test_one_class_and_confident(look):
     assert worst[0]["probability"] == max(row["probability"] for row in worst)
 
 
+@pytest.mark.slow
 def test_only_errors(look, found, tmp_path):
     """Two images are put into the folder of the class that the model does not predict, or none."""
     for wrong in (2, 0):
@@ -150,6 +154,7 @@ def test_only_errors(look, found, tmp_path):
     assert json.loads((folder / "summary.json").read_text())["causes"] == ["No image is misclassified."]
 
 
+@pytest.mark.slow
 def test_replaced_whole_or_not_at_all(look, refused, data, tmp_path):
     result, folder = look("--top", 1)
     (folder / "old").write_text("of the first run")

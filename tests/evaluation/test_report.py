@@ -223,6 +223,7 @@ def test_names_from_the_data_are_text(bare, change):
     assert any(EVIL in picture["alt"] for picture in page.all("img"))
 
 
+@pytest.mark.slow
 def test_a_hundred_images_stay_small(whole):
     shutil.rmtree(whole / "interpretation-valid")
     content = summary([f"test/NORMAL/{i}.jpeg" for i in range(16)])

@@ -188,6 +188,7 @@ def spoiled(draw, seed):
     return bytes(content)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.data())
 def test_a_model_json_of_spoiled_bytes(models, data):
@@ -245,6 +246,7 @@ def with_sums(content: bytes) -> bytes:
     return bytes(out)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.data())
 def test_spoiled_images(tmp_path_factory, data):

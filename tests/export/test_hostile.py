@@ -466,6 +466,7 @@ def archive(copy, tmp_path, monkeypatch):
     assert not list((tmp_path / "temporary").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("inside", "method"),
     [("", zipfile.ZIP_STORED), ("sent/", zipfile.ZIP_DEFLATED), ("exports/sent/", zipfile.ZIP_STORED)],
@@ -517,6 +518,7 @@ ARCHIVE_FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize(("edit", "words"), ARCHIVE_FAULTS.values(), ids=ARCHIVE_FAULTS)
 def test_an_archive_that_would_do_harm(edit, words, archive, run, refused, tmp_path):

@@ -70,6 +70,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_each_check_has_its_verdict_and_the_others_go_on(tmp_path):
     checks = [
         Check("passes", "that passes", f"{HERE}:passes", arguments={"word": "good"}, settings={"SIZE": "32"}),
@@ -103,6 +104,7 @@ def test_a_hanging_check_is_ended_with_all_that_it_started(tmp_path):
     assert found["passes"].verdict == PASS
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_its_time_is_up(tmp_path):
     found = verdicts(tmp_path, [*named("hangs"), *named("passes", alone=True)], minutes=0.05)
     assert found["hangs"].detail.startswith("ended after 3 s")

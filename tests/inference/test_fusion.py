@@ -35,6 +35,7 @@ def assert_equal(found: torch.Tensor, exact: torch.Tensor) -> None:
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @torch.inference_mode()
 def test_fused_gives_what_the_network_gives(arch):

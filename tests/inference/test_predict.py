@@ -362,6 +362,7 @@ def whole(says, files):
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_file_cut_anywhere_is_continued_to_the_same(suffix, says, whole):
     inputs, content = whole(suffix)

@@ -22,6 +22,7 @@ def test_views_are_of_the_same_image():
     assert quarter.std(1).max() == 0 and abs(abs(quarter[:, 0].diff()).mean() - 8) < 0.1
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_logits_of_all_views(run, export, tmp_path):
     files = sorted((export.parent / "moved" / "train").glob("*/*"))[:6]
     model = open_model(export, "cpu", "fp32")

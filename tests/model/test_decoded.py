@@ -128,6 +128,7 @@ def test_a_transform_of_single_images_that_a_user_adds_is_used(event, function, 
         assert_same(epochs(gathered), epochs(loaders_of(table, True)))
 
 
+@pytest.mark.slow
 def test_fastais_tools_use_the_loaders(table, tmp_path):
     loaders = loaders_of(table, True)
     assert len(loaders.train.show_batch(unique=True, show=False)[0]) == 5  # one image in five places

@@ -119,6 +119,7 @@ def test_the_group_that_a_model_fails_on_is_named(tmp_path):
     assert sound.roc_auc == 1 and not sound.is_worse_than(1.0)
 
 
+@pytest.mark.slow
 def test_the_shape_makes_groups_where_it_varies(tmp_path):
     paths, positives, aspects = shaded(tmp_path, 400), np.arange(400) % 2 == 1, np.linspace(0.8, 1.8, 400)
     scores = np.where(positives, 0.9, 0.1) + np.random.default_rng(1).uniform(-0.1, 0.1, 400)
@@ -143,6 +144,7 @@ def test_stretched_images_are_wider_or_narrower_and_none_is_turned():
     assert torch.equal(Stretch(1.5, p=1.0)(TensorImageBW(square), split_idx=1) > 0.5, square > 0.5)  # validation
 
 
+@pytest.mark.slow
 def test_each_image_of_a_training_batch_is_blurred_by_its_own_gaussian():
     torch.manual_seed(0)
     images = torch.rand(40, 2, 64, 48)

@@ -90,6 +90,7 @@ class EndAtOnce(Callback):
             raise CancelFitException
 
 
+@pytest.mark.slow
 def test_a_callback_can_end_a_phase_before_its_first_epoch(settings):
     result = fit(**settings, name="at-once", frozen_views=0, callbacks=[EndAtOnce()])
     assert [row["phase"] for row in result.history] == ["unfrozen", "unfrozen"]

@@ -108,6 +108,7 @@ def _after(first, then):
     return both
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_features_are_computed_ends_as_in_a_first_epoch(data, weights, run, monkeypatch):
     monkeypatch.setattr(
         frozen_features, "_compute", _after(lambda _: signal.raise_signal(signal.SIGINT), frozen_features._compute)

@@ -146,7 +146,7 @@ def test_every_architecture_reads_torchvisions_weights_and_its_export_loads(arch
 @pytest.mark.slow
 def test_early_stopping_ends_each_phase_and_the_best_epoch_is_exported(collection, run, tmp_path, monkeypatch):
     cached_weights("resnet18", tmp_path / "hub", monkeypatch)
-    args = ["--epochs", 30, "--patience", 2, "--lr", "0.05", "--name", "early"]
+    args = ["--epochs", 30, "--patience", 2, "--lr", "0.05", "--batch-size", 18, "--name", "early"]
     result = run("fit", "--data", collection, *QUICK, *args)
     assert result.exit_code == 0, result.output
     history, model = history_of(Path("exports/early")), settings_of(Path("exports/early"))
@@ -173,13 +173,13 @@ def test_the_weights_are_those_of_the_last_epoch_within_a_standard_error(
         for path in paths:
             path.rename(folder / f"swapped-{path.name}")
     monkeypatch.setattr("xray_fastai.training.callbacks.standard_error", lambda *_: margin)
-    options = ["--weights", "none", "--epochs", 8, "--lr", "1e-3", "--schedule", schedule, "--name", "kept"]
-    result = run("fit", "--data", collection, *QUICK, "--batch-size", 18, *options)
+    options = ["--weights", "none", "--epochs", 4, "--lr", "1e-3", "--schedule", schedule, "--name", "kept"]
+    result = run("fit", "--data", collection, *QUICK, "--batch-size", 36, *options)
     assert result.exit_code == 0, result.output
     losses = [float(row["valid_loss"]) for row in history_of(Path("exports/kept"))]
     best = settings_of(Path("exports/kept"))["best"]
     lowest = losses.index(min(losses)) + 1  # with random labels, rarely the last
-    assert best["epoch"] == {"lowest": lowest, "last": 8}[kept]
+    assert best["epoch"] == {"lowest": lowest, "last": 4}[kept]
     assert best["valid_loss"] == losses[best["epoch"] - 1]
     assert ("within a standard error of the lowest" in result.stdout) == (best["epoch"] != lowest)
     report = Path("exports/kept/report.html").read_text()
@@ -201,7 +201,7 @@ def test_the_standard_error_of_a_weighted_loss():
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_history_to_the_last_digit(collection, run):
-    args = ["fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 3]
+    args = ["fit", "--data", collection, *QUICK, "--batch-size", 18, "--weights", "none", "--epochs", 2]
     for name, seed, workers in [("a", 7, 0), ("b", 7, 1), ("c", 8, 0)]:
         assert run(*args, "--seed", seed, "--workers", workers, "--name", name).exit_code == 0
     a, b, c = (Path("exports", name, "history.csv").read_text() for name in "abc")
@@ -224,6 +224,7 @@ def test_the_settings_in_an_export_repeat_its_fit(collection, run):
     assert (again.path / "history.csv").read_text() == Path("exports/a/history.csv").read_text()
 
 
+@pytest.mark.slow
 def test_test_is_never_read(collection, run):
     (collection / "test").mkdir()
     (collection / "test" / "OTHER").write_text("a file where a folder is expected")
@@ -296,10 +297,10 @@ def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
 def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(number, everyone, collection, start, tmp_path):
     args = ["--weights", "none", "--epochs", 2000, "--patience", 2000, "--name", "stopped"]
-    args += ["--no-cache", "--workers", 2]
+    args += ["--no-cache", "--workers", 2, "--batch-size", 18]
     process = start("fit", "--data", collection, *QUICK, *args, cwd=tmp_path, start_new_session=True)
     for line in process.stdout:
-        if re.match(r"unfrozen +3/2000", line):
+        if re.match(r"unfrozen +2/2000", line):
             break
     wait_for(lambda: len(members(process.pid)) >= 3, process)  # its loading processes have started
     processes = members(process.pid)
@@ -363,6 +364,7 @@ def test_a_loss_that_is_never_finite_leaves_no_files(collection, run, refused, t
     assert not list(Path("exports").iterdir())
 
 
+@pytest.mark.slow
 def test_help_and_version_are_instant(start):
     """They import neither torch nor fastai."""
     code = (

@@ -35,6 +35,7 @@ def settings(tmp_path_factory):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_a_seed_gives_the_recorded_history(name, settings):
     history = fit(**settings | FITS[name], name=name).history

@@ -46,6 +46,7 @@ def left() -> list[str]:
     return [path.name for path in Path("exports/.run.partial").iterdir() if path.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "error", "text"),
     [
@@ -59,6 +60,7 @@ def test_an_error_of_writing_says_what_to_do(step, error, text, write):
     assert left() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("tensors of two devices"), KeyError("best"), TypeError("no JSON")])
 def test_a_bug_stays_a_bug(error, write):
     with pytest.raises(type(error)) as caught:
@@ -66,6 +68,7 @@ def test_a_bug_stays_a_bug(error, write):
     assert caught.value is error and left() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "expected", "text"),
     [
@@ -85,6 +88,7 @@ def test_an_error_in_the_report_of_an_export_that_is_being_written(error, expect
     assert left() == []
 
 
+@pytest.mark.slow
 def test_the_command_line_reports_a_bug_as_a_bug(collection, run, monkeypatch):
     def fails(*_):
         raise RuntimeError("tensors of two devices")

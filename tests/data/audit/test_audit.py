@@ -58,7 +58,7 @@ def test_a_good_data_set_has_no_errors_and_exit_code_0(run, data):
 
 
 @pytest.mark.slow
-def test_without_a_folder_the_phantom_or_chest_xray_is_checked(run, data):
+def test_without_a_folder_the_phantom_or_chest_xray_is_checked(run, data, few_drawings):
     assert "built-in phantom" in run("data", "check").stdout
     shutil.copytree(data, "chest_xray")
     assert json.loads(run("data", "check", "--json").stdout)["data"] == "chest_xray"
@@ -261,6 +261,7 @@ def test_a_shape_that_tells_the_classes_apart_is_a_warning(run, data, tmp_path):
     assert "shortcut-form" not in findings and audit.shortcuts["form"].auc.low < 0.6
 
 
+@pytest.mark.slow
 def test_jpeg_quality_that_tells_the_classes_apart_is_a_warning_and_few_patients_are_no_figure(tmp_path):
     root = write(tmp_path / "data", images=150, size=64)
     for path in images(root / "train" / "NORMAL"):
@@ -363,6 +364,7 @@ def test_no_data_set(argument, run, refused):
     refused(run("data", "check", argument), argument)
 
 
+@pytest.mark.slow
 def test_json_is_all_that_is_printed_and_names_every_file(start, data, tmp_path):
     for path in images(data / "train" / "NORMAL")[:5]:
         path.write_bytes(b"")
@@ -495,6 +497,7 @@ def test_near_identical_copies_stay_on_one_side_of_the_hold_out(tmp_path):
     assert table.image.duplicated().sum() == 12
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_reading_ends_at_once_and_writes_nothing(data, tmp_path):
     """Sent from within, once some files are read. If it hangs from then on, the message shows each thread's stack."""
     program = (

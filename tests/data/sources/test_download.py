@@ -12,6 +12,7 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,11 +52,11 @@ JUNK = {
 
 
 class Host:
-    """One file on a local server, which gives its first answers by a plan."""
+    """One file on a local server, which gives its first answers by a plan; `waits`: seconds before new attempts."""
 
     def __init__(self, content):
         self.content, self.etag, self.modified, self.ranges = content, '"one"', DATE, True
-        self.plan, self.asked, self.released = [], [], threading.Event()
+        self.plan, self.asked, self.waits, self.released = [], [], [], threading.Event()
         host = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -138,10 +139,10 @@ def answers(body, kind):
 
 @pytest.fixture
 def host(monkeypatch):
-    for name, value in [("RETRY", download.RETRY.new(backoff_factor=0.001)), ("STALL", 20), ("CHUNK", 4096)]:
+    host = Host(zipped(xrays() | JUNK))
+    for name, value in [("time", SimpleNamespace(sleep=host.waits.append)), ("STALL", 20), ("CHUNK", 4096)]:
         monkeypatch.setattr(download, name, value)
     monkeypatch.setattr(kermany, "PUBLISHED", PUBLISHED)
-    host = Host(zipped(xrays() | JUNK))
     yield host
     host.close()
 
@@ -228,7 +229,7 @@ def test_kaggles_archive_with_everything_twice(run, monkeypatch):
 @pytest.mark.parametrize("breaks", [resets, stalls, closes])
 def test_a_broken_connection_is_resumed(breaks, get, host, monkeypatch):
     if breaks is stalls:
-        monkeypatch.setattr(download, "STALL", 1)
+        monkeypatch.setattr(download, "STALL", 0.5)
     host.plan = [breaks(60_000), breaks(50_000)]
     result = get()
     assert result.exit_code == 0, result.output
@@ -309,6 +310,7 @@ def test_it_stops_after_six_failures_and_resumes_the_next_time(get, host, refuse
     host.plan = [closes(60_000)] + [503] * 5
     refused(get(), "503", "6 times in a row", PART.name, "is kept", "the same command resumes it")
     assert nothing_but(*KEPT) and PART.stat().st_size == 60_000 and len(host.asked) == 6
+    assert host.waits == [1, 2, 4, 8, 16]
     host.asked.clear()
     result = get()
     assert result.exit_code == 0 and whole()
@@ -330,7 +332,7 @@ def test_a_part_of_an_unknown_file_is_not_resumed(note, get, run, host):
 
 
 def test_a_stall_before_the_answer(get, host, monkeypatch):
-    monkeypatch.setattr(download, "STALL", 1)
+    monkeypatch.setattr(download, "STALL", 0.5)
     host.plan = [lambda host, _: host.released.wait(60)]
     assert get().exit_code == 0 and whole()
 

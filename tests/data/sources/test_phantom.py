@@ -16,14 +16,14 @@ from xray_fastai.data.patients import KAGGLE_PATIENT
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory, run):
     folder = tmp_path_factory.mktemp("phantom") / "chest_xray"
-    result = run("data", "phantom", folder, "--images", 300, "--seed", 3)
+    result = run("data", "phantom", folder, "--images", 150, "--seed", 3)
     assert result.exit_code == 0, result.output
     return folder
 
 
 def test_splits_classes_and_patients_are_as_kaggles(phantom):
     table = pd.concat([read_split(phantom, split) for split in ("train", "val", "test")])
-    assert len(table) == 300
+    assert len(table) == 150
     assert set(table.label) == {"NORMAL", "PNEUMONIA"}
     assert table.file.map(lambda file: bool(KAGGLE_PATIENT.match(file.split("/")[-1]))).all()
     assert (table.groupby("patient").split.nunique() == 1).all()
@@ -58,7 +58,8 @@ def test_bad_input(phantom, run, refused):
     refused(run("data", "phantom", "file/below"), "file/below")
 
 
-def test_fit_without_data_is_a_rehearsal_of_both_phases_and_says_so(run):
+@pytest.mark.slow
+def test_fit_without_data_is_a_rehearsal_of_both_phases_and_says_so(run, few_drawings):
     options = ["--arch", "resnet18", "--size", 32, "--freeze-epochs", 2, "--epochs", 1, "--device", "cpu"]
     result = run("fit", *options, "--name", "rehearsal")
     assert result.exit_code == 0, result.output
@@ -71,6 +72,7 @@ def test_fit_without_data_is_a_rehearsal_of_both_phases_and_says_so(run):
     assert {name: model["settings"][name] for name in REHEARSAL} == REHEARSAL | {"size": 32}
 
 
+@pytest.mark.slow
 def test_only_a_rehearsal_trains_a_head_on_random_features(run, phantom):
     options = ["--weights", "none", "--arch", "resnet18", "--size", 32, "--epochs", 1, "--device", "cpu"]
     result = run("fit", "--data", phantom, *options, "--name", "scratch")
