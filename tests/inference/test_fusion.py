@@ -85,7 +85,8 @@ def no_memory(_):
 )
 @torch.inference_mode()
 def test_the_plain_network_takes_over(operators, reason, monkeypatch):
-    model, images = network("resnet18"), torch.randn(PART + 1, 3, 32, 32)
+    # at 32 px torch 2.11's own operators raise, whatever `operators` does to their results
+    model, images = network("resnet18"), torch.randn(PART + 1, 3, 64, 64)
     exact = model(images)
     monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", operators)
     with pytest.warns(UserWarning, match=reason) as told:
