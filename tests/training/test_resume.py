@@ -376,7 +376,8 @@ def test_a_run_that_another_fit_uses_is_refused(crashed, run, refused):
         refused(run("fit", "--resume", "other"), "--resume other: a fit is running under this name")
         refused(run("fit", "--name", "other"), "--name other", "a running fit writes")
         other.resumable = True
-        result = run("fit", "--data", "nowhere")
+        Path("empty/train").mkdir(parents=True)
+        result = run("fit", "--data", "empty")
         assert "unfinished    exports/.crashed.partial of 2" in result.stdout and "other" not in result.stdout
         assert "resume it with 'xray-fastai fit --resume crashed', or delete it" in result.stdout
 
