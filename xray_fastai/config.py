@@ -221,6 +221,12 @@ class FitConfig:
         "Stop a phase after this many epochs without a lower validation loss. [default: 20; phantom: 4]",
         min=1,
     )
+    min_delta: float | None = _setting(
+        None,
+        "A validation loss counts as lower, for --patience, if it is lower by more than this. [default: 0; "
+        "phantom: 0.1]",
+        min=0,
+    )
     batch_size: int | None = _setting(None, "Batch size. [default: 80; phantom: 16]", min=1)
     lr: float | None = _setting(
         None,

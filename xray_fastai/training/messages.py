@@ -51,7 +51,8 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
         print(f"batch size    {plan.batch_size}, all training images, instead of {config.batch_size}")
     phases = ", ".join(f"{name} (at most {count_of(epochs, 'epoch')})" for name, epochs in plan.phases)
     print(f"phases        {phases}")
-    print(f"              each ends after {count_of(config.patience, 'epoch')} without a lower validation loss")
+    by = f", lower by {config.min_delta:g}" if config.min_delta else ""
+    print(f"              each ends after {count_of(config.patience, 'epoch')} without a lower validation loss{by}")
     if not plan.origin.pretrained:
         shown = len(plan.phases) > 1
         what = "only to show it: the head trains on random features" if shown else "skipped: the features are random"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections.abc import Sequence
 
 import torch
 from fastai.vision.all import Callback, CancelFitException, TrackerCallback
@@ -11,7 +12,7 @@ from xray_fastai.system import distributed
 
 
 class EarlyStopping(TrackerCallback):
-    """End the phase after `patience` epochs without a new lowest validation loss.
+    """End the phase after `patience` epochs without a new lowest validation loss, lower by more than `min_delta`.
 
     Unlike fastai's `EarlyStoppingCallback`, it prints nothing and remembers whether it ended the phase.
     """
@@ -21,8 +22,9 @@ class EarlyStopping(TrackerCallback):
     def __init__(
         self,
         patience: int,  # epochs without a new lowest loss
+        min_delta: float = 0.0,  # a loss counts as lower if it is lower by more than this
     ):
-        super().__init__()
+        super().__init__(min_delta=min_delta)
         self.patience, self.stopped = patience, False
 
     def before_fit(self):
@@ -35,6 +37,17 @@ class EarlyStopping(TrackerCallback):
         if self.wait >= self.patience:
             self.stopped = True
             raise CancelFitException
+
+    def least(self, losses: Sequence[float]) -> int:
+        """Return after how many more epochs the phase can end, given its validation losses so far.
+
+        >>> EarlyStopping(patience=3, min_delta=0.1).least([0.9, 0.5, 0.45])
+        2
+        """
+        best, wait = losses[0], 0
+        for loss in losses[1:]:
+            best, wait = (loss, 0) if loss - self.min_delta < best else (best, wait + 1)
+        return max(0, self.patience - wait)
 
 
 class StopOnNonFiniteLoss(Callback):
