@@ -285,10 +285,14 @@ class FitConfig:
     )
     patient_pattern: str | None = _setting(
         None,
-        "Regular expression that finds the patient in a file name. [default: PatientID in DICOM, the Kaggle names]",
+        "Regular expression that finds the patient in a file name. [default: PatientID in DICOM, then the names of "
+        "public collections]",
         metavar="REGEX",
         check=_check_patient_pattern,
         printable=True,
+    )
+    patients: str | None = _setting(
+        None, "List of the patients: a .csv file with the columns file and patient.", metavar="LIST.csv", printable=True
     )
     skip_bad: bool = _setting(False, "Leave out images that cannot be read, instead of stopping.")
     exclude: str | None = _setting(
