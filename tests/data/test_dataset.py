@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import draw_collection
-from xray_fastai.data.dataset import check_files, find_root, positive_class, read_split
+from xray_fastai.data.dataset import check_files, find_root, read_split
 from xray_fastai.data.patients import PatientRule
 from xray_fastai.data.splits import assign_validation, hold_out
 from xray_fastai.system.errors import UserError
@@ -105,13 +105,3 @@ def test_auto_adds_a_tenth_of_train_to_a_small_val(with_val):
     assert "held out of train/" in line and "too small alone (50 images)" in line
     assert frame[frame.split == "train"].is_valid.mean() == pytest.approx(0.1, abs=0.03)
     assert frame[frame.split == "val"].is_valid.all()
-
-
-def test_positive_class():
-    assert positive_class(["NORMAL", "PNEUMONIA"]) == "PNEUMONIA"
-    assert positive_class(["covid", "normal"]) == "covid"
-    assert positive_class(["A", "B"]) == "B"
-    assert positive_class(["A", "B", "C"]) is None
-    assert positive_class(["NORMAL", "PNEUMONIA"], "NORMAL") == "NORMAL"
-    with pytest.raises(UserError, match="positive FLU: no such class"):
-        positive_class(["NORMAL", "PNEUMONIA"], "FLU")

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from xray_fastai.config import FitConfig, check_classes
+from xray_fastai.data.classes import positive_class
 from xray_fastai.data.duplicates import same_image
 from xray_fastai.data.exclusions import leave_out
 from xray_fastai.data.image_facts import Facts, examine_all
@@ -66,13 +67,14 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     """Read and check the images of a fit. The test split is not read.
 
     Returns:
-        The settings, completed by `with_data_defaults`, and the images.
+        The settings, completed by `with_data_defaults` and `with_weights_of`, and the images.
 
     Raises:
         UserError: the folder is not such a collection, or an image cannot be read.
     """
     config = with_data_defaults(config)
-    return config, _read_collection(config)
+    data = _read_collection(config)
+    return config.with_weights_of(data.classes, data.positive), data
 
 
 def with_data_defaults(config: FitConfig) -> FitConfig:
@@ -95,7 +97,7 @@ def _read_collection(config: FitConfig) -> Collection:
     classes = sorted(train.label.unique())
     check_classes(classes)
     positive = positive_class(classes, config.positive)
-    config.check_class_weights(classes)
+    config.with_weights_of(classes, positive)  # a fault is found before the files are read
     val = None
     if config.valid == "folder" or (config.valid == "auto" and (root / "val").is_dir()):
         val = read_split(root, "val", classes, rule)
@@ -279,27 +281,6 @@ def with_facts(table: pd.DataFrame, facts: Sequence[Facts | ImageError]) -> pd.D
     values = [[getattr(item, name) for name in names] for item in facts if isinstance(item, Facts)]
     kept = table[readable].reset_index(drop=True)
     return kept.assign(**pd.DataFrame(values, columns=names))
-
-
-def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | None:
-    """Choose the class to detect: `wanted`, else PNEUMONIA, else the one of two classes that is not NORMAL.
-
-    Returns:
-        None if there are more than two classes, none is wanted and none is PNEUMONIA.
-
-    Raises:
-        UserError: the wanted class does not exist.
-    """
-    if wanted is not None:
-        if wanted not in classes:
-            raise UserError(f"no such class; the classes are {', '.join(classes)}", option="positive", value=wanted)
-        return wanted
-    for name in classes:
-        if name.upper() == "PNEUMONIA":
-            return name
-    if len(classes) == 2:
-        return classes[0] if classes[1].upper() == "NORMAL" else classes[1]
-    return None
 
 
 def file_key(file: str) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.data.classes import positive_note
 from xray_fastai.data.patients import unknown
 from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
@@ -33,7 +34,9 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
         print(f"{title:<14}{len(table):,} images{of_patients}: {counts}")
     for note in (*data.notes, *data.skipped):
         print(f"              {note}")
-    print(f"classes       {', '.join(data.classes)}" + (f"; to detect: {data.positive}" if data.positive else ""))
+    print(f"classes       {', '.join(data.classes)}")
+    if note := positive_note(data.classes, config.positive):
+        print(f"              {note}")
     total, head = parameters
     print(f"network       {config.arch}, {config.size} x {config.size} px, weights {plan.origin.name}")
     print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")
