@@ -50,11 +50,11 @@ RECIPES: dict[str, dict[str, str]] = {
         "schedule": "adaptive",
         "class_weights": "balanced",
     },
-    "plain": {"contrast": "none", "augment": "none", "schedule": "constant", "class_weights": "3,1"},
+    "plain": {"contrast": "none", "augment": "none", "schedule": "constant", "class_weights": "3:1"},
 }
 """The values that a recipe gives to options that the user left out. `plain` is the earlier work that this project
-follows: ResNet50, Adam at a constant 2e-3, batch size 80, class weights 3:1 for 1341 normal and 3875 pneumonia images,
-frozen and then unfrozen."""
+follows: ResNet50, Adam at a constant 2e-3, batch size 80, class weights 3:1 for 1341 normal and 3875 pneumonia images
+(the class to detect has 1), frozen and then unfrozen."""
 MIN_SIZE, MAX_SIZE = 32, 4096
 """Limits of the side, in pixels, of a network's input."""
 MAX_CLASSES = 1000
@@ -163,10 +163,14 @@ def _check_valid(text: str) -> str | None:
 
 
 def _check_class_weights(text: str) -> str | None:
-    weights = [_number(part) for part in text.split(",")]
-    if text in ("balanced", "none") or all(w is not None and 0 < w < math.inf for w in weights):
+    if text in ("balanced", "none"):
         return None
-    return "give balanced, none, or numbers above 0 such as 3,1"
+    parts = text.split(":" if ":" in text else ",")
+    named = all("=" in part for part in parts)
+    weights = [_number(part.rpartition("=")[2] if named else part) for part in parts]
+    if all(w is not None and 0 < w < math.inf for w in weights) and (len(parts) == 2 or ":" not in text):
+        return None
+    return "give balanced, none, or numbers above 0 such as NORMAL=3,PNEUMONIA=1"
 
 
 def _check_patient_pattern(text: str) -> str | None:
@@ -267,8 +271,8 @@ class FitConfig:
     )
     class_weights: str | None = _setting(
         None,
-        "Weights of the classes in the loss: balanced, none, or one number for each class, such as 3,1. "
-        "[default: by recipe]",
+        "Weights of the classes in the loss: balanced, none, a number for each class by name (NORMAL=3,PNEUMONIA=1) or "
+        "in their order (3,1), or of two classes the other and the one to detect (3:1). [default: by recipe]",
         metavar="balanced|none|LIST",
         check=_check_class_weights,
     )
@@ -281,7 +285,9 @@ class FitConfig:
         check=_check_valid,
     )
     positive: str | None = _setting(
-        None, "Class to detect. [default: PNEUMONIA, if there is such a class]", metavar="CLASS"
+        None,
+        "Class to detect. [default: PNEUMONIA, or of two classes the one that is not named NORMAL, No Finding, ...]",
+        metavar="CLASS",
     )
     target_sensitivity: float | None = _setting(
         None,
@@ -291,10 +297,14 @@ class FitConfig:
     )
     patient_pattern: str | None = _setting(
         None,
-        "Regular expression that finds the patient in a file name. [default: PatientID in DICOM, the Kaggle names]",
+        "Regular expression that finds the patient in a file name. [default: PatientID in DICOM, then the names of "
+        "public collections]",
         metavar="REGEX",
         check=_check_patient_pattern,
         printable=True,
+    )
+    patients: str | None = _setting(
+        None, "List of the patients: a .csv file with the columns file and patient.", metavar="LIST.csv", printable=True
     )
     skip_bad: bool = _setting(False, "Leave out images that cannot be read, instead of stopping.")
     exclude: str | None = _setting(
@@ -315,26 +325,47 @@ class FitConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
 
-    def class_weight_list(self) -> list[float] | None:
-        """Return the weights given as numbers, in the order of the classes; None if `class_weights` has no numbers."""
-        if self.class_weights in (None, "balanced", "none"):
-            return None
-        return [float(w) for w in self.class_weights.split(",")]
-
-    def check_class_weights(self, classes: Sequence[str]) -> None:
-        """Check that weights given as numbers are one for each class.
+    def class_weight_list(self, classes: Sequence[str]) -> list[float] | None:
+        """Return the weights given as numbers, in the order of the classes; None if `class_weights` has no numbers.
 
         Raises:
-            UserError: there are more or fewer numbers than classes.
+            UserError: they are not one for each class.
         """
-        weights = self.class_weight_list()
-        if weights is not None and len(weights) != len(classes):
-            raise UserError(
-                f"{len(weights)} numbers for {len(classes)} classes; give one for each, in the order "
-                f"{', '.join(classes)}",
-                option="class_weights",
-                value=self.class_weights,
-            )
+        text = self.class_weights
+        if text in (None, "balanced", "none"):
+            return None
+        if "=" not in text:
+            weights = [float(part) for part in text.split(",")]
+            if len(weights) == len(classes):
+                return weights
+            fault = f"{len(weights)} numbers for {len(classes)} classes; give one for each, in the order"
+            raise UserError(f"{fault} {', '.join(classes)}", option="class_weights", value=text)
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        by_name = {name.strip(): float(weight) for name, _, weight in pairs}
+        if len(pairs) == len(by_name) and by_name.keys() == set(classes):
+            return [by_name[name] for name in classes]
+        raise UserError(f"give one for each of {', '.join(classes)}", option="class_weights", value=text)
+
+    def with_weights_of(self, classes: Sequence[str], positive: str | None) -> "FitConfig":
+        """Check the weights of the classes, and return a copy in which 3:1 is a list in the order of the classes.
+
+        Args:
+            classes: the classes.
+            positive: the class to detect.
+
+        Raises:
+            UserError: they are not one for each class.
+        """
+        config = self
+        if self.class_weights is not None and ":" in self.class_weights:
+            if len(classes) != 2:
+                message = f"for two classes; here give one for each of {', '.join(classes)}, as NAME=1"
+                raise UserError(message, option="class_weights", value=self.class_weights)
+            negative_weight, positive_weight = self.class_weights.split(":")
+            weights = [positive_weight if name == positive else negative_weight for name in classes]
+            config = replace(self, class_weights=",".join(weights))
+        config.class_weight_list(classes)
+        return config
 
     def with_recipe(self) -> "FitConfig":
         """Return a copy with the recipe's values (`RECIPES`) where the user gave none."""

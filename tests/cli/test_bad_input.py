@@ -132,7 +132,9 @@ def test_offline_and_not_cached(refuse, collection, monkeypatch):
         ("1,2,3", "NORMAL, PNEUMONIA"),
         ("1,0", "above 0"),
         ("1,-2", "above 0"),
-        ("x", "3,1"),
+        ("x", "NORMAL=3,PNEUMONIA=1"),
+        ("NORMAL=3,FLU=1", "give one for each of NORMAL, PNEUMONIA"),
+        ("NORMAL=3,NORMAL=1,PNEUMONIA=2", "give one for each of NORMAL, PNEUMONIA"),
     ],
 )
 def test_class_weights(weights, words, refuse, collection):

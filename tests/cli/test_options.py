@@ -162,6 +162,8 @@ def test_a_new_option_needs_one_new_field():
         (FitConfig, {"device": "tpu"}, "device tpu: choose one of auto, cpu, cuda, mps"),
         (FitConfig, {"valid": "0.9"}, "valid 0.9: give auto, folder, or a fraction from 0.02 to 0.5"),
         (FitConfig, {"class_weights": "1,inf"}, "class_weights 1,inf: give balanced, none, or numbers above 0"),
+        (FitConfig, {"class_weights": "3:1:1"}, "class_weights 3:1:1: give balanced, none, or numbers above 0"),
+        (FitConfig, {"class_weights": "A=1,2"}, "class_weights A=1,2: give balanced, none, or numbers above 0"),
         (FitConfig, {"patient_pattern": "("}, "patient_pattern (: not a regular expression: missing )"),
         (FitConfig, {"name": ".x"}, "name .x: use letters, digits"),
         (FitConfig, {"weights": "a\x1b"}, r"weights a\x1b: holds the unprintable character '\x1b'; give another text"),
@@ -185,17 +187,37 @@ def test_every_limit_itself_is_allowed():
 
 
 @pytest.mark.parametrize(
-    ("text", "weights"), [(None, None), ("balanced", None), ("none", None), ("3,1", [3, 1]), ("1.5, 2", [1.5, 2])]
+    ("text", "classes", "weights"),
+    [
+        (None, ["NORMAL", "PNEUMONIA"], None),
+        ("balanced", ["NORMAL", "PNEUMONIA"], None),
+        ("none", ["NORMAL", "PNEUMONIA"], None),
+        ("3,1", ["NORMAL", "PNEUMONIA"], [3, 1]),
+        ("1.5, 2", ["NORMAL", "PNEUMONIA"], [1.5, 2]),
+        ("NORMAL=3,PNEUMONIA=1", ["NORMAL", "PNEUMONIA"], [3, 1]),
+        ("NORMAL=3, ABNORMAL=1", ["ABNORMAL", "NORMAL"], [1, 3]),
+        ("a=b=2,c=1,d=5", ["a=b", "c", "d"], [2, 1, 5]),
+    ],
 )
-def test_class_weights_as_numbers(text, weights):
-    config = FitConfig(class_weights=text)
-    assert config.class_weight_list() == weights
-    config.check_class_weights(["NORMAL", "PNEUMONIA"])
+def test_class_weights_as_numbers(text, classes, weights):
+    assert FitConfig(class_weights=text).class_weight_list(classes) == weights
+
+
+def test_the_other_class_and_the_one_to_detect_have_weights_whatever_the_alphabet_says():
+    config = FitConfig(recipe="plain").with_recipe()
+    for classes, positive, weights in (
+        (["NORMAL", "PNEUMONIA"], "PNEUMONIA", "3,1"),
+        (["ABNORMAL", "NORMAL"], "ABNORMAL", "1,3"),
+        (["NORMAL", "PNEUMONIA"], "NORMAL", "1,3"),
+    ):
+        assert config.with_weights_of(classes, positive).class_weights == weights
+    with pytest.raises(UserError, match=r"^class_weights 3:1: for two classes; here give one for each of A, B, C"):
+        config.with_weights_of(["A", "B", "C"], None)
 
 
 def test_a_recipe_gives_values_only_where_there_are_none():
     assert FitConfig(recipe="plain", augment="light").with_recipe() == FitConfig(
-        recipe="plain", contrast="none", augment="light", schedule="constant", class_weights="3,1"
+        recipe="plain", contrast="none", augment="light", schedule="constant", class_weights="3:1"
     )
 
 

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from tests.conftest import draw_collection
-from xray_fastai.data.dataset import check_files, find_root, positive_class, read_split
-from xray_fastai.data.patients import patient_of, patients_of
+from xray_fastai.data.dataset import check_files, find_root, read_split
+from xray_fastai.data.patients import PatientRule
 from xray_fastai.data.splits import assign_validation, hold_out
 from xray_fastai.system.errors import UserError
 
@@ -18,31 +18,10 @@ def table(patients, labels, images=None):
     return frame.assign(image=images if images is not None else files)
 
 
-@pytest.mark.parametrize(
-    ("name", "patient"),
-    [
-        ("person1000_bacteria_2931.jpeg", "person1000"),
-        ("person1000_virus_1.jpeg", "person1000"),
-        ("IM-0115-0001.jpeg", "IM-0115"),
-        ("NORMAL2-IM-0345-0001-0002.jpeg", "NORMAL2-IM-0345"),
-        ("scan.jpeg", None),
-        ("person.jpeg", None),
-    ],
-)
-def test_kaggle_names_hold_the_patient(name, patient):
-    assert patient_of(name) == patient
-
-
-def test_a_pattern_finds_what_it_found_before():
-    names = ["p1-a.png", "p22-b.png", "x.png", "p3-\udcff.png"]
-    assert patients_of(names, r"^(?:p(\d+)|q)-") == ["1", "22", None, "3"]
-    assert patients_of(names, r"^p\d+") == ["p1", "p22", None, "p3"]
-
-
 def test_other_names_are_patients_of_their_own_and_a_pattern_finds_others(tmp_path):
     root = draw_collection(tmp_path, {"train/A": 3, "train/B": 3})
     assert read_split(root, "train").patient.nunique() == 6
-    assert set(read_split(root, "train", patient_pattern=r"train(\d)").patient) == {"0", "1", "2"}
+    assert set(read_split(root, "train", rule=PatientRule(r"train(\d)")).patient) == {"0", "1", "2"}
 
 
 def test_the_kaggle_archive_is_read_as_it_comes(tmp_path):
@@ -126,13 +105,3 @@ def test_auto_adds_a_tenth_of_train_to_a_small_val(with_val):
     assert "held out of train/" in line and "too small alone (50 images)" in line
     assert frame[frame.split == "train"].is_valid.mean() == pytest.approx(0.1, abs=0.03)
     assert frame[frame.split == "val"].is_valid.all()
-
-
-def test_positive_class():
-    assert positive_class(["NORMAL", "PNEUMONIA"]) == "PNEUMONIA"
-    assert positive_class(["covid", "normal"]) == "covid"
-    assert positive_class(["A", "B"]) == "B"
-    assert positive_class(["A", "B", "C"]) is None
-    assert positive_class(["NORMAL", "PNEUMONIA"], "NORMAL") == "NORMAL"
-    with pytest.raises(UserError, match="positive FLU: no such class"):
-        positive_class(["NORMAL", "PNEUMONIA"], "FLU")

@@ -22,7 +22,7 @@ from xray_fastai.data.dataset import labelled_images, read_collection
 from xray_fastai.data.dicom import reader
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.images import open_image, size_of
-from xray_fastai.data.patients import patients_in
+from xray_fastai.data.patients import PatientRule, patients_in
 from xray_fastai.system.errors import ImageError, UserError
 
 pydicom = pytest.importorskip("pydicom", reason='pip install "xray-fastai[test]" brings pydicom')
@@ -519,10 +519,11 @@ def test_patient_id_wins_over_kaggles_names_and_a_pattern_over_both(tmp_path):
     names = ["person1_bacteria_1.dcm", "person2_bacteria_2.dcm"]
     for name in names:
         (tmp_path / name).write_bytes(written(RAMP.astype(np.uint8), PatientID=PATIENT))
-    table = pd.DataFrame({"path": [str(tmp_path / name) for name in names], "file": names})
-    first, second = patients_in(table)
+    files = {"path": [str(tmp_path / name) for name in names], "file": names}
+    table = pd.DataFrame({**files, "split": "", "label": ""})
+    first, second = patients_in(table, PatientRule())
     assert first == second and "person" not in first
-    assert patients_in(table, r"person\d+") == ["person1", "person2"]
+    assert patients_in(table, PatientRule(r"person\d+")) == ["person1", "person2"]
 
 
 def test_one_patient_id_for_all_says_what_to_do(tmp_path):

@@ -25,6 +25,7 @@ def check(
         typer.Argument(metavar="DIR", help="Folder of the data set. [default: ./chest_xray, else phantom]"),
     ] = None,
     patient_pattern: Annotated[str | None, option_of(FitConfig, "patient_pattern")] = FitConfig.patient_pattern,
+    patients: Annotated[str | None, option_of(FitConfig, "patients")] = FitConfig.patients,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     fix: Annotated[
         Path | None, typer.Option(metavar="LIST.csv", help="Write a list of the files to leave out, for fit --exclude.")
@@ -38,7 +39,7 @@ def check(
 
     if fix is not None:
         check_new(fix, "fix")
-    result = check_data(folder, patient_pattern)
+    result = check_data(folder, patient_pattern, patients=patients)
     print(result.to_json() if json else result)
     if fix is not None:
         result.write_fix(fix)

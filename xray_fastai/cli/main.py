@@ -65,6 +65,15 @@ Device = Annotated[str, option_of(PredictConfig, "device")]
 Precision = Annotated[str, option_of(PredictConfig, "precision")]
 Uncalibrated = Annotated[bool, option_of(PredictConfig, "uncalibrated")]
 Tta = Annotated[bool, option_of(PredictConfig, "tta")]
+Patients = Annotated[
+    str | None,
+    typer.Option(
+        "--patients",
+        metavar="LIST.csv",
+        help="List of the patients: a .csv file with the columns file and patient. [default: the one of fit, without "
+        "--data]",
+    ),
+]
 Output = Annotated[
     Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to. [default: the export's folder]")
 ]
@@ -144,6 +153,7 @@ def evaluate(
     ] = "auto",
     uncalibrated: Uncalibrated = PredictConfig.uncalibrated,
     tta: Tta = PredictConfig.tta,
+    patients: Patients = None,
     output: Output = None,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
@@ -155,8 +165,8 @@ def evaluate(
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
-        model, data, split, threshold, uncalibrated=uncalibrated, tta=tta, output=output, device=device,
-        precision=precision,
+        model, data, split, threshold, uncalibrated=uncalibrated, tta=tta, patients=patients, output=output,
+        device=device, precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:
@@ -177,6 +187,7 @@ def interpret(
         bool,
         typer.Option("--confident", help="Show the correct predictions of the highest confidence, not the top losses."),
     ] = False,
+    patients: Patients = None,
     output: Output = None,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
@@ -187,8 +198,8 @@ def interpret(
     from xray_fastai.evaluation.interpret import interpret as run
 
     result = run(
-        model, data, split, top, label=label, only_errors=only_errors, confident=confident, output=output,
-        device=device, precision=precision,
+        model, data, split, top, label=label, only_errors=only_errors, confident=confident, patients=patients,
+        output=output, device=device, precision=precision,
     )  # fmt: skip
     print(result)
     if open:

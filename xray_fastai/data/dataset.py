@@ -14,11 +14,12 @@ from typing import Any
 import pandas as pd
 
 from xray_fastai.config import FitConfig, check_classes
+from xray_fastai.data.classes import positive_class
 from xray_fastai.data.duplicates import same_image
 from xray_fastai.data.exclusions import leave_out
 from xray_fastai.data.image_facts import Facts, examine_all
 from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file
-from xray_fastai.data.patients import numbered, patients_in
+from xray_fastai.data.patients import ANY, PatientRule, check_listed, note_on, numbered, patient_rule, patients_in
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.splits import assign_validation
 from xray_fastai.system.errors import ImageError, UserError
@@ -66,13 +67,14 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
     """Read and check the images of a fit. The test split is not read.
 
     Returns:
-        The settings, completed by `with_data_defaults`, and the images.
+        The settings, completed by `with_data_defaults` and `with_weights_of`, and the images.
 
     Raises:
         UserError: the folder is not such a collection, or an image cannot be read.
     """
     config = with_data_defaults(config)
-    return config, _read_collection(config)
+    data = _read_collection(config)
+    return config.with_weights_of(data.classes, data.positive), data
 
 
 def with_data_defaults(config: FitConfig) -> FitConfig:
@@ -90,22 +92,24 @@ def default_data() -> str | None:
 def _read_collection(config: FitConfig) -> Collection:
     rehearsal = config.data is None
     root = cached() if rehearsal else find_root(config.data)
-    train = read_split(root, "train", patient_pattern=config.patient_pattern)
+    rule = patient_rule(config.patient_pattern, config.patients)
+    train = read_split(root, "train", rule=rule)
     classes = sorted(train.label.unique())
     check_classes(classes)
     positive = positive_class(classes, config.positive)
-    config.check_class_weights(classes)
+    config.with_weights_of(classes, positive)  # a fault is found before the files are read
     val = None
     if config.valid == "folder" or (config.valid == "auto" and (root / "val").is_dir()):
-        val = read_split(root, "val", classes, config.patient_pattern)
+        val = read_split(root, "val", classes, rule)
     table = numbered(pd.concat([train, val], ignore_index=True))
+    check_listed(table, config.patients)
     exclusions = []
     if config.exclude is not None:
         table, exclusions = leave_out(table, root, config.exclude)
     table, skipped = check_files(table, skip_bad=config.skip_bad)
     parts = {split: rows.reset_index(drop=True) for split, rows in table.groupby("split")}
     table, line, leaking = assign_validation(parts["train"], parts.get("val"), config.valid, config.seed)
-    notes = [line, *exclusions]
+    notes = [line, *filter(None, [note_on(table)]), *exclusions]
     if leaking:
         notes.append(f"left out of training: {leaking} images whose patient, or a copy, is in val/")
     if skipped:
@@ -215,7 +219,7 @@ def read_split(
     root: Path,
     split: str,
     classes: Sequence[str] | None = None,
-    patient_pattern: str | None = None,
+    rule: PatientRule = ANY,
     partial: bool = False,
 ) -> pd.DataFrame:
     """List and check one split.
@@ -224,8 +228,7 @@ def read_split(
         root: the folder that holds the split's folder.
         split: train, val or test.
         classes: the classes that the split must have; it must have no others. None accepts any two or more classes.
-        patient_pattern: regular expression that finds the patient in a file name. None uses the PatientID of DICOM
-            files, and the Kaggle collection's file names.
+        rule: the user's list of patients and regular expression.
         partial: some of `classes` may be missing or empty, as in a split to evaluate on.
 
     Returns:
@@ -246,7 +249,7 @@ def read_split(
         for name in names
     ]
     table = pd.DataFrame(rows, columns=["path", "file", "label", "split"])
-    return table.assign(patient=patients_in(table, patient_pattern))
+    return table.assign(patient=patients_in(table, rule))
 
 
 def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.DataFrame, list[str]]:
@@ -280,27 +283,6 @@ def with_facts(table: pd.DataFrame, facts: Sequence[Facts | ImageError]) -> pd.D
     return kept.assign(**pd.DataFrame(values, columns=names))
 
 
-def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | None:
-    """Choose the class to detect: `wanted`, else PNEUMONIA, else the one of two classes that is not NORMAL.
-
-    Returns:
-        None if there are more than two classes, none is wanted and none is PNEUMONIA.
-
-    Raises:
-        UserError: the wanted class does not exist.
-    """
-    if wanted is not None:
-        if wanted not in classes:
-            raise UserError(f"no such class; the classes are {', '.join(classes)}", option="positive", value=wanted)
-        return wanted
-    for name in classes:
-        if name.upper() == "PNEUMONIA":
-            return name
-    if len(classes) == 2:
-        return classes[0] if classes[1].upper() == "NORMAL" else classes[1]
-    return None
-
-
 def file_key(file: str) -> str:
     """Return the key of a file in `model.json`: the first 12 hexadecimal digits of the SHA-256 of its relative name.
 
@@ -309,7 +291,13 @@ def file_key(file: str) -> str:
     return hashlib.sha256(file.encode()).hexdigest()[:12]
 
 
-def labelled_images(model: dict[str, Any], data: str | Path | None, split: str) -> pd.DataFrame:
+def labelled_images(
+    model: dict[str, Any],
+    data: str | Path | None,
+    split: str,
+    *,
+    patients: str | None = None,
+) -> pd.DataFrame:
     """List the images, with their true classes, that an export is evaluated or interpreted on.
 
     Args:
@@ -317,6 +305,7 @@ def labelled_images(model: dict[str, Any], data: str | Path | None, split: str) 
         data: the folder that holds the split; None is the data of the fit.
         split: train, test or valid. `valid` is exactly the files that the fit validated on, from train/ and val/;
             `train` is train/ without these.
+        patients: a list of patients (`patients.patient_rule`); None is the one of the fit, if `data` is None.
 
     Returns:
         A table like that of `read_split`. Classes may be missing.
@@ -324,20 +313,23 @@ def labelled_images(model: dict[str, Any], data: str | Path | None, split: str) 
     Raises:
         UserError: the folder or split is missing, a class is unknown to the model, or validation files are missing.
     """
+    settings = model["settings"]
     if data is not None:
         root = find_root(data, "train" if split == "valid" else split)
     elif model["data"]["rehearsal"]:
         root = cached()
     else:
-        root = find_root(model["settings"]["data"], "train" if split == "valid" else split)
-    pattern = model["settings"]["patient_pattern"]
-    if split == "test":
-        return numbered(read_split(root, "test", model["classes"], pattern, partial=True))
-    keys = set(model["data"]["valid_files"])
-    parts = [read_split(root, "train", model["classes"], pattern, partial=True)]
+        root = find_root(settings["data"], "train" if split == "valid" else split)
+    listed = settings.get("patients") if patients is None and data is None else patients
+    rule = patient_rule(settings["patient_pattern"], listed)
+    parts = [read_split(root, "test" if split == "test" else "train", model["classes"], rule, partial=True)]
     if split == "valid" and (root / "val").is_dir():
-        parts.append(read_split(root, "val", model["classes"], pattern, partial=True))
+        parts.append(read_split(root, "val", model["classes"], rule, partial=True))
     table = numbered(pd.concat(parts, ignore_index=True))
+    check_listed(table, patients)
+    if split == "test":
+        return table
+    keys = set(model["data"]["valid_files"])
     validated = table.file.map(file_key).isin(keys)
     if split == "train":
         return table[~validated].reset_index(drop=True)

@@ -6,12 +6,12 @@
 """
 
 import csv
-import os
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pandas as pd
 
+from xray_fastai.data.file_lists import named, read_rows
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import atomic_write, check_new
 from xray_fastai.system.text import count_of
@@ -40,36 +40,13 @@ def write_list(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def read_list(path: str | Path) -> set[str]:
-    """Read the names of the files to leave out, as `os.path.normcase` changes them.
-
-    On Windows, where an editor may have changed slashes into backslashes, all spellings of a name become one.
+    """Read the names of the files to leave out, as `file_lists.named` spells them.
 
     Raises:
-        UserError: the file is missing, or is not such a list.
+        UserError: see `file_lists.read_rows`.
     """
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            if not {"file", "action"} <= set(reader.fieldnames or ()):
-                raise UserError(
-                    "its first line does not name the columns file and action, separated by commas; "
-                    "give a list that data check --fix wrote",
-                    option="exclude",
-                    value=path,
-                )
-            return {
-                os.path.normcase(PurePosixPath(row["file"]))
-                for row in reader
-                if row["file"] and (row["action"] or "").strip().lower() == LEAVE_OUT
-            }
-    except OSError as error:
-        raise UserError(
-            f"cannot be read ({error.strerror}); give the path of a list", option="exclude", value=path
-        ) from None
-    except csv.Error:
-        raise UserError(
-            f"not a .csv file after line {reader.line_num}; correct it", option="exclude", value=path
-        ) from None
+    rows = read_rows(path, "action", "exclude", "give a list that data check --fix wrote")
+    return {file for file, action in rows if action.lower() == LEAVE_OUT}
 
 
 def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame, list[str]]:
@@ -82,7 +59,7 @@ def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame,
         UserError: the file is not such a list, or it names every image of a class.
     """
     excluded = read_list(path)
-    names = table.file.map(os.path.normcase)
+    names = table.file.map(named)
     dropped = names.isin(excluded)
     kept = table[~dropped].reset_index(drop=True)
     for split, label in sorted({(s, c) for s, c in zip(table.split, table.label, strict=True)}):

@@ -1,7 +1,8 @@
-"""Find the patient of each image: by PatientID in DICOM files, by the Kaggle collection's file names, or by the user's
-regular expression.
+"""Find the patient of each image: by the user's list or regular expression, by PatientID in DICOM files, or by the file
+names of a public collection.
 
-A PatientID is neither stored nor shown. Patients known by PatientID get numbers, in the order of their first files.
+A PatientID and a patient of the user's list are neither stored nor shown. Such patients get numbers, in the order of
+their first files.
 
 A regular expression may come with a model from others, and one such as `(a+)+b` needs years for a name of forty
 letters. A separate process therefore compiles and matches it, and can be stopped.
@@ -11,24 +12,50 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from xray_fastai.data.dicom.reader import patient_key
+from xray_fastai.data.file_lists import named, read_rows
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.text import shown
 
-KAGGLE_PATIENT = re.compile(r"^(?:(person\d+)_|((?:NORMAL2-)?IM-\d+)-)")
-"""In `person1000_bacteria_2931`, `IM-0115-0001` and `NORMAL2-IM-0345-0001` the patient, or the study, comes first."""
+_START = r"(?<![^\W_])"  # nothing, or what is no letter or digit: a copy may be named `copy_person1_virus_6.jpeg`
+PUBLISHED = {
+    name: re.compile(_START + pattern, re.IGNORECASE)
+    for name, pattern in {
+        "Kaggle's copy of the Kermany collection": r"(?:(person\d+)_|((?:NORMAL2-)?IM-\d+)-)",
+        "the Kermany collection (Mendeley Data)": r"(?:BACTERIA|NORMAL|VIRUS)-(\d+)-\d+(?!\d)",
+        "NIH ChestX-ray14": r"(?<!\d[_ -])(000[0-3]\d{4})_\d{3}(?!\d)",
+        "CheXpert": r"(patient\d{5})[/_-]study\d",
+        "MIMIC-CXR": r"(p1\d{7})[/_-]s5\d{7}(?!\d)",
+    }.items()
+}
+"""The published collections whose file names hold the patient, each with an expression for the path of a file.
+
+    person1000_bacteria_2931.jpeg, IM-0115-0001.jpeg, NORMAL2-IM-0345-0001.jpeg    (or the study)
+    BACTERIA-1008087-0001.jpeg, VIRUS-1980593-0001.jpeg, NORMAL-28501-0001.jpeg
+    00000001_000.png                                       (patients 1 to 30805)
+    patient00001/study1/view1_frontal.jpg
+    p10/p10000032/s50414267/02aa804e-….jpg
+
+The first is matched first. Names of the RSNA and VinDr collections hold no patient. Whether one number with two causes,
+as `person1000_bacteria` and `person1000_virus`, is one child is not documented; it counts as one.
+"""
 
 CAUSE = re.compile(r"(?:^|[_-])(bacteria|virus)(?:[_-]|\.|$)", re.IGNORECASE)
-"""The cause of the pneumonia in the Kaggle collection's file names, such as `person1000_bacteria_2931.jpeg`."""
+"""The cause of the pneumonia in the Kermany collection's file names, such as `person1000_bacteria_2931.jpeg`."""
 
-_KEY, _NUMBER = "\0", "DICOM #"
-"""The prefix of a patient known by PatientID, before and after `numbered`. No file name holds the first."""
+_NUMBERED = {"\0": "DICOM #", "\1": "listed #"}
+"""The beginning of a patient known by PatientID and by the user's list, before and after `numbered`. No file name holds
+one of the first."""
+
+ADVICE = "give --patient-pattern or --patients"
+"""What to do where file names hold patients that are not found."""
 
 SECONDS = 20
 """Time limit for all names together. A harmless expression takes 0.2 s for 100,000 names."""
@@ -41,24 +68,44 @@ json.dump([m and next((group for group in m.groups() if group), m.group()) for m
 """
 
 
-def patient_of(name: str, pattern: re.Pattern = KAGGLE_PATIENT) -> str | None:
-    """Return the patient in a file name: the pattern's first matching group, or the whole match, or None."""
-    match = pattern.search(name)
-    return match and next((group for group in match.groups() if group), match.group())
+@dataclass(frozen=True)
+class PatientRule:
+    """Says how the user finds patients. Without either, `patients_in` does it alone."""
+
+    pattern: str | None = None  # regular expression for file names
+    listed: Mapping[str, str] = field(default_factory=dict)  # the patient by file, as `file_lists.named` spells it
 
 
-def patients_of(names: Sequence[str], pattern: str | None = None) -> list[str | None]:
-    """Apply `patient_of` to many file names.
+ANY = PatientRule()
 
-    Args:
-        names: file names without folders.
-        pattern: regular expression; None is the one for the Kaggle collection's names.
+
+def patient_rule(pattern: str | None, path: str | None) -> PatientRule:
+    """Read the user's list of patients: a .csv file with the columns `file` and `patient`.
+
+    Raises:
+        UserError: see `file_lists.read_rows`.
+    """
+    if path is None:
+        return PatientRule(pattern)
+    rows = read_rows(path, "patient", "patients", "give a list such as train/NORMAL/1.jpeg,7")
+    return PatientRule(pattern, {file: patient for file, patient in rows if patient})
+
+
+def published_patient(file: str) -> str | None:
+    """Return the patient in a path that is named as in a public collection (`PUBLISHED`), in one spelling; or None."""
+    for pattern in PUBLISHED.values():
+        if match := pattern.search(file):
+            patient = next(filter(None, match.groups()))
+            return patient.lower() if patient[0] in "Pp" else patient.upper()
+    return None
+
+
+def patients_of(names: Sequence[str], pattern: str) -> list[str | None]:
+    """Find the patients in names: the pattern's first matching group, or the whole match, or None.
 
     Raises:
         UserError: the pattern takes more than `SECONDS`, or is not a regular expression.
     """
-    if pattern is None:
-        return [patient_of(name) for name in names]
     command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _MATCH]
     try:
         process = subprocess.run(
@@ -80,34 +127,82 @@ def patients_of(names: Sequence[str], pattern: str | None = None) -> list[str | 
     return json.loads(process.stdout)
 
 
-def patients_in(table: pd.DataFrame, pattern: str | None = None) -> list[str]:
+def _by_pattern(table: pd.DataFrame, pattern: str) -> list[str | None]:
+    """Match the file names; where that finds nothing, the paths below the class folders, as in `patient7/front.png`."""
+    names = [Path(file).name for file in table.file]
+    folders = [f"{split}/{label}/".lstrip("/") for split, label in zip(table.split, table.label, strict=True)]
+    paths = [file.removeprefix(folder) for file, folder in zip(table.file, folders, strict=True)]
+    found = patients_of([*names, *paths], pattern)
+    return [name or path for name, path in zip(found[: len(table)], found[len(table) :], strict=True)]
+
+
+def patients_in(table: pd.DataFrame, rule: PatientRule) -> list[str]:
     """Find the patient of each image; call `numbered` afterwards. An image without one is a patient of its own.
 
-    A match of the user's pattern has priority over PatientID, because some programs that anonymise DICOM files give all
-    of them one PatientID. PatientID has priority over the Kaggle names.
+    The user's list has priority, then a match of the user's pattern: some programs that anonymise DICOM files give all
+    of them one PatientID. PatientID has priority over the names of public collections.
 
     Args:
-        table: has the columns `path` and `file`.
-        pattern: regular expression for file names; None is the one for the Kaggle collection's names.
+        table: has the columns `path`, `file`, `split` and `label`.
+        rule: the user's list and pattern.
 
     Raises:
         UserError: see `patients_of`.
     """
-    by_name = patients_of([Path(file).name for file in table.file], pattern)
-    by_header = [key and f"{_KEY}{key}" for key in map_in_threads(patient_key, table.path)]
-    first, second = (by_header, by_name) if pattern is None else (by_name, by_header)
-    return [a or b or file for a, b, file in zip(first, second, table.file, strict=True)]
+    by_list = [(patient := rule.listed.get(named(file))) and f"\1{patient}" for file in table.file]
+    by_pattern = [None] * len(table) if rule.pattern is None else _by_pattern(table, rule.pattern)
+    by_header = [key and f"\0{key}" for key in map_in_threads(patient_key, table.path)]
+    by_name = map(published_patient, table.file) if rule.pattern is None else by_pattern
+    found = zip(by_list, by_pattern, by_header, by_name, table.file, strict=True)
+    return [next(filter(None, patients)) for patients in found]
 
 
 def numbered(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a copy in which patients known by PatientID are named DICOM #1, DICOM #2, ... in the order of rows."""
-    keys = table.patient.str.startswith(_KEY)
-    numbers = pd.factorize(table.patient[keys])[0] + 1
-    return table.assign(
-        patient=table.patient.mask(keys, pd.Series(numbers, table.index[keys]).map(f"{_NUMBER}{{}}".format))
-    )
+    """Return a copy in which patients known by PatientID are named DICOM #1, DICOM #2, ... in the order of rows.
+
+    Patients of the user's list are named listed #1, listed #2, ...
+    """
+    patient = table.patient
+    for mark, name in _NUMBERED.items():
+        keys = patient.str.startswith(mark)
+        numbers = pd.factorize(patient[keys])[0] + 1
+        patient = patient.mask(keys, pd.Series(numbers, patient.index[keys]).map(f"{name}{{}}".format))
+    return table.assign(patient=patient)
 
 
-def is_numbered(patient: str) -> bool:
-    """Return whether a patient is known by PatientID."""
-    return patient.startswith(_NUMBER)
+def source_of(patient: str) -> str:
+    """Return how a patient in a table that was `numbered` is known: by PatientID, --patients, or the file names."""
+    if patient.startswith(_NUMBERED["\0"]):
+        return "PatientID"
+    return "--patients" if patient.startswith(_NUMBERED["\1"]) else "the file names"
+
+
+def check_listed(table: pd.DataFrame, path: str | None) -> None:
+    """Check that the user's list names an image.
+
+    Args:
+        table: after `numbered`.
+        path: the list; None checks nothing.
+
+    Raises:
+        UserError: it names none.
+    """
+    if path is not None and not (table.patient.map(source_of) == "--patients").any():
+        raise UserError(
+            f"names none of the images; name them as in {shown(table.file.iloc[0])}", option="patients", value=path
+        )
+
+
+def unknown(table: pd.DataFrame) -> pd.Series:
+    """Return for each image whether its patient is unknown (N,)."""
+    return table.patient == table.file
+
+
+def note_on(table: pd.DataFrame) -> str | None:
+    """Return a line about the images whose patient is unknown; None if there are none."""
+    missing = int(unknown(table).sum())
+    if missing == len(table):
+        return f"no patient is known: each image counts as a patient of its own ({ADVICE})"
+    if missing:
+        return f"no patient is known of {missing:,} of {len(table):,} images: each counts as a patient of its own"
+    return None

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 
-from xray_fastai.data.patients import is_numbered
+from xray_fastai.data.patients import ADVICE, source_of, unknown
 from xray_fastai.system.errors import UserError
 
 ENOUGH_TO_VALIDATE = 50
@@ -55,9 +55,8 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
     patients = pd.Series(groups).groupby(table.label.to_numpy()).nunique()  # of each class
     rarest = patients.idxmin()
     if patients.min() < 2:
-        by_header = table.patient[table.label == rarest].map(is_numbered).any()
-        wrong = "if that is wrong, find patients in the file names by --patient-pattern"
-        source = f" (by PatientID; {wrong})" if by_header else ""
+        sources = sorted(set(table.patient[table.label == rarest].map(source_of)))
+        source = f" (by {' and '.join(sources)}; if that is wrong, {ADVICE})"
         raise UserError(
             f"all images are of one patient{source}, so none can be held out for validation; "
             "add patients, or give a validation split in val/ and --valid folder",
@@ -113,7 +112,7 @@ def assign_validation(
     else:
         fraction = 0.1 if valid == "auto" else float(valid)
         held_out = hold_out(train, fraction, seed)
-        line = f"{held_out.sum():,} images held out of train/, by patient"
+        line = f"{held_out.sum():,} images held out of train/, by {'image' if unknown(train).all() else 'patient'}"
         if val is not None:
             line += f", and val/, which is too small alone ({len(val)} images)"
     frames = [train.assign(is_valid=held_out)]

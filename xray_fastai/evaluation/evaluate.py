@@ -17,6 +17,7 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from xray_fastai.data.dataset import labelled_images
+from xray_fastai.data.patients import note_on, unknown
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation
 from xray_fastai.evaluation.report import write_report
@@ -47,7 +48,7 @@ class _Request:
     model: Model
     data: str  # the folder, or the name of the data set that `fit` used
     split: str
-    images: pd.DataFrame  # path, patient, label
+    images: pd.DataFrame  # path, file, patient, label
     calibrated: bool  # whether to apply the temperature
     threshold: float | None  # given by the user; None is the one that `fit` chose
     tta: bool
@@ -69,6 +70,7 @@ def evaluate(
     *,
     uncalibrated: bool = False,
     tta: bool = False,
+    patients: str | None = None,
     output: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -83,6 +85,7 @@ def evaluate(
         uncalibrated: leave out the temperature. The threshold that `fit` chose is then converted, so that it decides
             the same.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
+        patients: a .csv file with the columns file and patient; None is the one of `fit`, if `data` is None.
         output: the folder to write `evaluation-<split>/` into, instead of the export.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 (`inference.model.open_model`).
@@ -94,7 +97,7 @@ def evaluate(
         raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
     given = _threshold(threshold)
     opened = open_model(model, device, precision)
-    images = labelled_images(opened.settings, data, split)
+    images = labelled_images(opened.settings, data, split, patients=patients)
     if images.empty:
         raise UserError("fit validated on all of its images; choose another split", option="split", value=split)
     if given is not None and len(opened.classes) != 2:
@@ -167,6 +170,9 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
     model, classes = request.model, range(scored.classes)
     images, patients = len(scored.y_true), int(scored.patients.max()) + 1
     over = f"{patients:,} patients" if patients < images else f"{patients:,} patients, an image each"
+    missing = int(unknown(request.images).sum())
+    if missing == images:
+        over = f"{images:,} images, each as a patient of its own"
     intervals = f"95 % intervals: bootstrap over {over}, {RESAMPLES:,} resamples"
     return {
         "format": FORMAT,
@@ -177,6 +183,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         "data": request.data,
         "images": images,
         "patients": patients,
+        "images_without_patient": missing,  # each counts as a patient of its own
         "counts": {model.classes[k]: int((scored.y_true == k).sum()) for k in classes},
         "calibrated": model.calibrated and request.calibrated,
         "temperature": model.temperature,
@@ -192,7 +199,16 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         },
         "metrics": _plain(measured.free),
         "tta": request.tta,
+        "notes": _notes(request),
     }
+
+
+def _notes(request: _Request) -> list[str]:
+    """Return what the reader of the figures has to know, a line each."""
+    notes = [SPLITS[request.split], note_on(request.images)]
+    if request.split == "test" and request.model.settings["data"]["rehearsal"]:
+        notes.append("a rehearsal: trained on synthetic images")
+    return [note for note in notes if note]
 
 
 def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:
@@ -202,8 +218,8 @@ def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:
     about = {
         "model": f"{model.path}: {summary['architecture']}",
         "device": f"{describe(model.device)}, precision {model.precision}",
-        "data": f"{summary['data']}, split {summary['split']}: {summary['images']:,} images, "
-        f"{summary['patients']:,} patients",
+        "data": f"{summary['data']}, split {summary['split']}: {summary['images']:,} images"
+        + ("" if summary["images_without_patient"] == summary["images"] else f", {summary['patients']:,} patients"),
         "classes": counts,
         "probabilities": f"calibrated, temperature {model.temperature:.3g}"
         if summary["calibrated"]
@@ -216,10 +232,6 @@ def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:
         about["threshold"] = f"{threshold:.4g}, " + ("given" if given else model.settings["calibration"])
         if not given and model.calibrated and threshold != model.threshold:
             about["threshold"] += f" ({model.threshold:.4g} on calibrated probabilities)"
-    if warning := SPLITS[summary["split"]]:
-        about["note"] = warning
-    elif model.settings["data"]["rehearsal"]:
-        about["note"] = "a rehearsal: trained on synthetic images"
     return about
 
 

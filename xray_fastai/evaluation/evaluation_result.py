@@ -46,7 +46,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         lines = [DISCLAIMER, ""]
-        for name, text in self.about.items():
+        for name, text in self._facts:
             lines += wrap(text, f"{name:<15}")
         columns, rows = self._cells()
         lines += ["", f"{'':<28}" + "".join(f"{column:<26}" for column in columns).rstrip()]
@@ -69,7 +69,7 @@ class Evaluation:
         table = pd.DataFrame(
             [cells + [""] * (width - len(cells)) for _, cells in rows], [title_of(name) for name, _ in rows], columns
         )
-        about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in self.about.items())
+        about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in self._facts)
         images = ""
         for file, alternative in FILES.items():
             if (self.path / file).is_file():
@@ -79,6 +79,11 @@ class Evaluation:
         return (
             f"<p>{DISCLAIMER}</p><dl>{about}</dl>{table.to_html()}<p>{intervals}</p>{self.confusion.to_html()}{images}"
         )
+
+    @property
+    def _facts(self) -> list[tuple[str, str]]:
+        """What was evaluated on what, and what the reader has to know; a term and a text for each line."""
+        return [*self.about.items(), *(("note", note) for note in self.summary["notes"])]
 
     def _intervals(self) -> list[dict]:
         parts = [self.summary["metrics"], *(p["metrics"] for p in self.summary["operating_points"].values())]

@@ -19,6 +19,7 @@ import pandas as pd
 from xray_fastai import DISCLAIMER
 from xray_fastai.data.dataset import labelled_images
 from xray_fastai.data.images import size_of
+from xray_fastai.data.patients import note_on
 from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet, make_cells
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.report import write_report
@@ -125,6 +126,7 @@ def interpret(
     label: str | None = None,
     only_errors: bool = False,
     confident: bool = False,
+    patients: str | None = None,
     output: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -139,6 +141,7 @@ def interpret(
         label: draw only images whose true class is this.
         only_errors: draw only misclassified images.
         confident: draw the correctly classified images with the highest probability, instead of the largest losses.
+        patients: as in `evaluate`.
         output: the folder to write `interpretation-<split>` into; None is the export. An earlier one is replaced.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 of the probabilities, as in `evaluate`; heat maps are computed in fp32.
@@ -150,7 +153,10 @@ def interpret(
     selection = _Selection(top, label, only_errors, confident)
     _check(split, selection)
     opened = open_model(model, device, precision)
-    images = _images(opened, data, split, selection)
+    _check_class(opened, selection)
+    images = labelled_images(opened.settings, data, split, patients=patients)
+    if images.empty:
+        raise UserError("fit validated on all of its images; choose another split", option="split", value=split)
     folder = Path(opened.path if output is None else output) / f"interpretation-{split}"
     with replaced(folder, SUMMARY) as partial:
         ranking = _rank(opened, split, images)
@@ -159,6 +165,7 @@ def interpret(
             remarks += _draw(ranking, shown, description, partial / PICTURE)
         _write(partial, ranking, shown, description)
     write_report(opened.path, output)
+    remarks += filter(None, [note_on(images)])
     head = _head(ranking, opened.settings["data"]["name"] if data is None else str(data))
     table = ranking.table.drop(columns="probability")
     return Interpreted(folder, table, shown, head, description, remarks, ranking.causes, opened, ranking.images)
@@ -174,15 +181,10 @@ def _check(split: str, selection: _Selection) -> None:
         raise UserError(message, option="confident")
 
 
-def _images(model: Model, data: str | Path | None, split: str, selection: _Selection) -> pd.DataFrame:
-    """Return the images of the split: path, patient, label."""
+def _check_class(model: Model, selection: _Selection) -> None:
     if selection.label is not None and selection.label not in model.classes:
         message = f"no such class; the classes are {', '.join(model.classes)}"
         raise UserError(message, option="label", value=selection.label)
-    images = labelled_images(model.settings, data, split)
-    if images.empty:
-        raise UserError("fit validated on all of its images; choose another split", option="split", value=split)
-    return images
 
 
 def _rank(model: Model, split: str, images: pd.DataFrame) -> _Ranking:

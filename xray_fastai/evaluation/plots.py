@@ -201,8 +201,10 @@ def _finish(axes: Axes, title: str, summary: dict[str, Any], measured: Measured,
 
 def _title(axes: Axes, title: str, summary: dict[str, Any]) -> None:
     axes.set_title(title, fontsize=11, loc="left", pad=22)
-    source = f"{_short(summary['model'])} on {summary['split']}: {summary['images']:,} images, "
-    source += f"{summary['patients']:,} patients" + ("" if summary["calibrated"] else "; uncalibrated")
+    source = f"{_short(summary['model'])} on {summary['split']}: {summary['images']:,} images"
+    if summary.get("images_without_patient") != summary["images"]:
+        source += f", {summary['patients']:,} patients"
+    source += "" if summary["calibrated"] else "; uncalibrated"
     source += "; test-time augmentation" if summary.get("tta") else ""
     axes.annotate(
         source, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=8, color="#666"

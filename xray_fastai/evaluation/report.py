@@ -171,6 +171,8 @@ def _evaluation(summary: dict) -> dict[str, Any]:
     return {
         **{key: summary[key] for key in copied},
         "tta": summary.get("tta", False),
+        "notes": summary.get("notes", []),
+        "of_patients": _of_patients(summary),
         "points": [
             {"label": _point(key, point["threshold"]), "confusion": point["confusion"]} for key, point in points.items()
         ],
@@ -178,6 +180,13 @@ def _evaluation(summary: dict) -> dict[str, Any]:
         "table": [(title_of(name), row) for name, row in cells.items()],
         "free": [(title_of(name), cell) for name, cell in free.items()],
     }
+
+
+def _of_patients(summary: dict) -> str:
+    """Return the number of patients after that of images; nothing where no patient is known."""
+    if summary.get("images_without_patient") == summary["images"]:
+        return ""
+    return f" of {summary['patients']:,} patients"
 
 
 def _interpretation(summary: dict) -> dict[str, Any]:

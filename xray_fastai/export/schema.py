@@ -105,6 +105,7 @@ class Preprocessing(Part):
 class Patients(Part):
     train: Count
     valid: Count
+    images_without: Count | None = None  # images that each count as a patient; earlier exports have no such key
 
 
 class Data(Part):

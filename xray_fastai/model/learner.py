@@ -121,4 +121,4 @@ def class_weight_values(config: FitConfig, labels: Sequence[str], classes: Seque
     """
     if config.class_weights == "balanced":
         return compute_class_weight("balanced", classes=np.array(classes), y=np.array(labels)).tolist()
-    return config.class_weight_list()
+    return config.class_weight_list(classes)

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.data.classes import positive_note
+from xray_fastai.data.patients import unknown
 from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
 from xray_fastai.system import distributed
@@ -28,10 +30,13 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
     print(f"data          {data.name}")
     for title, table in [("training", data.train), ("validation", data.valid)]:
         counts = ", ".join(f"{count:,} {label}" for label, count in table.label.value_counts().sort_index().items())
-        print(f"{title:<14}{len(table):,} images of {table.patient.nunique():,} patients: {counts}")
+        of_patients = "" if unknown(table).all() else f" of {table.patient.nunique():,} patients"
+        print(f"{title:<14}{len(table):,} images{of_patients}: {counts}")
     for note in (*data.notes, *data.skipped):
         print(f"              {note}")
-    print(f"classes       {', '.join(data.classes)}" + (f"; to detect: {data.positive}" if data.positive else ""))
+    print(f"classes       {', '.join(data.classes)}")
+    if note := positive_note(data.classes, config.positive):
+        print(f"              {note}")
     total, head = parameters
     print(f"network       {config.arch}, {config.size} x {config.size} px, weights {plan.origin.name}")
     print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")

@@ -20,6 +20,7 @@ from scipy.special import softmax
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.config import FitConfig
 from xray_fastai.data.dataset import Collection, file_key
+from xray_fastai.data.patients import unknown
 from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
@@ -102,7 +103,11 @@ def _summary(data: Collection) -> dict:
         "rehearsal": data.rehearsal,
         "train": data.train.label.value_counts().sort_index().to_dict(),
         "valid": data.valid.label.value_counts().sort_index().to_dict(),
-        "patients": {"train": int(data.train.patient.nunique()), "valid": int(data.valid.patient.nunique())},
+        "patients": {
+            "train": int(data.train.patient.nunique()),
+            "valid": int(data.valid.patient.nunique()),
+            "images_without": int(unknown(data.table).sum()),
+        },
         "notes": data.notes,
         "valid_files": sorted(file_key(file) for file in data.valid.file),
     }

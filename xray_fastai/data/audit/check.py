@@ -25,7 +25,7 @@ from xray_fastai.data.dataset import (
 from xray_fastai.data.duplicates import same_image
 from xray_fastai.data.image_facts import examine_all
 from xray_fastai.data.images import is_hidden, is_image_file
-from xray_fastai.data.patients import numbered, patients_in
+from xray_fastai.data.patients import check_listed, numbered, patient_rule, patients_in
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.splits import ENOUGH_TO_VALIDATE
 from xray_fastai.system.errors import UserError
@@ -35,14 +35,17 @@ from xray_fastai.system.text import count_of
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 
 
-def check_data(data: str | Path | None = None, patient_pattern: str | None = None) -> Audit:
+def check_data(
+    data: str | Path | None = None, patient_pattern: str | None = None, *, patients: str | None = None
+) -> Audit:
     """Check every file of a data set.
 
     Args:
         data: the folder with train/CLASS/* (and val, test). None is ./chest_xray if it exists, else the phantom. A
             folder of classes without splits is checked as well; the missing train/ is then one of the findings.
-        patient_pattern: regular expression that finds the patient in a file name; None is the one for the Kaggle
-            collection's names.
+        patient_pattern: regular expression that finds the patient in a file name; None takes PatientID in DICOM
+            files, then the names of public collections.
+        patients: a .csv file with the columns file and patient.
 
     Returns:
         The findings: `print(audit)`, `audit.ok`, `audit.findings`, `audit.to_dict()`, `audit.write_fix("LIST.csv")`.
@@ -57,7 +60,8 @@ def check_data(data: str | Path | None = None, patient_pattern: str | None = Non
     listed = pd.concat([_listed(root, split) for split in splits], ignore_index=True)
     is_image = ~listed.hidden & (listed.label != "") & listed.path.map(is_image_file)
     table = listed[is_image].drop(columns="hidden").reset_index(drop=True)
-    table = numbered(table.assign(patient=patients_in(table, patient_pattern)))
+    table = numbered(table.assign(patient=patients_in(table, patient_rule(patient_pattern, patients))))
+    check_listed(table, patients)
     facts = list(track(examine_all(table.path), "reading", len(table)))
     images = with_facts(table, facts)
     images["image"] = same_image(images)

@@ -11,7 +11,7 @@ from xray_fastai.data.audit.shortcuts import Shortcut
 from xray_fastai.data.dataset import class_folders
 from xray_fastai.data.dicom.reader import FORMAT as DICOM
 from xray_fastai.data.images import EXTENSIONS
-from xray_fastai.data.patients import CAUSE, is_numbered
+from xray_fastai.data.patients import ADVICE, CAUSE, source_of, unknown
 from xray_fastai.data.splits import ENOUGH_TO_VALIDATE
 from xray_fastai.system.text import count_of
 
@@ -124,28 +124,24 @@ def copies(images: pd.DataFrame) -> list[Finding]:
 def patients(images: pd.DataFrame, patient_pattern: str | None) -> list[Finding]:
     """Find patients in more than one split, and images without a known patient."""
     findings = []
-    named = images[images.patient != images.file]
-    if len(named) < len(images):
-        unknown = len(images) - len(named)
+    named = images[~unknown(images)]
+    if missing := len(images) - len(named):
         where = "names or DICOM headers" if (images.format == DICOM).any() else "names"
         findings.append(
             Finding(
-                "warning" if unknown == len(images) else "remark",
+                "warning" if missing == len(images) else "remark",
                 "no-patient",
-                f"no patient in the {where} of {unknown:,} of {len(images):,} images: each counts as one patient",
-                "if the names hold the patient, give --patient-pattern, here and in fit; otherwise images of one "
-                "patient may be in training and in validation",
+                f"no patient in the {where} of {missing:,} of {len(images):,} images: each counts as one patient",
+                f"{ADVICE}, here and in fit; otherwise images of one patient may be in training and in validation",
             )
         )
     elif len(images) > 1 and named.patient.nunique() == 1:
-        headers = is_numbered(named.patient.iloc[0])
         return [
             Finding(
                 "error",
                 "one-patient",
-                f"all {len(images):,} images are of one patient, by {'PatientID' if headers else 'their names'}",
-                "none can be held out for validation or test; if that is wrong, find patients in the file names by "
-                "--patient-pattern, here and in fit",
+                f"all {len(images):,} images are of one patient, by {source_of(named.patient.iloc[0])}",
+                f"none can be held out for validation or test; if that is wrong, {ADVICE}, here and in fit",
             )
         ]
     shared, numbers = [], []  # files of patients in two splits, and one file for each number in two splits
@@ -154,7 +150,8 @@ def patients(images: pd.DataFrame, patient_pattern: str | None) -> list[Finding]
         causes = rows.file.map(lambda file: match.group(1) if (match := CAUSE.search(Path(file).name)) else "")
         by_split = rows.split.groupby(causes.to_numpy()).nunique()
         where = ", ".join(f"{n:,} in {split}/" for split, n in rows.split.value_counts().items())
-        if patient_pattern is None and not is_numbered(patient) and "" not in by_split.index and by_split.max() == 1:
+        by_name = patient_pattern is None and source_of(patient) == "the file names"
+        if by_name and "" not in by_split.index and by_split.max() == 1:
             numbers += [File(file, f"{patient}: {where}") for file in rows.file[:1]]
         else:
             leaking += 1
