@@ -202,7 +202,7 @@ def _finish(axes: Axes, title: str, summary: dict[str, Any], measured: Measured,
 def _title(axes: Axes, title: str, summary: dict[str, Any]) -> None:
     axes.set_title(title, fontsize=11, loc="left", pad=22)
     source = f"{_short(summary['model'])} on {summary['split']}: {summary['images']:,} images, "
-    source += f"{summary['patients']:,} patients" + ("" if summary["calibrated"] else "; uncalibrated")
+    source += f"{summary['patients']:,} patients" + ("" if summary["calibrated"] else "; not calibrated")
     source += "; test-time augmentation" if summary.get("tta") else ""
     axes.annotate(
         source, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=8, color="#666"

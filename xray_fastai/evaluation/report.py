@@ -164,13 +164,14 @@ def _evaluation(summary: dict) -> dict[str, Any]:
     if "0.5" in points and points["0.5"]["threshold"] == points["chosen"]["threshold"]:
         del points["0.5"]
     names = list(dict.fromkeys(name for point in points.values() for name in point["metrics"]))
-    copied = ("split", "data", "images", "patients", "counts", "calibrated", "temperature", "positive", "intervals")
+    copied = ("split", "data", "images", "patients", "counts", "positive", "intervals")
     cells = {name: [_cell(point["metrics"].get(name)) for point in points.values()] for name in names}
     free = {name: _cell(metric) for name, metric in summary["metrics"].items()}
     last = {name: row[-1] for name, row in cells.items()} | free
     return {
         **{key: summary[key] for key in copied},
         "tta": summary.get("tta", False),
+        "probabilities": summary.get("probabilities") or _earlier_words(summary),
         "points": [
             {"label": _point(key, point["threshold"]), "confusion": point["confusion"]} for key, point in points.items()
         ],
@@ -178,6 +179,12 @@ def _evaluation(summary: dict) -> dict[str, Any]:
         "table": [(title_of(name), row) for name, row in cells.items()],
         "free": [(title_of(name), cell) for name, cell in free.items()],
     }
+
+
+def _earlier_words(summary: dict) -> str:
+    """Return how the probabilities of a `metrics.json` without these words were calibrated."""
+    words = f"temperature {format_number(summary['temperature'])} from validation images"
+    return words if summary["calibrated"] else "not calibrated"
 
 
 def _interpretation(summary: dict) -> dict[str, Any]:
