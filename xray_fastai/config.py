@@ -43,6 +43,7 @@ INFERENCE_PRECISIONS = ("auto", "fp32", "bf16")
 CONTRASTS = ("equalize", "none")
 AUGMENTATIONS = ("strong", "light", "none")
 SCHEDULES = ("adaptive", "constant")
+CALIBRATIONS = ("cautious", "validation", "none")
 RECIPES: dict[str, dict[str, str]] = {
     "default": {
         "contrast": "equalize",
@@ -291,9 +292,16 @@ class FitConfig:
     )
     target_sensitivity: float | None = _setting(
         None,
-        "Put the decision threshold where the validation images reach this sensitivity. [default: Youden's J]",
+        "Put the decision threshold where new images like those of validation reach this sensitivity, with a "
+        "probability of 0.95. [default: Youden's J]",
         above=0,
         max=1,
+    )
+    calibration: str = _setting(
+        "cautious",
+        "How outputs become probabilities: cautious (one temperature, the largest that the validation images allow), "
+        "validation (slope and intercept fitted to them) or none.",
+        choices=CALIBRATIONS,
     )
     patient_pattern: str | None = _setting(
         None,
@@ -324,6 +332,19 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+
+    def check_target_sensitivity(self, classes: Sequence[str]) -> None:
+        """Check that a sensitivity to reach is given for two classes only.
+
+        Raises:
+            UserError: there are more classes, which have no threshold.
+        """
+        if self.target_sensitivity is not None and len(classes) != 2:
+            raise UserError(
+                f"only two classes have a threshold, of {len(classes)} the most probable is predicted; leave it out",
+                option="target_sensitivity",
+                value=f"{self.target_sensitivity:g}",
+            )
 
     def class_weight_list(self, classes: Sequence[str]) -> list[float] | None:
         """Return the weights given as numbers, in the order of the classes; None if `class_weights` has no numbers.
@@ -395,7 +416,7 @@ class PredictConfig:
     threshold: float | None = _setting(
         None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
     )
-    uncalibrated: bool = _setting(False, "Give the probabilities without temperature scaling.")
+    uncalibrated: bool = _setting(False, "Give the softmax of the network's outputs, without fit's --calibration.")
     tta: bool = _setting(False, "Test-time augmentation: the mean over five views of an image.")
     batch_size: int = _setting(32, "Batch size.", min=1)
     device: str = _setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)

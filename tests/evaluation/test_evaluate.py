@@ -92,7 +92,8 @@ def test_what_is_written_and_printed(evaluated, export, data, tmp_path):
 
     head = {"format": 1, "model": "small", "architecture": "resnet18", "split": "test", "data": str(data)}
     head |= {"images": 23, "patients": 23, "counts": {"NORMAL": 12, "PNEUMONIA": 11}, "positive": "PNEUMONIA"}
-    head |= {"calibrated": False, "temperature": 1.0}  # too few validation images
+    head |= {"calibrated": False, "temperature": 1.0, "intercepts": None}  # too few validation images
+    head |= {"calibration": "none", "probabilities": "not calibrated"}
     assert {key: summary[key] for key in head} == head
     y_prob = table[["p_NORMAL", "p_PNEUMONIA"]].to_numpy()
     y_true, score = (table.truth == "PNEUMONIA").to_numpy().astype(int), table.p_PNEUMONIA.to_numpy()
@@ -156,12 +157,16 @@ def test_a_failure_leaves_the_earlier_evaluation(run, refused, export, data, tmp
 
 @pytest.mark.slow
 def test_uncalibrated(evaluated, changed, data):
-    """Raw probabilities, and the same decisions: the threshold of the calibrated ones moves with them."""
-    export = changed(temperature=2.5, threshold=0.7, calibration="temperature 2.5 by 100 images", calibrated=True)
+    """Raw probabilities, and the same decisions: the threshold of the export's own moves with them."""
+    note = {"calibration": "temperature 2.5 by 100 images", "calibration_kind": "cautious", "calibrated": True}
+    export = changed(temperature=2.5, threshold=0.7, **note)
     calibrated = evaluate(export, data)
+    assert calibrated.summary["calibration"] == "cautious" and calibrated.summary["calibrated"]
+    assert calibrated.about["probabilities"] == "cautious temperature 2.5 from validation images"
     text, summary, table = evaluated(export, "--uncalibrated")
-    assert not summary["calibrated"] and "uncalibrated" in text
-    assert "(0.7 on calibrated probabilities)" in " ".join(text.split())
+    assert not summary["calibrated"] and summary["calibration"] == "none"
+    assert "not calibrated, by --uncalibrated" in text
+    assert "(0.7 on the export's own probabilities)" in " ".join(text.split())
     cooled = np.log(table.p_PNEUMONIA / table.p_NORMAL) / 2.5
     p = calibrated.predictions
     assert cooled.to_numpy() == pytest.approx(np.log(p.p_PNEUMONIA / p.p_NORMAL).to_numpy(), abs=1e-6)

@@ -229,6 +229,8 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "training.phases": [([{}], "training.phases[0].name: field required"), (["a"], "object")],
     "training.seconds": [(-1, "equal to 0")],
     "calibrated": [("yes", "boolean"), (1, "boolean")],
+    "calibration_kind": [("best", "'cautious', 'validation', 'earlier' or 'none'"), (1, "'cautious'")],
+    "intercepts": [([1.0], "1 for 2 classes"), ([0.5, "1"], "number"), ([1e4, 0.0], "1000"), ({"NORMAL": 1}, "a list")],
     "augmentation": [([15], "an object"), ({"max_rotate": "15"}, "number"), ({"max_rotate": 10**400}, "")],
     "best.valid_loss": [("low", "number")],
     "versions": [({"torch": 2}, "versions.torch"), ({f"v{i}": "1" for i in range(2000)}, "2,000 entries")],
@@ -259,6 +261,7 @@ def test_each_key_is_needed(copy, run, refused):
     model = settings_of(copy)
     later = [("preprocessing", "contrast"), ("worst_group",), ("calibrated",), ("augmentation",)]
     later += [("data", "patients", "images_without"), ("data", "contents"), ("called",)]
+    later += [("intercepts",), ("calibration_kind",)]
 
     def paths(node, above=()):
         for key, value in node.items():

@@ -14,6 +14,7 @@ import pytest
 
 from xray_fastai import load_learner, predict, verify
 from xray_fastai.export.schema import read_settings
+from xray_fastai.inference.scaling import Scaling
 
 OLD = Path(__file__).with_name("export_0_1_0")
 
@@ -51,11 +52,15 @@ def test_an_export_of_0_1_0_says_in_its_note_whether_it_is_calibrated(export, tm
     assert "calibrated" not in old and "augmentation" not in old
     for note, calibrated in [("from 96 validation images, by Youden's J", True), ("not calibrated: too few", False)]:
         (tmp_path / "model.json").write_text(json.dumps(old | {"calibration": note}))
-        assert read_settings(tmp_path)["calibrated"] is calibrated
+        settings = read_settings(tmp_path)
+        assert settings["calibrated"] is calibrated
+        assert settings["calibration_kind"] == ("earlier" if calibrated else "none")
 
 
 def test_the_key_counts_and_not_the_words_of_the_note(export, tmp_path):
     old = json.loads((export / "model.json").read_text())
     new = {"calibration": "not calibrated: the words of a note may change", "calibrated": True}
     (tmp_path / "model.json").write_text(json.dumps(old | new))
-    assert read_settings(tmp_path)["calibrated"] is True
+    settings = read_settings(tmp_path)
+    assert settings["calibrated"] is True and settings["calibration_kind"] == "earlier"
+    assert Scaling.of(settings).describe(1) == f"temperature {old['temperature']:.3g} from validation images"

@@ -109,21 +109,24 @@ def test_an_image_is_called_at_the_threshold(model, files):
     assert (predict(files, model).threshold == settings_of(model.path)["threshold"]).all()
 
 
+HOT = {"temperature": 3.0, "intercepts": [0.25, -0.5], "threshold": 0.55, "calibration_kind": "validation"}
+
+
 def test_uncalibrated_makes_the_same_decisions_by_default(model, files):
-    hot = type(model)(model.path, model.settings | {"temperature": 3.0, "threshold": 0.55}, model.network)
+    hot = type(model)(model.path, model.settings | HOT, model.network)
     calibrated, raw = predict(files, hot), predict(files, hot, uncalibrated=True)
     assert (calibrated.prediction == raw.prediction).all()
     assert not np.allclose(calibrated.p_NORMAL, raw.p_NORMAL)
     np.testing.assert_allclose(raw.p_NORMAL, predict(files, model, uncalibrated=True).p_NORMAL, atol=1e-6)
 
 
-def test_the_threshold_moves_with_the_temperature(model):
-    hot = type(model)(model.path, model.settings | {"temperature": 3.0, "threshold": 0.55}, model.network)
+def test_the_threshold_moves_with_temperature_and_intercepts(model):
+    hot = type(model)(model.path, model.settings | HOT, model.network)
     margins = np.linspace(-3, 3, 61)
     logits = np.stack([np.zeros(61), margins], axis=1)
     calibrated, raw = hot.probabilities(logits), hot.probabilities(logits, calibrated=False)
     decisions = hot.decide(calibrated)
-    assert (decisions == (margins >= 3 * np.log(0.55 / 0.45))).all()
+    assert (decisions == (margins / 3 - 0.75 >= np.log(0.55 / 0.45))).all()
     assert (hot.decide(raw, hot.threshold_of(calibrated=False)) == decisions).all()
     assert (hot.decide(raw) != decisions).any()  # the export's own threshold belongs to calibrated probabilities
 

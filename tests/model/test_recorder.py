@@ -1,4 +1,4 @@
-"""Losses and metrics of an epoch are fastai's, and no batch waits for the device."""
+"""Values of an epoch are fastai's, but for the validation loss, a weighted mean; no batch waits for the device."""
 
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ from fastai.vision.all import (
     to_detach,
 )
 
+from xray_fastai.model.learner import CalibratedCrossEntropy
 from xray_fastai.model.loaders import make_loaders
 from xray_fastai.model.recorder import EpochAverage, EpochLoss, EpochMetric, EpochRecorder, SmoothLoss
 
@@ -36,12 +37,13 @@ PAIRS = [
 def batches(classes: int) -> list[SimpleNamespace]:
     """Return what a metric sees of a learner after each batch; the last batch is smaller."""
     torch.manual_seed(0)
-    seen = []
+    seen, loss_func = [], CalibratedCrossEntropy()
     for size in (8, 8, 5):
         targets = TensorCategory(torch.arange(size) % classes)
         pred = torch.randn(size, classes, requires_grad=True)
         loss = torch.nn.functional.cross_entropy(pred, targets.as_subclass(torch.Tensor))
-        seen.append(SimpleNamespace(pred=pred, y=targets, yb=(targets,), loss=loss, to_detach=to_detach))
+        parts = {"pred": pred, "y": targets, "yb": (targets,), "loss": loss}
+        seen.append(SimpleNamespace(**parts, loss_func=loss_func, to_detach=to_detach))
     return seen
 
 
@@ -57,6 +59,36 @@ def test_values_are_fastais(ours, fastais, classes):
         assert float(ours.value) == float(fastais.value)
 
 
+def loss_in_batches(size: int, loss_func, logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Return the validation loss of logits (N, classes) and targets (N,) that come in batches of a size."""
+    metric = EpochLoss()
+    metric.reset()
+    for pred, y in zip(logits.split(size), targets.split(size), strict=True):
+        y = TensorCategory(y)
+        metric.accumulate(SimpleNamespace(loss=loss_func(pred, y), yb=(y,), loss_func=loss_func))
+    return float(metric.value)
+
+
+@pytest.mark.parametrize("weight", [None, [3.0, 1.0], [0.2, 5.0]])
+def test_the_validation_loss_is_the_weighted_mean_whatever_the_batches_are(weight):
+    """The images are sorted by class, as in a validation table: whole batches are of one class."""
+    torch.manual_seed(0)
+    logits, targets = 2 * torch.randn(101, 2), (torch.arange(101) >= 37).long()
+    weight = None if weight is None else torch.tensor(weight)
+    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    weights = torch.ones(101) if weight is None else weight[targets]
+    expected = float((weights * each).sum() / weights.sum())
+    loss_func = CalibratedCrossEntropy(weight=weight)
+    for size in (1, 7, 16, 80, 101):
+        assert loss_in_batches(size, loss_func, logits, targets) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_function_of_the_users_own_weighs_all_images_equally():
+    logits, targets = torch.randn(9, 2), torch.arange(9) % 2
+    mean = float(torch.nn.functional.cross_entropy(logits, targets))
+    assert loss_in_batches(4, torch.nn.functional.cross_entropy, logits, targets) == pytest.approx(mean, rel=1e-5)
+
+
 def test_columns_have_fastais_names():
     assert [ours(2).name for ours, _ in PAIRS[::3]] == [fastais(2).name for _, fastais in PAIRS[::3]]
 
@@ -68,7 +100,8 @@ def test_no_batch_is_read_from_the_device(ours):
     metric.reset()
     for learn in batches(2):
         meta = {name: getattr(learn, name).detach().to("meta") for name in ("pred", "y", "loss")}
-        metric.accumulate(SimpleNamespace(**meta, yb=(meta["y"],), to_detach=to_detach))
+        rest = {"yb": (meta["y"],), "loss_func": learn.loss_func, "to_detach": to_detach}
+        metric.accumulate(SimpleNamespace(**meta, **rest))
 
 
 def recorder_of(device: str) -> EpochRecorder:

@@ -78,6 +78,7 @@ def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
     assert model["status"] == "complete" and model["classes"] == ["NORMAL", "PNEUMONIA"]
     assert model["settings"]["epochs"] == 2 and model["settings"]["size"] == 32
     assert model["calibrated"] is False and model["calibration"].startswith("not calibrated: ")
+    assert model["calibration_kind"] == "none" and model["intercepts"] is None
     assert len(history_of(export)) == 2
 
 
@@ -242,8 +243,10 @@ def test_valid(valid, words, collection, run):
 
 
 @pytest.mark.slow
-def test_three_classes(tmp_path, run):
+def test_three_classes(tmp_path, run, refused):
     root = draw_collection(tmp_path, {f"train/{name}": 12 for name in ("BACTERIA", "NORMAL", "VIRUS")})
+    result = run("fit", "--data", root, *QUICK, "--weights", "none", "--target-sensitivity", 0.9)
+    refused(result, "--target-sensitivity 0.9: only two classes have a threshold, of 3 the most probable is predicted")
     args = ["--weights", "none", "--epochs", 1, "--class-weights", "1,2.5,1", "--name", "three"]
     result = run("fit", "--data", root, *QUICK, *args)
     assert result.exit_code == 0, result.output

@@ -1,8 +1,8 @@
 """A seed gives the history that it gave before: recorded ones, and to the last digit that of images loaded one by one.
 
-`recorded_histories.json` was written by version 0.1.0, on an AVX2 CPU with torch 2.14 and one thread, where a fit still
-gives it to the last digit. Other CPUs and versions round differently. A change that alters it on purpose says why, and
-records it again.
+`recorded_histories.json` was written on an AVX2 CPU with torch 2.14 and one thread, where a fit still gives it to the
+last digit. Other CPUs and versions round differently. A change that alters it on purpose says why, and records it
+again. All columns but one are those of version 0.1.0: its validation loss averaged the batches (`EpochLoss`).
 """
 
 import json

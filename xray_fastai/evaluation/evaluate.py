@@ -49,7 +49,7 @@ class _Request:
     data: str  # the folder, or the name of the data set that `fit` used
     split: str
     images: pd.DataFrame  # path, file, patient, label
-    calibrated: bool  # whether to apply the temperature
+    calibrated: bool  # whether to apply temperature and intercepts
     threshold: float | None  # given by the user; None is the one that `fit` chose
     tta: bool
 
@@ -82,8 +82,8 @@ def evaluate(
         data: the folder that holds the split; None is the one that `fit` used.
         split: test, valid (the images that `fit` validated on) or train.
         threshold: an image is predicted positive from this probability on; auto is the one that `fit` chose.
-        uncalibrated: leave out the temperature. The threshold that `fit` chose is then converted, so that it decides
-            the same.
+        uncalibrated: leave out temperature and intercepts. The threshold that `fit` chose is then converted, so that
+            it decides the same.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
         patients: a .csv file with the columns file and patient; None is the one of `fit`, if `data` is None.
         output: the folder to write `evaluation-<split>/` into, instead of the export.
@@ -185,8 +185,11 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         "patients": patients,
         "images_without_patient": missing,  # each counts as a patient of its own
         "counts": {model.classes[k]: int((scored.y_true == k).sum()) for k in classes},
-        "calibrated": model.calibrated and request.calibrated,
-        "temperature": model.temperature,
+        "calibrated": model.scaling.kind != "none" and request.calibrated,
+        "calibration": model.scaling.kind if request.calibrated else "none",
+        "probabilities": model.describe_probabilities(request.calibrated, request.tta),
+        "temperature": model.scaling.temperature,
+        "intercepts": model.scaling.intercepts,
         "positive": None if scored.positive is None else model.positive,
         "intervals": intervals if patients > 1 else "no intervals: the images are of one patient",
         "operating_points": {
@@ -221,17 +224,15 @@ def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:
         "data": f"{summary['data']}, split {summary['split']}: {summary['images']:,} images"
         + ("" if summary["images_without_patient"] == summary["images"] else f", {summary['patients']:,} patients"),
         "classes": counts,
-        "probabilities": f"calibrated, temperature {model.temperature:.3g}"
-        if summary["calibrated"]
-        else "uncalibrated",
+        "probabilities": summary["probabilities"],
     }
     if positive is None:
         about["metrics"] = "mean over the classes in the split, each against the rest"
     else:
         threshold, given = summary["operating_points"]["chosen"]["threshold"], request.threshold is not None
         about["threshold"] = f"{threshold:.4g}, " + ("given" if given else model.settings["calibration"])
-        if not given and model.calibrated and threshold != model.threshold:
-            about["threshold"] += f" ({model.threshold:.4g} on calibrated probabilities)"
+        if not given and threshold != model.threshold:
+            about["threshold"] += f" ({model.threshold:.4g} on the export's own probabilities)"
     return about
 
 

@@ -204,7 +204,7 @@ def _title(axes: Axes, title: str, summary: dict[str, Any]) -> None:
     source = f"{_short(summary['model'])} on {summary['split']}: {summary['images']:,} images"
     if summary.get("images_without_patient") != summary["images"]:
         source += f", {summary['patients']:,} patients"
-    source += "" if summary["calibrated"] else "; uncalibrated"
+    source += "" if summary["calibrated"] else "; not calibrated"
     source += "; test-time augmentation" if summary.get("tta") else ""
     axes.annotate(
         source, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=8, color="#666"

@@ -164,7 +164,7 @@ def _evaluation(summary: dict) -> dict[str, Any]:
     if "0.5" in points and points["0.5"]["threshold"] == points["chosen"]["threshold"]:
         del points["0.5"]
     names = list(dict.fromkeys(name for point in points.values() for name in point["metrics"]))
-    copied = ("split", "data", "images", "patients", "counts", "calibrated", "temperature", "positive", "intervals")
+    copied = ("split", "data", "images", "patients", "counts", "positive", "intervals")
     cells = {name: [_cell(point["metrics"].get(name)) for point in points.values()] for name in names}
     free = {name: _cell(metric) for name, metric in summary["metrics"].items()}
     last = {name: row[-1] for name, row in cells.items()} | free
@@ -173,6 +173,7 @@ def _evaluation(summary: dict) -> dict[str, Any]:
         "tta": summary.get("tta", False),
         "notes": summary.get("notes", []),
         "of_patients": _of_patients(summary),
+        "probabilities": summary.get("probabilities") or _earlier_words(summary),
         "points": [
             {"label": _point(key, point["threshold"]), "confusion": point["confusion"]} for key, point in points.items()
         ],
@@ -187,6 +188,12 @@ def _of_patients(summary: dict) -> str:
     if summary.get("images_without_patient") == summary["images"]:
         return ""
     return f" of {summary['patients']:,} patients"
+
+
+def _earlier_words(summary: dict) -> str:
+    """Return how the probabilities of a `metrics.json` without these words were calibrated."""
+    words = f"temperature {format_number(summary['temperature'])} from validation images"
+    return words if summary["calibrated"] else "not calibrated"
 
 
 def _interpretation(summary: dict) -> dict[str, Any]:

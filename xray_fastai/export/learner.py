@@ -7,7 +7,7 @@ from fastai.vision.all import Learner, ProgressCallback
 
 from xray_fastai.export.network import load_weights
 from xray_fastai.export.reader import read
-from xray_fastai.model.learner import build_learner, set_temperature
+from xray_fastai.model.learner import build_learner, set_scaling
 from xray_fastai.model.loaders import empty_loaders
 
 
@@ -19,7 +19,7 @@ def load_learner(path: str | Path) -> Learner:
 
     Returns:
         A learner on the CPU, in evaluation mode. `learn.predict(image)` takes a path, a PIL image or an array. It
-        returns the label, its index and the calibrated probabilities (classes,), in the order of `learn.dls.vocab`.
+        returns the label, its index and the probabilities (classes,) of the export, in the order of `learn.dls.vocab`.
 
     Raises:
         UserError: the folder is no export, was written by a newer version, or is damaged.
@@ -32,7 +32,7 @@ def load_learner(path: str | Path) -> Learner:
             dls, model["architecture"], dropout=model["dropout"], class_weights=model["class_weights"]
         )
     load_weights(learn.model, Path(path), model)
-    set_temperature(learn, model["temperature"])
+    set_scaling(learn, model["temperature"], model.get("intercepts"))
     learn.remove_cb(ProgressCallback)  # it shows a bar at each prediction; to train further, add it again
     learn.model.eval()
     return learn

@@ -39,6 +39,10 @@ PICKLE = "learner.pkl"
 HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
 """The columns of `history.csv`."""
 
+CALIBRATION_KINDS = ("cautious", "validation", "earlier", "none")
+"""How temperature and intercepts were chosen: the first two by `fit --calibration` (`training.calibration`), `earlier`
+by the rule of exports without the key, `none` not at all."""
+
 LIMIT = 8_000_000
 """The largest accepted file, in bytes. 400,000 validation files, each with a key of 12 digits, take as much."""
 NODES = 10_000
@@ -203,9 +207,12 @@ class Export(Part):
     # what training images were varied by (`model.augmentation.AUGMENT`); 0.1.0 wrote no such key
     augmentation: Annotated[dict[Text, float], BeforeValidator(_small_table)] | None = None
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)]
+    # `scaling.Scaling`; earlier exports have none
+    intercepts: Annotated[list[Annotated[float, Field(ge=-1e3, le=1e3)]], Field(max_length=MAX_CLASSES)] | None = None
     threshold: Annotated[float, Field(ge=0, le=1)] | None
-    calibration: Text  # how temperature and threshold were chosen
-    calibrated: bool | None = None  # by validation images; 0.1.0 wrote no such key: `_with_calibrated`
+    calibration: Text  # how temperature, intercepts and threshold were chosen
+    calibrated: bool | None = None  # by validation images; 0.1.0 wrote no such key: `_completed`
+    calibration_kind: Literal[CALIBRATION_KINDS] | None = None  # earlier exports have no such key: `_completed`
     data: Data
     settings: Settings
     training: Training
@@ -227,6 +234,8 @@ class Export(Part):
             raise ValueError("threshold: more than two classes have none, the most probable is predicted")
         if self.class_weights is not None and len(self.class_weights) != len(self.classes):
             raise ValueError(f"class_weights: {len(self.class_weights)} for {len(self.classes)} classes")
+        if self.intercepts is not None and len(self.intercepts) != len(self.classes):
+            raise ValueError(f"intercepts: {len(self.intercepts)} for {len(self.classes)} classes")
         for split in ("train", "valid"):
             if not getattr(self.data, split).keys() <= known:
                 raise ValueError(f"data.{split}: counts a class that is none of the classes")
@@ -253,8 +262,8 @@ def parse(content: bytes, file: Path) -> tuple[dict[str, Any], list[str]]:
         file: its name for errors.
 
     Returns:
-        The settings as they stand in the file, and the paths of the keys that this version does not know. A missing
-        `calibrated` is filled in.
+        The settings as they stand in the file, and the paths of the keys that this version does not know. Missing
+        `calibrated` and `calibration_kind` are filled in.
 
     Raises:
         UserError: as `read_settings`.
@@ -276,13 +285,15 @@ def parse(content: bytes, file: Path) -> tuple[dict[str, Any], list[str]]:
         export = Export.model_validate(model)
     except ValidationError as error:
         raise _damaged(file, _first(error)) from None
-    return _with_calibrated(model), list(export.unknown())
+    return _completed(model), list(export.unknown())
 
 
-def _with_calibrated(model: dict[str, Any]) -> dict[str, Any]:
-    """Add the key `calibrated` to settings of version 0.1.0, where the first words of the note say it."""
+def _completed(model: dict[str, Any]) -> dict[str, Any]:
+    """Add `calibrated` and `calibration_kind` to earlier settings: in 0.1.0 the first words of the note say it."""
     if model.get("calibrated") is None:
         model["calibrated"] = not model["calibration"].startswith("not calibrated")
+    if model.get("calibration_kind") is None:
+        model["calibration_kind"] = "earlier" if model["calibrated"] else "none"
     return model
 
 

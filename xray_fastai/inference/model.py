@@ -16,6 +16,7 @@ from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.export.network import load_network
 from xray_fastai.export.reader import find_export
 from xray_fastai.inference.cpu_fusion import fused_for_cpu
+from xray_fastai.inference.scaling import Scaling
 from xray_fastai.model.folding import fold_batch_norm
 from xray_fastai.model.preprocessing import Preprocessing
 from xray_fastai.system.device import choose_device, choose_precision
@@ -56,16 +57,21 @@ class Model:
         return self.settings["threshold"]
 
     @property
-    def temperature(self) -> float:
-        return self.settings["temperature"]
+    def scaling(self) -> Scaling:
+        """What turns logits into the export's probabilities."""
+        return Scaling.of(self.settings)
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether the temperature was estimated on validation images."""
-        return self.settings["calibrated"]
+    def describe_probabilities(self, calibrated: bool = True, tta: bool = False) -> str:
+        """Return how the probabilities were calibrated, for people."""
+        kind = self.scaling.kind if calibrated else "none"
+        if kind == "none":
+            return "not calibrated" if self.scaling.kind == "none" else "not calibrated, by --uncalibrated"
+        two = len(self.classes) == 2 and self.positive is not None
+        text = self.scaling.describe(self.classes.index(self.positive) if two else None)
+        return f"{text}, for single views and not for the mean of views" if tta else text
 
     def threshold_of(self, calibrated: bool = True) -> float | None:
-        """Return the threshold on calibrated probabilities, or the one on uncalibrated ones with the same decisions.
+        """Return the threshold on the export's probabilities, or the one on raw ones with the same decisions.
 
         None means that the most probable class is predicted.
         """
@@ -73,14 +79,15 @@ class Model:
             return self.threshold if len(self.classes) == 2 else None
         from scipy.special import expit, logit  # takes 0.4 s, and only `uncalibrated` needs it
 
-        return float(expit(self.temperature * logit(self.threshold)))
+        intercept = self.scaling.intercept_of(self.classes.index(self.positive))
+        return float(expit(self.scaling.temperature * (logit(self.threshold) - intercept)))
 
     def probabilities(self, logits: np.ndarray, calibrated: bool = True) -> np.ndarray:
-        """Return the softmax of logits (N, classes), divided by the export's temperature if `calibrated`.
+        """Return the softmax of logits (N, classes), scaled as the export says (`scaling`) if `calibrated`.
 
         It is `scipy.special.softmax` to the last digit, without the import; torch's differs in the last digit.
         """
-        scaled = np.asarray(logits, dtype=np.float64) / (self.temperature if calibrated else 1.0)
+        scaled = (self.scaling if calibrated else Scaling())(logits)
         powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
         return powers / powers.sum(axis=-1, keepdims=True)
 

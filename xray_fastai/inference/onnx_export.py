@@ -1,9 +1,9 @@
 """Writes an export as one ONNX file that runs without torch.
 
 Input `images`: 8-bit grey values (N, 1, size, size), as `images.open_image(file, size)` gives them. Output
-`probabilities`: (N, classes), calibrated, float32. N is free. The graph does what `predict` does: histogram
-equalization if the export has it, scaling, ImageNet's normalization to three channels, the network, temperature and
-softmax. The file's metadata holds what else a user of the model needs, as text, or as JSON for a list or an object.
+`probabilities`: (N, classes), float32. N is free. The graph does what `predict` does: histogram equalization if the
+export has it, scaling, ImageNet's normalization to three channels, the network, temperature and intercepts, softmax.
+The file's metadata holds what else a user of the model needs, as text, or as JSON for a list or an object.
 """
 
 import json
@@ -44,12 +44,12 @@ class Exported:
 
     def __str__(self) -> str:
         model, size = self.model, self.model.size
-        calibrated = "calibrated" if model.calibrated else "not calibrated"
         return "\n".join(
             [
                 f"{'model':<14}{model.path}: {model.settings['architecture']}, {size} x {size} px",
                 f"{'input':<14}images: 8-bit grey values (N, 1, {size}, {size}), decoded and resized, nothing else",
-                f"{'output':<14}probabilities: (N, {len(model.classes)}), {calibrated}: {', '.join(model.classes)}",
+                f"{'output':<14}probabilities: (N, {len(model.classes)}): {', '.join(model.classes)}",
+                f"{'':<14}{model.describe_probabilities()}",
                 f"{'checked':<14}{IMAGES} images in onnxruntime: probabilities within {self.difference:.1e} of torch's",
                 f"{'written':<14}{self.path}, {self.path.stat().st_size / 1e6:.1f} MB",
             ]
@@ -133,9 +133,13 @@ def _graph(model: Model) -> torch.nn.Module:
             super().__init__()
             self.network = model.network
             self.preprocessing = Preprocessing(model.settings["preprocessing"].get("contrast", "none"))
+            self.temperature = model.scaling.temperature
+            intercepts = model.scaling.intercepts or [0.0] * len(model.classes)
+            self.register_buffer("intercepts", torch.tensor(intercepts))
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.softmax(self.network(self.preprocessing(images)) / model.temperature, dim=1)
+            outputs = self.network(self.preprocessing(images))  # (N, classes)
+            return torch.softmax(outputs / self.temperature + self.intercepts, dim=1)
 
     return Graph().eval()
 
@@ -149,7 +153,9 @@ def _metadata(model: Model, versions: dict[str, str]) -> dict[str, str]:
         "classes": model.classes,
         "positive": model.positive,
         "threshold": model.threshold,
-        "temperature": model.temperature,
+        "temperature": model.scaling.temperature,
+        "intercepts": model.scaling.intercepts,
+        "calibration_kind": model.scaling.kind,
         "calibration": settings["calibration"],
         "size": model.size,
         "preprocessing": settings["preprocessing"],

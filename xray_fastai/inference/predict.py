@@ -35,9 +35,10 @@ def predict(
         recursive: search the subfolders of folders, too.
         threshold: the probability of the class to detect from which an image is called positive; None takes the
             export's own.
-        uncalibrated: give probabilities without temperature scaling. The export's own threshold is moved accordingly,
-            so that the decisions stay the same.
-        tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
+        uncalibrated: give the softmax of the network's outputs, without temperature and intercepts. The export's own
+            threshold is moved accordingly, so that the decisions stay the same.
+        tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image. Temperature,
+            intercepts and threshold were chosen on single views.
         batch_size: changes the speed, not the result.
         device: auto, cpu, cuda or mps; an open model stays where it is.
         precision: auto, fp32 or bf16 (`inference.model.open_model`); an open model keeps its own.

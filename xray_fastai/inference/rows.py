@@ -107,6 +107,7 @@ class RowBuilder:
         if self.threshold is not None:
             rule = f"{self.model.positive} from a probability of {self.threshold:.4g}"
         text = f"{'classes':<14}{', '.join(self.model.classes)}; {rule}"
+        text += f"\n{'probabilities':<14}{self.model.describe_probabilities(self.calibrated, self.config.tta)}"
         if self.model.settings["data"]["rehearsal"]:
             text += f"\n{'trained on':<14}synthetic X-rays: the model knows nothing of patients"
         return text

@@ -25,12 +25,17 @@ from xray_fastai.model.recorder import EpochAverage, EpochMetric, EpochRecorder
 
 
 class CalibratedCrossEntropy(CrossEntropyLossFlat):
-    "fastai's cross-entropy with probabilities softmax(logits / temperature); the loss itself does not use it."
+    """fastai's cross-entropy with probabilities softmax(logits / temperature + intercepts).
+
+    The loss itself uses neither.
+    """
 
     temperature = 1.0
+    intercepts: Sequence[float] | None = None  # (classes,)
 
     def activation(self, x):
-        return super().activation(x / self.temperature)
+        scaled = x / self.temperature
+        return super().activation(scaled if self.intercepts is None else scaled + x.new_tensor(self.intercepts))
 
     def total_weight(self, targets: torch.Tensor) -> torch.Tensor:
         "Return the sum of the images' weights, by which the loss of a batch is divided."
@@ -55,9 +60,9 @@ def settle_batch_norm(model: nn.Module, steps: int) -> None:
             module.momentum = max(module.momentum, min(0.5, 2 / steps))
 
 
-def set_temperature(learn: Learner, temperature: float) -> None:
-    """Set the temperature by which `learn.predict` and `learn.get_preds` calibrate their probabilities."""
-    learn.loss_func.temperature = temperature
+def set_scaling(learn: Learner, temperature: float, intercepts: Sequence[float] | None) -> None:
+    """Set what `learn.predict` and `learn.get_preds` scale logits by: softmax(logits / temperature + intercepts)."""
+    learn.loss_func.temperature, learn.loss_func.intercepts = temperature, intercepts
 
 
 def build_learner(

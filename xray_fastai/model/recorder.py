@@ -1,6 +1,7 @@
 """fastai's losses and metrics, kept on the device until a part of an epoch ends, so that no batch waits for a GPU.
 
-fastai copies them to the CPU after each batch: six times in a batch that validates. The values are fastai's.
+fastai copies them to the CPU after each batch: six times in a batch that validates. The values are fastai's, except for
+a weighted validation loss (`EpochLoss`).
 """
 
 import torch
@@ -18,12 +19,16 @@ class EpochAverage(AvgMetric):
 
 
 class EpochLoss(AvgLoss):
-    "Averages the losses of the batches of an epoch, by their number of images."
+    """Averages the loss over the images of an epoch: sum(w l) / sum(w), whatever the batches are.
+
+    fastai averages the losses of the batches by their number of images. With class weights that is another value: the
+    weights cancel inside a batch of one class. A loss function without `total_weight` weighs all images equally.
+    """
 
     def accumulate(self, learn):
-        size = find_bs(learn.yb)
-        self.total += learn.loss.detach().mean() * size
-        self.count += size
+        weight = getattr(learn.loss_func, "total_weight", len)(learn.yb[0])
+        self.total += learn.loss.detach().mean() * weight
+        self.count += weight
 
 
 class SmoothLoss(AvgSmoothLoss):

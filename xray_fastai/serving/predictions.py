@@ -30,9 +30,16 @@ class ModelFacts(BaseModel):
         description="The decision is `positive` if its probability is at least this; null: the most probable class.",
         examples=[0.5],
     )
-    calibrated: bool = Field(description="Whether the probabilities were calibrated on validation images.")
-    calibration: str = Field(description="How the threshold and the temperature were chosen.")
-    temperature: float = Field(description="Probabilities are softmax(logits / temperature).", examples=[1.2])
+    calibrated: bool = Field(description="Whether validation images chose temperature or intercepts.")
+    probabilities: str = Field(
+        description="How the probabilities were calibrated.",
+        examples=["cautious temperature 1.2 from validation images"],
+    )
+    calibration: str = Field(description="How temperature, intercepts and threshold were chosen.")
+    temperature: float = Field(
+        description="Probabilities are softmax(logits / temperature + intercepts).", examples=[1.2]
+    )
+    intercepts: list[float] | None = Field(description="One for each class; null: all are 0.", examples=[[-0.3, 0.3]])
     rehearsal: bool = Field(description="Trained on drawn X-rays: the model knows nothing of patients.")
     status: str = Field(description="complete, or why the training ended early: interrupted, diverged.")
 
@@ -47,9 +54,11 @@ class ModelFacts(BaseModel):
             classes=model.classes,
             positive=model.positive,
             threshold=model.threshold_of(),
-            calibrated=model.calibrated,
+            calibrated=model.scaling.kind != "none",
+            probabilities=model.describe_probabilities(),
             calibration=settings["calibration"],
-            temperature=model.temperature,
+            temperature=model.scaling.temperature,
+            intercepts=model.scaling.intercepts,
             rehearsal=settings["data"]["rehearsal"],
             status=settings["status"],
         )

@@ -1,73 +1,133 @@
-"""Chooses the temperature and the decision threshold on the validation split at the end of a fit.
+"""Chooses how outputs become probabilities, and the decision threshold, on the validation split at the end of a fit.
 
-Neither is ever chosen on the data that a model is evaluated on.
+Neither is ever chosen on the data that a model is evaluated on. `METHODS` says what the choices are; the README of this
+folder holds what was measured about them (`tests/benchmarks/calibration.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, softmax
+
+from xray_fastai.inference.scaling import Scaling
+from xray_fastai.training.threshold import CONFIDENCE, by_sensitivity, by_youden, standard_error
 
 MIN_IMAGES = 50
 """With fewer validation images, or fewer than `MIN_OF_A_CLASS` of one class, nothing is chosen."""
 MIN_OF_A_CLASS = 10
 MAX_TEMPERATURE = 20.0
 """The smallest temperature is 1 / `MAX_TEMPERATURE`."""
+SPREAD = 1.0
+"""Standard deviation that the logarithm of the slope, and each intercept, have before the images are seen: the penalty
+of `fit_slope_and_intercepts`."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Holds a network's outputs on the validation images, and what its loss was weighted for."""
+
+    logits: np.ndarray  # (N, classes)
+    targets: np.ndarray  # (N,), indices of classes
+    patients: np.ndarray  # (N,), equal for images of one patient
+    weights: np.ndarray  # (classes,), of the loss
+    trained: np.ndarray  # (classes,), numbers of training images
+
+    @property
+    def counts(self) -> np.ndarray:
+        """The number of validation images of each class (classes,)."""
+        return np.bincount(self.targets, minlength=self.logits.shape[1])
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Turns a network's outputs into probabilities and a decision.
 
-    Probabilities are softmax(logits / `temperature`). An image is predicted positive if its probability is at least
+    Probabilities are softmax(`scaling`(outputs)). An image is predicted positive if its probability is at least
     `threshold`, which is None where there is no positive class to decide on.
     """
 
-    temperature: float = 1.0
+    scaling: Scaling = field(default_factory=Scaling)
     threshold: float | None = 0.5
     note: str = "not calibrated"  # how they were chosen, for people
-    calibrated: bool = False  # whether the temperature was estimated on validation images
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Return the probabilities (N, classes) of outputs (N, classes)."""
+        return softmax(self.scaling(logits), axis=1)
 
 
 def calibrate(
-    logits: np.ndarray, targets: np.ndarray, positive: int | None, target_sensitivity: float | None = None
+    images: Validated, method: str, positive: int | None, target_sensitivity: float | None = None
 ) -> Calibration:
-    """Choose the temperature, and the threshold on the probabilities that it gives.
-
-    With no validation errors the temperature cannot be estimated: the likelihood grows as it falls to zero.
+    """Choose the scaling, and the threshold on the probabilities that it gives.
 
     Args:
-        logits: (N, classes), of the validation split.
-        targets: (N,), indices of classes.
+        images: the validation split.
+        method: one of `config.CALIBRATIONS`.
         positive: the index of the class to detect, or None.
-        target_sensitivity: see `choose_threshold`.
+        target_sensitivity: see `threshold.by_sensitivity`; None uses Youden's J.
     """
-    counts = np.bincount(targets, minlength=logits.shape[1])
-    uncalibrated_threshold = None if positive is None else 0.5
-    if len(targets) < MIN_IMAGES or counts.min() < MIN_OF_A_CLASS:
-        note = f"not calibrated: {len(targets)} validation images, {counts.min()} of the rarest class, are too few"
-        return Calibration(1.0, uncalibrated_threshold, note)
-    images = f"{len(targets)} validation images"
-    calibrated = bool((logits.argmax(axis=1) != targets).any())
-    if calibrated:
-        temperature = choose_temperature(logits, targets)
-        note = f"from {images}," if positive is not None else f"temperature from {images}"
-    else:
-        temperature = 1.0
-        note = f"not calibrated: without errors on {images} the temperature cannot be estimated"
-        note += "; threshold" if positive is not None else ""
-    threshold = None
-    if positive is not None:
-        scores = softmax(logits / temperature, axis=1)[:, positive]
-        threshold = choose_threshold(scores, targets == positive, target_sensitivity)
-        note += " by " + ("Youden's J" if target_sensitivity is None else f"sensitivity {target_sensitivity:g}")
+    number, fewest = len(images.targets), images.counts.min()
+    if number < MIN_IMAGES or fewest < MIN_OF_A_CLASS:
+        note = f"not calibrated: {number} validation images, {fewest} of the rarest class, are too few"
+        if target_sensitivity is not None:
+            note += f", also for a sensitivity of {target_sensitivity:g}"
+        return Calibration(Scaling(), None if positive is None else 0.5, note)
+    scaling, note = METHODS[method](images)
+    temperature = scaling.temperature
     if not 1.05 / MAX_TEMPERATURE < temperature < MAX_TEMPERATURE / 1.05:
         note += "; the temperature is at its limit, so the probabilities are unreliable: train longer"
-    return Calibration(temperature, threshold, note, calibrated)
+    if positive is None:
+        return Calibration(scaling, None, note)
+    scores = softmax(scaling(images.logits), axis=1)[:, positive]
+    truth = images.targets == positive
+    if target_sensitivity is None:
+        threshold = by_youden(scores, truth, images.patients, float(prior_of(images, scaling)[positive]))
+        return Calibration(scaling, threshold, f"{note}; threshold by Youden's J")
+    threshold, probability = by_sensitivity(scores, truth, images.patients, target_sensitivity)
+    note += f"; threshold by sensitivity {target_sensitivity:g}, on images like these "
+    if probability >= CONFIDENCE:
+        note += f"reached with a probability of at least {CONFIDENCE:g}"
+    else:
+        note += f"reached with a probability of {probability:.2f} only: {truth.sum()} positive images show no more"
+    return Calibration(scaling, threshold, note)
 
 
-def losses(logits: np.ndarray, targets: np.ndarray, temperature: float) -> np.ndarray:
+def prior_of(images: Validated, scaling: Scaling) -> np.ndarray:
+    """Return the probabilities (classes,) of an image that says nothing about its class.
+
+    A loss with weights w trains a network for the prior w * n / sum(w * n), with n training images of a class; balanced
+    weights make it equal for all classes. Slope and intercepts of `validation` make it the share of each class in the
+    validation images.
+    """
+    if scaling.kind == "validation":
+        return images.counts / images.counts.sum()
+    return softmax(scaling(np.log(images.weights * images.trained)))
+
+
+def _none(images: Validated) -> tuple[Scaling, str]:
+    return Scaling(), f"not calibrated, as --calibration none says; {len(images.targets)} validation images"
+
+
+def _cautious(images: Validated) -> tuple[Scaling, str]:
+    """With no validation errors the temperature cannot be estimated: the likelihood grows as it falls to zero."""
+    number = f"{len(images.targets)} validation images"
+    if not (images.logits.argmax(axis=1) != images.targets).any():
+        return Scaling(), f"not calibrated: without errors on {number} the temperature cannot be estimated"
+    return Scaling("cautious", choose_temperature(images)), f"cautious temperature from {number}"
+
+
+def _validation(images: Validated) -> tuple[Scaling, str]:
+    temperature, intercepts = fit_slope_and_intercepts(images)
+    scaling = Scaling("validation", temperature, tuple(intercepts.tolist()))
+    return scaling, f"slope and intercept fitted to {len(images.targets)} validation images"
+
+
+METHODS = {"cautious": _cautious, "validation": _validation, "none": _none}
+"""By the name of `fit --calibration`, a function that returns the scaling and how it was chosen."""
+
+
+def losses(logits: np.ndarray, targets: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Return the negative log-likelihood of each image (N,)."""
     return -log_softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)[np.arange(len(targets)), targets]
 
@@ -83,52 +143,53 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}).x))
 
 
-def choose_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
+def choose_temperature(images: Validated) -> float:
     """Return the largest temperature whose negative log-likelihood is within one standard error of the lowest.
 
-    It is at most twice the temperature of the lowest. Validation images are like the training images, new images often
-    are not; on these, the best temperature of the validation images is overconfident. In two fits, on images held out
-    because they differ from the others (`tests/benchmarks/shift.py`), the negative log-likelihood was 0.73 and 0.47
-    with the best temperature, and 0.50 and 0.39 with this one. On validation images it rose from 0.012 to 0.019 and
-    from 0.067 to 0.083.
+    The standard error is that of the mean difference of the losses on the same images, by patient. The temperature is
+    at most twice that of the lowest. Validation images are like the training images, new images often are not; on
+    these, the best temperature of the validation images is overconfident.
     """
-    best = fit_temperature(logits, targets)
-    lowest = losses(logits, targets, best)
-    max_loss = lowest.mean() + lowest.std() / np.sqrt(len(targets))
-    warmer = np.geomspace(best, min(2 * best, MAX_TEMPERATURE), 101)
-    return float(max([best, *(value for value in warmer if losses(logits, targets, value).mean() <= max_loss)]))
+    best = fit_temperature(images.logits, images.targets)
+    lowest = losses(images.logits, images.targets, best)
+
+    def is_within(temperature: float) -> bool:
+        more = losses(images.logits, images.targets, temperature) - lowest
+        return bool(more.mean() <= standard_error(more, images.patients))
+
+    warmer = np.geomspace(best, min(2 * best, MAX_TEMPERATURE), 1001)  # in steps of 0.07 %
+    return float(max([best, *filter(is_within, warmer)]))
 
 
-def choose_threshold(scores: np.ndarray, positives: np.ndarray, target_sensitivity: float | None = None) -> float:
-    """Choose the lowest probability at which an image is predicted positive.
+def fit_slope_and_intercepts(images: Validated, spread: float = SPREAD) -> tuple[float, np.ndarray]:
+    """Fit one slope and an intercept of each class to the validation images, by penalised maximum likelihood.
 
-    By default this uses Youden's J, sensitivity + specificity - 1 (Index for rating diagnostic tests, Cancer 1950): of
-    the thresholds whose J is within one standard error of the highest, it takes the one nearest 0.5. The threshold with
-    the highest J depends on single images if a model makes few errors: in two fits with different seeds it was 0.14 and
-    0.54, where this rule gave 0.44 and 0.53.
+    A loss with weights w makes a network's posterior proportional to w p(class | image), which no slope undoes; so
+    log(w) is subtracted first. Then softmax(slope * outputs + intercepts) is fitted: Platt scaling for two classes,
+    bias-corrected temperature scaling for more (Alexandari et al., Maximum likelihood with bias-corrected calibration
+    is hard-to-beat at label shift adaptation, ICML 2020). log(slope) and intercepts have a normal prior of mean 0: the
+    fewer the images, and the fewer errors they have, the less is changed.
 
     Args:
-        scores: (N,), probability of the positive class.
-        positives: (N,), true where the image is of that class.
-        target_sensitivity: the sensitivity to reach, with the highest specificity that allows it; None uses J.
+        images: the validation split.
+        spread: standard deviation of the prior.
 
     Returns:
-        A value halfway between two scores.
+        The temperature, 1 / slope, and the intercepts (classes,), log(w) included.
     """
-    values = np.unique(scores)
-    candidates = (values[1:] + values[:-1]) / 2 if len(values) > 1 else np.array([0.5])
-    sorted_positive, sorted_negative = np.sort(scores[positives]), np.sort(scores[~positives])
-    sensitivity = 1 - np.searchsorted(sorted_positive, candidates) / len(sorted_positive)
-    specificity = np.searchsorted(sorted_negative, candidates) / len(sorted_negative)
-    if target_sensitivity is None:
-        j = sensitivity + specificity - 1
-        best = j.argmax()
-        variance = sensitivity[best] * (1 - sensitivity[best]) / len(sorted_positive)
-        variance += specificity[best] * (1 - specificity[best]) / len(sorted_negative)
-        good = candidates[j >= j[best] - np.sqrt(variance) - 1e-9]
-        return float(good[np.abs(good - 0.5).argmin()])
-    allowed = np.where(sensitivity >= target_sensitivity, specificity, -1.0)
-    if allowed.max() < 0:  # not reached even at the lowest candidate
-        return float(values[0])
-    best = np.flatnonzero(np.isclose(allowed, allowed.max()))
-    return float(candidates[best[len(best) // 2]])
+    offset = np.log(images.weights)
+    z = np.asarray(images.logits, dtype=np.float64) - offset  # (N, classes)
+    truth = np.arange(z.shape[1]) == images.targets[:, None]
+
+    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        slope = np.exp(values[0])
+        log_p = log_softmax(slope * z + values[1:], axis=1)
+        residuals = np.exp(log_p) - truth  # (N, classes), the gradient of the scaled outputs
+        gradient = np.array([slope * (residuals * z).sum(), *residuals.sum(axis=0)])
+        return (values**2).sum() / (2 * spread**2) - log_p[truth].sum(), gradient + values / spread**2
+
+    bound = np.log(MAX_TEMPERATURE)
+    bounds = [(-bound, bound), *[(None, None)] * z.shape[1]]
+    log_slope, *intercepts = minimize(loss, np.zeros(1 + z.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds).x
+    slope = np.exp(log_slope)
+    return float(1 / slope), np.array(intercepts) - slope * offset

@@ -104,6 +104,14 @@ def name_leftovers(run: Reservation) -> None:
             print(f"unfinished    {old}; {resume}delete it")
 
 
+def _intercepts(model: dict) -> str:
+    """Return the intercepts by class, where there are any."""
+    if model["intercepts"] is None:
+        return ""
+    listed = ", ".join(f"{k} {v:.3f}" for k, v in zip(model["classes"], model["intercepts"], strict=True))
+    return f", intercepts {listed}"
+
+
 def conclude(path: Path, model: dict, run: Reservation) -> None:
     """Print how a fit ended.
 
@@ -139,7 +147,7 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
         if differs:
             print("  images taken in another way may do as badly: test on some before you trust the model")
     threshold = "" if model["threshold"] is None else f", decision threshold {model['threshold']:.3f}"
-    print(f"temperature {model['temperature']:.3f}{threshold} ({model['calibration']})")
+    print(f"temperature {model['temperature']:.3f}{_intercepts(model)}{threshold} ({model['calibration']})")
     print(f"export: {path}")
     print(f"report: {path / 'report.html'}")
     if model["status"] == "interrupted":

@@ -71,9 +71,10 @@ def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None)
         origin: the origin of the weights in a checkpoint; None reads pretrained weights, or starts from scratch.
 
     Raises:
-        UserError: the device, the precision or the weights are not available, or several processes cannot share a batch
-            evenly.
+        UserError: the device, the precision or the weights are not available, several processes cannot share a batch
+            evenly, or a sensitivity is to be reached with more than two classes.
     """
+    config.check_target_sensitivity(data.classes)
     device, processes = choose_device(config.device), distributed.world_size()
     precision = choose_precision(config.precision, device)
     pretrained = None

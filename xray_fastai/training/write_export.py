@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from fastai.vision.all import Learner
 from safetensors.torch import save
-from scipy.special import softmax
 
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.config import FitConfig
@@ -27,10 +26,10 @@ from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
 from xray_fastai.export.run_folder import Reservation
 from xray_fastai.export.schema import FORMAT, PICKLE, SETTINGS, WEIGHTS
 from xray_fastai.model.augmentation import augmentation_values
-from xray_fastai.model.learner import set_temperature
+from xray_fastai.model.learner import set_scaling
 from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
-from xray_fastai.training.calibration import Calibration, calibrate
+from xray_fastai.training.calibration import Calibration, Validated, calibrate
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import conclude
 
@@ -66,10 +65,12 @@ def model_record(trainer: Trainer, status: str, calibration: Calibration, worst:
             "scale": "imagenet",
         },
         "augmentation": augmentation_values(config.augment),
-        "temperature": calibration.temperature,
+        "temperature": calibration.scaling.temperature,
+        "intercepts": calibration.scaling.intercepts,
         "threshold": calibration.threshold,
         "calibration": calibration.note,
-        "calibrated": calibration.calibrated,
+        "calibrated": calibration.scaling.kind != "none",
+        "calibration_kind": calibration.scaling.kind,
         "data": _summary(data),
         "settings": config.to_dict(),
         "training": {
@@ -197,16 +198,30 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
         )
     calibration, worst = Calibration(threshold=None if _positive(plan.data) is None else 0.5), None
     if best.row is not None:
-        logits, targets = best.logits.float().cpu().numpy(), best.targets.cpu().numpy()
-        calibration = calibrate(logits, targets, _positive(plan.data), plan.config.target_sensitivity)
-        worst = _worst_group(plan.data, softmax(logits / calibration.temperature, axis=1))
-    set_temperature(trainer.learn, calibration.temperature)
+        images = _validated(trainer)
+        config = plan.config
+        calibration = calibrate(images, config.calibration, _positive(plan.data), config.target_sensitivity)
+        worst = _worst_group(plan.data, calibration.probabilities(images.logits))
+    set_scaling(trainer.learn, calibration.scaling.temperature, calibration.scaling.intercepts)
     received = trainer.stop.received
     status = "diverged" if trainer.error else "interrupted" if received is not None else "complete"
     model = model_record(trainer, status, calibration, worst)
     path = write_export(run, trainer.learn, model, history)
     conclude(path, model, run)
     return Result(path, status, history, plan.config, received, trainer.error)
+
+
+def _validated(trainer: Trainer) -> Validated:
+    """Return what the best epoch's calibration is chosen from."""
+    plan, best = trainer.plan, trainer.best
+    data, classes = plan.data, plan.data.classes
+    return Validated(
+        logits=best.logits.float().cpu().numpy(),
+        targets=best.targets.cpu().numpy(),
+        patients=pd.factorize(data.valid.patient)[0],
+        weights=np.array(plan.class_weights or [1.0] * len(classes)),
+        trained=data.train.label.value_counts().loc[classes].to_numpy(),
+    )
 
 
 def _positive(data: Collection) -> int | None:

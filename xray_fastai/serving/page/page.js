@@ -174,7 +174,7 @@ function score(result) {
     const label = hasThreshold ? `Probability of ${name}` : name;
     parts.push(make("div", "line", make("span", "", label), make("strong", "", shown(p))), track);
   }
-  const kind = document.body.dataset.calibrated === "true" ? "calibrated" : "not calibrated";
+  const kind = document.body.dataset.probabilities;
   let reasonOfCall = `The most probable class is predicted. Probabilities: ${kind}.`;
   if (hasThreshold) {
     const side = result.prediction === positive ? "at or above" : "below";

@@ -1,0 +1,55 @@
+"""Holds what turns a network's outputs into the probabilities of an export, and the words that say how it was chosen.
+
+Probabilities are softmax(outputs / temperature + intercepts). For two classes that is a slope, 1 / temperature, and an
+intercept on the log odds (Platt scaling).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Scales outputs (N, classes) to the logits of the probabilities; by default it changes nothing."""
+
+    kind: str = "none"  # how it was chosen: one of `export.schema.CALIBRATION_KINDS`
+    temperature: float = 1.0
+    intercepts: Sequence[float] | None = None  # (classes,); None is 0 for each
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Scaling":
+        """Return the scaling of an export; `settings` is the content of its `model.json`."""
+        return cls(settings["calibration_kind"], settings["temperature"], settings.get("intercepts"))
+
+    def __call__(self, outputs: np.ndarray) -> np.ndarray:
+        """Return outputs / temperature + intercepts (N, classes), in float64."""
+        scaled = np.asarray(outputs, dtype=np.float64) / self.temperature
+        return scaled if self.intercepts is None else scaled + np.asarray(self.intercepts)
+
+    def intercept_of(self, positive: int) -> float:
+        """Return the intercept on the log odds of one of two classes."""
+        return 0.0 if self.intercepts is None else self.intercepts[positive] - self.intercepts[1 - positive]
+
+    def describe(self, positive: int | None = None) -> str:
+        """Return what the probabilities are, for people.
+
+        Args:
+            positive: the index of the class to detect among two; None for more classes.
+
+        >>> Scaling("validation", 0.5, (-0.1, 0.1)).describe(1)
+        'slope 2 and intercept 0.2 fitted to validation images'
+        >>> Scaling("cautious", 1.25).describe()
+        'cautious temperature 1.25 from validation images'
+        """
+        if self.kind == "none":
+            return "not calibrated"
+        if self.kind == "validation" and positive is not None:
+            values = f"slope {1 / self.temperature:.3g} and intercept {self.intercept_of(positive):.3g}"
+            return f"{values} fitted to validation images"
+        if self.kind == "validation":
+            return f"temperature {self.temperature:.3g} and an intercept of each class fitted to validation images"
+        name = "cautious temperature" if self.kind == "cautious" else "temperature"
+        return f"{name} {self.temperature:.3g} from validation images"
