@@ -18,8 +18,12 @@ from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
-from xray_fastai.cli import app
+from tests import small_network
+from tests.forked import Forked, with_tests
 from xray_fastai.data.sources import phantom
+
+small_network.allow()  # before modules are imported that read the table of architectures
+from xray_fastai.cli import app  # noqa: E402
 
 # torch comes later: tests run side by side, one process a core, and torch's threads would get into each other's way
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,12 +31,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # where the tests themselves are a background job, Ctrl-C is ignored, and so it would be in the commands they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# small, and without loading processes: seconds instead of minutes
-QUICK = ["--arch", "resnet18", "--size", "32", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+# without loading processes
+QUICK = ["--arch", small_network.NAME, "--size", "32", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+RESNET18 = ["--arch", "resnet18", *QUICK[2:]]
 
 
 def pytest_collection_finish():
     """Leave what was imported out of later garbage collections: each would take half a second; a fit ends with one."""
+    if "torch" in sys.modules:
+        small_network.register()
     gc.collect()
     gc.freeze()
 
@@ -75,12 +82,13 @@ def empty_curves(request, monkeypatch):
     """Leave the learning curves of fits and reports empty, where no test looks at them: they take a second of each."""
     drawing = sys.modules.get("xray_fastai.evaluation.learning_curves")  # not imported for this alone
     if drawing is not None and request.node.get_closest_marker("curves") is None:
-        monkeypatch.setattr(drawing, "_draw_curves", lambda *_: None)
+        monkeypatch.setattr(drawing, "_draw_curves", lambda axes, *_: axes.remove())
 
 
 @pytest.fixture(scope="session")
 def run():
     """Run the command line in this process."""
+    small_network.register()
     return lambda *args: CliRunner().invoke(app, [str(a) for a in args], prog_name="xray-fastai")
 
 
@@ -88,11 +96,24 @@ def run():
 def start():
     """Start the command line in a process of its own."""
 
-    def start(*args, **kwargs):
-        command = [sys.executable, "-m", "xray_fastai", *map(str, args)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    def start(*args, env=None, **kwargs):
+        module = "xray_fastai" if args[0] in ("data", "--version") else "tests.small_network"
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, args)], env=with_tests() | (env or {}), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
+        )  # fmt: skip
 
     return start
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Run fits and commands in processes of their own, which need not import anything (`forked.py`)."""
+    if not hasattr(os, "fork"):
+        pytest.skip("children are forked")
+    forked = Forked("tests.forked")
+    yield forked
+    forked.close()
 
 
 @pytest.fixture(scope="session")
@@ -133,17 +154,26 @@ def collection(tmp_path):
 @pytest.fixture(scope="session")
 def export(tmp_path_factory, run):
     """An export of a two-epoch fit on the small collection, whose folder is gone; its rate leaves it in some doubt."""
+    return made_export(tmp_path_factory, run, QUICK, "2e-3")
 
+
+@pytest.fixture(scope="session")
+def resnet18_export(tmp_path_factory, run):
+    """The same with a network that every process knows."""
+    return made_export(tmp_path_factory, run, RESNET18, "2e-4")
+
+
+def made_export(tmp_path_factory, run, options: list[str], rate: str) -> Path:
     def make(root: Path) -> None:
         data = draw_collection(root / "data", {"train/NORMAL": 16, "train/PNEUMONIA": 24})
         result = run(
-            "fit", "--data", data, *QUICK, "--weights", "none", "--epochs", 2, "--lr", "2e-4", "--exports", root,
+            "fit", "--data", data, *options, "--weights", "none", "--epochs", 2, "--lr", rate, "--exports", root,
             "--name", "small"
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         data.rename(root / "moved")
 
-    return made_once(tmp_path_factory, "export", make) / "small"
+    return made_once(tmp_path_factory, options[1], make) / "small"
 
 
 @pytest.fixture(scope="session")

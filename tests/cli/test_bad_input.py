@@ -2,9 +2,7 @@
 
 import os
 import re
-import resource
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from tests.conftest import QUICK, draw_collection
+from tests.conftest import QUICK, RESNET18, draw_collection
 
 FIT = ["--weights", "none", "--epochs", 1]
 
@@ -91,13 +89,14 @@ def test_weights_file_missing(refuse, collection):
 def test_weights_of_another_network(refuse, collection, tmp_path):
     state = torchvision.models.resnet34(weights=None).state_dict()
     save_file(state, tmp_path / "other.safetensors")
-    refuse(collection, "other.safetensors", "unknown: layer1.2", options=["--weights", tmp_path / "other.safetensors"])
+    options = ["--arch", "resnet18", "--weights"]
+    refuse(collection, "other.safetensors", "unknown: layer1.2", options=[*options, tmp_path / "other.safetensors"])
     state = torchvision.models.resnet18(weights=None).state_dict()
     state["conv1.weight"] = state["conv1.weight"][:, :1].contiguous()
     del state["layer1.0.bn1.bias"]
     save_file(state, tmp_path / "bent.safetensors")
     words = ["missing: layer1.0.bn1.bias", "of another shape: conv1.weight [64, 1, 7, 7] instead of [64, 3, 7, 7]"]
-    refuse(collection, *words, options=["--weights", tmp_path / "bent.safetensors"])
+    refuse(collection, *words, options=[*options, tmp_path / "bent.safetensors"])
 
 
 @pytest.mark.parametrize("name", ["text.pth", "text.safetensors"])
@@ -122,7 +121,7 @@ def test_offline_and_not_cached(refuse, collection, monkeypatch):
     for proxy in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # no server listens on this port
     words = ["resnet18-f37072fd.pth", "https://", Path(torch.hub.get_dir()) / "checkpoints", "--weights FILE"]
-    refuse(collection, *words, "--weights none", options=["--weights", "imagenet"])
+    refuse(collection, *words, "--weights none", options=["--arch", "resnet18", "--weights", "imagenet"])
 
 
 @pytest.mark.parametrize(
@@ -202,37 +201,31 @@ def test_exports_without_permission(refuse, collection, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file size limit")
-def test_a_disk_that_fills_up_before_an_epoch_is_kept(start, collection, tmp_path):
+def test_a_disk_that_fills_up_before_an_epoch_is_kept(forked, collection):
     """A limit on the size of files acts as a full disk."""
-    _, line = limited(1_000_000, start, collection, tmp_path)
+    _, line = limited(1_000_000, forked, collection)
     assert "exports/.full.partial: a checkpoint could not be written (File too large); free space" in line
-    assert not list((tmp_path / "exports").iterdir())
+    assert not list(Path("exports").iterdir())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file size limit")
-def test_a_disk_that_fills_up_while_exporting(start, collection, tmp_path):
+def test_a_disk_that_fills_up_while_exporting(forked, collection):
     """There is space for the weights, but not for learner.pkl; the fit resumes when there is space again."""
-    trained, line = limited(44_800_000, start, collection, tmp_path)
+    trained, line = limited(44_800_000, forked, collection)
     assert "exports/full: the export could not be written (a file could not be written completely); free" in line
     assert "resume it by 'xray-fastai fit --resume full', or delete exports/.full.partial" in line
-    assert [path.name for path in (tmp_path / "exports" / ".full.partial").iterdir()] == ["checkpoint"]
-    process = start("fit", "--resume", cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert re.search(r"^resuming +full after the unfrozen phase$", out, re.M)
-    assert [line for line in trained.splitlines() if line.startswith("unfrozen ")] and "\nunfrozen   " not in out
-    assert [path.name for path in (tmp_path / "exports").iterdir()] == ["full"]
+    assert [path.name for path in Path("exports/.full.partial").iterdir()] == ["checkpoint"]
+    result = forked(args=["fit", "--resume"])
+    assert result["code"] == 0, result["output"]
+    assert re.search(r"^resuming +full after the unfrozen phase$", result["output"], re.M)
+    assert [line for line in trained if line.startswith("unfrozen ")] and "\nunfrozen   " not in result["output"]
+    assert [path.name for path in Path("exports").iterdir()] == ["full"]
 
 
-def limited(limit, start, collection, tmp_path):
-    """Run a fit that cannot write files larger than `limit` bytes; return its output and its line on standard error."""
-    process = start(
-        "fit", "--data", collection, *map(str, [*QUICK, *FIT]), "--name", "full", cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
-    (line,) = err.strip().splitlines()
-    return out, line
+def limited(limit, forked, collection):
+    """Run a fit that cannot write files larger than `limit` bytes; return what it prints, and its last line."""
+    args = ["fit", "--data", collection, *RESNET18, *FIT, "--name", "full"]
+    result = forked(args=list(map(str, args)), limit=limit)
+    assert result["code"] == 1, result["output"]
+    *lines, line = result["output"].strip().splitlines()
+    return lines, line

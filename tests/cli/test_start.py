@@ -42,12 +42,14 @@ def imports_none_of(unwanted, code, *args):
     assert result.returncode == 0, result.stderr
 
 
-def test_verify_needs_no_torch(export):
-    imports_none_of(["torch", "fastai", "matplotlib", "sklearn", "pandas"], 'xray("verify", sys.argv[1])', export)
+def test_verify_needs_no_torch(resnet18_export):
+    imports_none_of(
+        ["torch", "fastai", "matplotlib", "sklearn", "pandas"], 'xray("verify", sys.argv[1])', resnet18_export
+    )
 
 
 @pytest.mark.slow
-def test_predict_and_serve_need_no_fastai(export, an_image):
+def test_predict_and_serve_need_no_fastai(resnet18_export, an_image):
     code = """
 export, image = sys.argv[1:]
 xray("predict", image, "--model", export)
@@ -63,11 +65,11 @@ from xray_fastai.serving.predictions import predict_file
 create_app(Predictor(model), {"localhost"})
 assert predict_file(model, "a.jpeg", open(image, "rb").read(), heatmap=False).prediction
 """
-    imports_none_of(["fastai", "matplotlib", "sklearn", "pandas", "scipy"], code, export, an_image)
+    imports_none_of(["fastai", "matplotlib", "sklearn", "pandas", "scipy"], code, resnet18_export, an_image)
 
 
 @pytest.mark.slow
-def test_evaluate_interpret_and_export_need_no_fastai(export, tmp_path):
+def test_evaluate_interpret_and_export_need_no_fastai(resnet18_export, tmp_path):
     pytest.importorskip("onnxruntime")
     code = """
 export, data, output = sys.argv[1:]
@@ -79,15 +81,15 @@ xray("interpret", "--model", export, "--data", data, "--split", "train", "--outp
 unwanted.remove("matplotlib"), unwanted.remove("sklearn")  # for metrics and pictures
 """
     unwanted = ["fastai", "matplotlib", "sklearn"]
-    imports_none_of(unwanted, code, export, export.parent / "moved", tmp_path)
+    imports_none_of(unwanted, code, resnet18_export, resnet18_export.parent / "moved", tmp_path)
 
 
 @pytest.mark.slow
-def test_a_heat_map_imports_matplotlib_only_then(export, an_image, tmp_path):
+def test_a_heat_map_imports_matplotlib_only_then(resnet18_export, an_image, tmp_path):
     """The test of the tests above: they see what a command imports, and name the module that did."""
     code = 'xray("predict", sys.argv[1], "--model", sys.argv[2], "--heatmaps", sys.argv[3])'
     with pytest.raises(AssertionError, match=r"imported: \['matplotlib, by xray_fastai\.inference\.gradcam'\]"):
-        imports_none_of(["matplotlib", "fastai"], code, an_image, export, tmp_path / "maps")
+        imports_none_of(["matplotlib", "fastai"], code, an_image, resnet18_export, tmp_path / "maps")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_what_is_written_and_printed(evaluated, export, data, tmp_path):
     of_truth = np.where(table.truth == "PNEUMONIA", table.p_PNEUMONIA, table.p_NORMAL)
     assert table.loss.to_numpy() == pytest.approx(-np.log(of_truth))
 
-    head = {"format": 1, "model": "small", "architecture": "resnet18", "split": "test", "data": str(data)}
+    head = {"format": 1, "model": "small", "architecture": "small_resnet", "split": "test", "data": str(data)}
     head |= {"images": 23, "patients": 23, "counts": {"NORMAL": 12, "PNEUMONIA": 11}, "positive": "PNEUMONIA"}
     head |= {"calibrated": False, "temperature": 1.0, "intercepts": None}  # too few validation images
     head |= {"calibration": "none", "probabilities": "not calibrated"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import xray_fastai.export
-from xray_fastai.config import ARCHITECTURES
+from tests.small_network import TORCHVISIONS
 from xray_fastai.export.weights_file import BACKBONES, layout_of, size_of
 from xray_fastai.model.architectures import build_network
 from xray_fastai.model.learner import build_learner
@@ -23,7 +23,7 @@ def tensors_of(network):
     return {name: (TYPES[tensor.dtype], list(tensor.shape)) for name, tensor in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", TORCHVISIONS)
 def test_the_table_has_the_tensors_of_the_network(arch):
     with torch.device("meta"):
         network = build_network(arch, 3, 0.5)
@@ -31,7 +31,7 @@ def test_the_table_has_the_tensors_of_the_network(arch):
     assert size_of(layout_of(arch, 3)) == sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", TORCHVISIONS)
 def test_the_network_is_the_one_that_fastai_trains(arch):
     dls = empty_loaders(["A", "B"], 32)
     with torch.device("meta"):
@@ -43,7 +43,7 @@ def test_the_network_is_the_one_that_fastai_trains(arch):
 
 def main():
     lines = []
-    for arch in ARCHITECTURES:
+    for arch in TORCHVISIONS:
         with torch.device("meta"):
             backbone = build_network(arch, 2, 0.5)[0]
         shapes = {f"0.{name}": list(tensor.shape) for name, tensor in backbone.state_dict().items()}

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import settings_of
+from tests.small_network import WIDTHS
 from xray_fastai import load_learner
 from xray_fastai.export.run_folder import reserve
 from xray_fastai.system.errors import UserError
@@ -38,7 +39,8 @@ def predicted(load, *args, cwd):
 
 
 @pytest.mark.slow
-def test_both_ways_of_loading_give_the_same_in_a_new_process(export, an_image, tmp_path):
+def test_both_ways_of_loading_give_the_same_in_a_new_process(resnet18_export, an_image, tmp_path):
+    export = resnet18_export
     safe = predicted("from xray_fastai import load_learner", export, an_image, cwd=tmp_path)
     pickled = predicted("from fastai.vision.all import load_learner", export / "learner.pkl", an_image, cwd=tmp_path)
     assert safe[:2] == pickled[:2]
@@ -60,7 +62,7 @@ def test_predict_takes_a_path_a_picture_or_an_array(export, an_image):
 def test_the_weights_are_fp32_and_named_as_the_module_is(export):
     state = load_file(export / "model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
-    assert state["1.3.weight"].shape == (2, 512)
+    assert state["1.3.weight"].shape == (2, WIDTHS[-1])
 
 
 def test_loading_unpickles_nothing(export, an_image, tmp_path):
@@ -124,7 +126,7 @@ def test_weights_of_another_network_are_refused(export, tmp_path):
     model = settings_of(export)
     model["weights"]["sha256"] = sha256(copy / "model.safetensors")
     (copy / "model.json").write_text(json.dumps(model))
-    with pytest.raises(UserError, match="not the weights of resnet18"):
+    with pytest.raises(UserError, match="not the weights of small_resnet"):
         load_learner(copy)
 
 

@@ -28,7 +28,7 @@ from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import sha256
 
 SETTINGS, WEIGHTS = "model.json", "model.safetensors"
-NAME = "0.0.weight"  # the first convolution, (64, 3, 7, 7)
+NAME = "0.0.weight"  # the first convolution, (8, 3, 7, 7)
 
 
 @pytest.fixture
@@ -88,8 +88,8 @@ def test_a_good_export_is_verified(export, run):
     result = run("verify", export)
     assert result.exit_code == 0 and not result.stderr
     lines = {line.split()[0]: line for line in result.output.splitlines()}
-    assert "ok: resnet18, 32 x 32 px, 2 classes (NORMAL, PNEUMONIA), complete" in lines["model.json"]
-    assert "ok: 122 tensors, 44.7 MB" in lines["model.safetensors"] and "ok: 2 epochs" in lines["history.csv"]
+    assert "ok: small_resnet, 32 x 32 px, 2 classes (NORMAL, PNEUMONIA), complete" in lines["model.json"]
+    assert "ok: 74 tensors, 0.3 MB" in lines["model.safetensors"] and "ok: 2 epochs" in lines["history.csv"]
     assert "UNSAFE" in lines["learner.pkl"] and "verdict             good" in result.output
     assert verify(export).ok
 
@@ -110,10 +110,10 @@ WEIGHTS_FAULTS = {
     ),
     "another hash": (lambda f: change(f, lambda m: m["weights"].update(sha256="0" * 64)), ["its SHA-256"]),
     "shapes swapped": (
-        lambda f: put_header(f, lambda h: h[NAME].update(shape=[3, 64, 7, 7])),
-        [f"{NAME} is F32 [3, 64, 7, 7] instead of F32 [64, 3, 7, 7]"],
+        lambda f: put_header(f, lambda h: h[NAME].update(shape=[3, 8, 7, 7])),
+        [f"{NAME} is F32 [3, 8, 7, 7] instead of F32 [8, 3, 7, 7]"],
     ),
-    "a tensor missing": (lambda f: put_tensors(f, lambda t: t.pop(NAME)), ["not the weights of resnet18"]),
+    "a tensor missing": (lambda f: put_tensors(f, lambda t: t.pop(NAME)), ["not the weights of small_resnet"]),
     "a tensor of another name": (
         lambda f: put_header(f, lambda h: h.update({"other": h.pop(NAME)})),
         [f"1 missing tensor: {NAME}"],
@@ -124,13 +124,13 @@ WEIGHTS_FAULTS = {
     ),
     "a large tensor too many": (
         lambda f: put_tensors(f, lambda t: t.update(evil=torch.zeros(9999))),
-        ["not the weights of resnet18"],
+        ["not the weights of small_resnet"],
     ),
     "another type": (lambda f: put_header(f, lambda h: h[NAME].update(dtype="I32")), [f"{NAME} is I32"]),
     "a type of no kind": (lambda f: put_header(f, lambda h: h[NAME].update(dtype=["F32"])), [f"{NAME} is ['F32']"]),
     "half precision": (
         lambda f: put_tensors(f, lambda t: t.update({NAME: t[NAME].half()})),
-        ["not the weights of resnet18"],
+        ["not the weights of small_resnet"],
     ),
     "a header longer than the file": (
         lambda f: put_weights(f, struct.pack("<Q", 2**63) + (f / WEIGHTS).read_bytes()[8:]),
@@ -140,7 +140,7 @@ WEIGHTS_FAULTS = {
     "a header nested deeply": (lambda f: put_header(f, lambda h: "[" * 9999 + "]" * 9999), ["header is damaged"]),
     "a header of a list": (lambda f: put_header(f, lambda h: "[1, 2]"), ["its header is damaged"]),
     "offsets beyond the file": (
-        lambda f: put_header(f, lambda h: h[NAME].update(data_offsets=[2**40, 2**40 + 37632])),
+        lambda f: put_header(f, lambda h: h[NAME].update(data_offsets=[2**40, 2**40 + 4704])),
         ["damaged: Error while deserializing"],
     ),
     "negative offsets": (lambda f: put_header(f, lambda h: h[NAME].update(data_offsets=[-4, 8])), ["damaged:"]),

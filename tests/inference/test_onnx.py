@@ -97,9 +97,9 @@ def test_the_readmes_lines_need_no_torch():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="where onnxruntime's cache is, is known for Linux alone")
 @pytest.mark.parametrize("ours", [True, False])
-def test_onnxruntime_keeps_no_identifier(written, export, an_image, ours, tmp_path):
+def test_onnxruntime_keeps_no_identifier(written, resnet18_export, an_image, ours, tmp_path):
     """A new process, because earlier imports would change the result."""
-    export_it = ["-m", "xray_fastai", "export", str(export), "--output", str(tmp_path / "new.onnx")]
+    export_it = ["-m", "xray_fastai", "export", str(resnet18_export), "--output", str(tmp_path / "new.onnx")]
     lines = SNIPPET.replace("rehearsal.onnx", str(written[0])).replace("image.jpeg", str(an_image))
     home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / ".cache"), "PATH": os.environ["PATH"]}
     subprocess.run([sys.executable, *(export_it if ours else ["-c", lines])], env=home, check=True, capture_output=True)
@@ -132,7 +132,7 @@ def test_the_file_tells_what_it_is(written, export):
     assert json.loads(metadata["exported_by"])["onnx"] == onnx.__version__
     assert metadata["disclaimer"] == file.doc_string == DISCLAIMER
     assert str(export.parent) not in json.dumps(metadata)
-    assert "32 images in onnxruntime" in said and "resnet18, 32 x 32 px" in said
+    assert "32 images in onnxruntime" in said and "small_resnet, 32 x 32 px" in said
 
 
 def test_the_newest_export_by_its_name_in_this_folder(written_before, export, run):

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from tests.conftest import QUICK, settings_of
+from tests.small_network import NAME as SMALL
 from xray_fastai import fit, load_learner, predict
 from xray_fastai.config import AUGMENTATIONS
 from xray_fastai.data.images import open_image
@@ -20,7 +21,7 @@ from xray_fastai.model.learner import settle_batch_norm
 from xray_fastai.model.loaders import make_loaders
 from xray_fastai.model.transforms import Equalize
 
-FIT = {"arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu", "weights": "none"}
+FIT = {"arch": SMALL, "size": 32, "batch_size": 8, "workers": 0, "device": "cpu", "weights": "none"}
 
 
 def brighter(image: Image.Image) -> Image.Image:

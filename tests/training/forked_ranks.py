@@ -1,9 +1,9 @@
 """Runs commands in two processes each, as torchrun does, forked from one process that has imported everything.
 
 Reads one job a line from standard input, and writes one result a line. A job is a command line, and a fault in one of
-the processes (see `forked_fits`):
+the processes (see `tests.forked`):
 
-    {"args": ["fit", ...], "rank": 1, "do": "kill", "at": "module:function@n"}
+    {"cwd": "...", "env": {...}, "args": ["fit", ...], "rank": 1, "do": "kill", "at": "module:function@n"}
 
 When one fails, the others get SIGTERM, and SIGKILL half a minute later, as with torchrun.
 """
@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 
-from tests.training.forked_fits import MODULES, arrange
+from tests.forked import enter, import_everything
 
 SIZE = 2
 
@@ -28,8 +28,7 @@ def child(job: dict, rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     code = 70
     try:
-        if rank == job.get("rank"):
-            arrange(job["do"], job["at"], job.get("max_images", 0))
+        enter(job if rank == job.get("rank") else {"cwd": job["cwd"], "env": job["env"]})
         app(job["args"], prog_name="xray-fastai")
     except SystemExit as stop:
         code = stop.code or 0
@@ -38,12 +37,10 @@ def child(job: dict, rank: int, port: int) -> None:
 
 
 def main() -> None:
-    import matplotlib.pyplot  # noqa: F401
     import torch.distributed as dist
-    from fastai.callback.channelslast import ChannelsLast  # noqa: F401
 
-    for name in [*MODULES, "training.data_parallel"]:
-        importlib.import_module(f"xray_fastai.{name}")
+    import_everything()
+    importlib.import_module("xray_fastai.training.data_parallel")
     for line in sys.stdin:
         reader, writer = os.pipe()
         with socket.socket() as probe:

@@ -10,6 +10,7 @@ import torchvision
 from fastai.vision.all import Callback, CancelFitException
 
 from tests.conftest import settings_of
+from tests.small_network import NAME as SMALL
 from xray_fastai import fit
 from xray_fastai.training import callbacks
 from xray_fastai.training.callbacks import Autocast, CudaAutocast, EpochLog, Schedule, precision_callbacks
@@ -23,9 +24,9 @@ LR = 1e-3
 def settings(collection, tmp_path):
     """Settings of a quick fit with pretrained weights, which are random ones."""
     torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "weights.pth")
+    torch.save(torchvision.models.get_model(SMALL).state_dict(), tmp_path / "weights.pth")
     return {
-        "data": str(collection), "weights": str(tmp_path / "weights.pth"), "arch": "resnet18", "size": 32, "lr": LR,
+        "data": str(collection), "weights": str(tmp_path / "weights.pth"), "arch": SMALL, "size": 32, "lr": LR,
         "batch_size": 8, "workers": 0, "device": "cpu", "freeze_epochs": 2, "epochs": 2,
     }  # fmt: skip
 

@@ -1,6 +1,5 @@
 """Several processes: they train and predict as one does, only the first writes and prints, and they end together."""
 
-import json
 import os
 import re
 import signal
@@ -16,22 +15,23 @@ import torch
 import torchvision
 
 from tests.conftest import QUICK, draw_collection, settings_of
+from tests.forked import ROOT, Forked, with_tests
+from tests.small_network import NAME as SMALL
 
 pytest.importorskip("accelerate")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")]
 
-ROOT = Path(__file__).parents[2]
 BATCH = "xray_fastai.training.stopping:StopOnNonFiniteLoss.after_batch"  # five an epoch, two of validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with images, whose number is not a multiple of the batch size, and weights for ResNet18."""
+    """A folder with images, whose number is not a multiple of the batch size, and weights for the small network."""
     place = tmp_path_factory.mktemp("distributed")
     draw_collection(place / "data", {"train/NORMAL": 10, "train/PNEUMONIA": 16, "val/NORMAL": 6, "val/PNEUMONIA": 5})
     torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), place / "r18.pth")
+    torch.save(torchvision.models.get_model(SMALL).state_dict(), place / "weights.pth")
     return place
 
 
@@ -43,17 +43,19 @@ def there(place, monkeypatch):
 
 def torchrun(*args) -> str:
     """Standard output of the command in two processes."""
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "xray_fastai", *map(str, args)]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=240)
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.small_network"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *map(str, args)], env=with_tests(), capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-FIT = ["fit", "--data", "data", "--valid", "folder", "--weights", "r18.pth", *QUICK]
+FIT = ["fit", "--data", "data", "--valid", "folder", "--weights", "weights.pth", *QUICK]
 
 
 @pytest.fixture(scope="module")
-def exports(place, run):
+def exports(place, run, ranks):
     """The same fit in one process and in two; augmentation and dropout are off, as they differ by process."""
     before = Path.cwd()
     os.chdir(place)
@@ -62,7 +64,7 @@ def exports(place, run):
         fit += ["--freeze-epochs", "1", "--epochs", "1"]
         result = run(*fit, "--name", "one")
         assert result.exit_code == 0, result.output
-        output = torchrun(*fit, "--name", "two")
+        output = ranks(0, *fit, "--name", "two")
     finally:
         os.chdir(before)
     return result.stdout, output
@@ -109,34 +111,25 @@ def _load(name: str):
     return load_learner(Path("exports") / name)
 
 
-class Ranks:
+class Ranks(Forked):
     """Runs commands in two forked processes (`forked_ranks.py`)."""
-
-    def __init__(self, place: Path):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.forked_ranks"], cwd=place, text=True,
-            env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
 
     def __call__(self, code: int, *args, **wrong) -> str:
         """Check the exit codes, and return what both printed.
 
         The code of the second may come from the SIGTERM that it got when the first had ended.
         """
-        print(json.dumps({"args": list(map(str, args))} | wrong), file=self.process.stdin, flush=True)
-        result = json.loads(self.process.stdout.readline())
+        result = super().__call__(args=list(map(str, args)), **wrong)
         first, other = result["codes"]
         assert first == code and bool(other) == bool(code), result
         return result["output"]
 
 
 @pytest.fixture(scope="module")
-def ranks(place):
-    ranks = Ranks(place)
+def ranks():
+    ranks = Ranks("tests.training.forked_ranks")
     yield ranks
-    ranks.process.stdin.close()
-    assert ranks.process.wait(60) == 0
+    ranks.close()
 
 
 def errors(output: str) -> list[str]:
@@ -158,6 +151,14 @@ def test_two_processes_predict_what_one_does(exports, there, run, ranks):
     assert len(errors(output)) == 1
     assert output.count("written       two.csv, 38 rows") == 1
     (there / "data" / "val" / "NORMAL" / "broken.jpeg").unlink()
+
+
+def test_torchrun_starts_two_processes(exports, there, run):
+    predict = ["predict", "data", "--recursive", "--model", "exports/one", "--batch-size", "3", "--device", "cpu"]
+    output = torchrun(*predict, "--output", "launched.csv")
+    assert output.count("written       launched.csv, 37 rows") == 1
+    assert run(*predict, "--output", "alone.csv").exit_code == 0
+    assert Path("launched.csv").read_bytes() == Path("alone.csv").read_bytes()
 
 
 def test_a_killed_and_resumed_fit_gives_the_result_of_an_uninterrupted_one(ranks, there):

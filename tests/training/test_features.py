@@ -13,8 +13,9 @@ import torchvision
 from fastai.vision.all import Callback, DataLoaders, Learner, ProgressCallback
 
 from tests.conftest import QUICK, draw_collection, settings_of
+from tests.small_network import NAME as SMALL
+from tests.small_network import TORCHVISIONS, WIDTHS
 from xray_fastai import load_learner
-from xray_fastai.config import ARCHITECTURES
 from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import make_loaders
 from xray_fastai.training import frozen_features
@@ -30,7 +31,7 @@ def data(tmp_path_factory):
 def weights(tmp_path_factory):
     """Random weights, with statistics of batch norm other than 0 and 1, as after training."""
     torch.manual_seed(0)
-    network = torchvision.models.resnet18(weights=None)
+    network = torchvision.models.get_model(SMALL)
     for part in network.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
             part.running_mean.normal_(0, 0.2)
@@ -83,7 +84,7 @@ def test_views_differ_and_a_file_on_the_disk_gives_what_memory_gives(frozen, mon
     assert mapped == in_memory
     assert [[path.name for path in folder] for folder in folders] == [["checkpoint"]] * 2  # the file has no name
     train, valid = features[:2]
-    assert train.shape == (3, 38, 512) and valid.shape == (1, 11, 512)
+    assert train.shape == (3, 38, WIDTHS[-1]) and valid.shape == (1, 11, WIDTHS[-1])
     assert all((train[i] != train[j]).any(dim=1).all() for i, j in [(0, 1), (0, 2), (1, 2)])
 
 
@@ -158,7 +159,7 @@ def test_callbacks_get_the_events_that_fastai_gives_them():
     assert {*found[Learner]} == {"add", "added", "epoch", "fit", "quiet"}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", TORCHVISIONS)
 def test_folding_batch_norm_does_not_change_the_output(arch):
     """For each architecture, the pooled features have the head's size and give the same logits."""
     blank = np.zeros((3, 40, 40), np.uint8)

@@ -1,12 +1,9 @@
 """What `xray-fastai fit` does, prints and writes."""
 
-import contextlib
 import csv
 import errno
-import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +14,11 @@ import torch
 import torchvision
 from fastai.vision.all import Callback
 
-from tests.conftest import QUICK, draw_collection, settings_of, wait_for
+from tests.conftest import QUICK, RESNET18, draw_collection, settings_of, wait_for
+from tests.forked import members
+from tests.small_network import NAME as SMALL
+from tests.small_network import TORCHVISIONS
 from xray_fastai import FitConfig, fit, load_learner
-from xray_fastai.config import ARCHITECTURES
 from xray_fastai.training.callbacks import standard_error
 
 HUB_FILES = {
@@ -47,6 +46,13 @@ def cached_weights(arch, tmp_path, monkeypatch):
     return state
 
 
+@pytest.fixture
+def weights(tmp_path):
+    """A file of random weights, with which a fit has both phases."""
+    torch.save(network(SMALL).state_dict(), tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
 @pytest.mark.slow
 @pytest.mark.curves
 def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
@@ -56,7 +62,7 @@ def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
         "36 images of 36 patients",
         "held out of train/, by patient, and val/, which is too small alone (4 images)",
         "classes       NORMAL, PNEUMONIA; to detect: PNEUMONIA",
-        "1,026 of 11,177,538 train in the frozen phase",
+        "130 of 78,442 train in the frozen phase",
         "frozen phase  skipped",
         "export: exports/first",
     ):
@@ -86,8 +92,8 @@ def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
 @pytest.mark.curves
 def test_frozen_then_unfrozen_from_weights_in_torch_hubs_cache(collection, run, tmp_path, monkeypatch):
     cached_weights("resnet18", tmp_path / "hub", monkeypatch)
-    args = ["fit", "--data", collection, *QUICK, "--weights", "imagenet", "--precision", "fp32"]
-    result = run(*args, "--epochs", 1, "--freeze-epochs", 3, "--name", "both")
+    args = ["--batch-size", 18, "--weights", "imagenet", "--precision", "fp32", "--epochs", 1]
+    result = run("fit", "--data", collection, *RESNET18, *args, "--freeze-epochs", 3, "--name", "both")
     assert result.exit_code == 0, result.output
     assert "resnet18-f37072fd.pth, cached" in result.stdout
     history = history_of(Path("exports/both"))
@@ -97,7 +103,13 @@ def test_frozen_then_unfrozen_from_weights_in_torch_hubs_cache(collection, run, 
         ("frozen", "3"),
         ("unfrozen", "1"),
     ]
-    result = run(*args, "--epochs", 1, "--freeze-epochs", 0, "--name", "unfrozen")
+
+
+@pytest.mark.slow
+def test_pretrained_weights_without_a_frozen_phase(collection, run, weights):
+    args = ["--weights", weights, "--epochs", 1, "--freeze-epochs", 0, "--name", "unfrozen"]
+    result = run("fit", "--data", collection, *QUICK, *args)
+    assert result.exit_code == 0, result.output
     assert {row["phase"] for row in history_of(Path("exports/unfrozen"))} == {"unfrozen"}
 
 
@@ -133,21 +145,34 @@ def test_the_frozen_phase_does_not_change_the_backbone(collection, monkeypatch, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_architecture_reads_torchvisions_weights_and_its_export_loads(arch, collection, run, tmp_path):
+@pytest.mark.parametrize("arch", TORCHVISIONS)
+def test_every_architecture_reads_torchvisions_weights_and_its_export_loads(arch, run, tmp_path):
+    data = draw_collection(tmp_path / "data", {f"{split}/{name}": 4 for split in ("train", "val") for name in "AB"})
     torch.save(network(arch).state_dict(), tmp_path / "weights.pth")
-    options = [*QUICK[2:], "--arch", arch, "--batch-size", 20, "--epochs", 1, "--name", arch]
-    result = run("fit", "--data", collection, *options, "--weights", tmp_path / "weights.pth")
+    options = ["--valid", "folder", "--arch", arch, "--batch-size", 8, "--epochs", 1, "--name", arch]
+    result = run("fit", "--data", data, *QUICK[2:], *options, "--weights", tmp_path / "weights.pth")
     assert result.exit_code == 0, result.output
     learn = load_learner(f"exports/{arch}")
     assert learn.arch == arch
-    assert learn.predict(next((collection / "train" / "NORMAL").iterdir()))[2].sum() == pytest.approx(1, abs=1e-5)
+    assert learn.predict(next((data / "train" / "A").iterdir()))[2].sum() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.slow
-def test_early_stopping_ends_each_phase_and_the_best_epoch_is_exported(collection, run, tmp_path, monkeypatch):
-    cached_weights("resnet18", tmp_path / "hub", monkeypatch)
-    args = ["--epochs", 30, "--patience", 2, "--lr", "0.05", "--batch-size", 18, "--name", "early"]
+def test_early_stopping_ends_each_phase_and_the_best_epoch_is_exported(collection, run, weights):
+    args = [
+        "--weights",
+        weights,
+        "--epochs",
+        30,
+        "--patience",
+        2,
+        "--lr",
+        "0.05",
+        "--batch-size",
+        18,
+        "--name",
+        "early",
+    ]
     result = run("fit", "--data", collection, *QUICK, *args)
     assert result.exit_code == 0, result.output
     history, model = history_of(Path("exports/early")), settings_of(Path("exports/early"))
@@ -293,55 +318,41 @@ def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
     assert "IM-a" not in model.read_text()
 
 
+BATCH = "xray_fastai.training.stopping:StopOnNonFiniteLoss.after_batch"  # three an epoch, the third of validation
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "everyone"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+    ("do", "code", "everyone"), [("interrupt", 130, True), ("terminate", 143, True), ("terminate", 143, False)]
 )
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
-def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(number, everyone, collection, start, tmp_path):
+def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(do, code, everyone, collection, forked):
+    """A terminal sends it to the loading processes too; a user sends it to one process."""
     args = ["--weights", "none", "--epochs", 2000, "--patience", 2000, "--name", "stopped"]
     args += ["--no-cache", "--workers", 2, "--batch-size", 18]
-    process = start("fit", "--data", collection, *QUICK, *args, cwd=tmp_path, start_new_session=True)
-    for line in process.stdout:
-        if re.match(r"unfrozen +2/2000", line):
-            break
-    wait_for(lambda: len(members(process.pid)) >= 3, process)  # its loading processes have started
-    processes = members(process.pid)
-    # a terminal sends it to the loading processes too; a user sends it to one process
-    (os.killpg if everyone else os.kill)(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert "Traceback" not in err
-    model = json.loads((tmp_path / "exports" / "stopped" / "model.json").read_text())
+    args = list(map(str, ["fit", "--data", collection, *QUICK, *args]))
+    result = forked(args=args, do=do, at=f"{BATCH}@7", everyone=everyone)  # in the third epoch
+    assert result["code"] == code, result["output"]
+    assert "Traceback" not in result["output"]
+    model = settings_of(Path("exports/stopped"))
     assert model["status"] == "interrupted" and model["best"]["epoch"] >= 1
-    load_learner(tmp_path / "exports" / "stopped")
-    assert "resume: xray-fastai fit --resume stopped" in out
-    wait_for(lambda: not members(process.pid), seconds=5)
+    load_learner("exports/stopped")
+    assert "resume: xray-fastai fit --resume stopped" in result["output"]
+    processes = re.search(r"^processes: (.*)$", result["output"], re.M)[1].split()
+    assert len(processes) >= 3  # two load images
+    wait_for(lambda: not members(result["pid"]), seconds=5)
     shared = [file.name for file in Path("/dev/shm").glob("torch_*")]  # torch_<process>_...
-    assert not [name for name in shared if name.split("_")[1] in map(str, processes)]
-
-
-def members(session: int) -> set[int]:
-    """Return the running processes of a session."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()  # state, parent, group, session, ...
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.add(int(stat.parent.name))
-    return found
+    assert not [name for name in shared if name.split("_")[1] in processes]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_training_leaves_no_files(number, collection, start, tmp_path):
-    process = start("fit", "--data", collection, *QUICK, "--weights", "none", cwd=tmp_path)
-    wait_for(lambda: list(tmp_path.glob("exports/.*.partial")), process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert err.strip() == "Stopped; nothing was written."
-    assert not list((tmp_path / "exports").iterdir())
+@pytest.mark.parametrize(("do", "code"), [("interrupt", 130), ("terminate", 143)])
+def test_a_signal_before_training_leaves_no_files(do, code, collection, forked):
+    args = list(map(str, ["fit", "--data", collection, *QUICK, "--weights", "none"]))
+    result = forked(args=args, do=do, at="xray_fastai.training.fit:make_plan@1")
+    assert result["code"] == code
+    assert result["output"].strip().splitlines()[-1] == "Stopped; nothing was written."
+    assert not list(Path("exports").iterdir())
 
 
 @pytest.mark.slow
@@ -359,7 +370,7 @@ def test_a_loss_that_becomes_infinite_keeps_the_best_weights(collection, run, re
 
 @pytest.mark.slow
 def test_a_loss_that_is_never_finite_leaves_no_files(collection, run, refused, tmp_path):
-    state = network("resnet18").state_dict()
+    state = network(SMALL).state_dict()
     state["conv1.weight"] *= 1e38
     torch.save(state, tmp_path / "huge.pth")
     args = ["--weights", tmp_path / "huge.pth", "--precision", "fp32", "--epochs", 1]

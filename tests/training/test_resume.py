@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,14 @@ import torch
 import torchvision
 
 from tests.conftest import QUICK, draw_collection, settings_of
+from tests.forked import Forked
+from tests.small_network import NAME as SMALL
 from tests.training.test_fit import history_of
 from xray_fastai import load_learner
 from xray_fastai.export.run_folder import reopen, reserve
 from xray_fastai.training.checkpoint import read_json, write_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")]
+pytestmark = pytest.mark.slow
 
 BATCH = "xray_fastai.training.stopping:StopOnNonFiniteLoss.after_batch"  # six an epoch, the sixth of validation
 LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
@@ -28,47 +28,35 @@ END = "xray_fastai.training.loop:save_between_phases@1"
 # The longer it trains, the worse it becomes: early stopping ends the frozen phase after the rate was cut, and the best
 # epoch is in it; the unfrozen phase reaches its last epoch.
 SETTINGS = {
-    "data": "data", "valid": "folder", "arch": "resnet18", "size": 32, "batch_size": 8, "workers": 0, "device": "cpu",
-    "freeze_epochs": 20, "epochs": 2, "patience": 3, "lr": 0.2,
+    "data": "data", "weights": "weights.pth", "valid": "folder", "arch": SMALL, "size": 32, "batch_size": 8,
+    "workers": 0, "device": "cpu", "freeze_epochs": 20, "epochs": 2, "patience": 3, "lr": 0.6,
 }  # fmt: skip
 
 
 class Fits:
-    """Runs fits in forked children (`forked_fits.py`) on a collection whose validation labels are swapped.
+    """Runs fits in forked children, on a collection whose validation labels are swapped, from a file of weights."""
 
-    The pretrained weights are random, in a file at the place of torch hub's ImageNet weights.
-    """
-
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, forked: Forked):
         self.root, self.exports = root, root / "exports"
         counts = {"train/NORMAL": 16, "train/PNEUMONIA": 24, "val/NORMAL": 4, "val/PNEUMONIA": 4}
         val = draw_collection(root / "data", counts) / "val"
         for name, other in [("NORMAL", "other"), ("PNEUMONIA", "NORMAL"), ("other", "PNEUMONIA")]:
             (val / name).rename(val / other)
-        hub = root / "hub" / "checkpoints"
-        hub.mkdir(parents=True)
-        torch.manual_seed(0)
-        torch.save(torchvision.models.resnet18(weights=None).state_dict(), hub / "resnet18-f37072fd.pth")
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("forked_fits.py")], cwd=root, text=True,
-            env=os.environ | {"TORCH_HOME": str(root), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        torch.manual_seed(1)
+        torch.save(torchvision.models.get_model(SMALL).state_dict(), root / "weights.pth")
+        self.forked = forked
 
     def __call__(self, code: int = 0, do: dict | None = None, **settings) -> str:
         """Check the exit code of a fit, and return what it printed."""
-        print(json.dumps({"fit": settings} | (do or {})), file=self.process.stdin, flush=True)
-        result = json.loads(self.process.stdout.readline())
+        result = self.forked(cwd=str(self.root), fit=settings, **(do or {}))
         assert result["code"] == code, result["output"]
         return result["output"]
 
 
 @pytest.fixture(scope="module")
-def fits(tmp_path_factory):
-    fits = Fits(tmp_path_factory.mktemp("fits"))
+def fits(tmp_path_factory, forked):
+    fits = Fits(tmp_path_factory.mktemp("fits"), forked)
     yield fits
-    fits.process.stdin.close()
-    fits.process.wait()
     shutil.rmtree(fits.root)
 
 
@@ -88,12 +76,12 @@ def killed(fits):
 
 
 @pytest.fixture
-def crashed(killed, fits, monkeypatch):
+def crashed(killed, fits):
     """A copy of it in a separate folder of exports, which a test may change."""
     exports = Path("exports")
     shutil.copytree(killed, exports / ".crashed.partial", copy_function=os.link)
-    (Path("data")).symlink_to(fits.root / "data")
-    monkeypatch.setenv("TORCH_HOME", str(fits.root))
+    for name in ("data", "weights.pth"):
+        Path(name).symlink_to(fits.root / name)
     return exports
 
 
@@ -177,7 +165,7 @@ def test_a_terminated_fit_resumes_under_another_name(fits, whole):
 
 def test_a_full_disk_at_a_checkpoint(fits, whole):
     """A limit on the size of files simulates it: Adam's averages of all layers do not fit."""
-    output = fits(1, {"limit": 60_000_000}, **SETTINGS, name="full")
+    output = fits(1, {"limit": 400_000}, **SETTINGS, name="full")
     (line,) = [line for line in output.splitlines() if "UserError" in line]
     assert "exports/.full.partial: a checkpoint could not be written (File too large); free space" in line
     assert "'xray-fastai fit --resume full', or delete exports/.full.partial" in output
@@ -384,7 +372,7 @@ def test_a_run_that_another_fit_uses_is_refused(crashed, run, refused):
 
 def test_too_little_space_is_refused_before_training(fits, crashed, run, refused, monkeypatch):
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000_000))
-    result = run("fit", "--data", "data", *QUICK, "--valid", "folder", "--name", "big")
-    refused(result, "exports: 100 MB are free", "need 330 MB", "--exports")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    result = run("fit", "--data", "data", *QUICK, "--weights", "weights.pth", "--valid", "folder", "--name", "big")
+    refused(result, "exports: 10 MB are free", "need 19 MB", "--exports")
     assert [path.name for path in crashed.iterdir()] == [".crashed.partial"]

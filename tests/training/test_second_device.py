@@ -13,6 +13,7 @@ from fastai.vision.all import load_learner as load_pickled
 
 from tests.conftest import draw_collection, settings_of
 from tests.second_device import DEVICE, second_device
+from tests.small_network import NAME as SMALL
 from xray_fastai import evaluate, fit, interpret, predict
 from xray_fastai.inference.gradcam import grad_cam
 from xray_fastai.inference.model import open_model
@@ -114,7 +115,7 @@ def root(tmp_path_factory):
     }
     draw_collection(root / "data", counts)
     torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), root / "weights.pth")
+    torch.save(torchvision.models.get_model(SMALL).state_dict(), root / "weights.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "MIN_IMAGES", 8)
         patch.setattr(calibration, "MIN_OF_A_CLASS", 4)
@@ -128,7 +129,7 @@ def root(tmp_path_factory):
 def train(root: Path, name: str, device: str, callbacks=(), **settings):
     """Fit both phases with class weights, which differ, as the numbers of images do."""
     return fit(callbacks=callbacks, **{
-        "data": str(root / "data"), "weights": str(root / "weights.pth"), "valid": "folder", "arch": "resnet18",
+        "data": str(root / "data"), "weights": str(root / "weights.pth"), "valid": "folder", "arch": SMALL,
         "size": 32, "batch_size": 12, "workers": 0, "device": device, "freeze_epochs": 2, "epochs": 2,
         "exports": str(root), "name": name, "class_weights": "balanced", "cache": False, **settings,
     })  # fmt: skip

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import QUICK
+from tests.small_network import NAME as SMALL
 from xray_fastai.export.run_folder import reserve
 from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import empty_loaders
@@ -33,7 +34,7 @@ def write(monkeypatch):
             raise error
 
         monkeypatch.setattr(name, fails)
-        learn = build_learner(empty_loaders(["NORMAL", "PNEUMONIA"], 32), "resnet18")
+        learn = build_learner(empty_loaders(["NORMAL", "PNEUMONIA"], 32), SMALL)
         learn.dls.one_batch = lambda: (np.zeros((0, 1, 32, 32)), [])
         with reserve("exports", "run") as run:
             run.resumable = True  # keeps the folder after an error
