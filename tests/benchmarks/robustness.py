@@ -17,8 +17,8 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from xray_fastai.data.dataset import labelled_images
 from xray_fastai.data.images import open_image
+from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.stream import predict_all
 
@@ -98,7 +98,7 @@ CORRUPTIONS = (darker, brighter, flatter, blurred, sharpened, noisy, jpeg, cropp
 def main(exports: list[str]) -> None:
     for export in exports:
         model = open_model(export, "cpu")
-        table = labelled_images(model.settings, None, "valid")
+        table = labelled_images(model.settings, Request(None, "valid")).table
         images = [open_image(path, SIDE) for path in table.path]
         positive = model.classes.index(model.positive)
         truth = table.label.eq(model.positive).to_numpy()

@@ -49,8 +49,9 @@ from tests.benchmarks.measuring import whole_number
 from tests.benchmarks.robustness import SIDE, narrowed, widened
 from tests.benchmarks.views import MAX_CHANGES, views
 from xray_fastai import fit
-from xray_fastai.data.dataset import find_root, labelled_images, read_split
+from xray_fastai.data.dataset import find_root, read_split
 from xray_fastai.data.images import open_image
+from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.sources import phantom
 from xray_fastai.evaluation.subgroups import appearance, unusual
 from xray_fastai.inference.model import Model, open_model
@@ -163,7 +164,7 @@ def measure_export(export: Path, held: dict[str, pd.DataFrame]) -> dict[tuple[st
         Values by images and measure.
     """
     model = open_model(export, "cpu")
-    valid = labelled_images(model.settings, None, "valid")
+    valid = labelled_images(model.settings, Request(None, "valid")).table
     positive = valid.label.eq(model.positive).to_numpy()
     pictures = [open_image(path, SIDE) for path in valid.path]
     swapped = [(narrowed if p else widened)(im, FRAME) for p, im in zip(positive, pictures, strict=True)]

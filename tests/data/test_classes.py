@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from xray_fastai.data.classes import is_negative, positive_class, positive_note
+from xray_fastai.data.classes import is_negative, only_class, positive_class, positive_note
 from xray_fastai.system.errors import UserError
 
 
@@ -18,8 +18,9 @@ def test_positive_class():
 
 
 NEGATIVES = """NORMAL, Normal, normals, No Finding, no_findings, NoFinding, nofinding, Healthy, no_disease,
-normal chest, chest-normal, negative, NEG, control, Controls, non-COVID, not_pneumonia, without pneumonia, covid_negative,
-Negative for Pneumonia, clear, No, None, unremarkable, No Lung Opacity - Not Normal"""
+normal chest, chest-normal, negative, NEG, control, Controls, non-COVID, not_pneumonia,
+without pneumonia, covid_negative, Negative for Pneumonia, clear, No, None, unremarkable,
+No Lung Opacity - Not Normal"""
 DISEASES = """ABNORMAL, abnormal chest, not_normal, Non-healthy, PNEUMONIA, positive, Nodule, Nocardiosis, finding,
 clear cell, disease, Lung Opacity, COVID, 1, ..."""
 
@@ -45,6 +46,10 @@ def test_what_is_said():
     assert positive_note(["A", "B"], "A") == "to detect: A"
     assert positive_note(["A", "B", "PNEUMONIA"]) == "to detect: PNEUMONIA"
     assert positive_note(["A", "B", "C"]) is None
+
+
+def test_only_class():
+    assert only_class({"A": 3, "B": 0}) == "A" and only_class({"A": 3, "B": 1}) is only_class({}) is None
 
 
 @pytest.mark.slow

@@ -18,10 +18,11 @@ from PIL import Image
 
 from tests.conftest import QUICK, settings_of
 from xray_fastai.config import FitConfig
-from xray_fastai.data.dataset import labelled_images, read_collection
+from xray_fastai.data.dataset import read_collection
 from xray_fastai.data.dicom import reader
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.images import open_image, size_of
+from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.patients import PatientRule, patients_in
 from xray_fastai.system.errors import ImageError, UserError
 
@@ -656,7 +657,7 @@ def test_evaluate_and_interpret_count_patients(worked, patients):
     for table in ("evaluation-test/predictions.csv", "interpretation-test/top_losses.csv"):
         rows = pd.read_csv(export / table)
         assert len(rows) == 18 and set(rows.patient) == {f"DICOM #{n}" for n in range(1, 7)}
-    assert len(labelled_images(settings_of(export), patients, "valid")) == len(
+    assert len(labelled_images(settings_of(export), Request(patients, "valid")).table) == len(
         settings_of(export)["data"]["valid_files"]
     )
 

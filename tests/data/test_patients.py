@@ -9,7 +9,8 @@ import pytest
 from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai.config import FitConfig
 from xray_fastai.data.audit.check import check_data
-from xray_fastai.data.dataset import labelled_images, read_collection
+from xray_fastai.data.dataset import read_collection
+from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.patients import PatientRule, note_on, numbered, patients_in, patients_of, published_patient
 from xray_fastai.system.errors import UserError
 
@@ -160,19 +161,19 @@ def test_evaluate_takes_the_list_of_the_fit_or_another(export, nameless):
     write_patients(nameless)
     settings = settings_of(export)["settings"] | {"data": str(nameless), "patients": "patients.csv"}
     model = settings_of(export) | {"classes": ["A", "B"], "settings": settings}
-    assert labelled_images(model, None, "test").patient.nunique() == 5
-    assert labelled_images(model, nameless, "test").patient.nunique() == 10
-    assert labelled_images(model, nameless, "test", patients="patients.csv").patient.nunique() == 5
+    assert labelled_images(model, Request(None, "test")).table.patient.nunique() == 5
+    assert labelled_images(model, Request(nameless, "test")).table.patient.nunique() == 10
+    assert labelled_images(model, Request(nameless, "test", patients="patients.csv")).table.patient.nunique() == 5
     table = pd.read_csv("patients.csv")
     table[table.file.str.startswith("train")].to_csv("patients.csv", index=False)
-    assert labelled_images(model, None, "test").patient.nunique() == 10
+    assert labelled_images(model, Request(None, "test")).table.patient.nunique() == 10
     with pytest.raises(UserError, match="names none of the images"):
-        labelled_images(model, nameless, "test", patients="patients.csv")
+        labelled_images(model, Request(nameless, "test", patients="patients.csv"))
 
 
 @pytest.mark.slow
 def test_what_evaluate_and_interpret_say_of_patients(export, run, tmp_path):
-    root = draw_collection(tmp_path / "data", {"test/NORMAL": 6, "test/PNEUMONIA": 6})
+    root = draw_collection(tmp_path / "data", {"test/NORMAL": 6, "test/PNEUMONIA": 6}, seed=5)
     options = ["--model", export, "--data", root, "--output", tmp_path]
     result = run("evaluate", *options)
     assert result.exit_code == 0, result.output

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 from tests.conftest import settings_of
-from xray_fastai.data.dataset import check_files, find_root, labelled_images, read_split
+from xray_fastai.data.dataset import check_files, find_root, read_split
+from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.splits import assign_validation, hold_out
 
 pytestmark = pytest.mark.slow  # reading 5,232 images takes half a minute
@@ -50,6 +51,6 @@ def test_one_epoch_on_real_images_already_tells_the_classes_apart(real_images, r
     assert result.exit_code == 0, result.output
     model = settings_of(tmp_path / "real")
     assert model["best"]["roc_auc"] > 0.9
-    valid = labelled_images(model, None, "valid")
+    valid = labelled_images(model, Request(None, "valid")).table
     assert len(valid) == sum(model["data"]["valid"].values())
-    assert not set(valid.patient) & set(labelled_images(model, None, "train").patient)
+    assert not set(valid.patient) & set(labelled_images(model, Request(None, "train")).table.patient)

@@ -115,6 +115,17 @@ def test_what_is_written_and_printed(evaluated, export, data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("threshold", "label"), [("1", "NORMAL"), ("0", "PNEUMONIA")])
+def test_every_image_called_one_class(threshold, label, evaluated, export, tmp_path):
+    text, summary, _ = evaluated(export, "--threshold", threshold)
+    said = f"every image is called {label} at the threshold {threshold}: train for more epochs"
+    assert said in " ".join(text.split()) and any(note.startswith(said) for note in summary["notes"])
+    assert said in (tmp_path / "out" / "report.html").read_text()
+    _, summary, _ = evaluated(export, "--threshold", "0.4")
+    assert not any("every image is called" in note for note in summary["notes"])
+
+
+@pytest.mark.slow
 def test_json(run, export, data, tmp_path):
     result = run("evaluate", "--model", export, "--data", data, "--output", tmp_path / "new" / "folder", "--json")
     assert json.loads(result.stdout) == json.loads((tmp_path / "new/folder/evaluation-test/metrics.json").read_text())

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import settings_of
-from xray_fastai.data.dataset import labelled_images
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.images import open_image
+from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.export.schema import parse
 from xray_fastai.system.errors import ImageError, UserError
@@ -160,7 +160,7 @@ def test_a_changed_model_json(models, tmp_path_factory, data):
     write_report(folder)
     if not model["data"]["rehearsal"]:
         with pytest.raises(UserError):
-            labelled_images(model, None, "test")
+            labelled_images(model, Request(None, "test"))
 
 
 @st.composite

@@ -19,6 +19,8 @@ from tests.forked import members
 from tests.small_network import NAME as SMALL
 from tests.small_network import TORCHVISIONS
 from xray_fastai import FitConfig, fit, load_learner
+from xray_fastai.config import ARCHITECTURES
+from xray_fastai.training.calibration import Calibration
 from xray_fastai.training.callbacks import standard_error
 
 HUB_FILES = {
@@ -305,6 +307,21 @@ def test_a_batch_larger_than_the_training_set_is_reduced(collection, run):
     result = run("fit", "--data", collection, *QUICK, *args)
     assert result.exit_code == 0, result.output
     assert re.search(r"batch size +36, all training images, instead of 500", result.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("threshold", "called"), [(1.0, {"NORMAL": 4, "PNEUMONIA": 0}), (0.0, {"NORMAL": 0, "PNEUMONIA": 4})]
+)
+def test_a_fit_says_that_every_image_is_called_one_class(threshold, called, collection, run, monkeypatch):
+    chosen = lambda *_, **__: Calibration(threshold=threshold)  # noqa: E731
+    monkeypatch.setattr("xray_fastai.training.write_export.calibrate", chosen)
+    options = ["--weights", "none", "--epochs", 1, "--valid", "folder", "--name", "one"]
+    result = run("fit", "--data", collection, *QUICK, *options)
+    assert result.exit_code == 0, result.output
+    assert settings_of(Path("exports/one"))["called"] == called
+    (name,) = (name for name, count in called.items() if count)
+    assert f"every validation image is called {name}: " in result.stdout
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ Device = Annotated[str, option_of(PredictConfig, "device")]
 Precision = Annotated[str, option_of(PredictConfig, "precision")]
 Uncalibrated = Annotated[bool, option_of(PredictConfig, "uncalibrated")]
 Tta = Annotated[bool, option_of(PredictConfig, "tta")]
+Exclude = Annotated[str | None, option_of(FitConfig, "exclude")]
 Patients = Annotated[
     str | None,
     typer.Option(
@@ -153,6 +154,7 @@ def evaluate(
     ] = "auto",
     uncalibrated: Uncalibrated = PredictConfig.uncalibrated,
     tta: Tta = PredictConfig.tta,
+    exclude: Exclude = None,
     patients: Patients = None,
     output: Output = None,
     device: Device = PredictConfig.device,
@@ -165,8 +167,8 @@ def evaluate(
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
-        model, data, split, threshold, uncalibrated=uncalibrated, tta=tta, patients=patients, output=output,
-        device=device, precision=precision,
+        model, data, split, threshold, uncalibrated=uncalibrated, tta=tta, exclude=exclude, patients=patients,
+        output=output, device=device, precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:
@@ -187,6 +189,7 @@ def interpret(
         bool,
         typer.Option("--confident", help="Show the correct predictions of the highest confidence, not the top losses."),
     ] = False,
+    exclude: Exclude = None,
     patients: Patients = None,
     output: Output = None,
     device: Device = PredictConfig.device,
@@ -198,8 +201,8 @@ def interpret(
     from xray_fastai.evaluation.interpret import interpret as run
 
     result = run(
-        model, data, split, top, label=label, only_errors=only_errors, confident=confident, patients=patients,
-        output=output, device=device, precision=precision,
+        model, data, split, top, label=label, only_errors=only_errors, confident=confident, exclude=exclude,
+        patients=patients, output=output, device=device, precision=precision,
     )  # fmt: skip
     print(result)
     if open:

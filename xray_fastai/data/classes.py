@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from xray_fastai.system.errors import UserError
 
@@ -84,3 +84,9 @@ def positive_note(classes: Sequence[str], wanted: str | None = None) -> str | No
         names = "both names are usual negatives" if is_negative(other) else "neither is a usual negative such as NORMAL"
         why = f", the last by name, as {names}"
     return f"to detect: {positive}{why}; for the other, give --positive {shlex.quote(other)}"
+
+
+def only_class(called: Mapping[str, int]) -> str | None:
+    """Return the class that every image is predicted to have, of the images by class; None if there are several."""
+    used = [name for name, count in called.items() if count]
+    return used[0] if len(used) == 1 else None

@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -281,61 +280,3 @@ def with_facts(table: pd.DataFrame, facts: Sequence[Facts | ImageError]) -> pd.D
     values = [[getattr(item, name) for name in names] for item in facts if isinstance(item, Facts)]
     kept = table[readable].reset_index(drop=True)
     return kept.assign(**pd.DataFrame(values, columns=names))
-
-
-def file_key(file: str) -> str:
-    """Return the key of a file in `model.json`: the first 12 hexadecimal digits of the SHA-256 of its relative name.
-
-    The key is enough to find the validation files again. File names may hold a patient's name, so an export has none.
-    """
-    return hashlib.sha256(file.encode()).hexdigest()[:12]
-
-
-def labelled_images(
-    model: dict[str, Any],
-    data: str | Path | None,
-    split: str,
-    *,
-    patients: str | None = None,
-) -> pd.DataFrame:
-    """List the images, with their true classes, that an export is evaluated or interpreted on.
-
-    Args:
-        model: the content of its `model.json`.
-        data: the folder that holds the split; None is the data of the fit.
-        split: train, test or valid. `valid` is exactly the files that the fit validated on, from train/ and val/;
-            `train` is train/ without these.
-        patients: a list of patients (`patients.patient_rule`); None is the one of the fit, if `data` is None.
-
-    Returns:
-        A table like that of `read_split`. Classes may be missing.
-
-    Raises:
-        UserError: the folder or split is missing, a class is unknown to the model, or validation files are missing.
-    """
-    settings = model["settings"]
-    if data is not None:
-        root = find_root(data, "train" if split == "valid" else split)
-    elif model["data"]["rehearsal"]:
-        root = cached()
-    else:
-        root = find_root(settings["data"], "train" if split == "valid" else split)
-    listed = settings.get("patients") if patients is None and data is None else patients
-    rule = patient_rule(settings["patient_pattern"], listed)
-    parts = [read_split(root, "test" if split == "test" else "train", model["classes"], rule, partial=True)]
-    if split == "valid" and (root / "val").is_dir():
-        parts.append(read_split(root, "val", model["classes"], rule, partial=True))
-    table = numbered(pd.concat(parts, ignore_index=True))
-    check_listed(table, patients)
-    if split == "test":
-        return table
-    keys = set(model["data"]["valid_files"])
-    validated = table.file.map(file_key).isin(keys)
-    if split == "train":
-        return table[~validated].reset_index(drop=True)
-    if (missing := len(keys) - validated.sum()) > 0:
-        raise UserError(
-            f"{missing} of the {len(keys)} files that the fit validated on are missing; give its data folder by --data",
-            value=root,
-        )
-    return table[validated].reset_index(drop=True)

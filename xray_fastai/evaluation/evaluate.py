@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
-from xray_fastai.data.dataset import labelled_images
+from xray_fastai.data.labelled import Labelled, Request, labelled_images
 from xray_fastai.data.patients import note_on, unknown
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation
@@ -48,10 +48,14 @@ class _Request:
     model: Model
     data: str  # the folder, or the name of the data set that `fit` used
     split: str
-    images: pd.DataFrame  # path, file, patient, label
+    labelled: Labelled
     calibrated: bool  # whether to apply temperature and intercepts
     threshold: float | None  # given by the user; None is the one that `fit` chose
     tta: bool
+
+    @property
+    def images(self) -> pd.DataFrame:
+        return self.labelled.table
 
     @property
     def operating_points(self) -> dict[str, float | None]:
@@ -70,6 +74,7 @@ def evaluate(
     *,
     uncalibrated: bool = False,
     tta: bool = False,
+    exclude: str | None = None,
     patients: str | None = None,
     output: str | Path | None = None,
     device: str = "auto",
@@ -85,6 +90,7 @@ def evaluate(
         uncalibrated: leave out temperature and intercepts. The threshold that `fit` chose is then converted, so that
             it decides the same.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
+        exclude: a list of files to leave out, as `data check --fix` writes it.
         patients: a .csv file with the columns file and patient; None is the one of `fit`, if `data` is None.
         output: the folder to write `evaluation-<split>/` into, instead of the export.
         device: auto, cpu, cuda or mps.
@@ -97,14 +103,12 @@ def evaluate(
         raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
     given = _threshold(threshold)
     opened = open_model(model, device, precision)
-    images = labelled_images(opened.settings, data, split, patients=patients)
-    if images.empty:
-        raise UserError("fit validated on all of its images; choose another split", option="split", value=split)
+    labelled = labelled_images(opened.settings, Request(data, split, exclude, patients))
     if given is not None and len(opened.classes) != 2:
         message = f"the export has {len(opened.classes)} classes and predicts the most probable one; leave it out"
         raise UserError(message, option="threshold", value=f"{given:g}")
     source = opened.settings["data"]["name"] if data is None else str(data)
-    request = _Request(opened, source, split, images, not uncalibrated, given, tta)
+    request = _Request(opened, source, split, labelled, not uncalibrated, given, tta)
     folder = Path(opened.path if output is None else output) / f"evaluation-{split}"
     with replaced(folder, METRICS_FILE) as partial:
         result = _evaluate(request, folder, partial)
@@ -184,6 +188,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         "images": images,
         "patients": patients,
         "images_without_patient": missing,  # each counts as a patient of its own
+        "seen_in_fit": request.labelled.seen,  # images by their use; null: the export does not know it
         "counts": {model.classes[k]: int((scored.y_true == k).sum()) for k in classes},
         "calibrated": model.scaling.kind != "none" and request.calibrated,
         "calibration": model.scaling.kind if request.calibrated else "none",
@@ -202,16 +207,30 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         },
         "metrics": _plain(measured.free),
         "tta": request.tta,
-        "notes": _notes(request),
+        "notes": _notes(request, scored, y_pred),
     }
 
 
-def _notes(request: _Request) -> list[str]:
+def _notes(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray]) -> list[str]:
     """Return what the reader of the figures has to know, a line each."""
-    notes = [SPLITS[request.split], note_on(request.images)]
+    notes = [SPLITS[request.split], *request.labelled.notes, note_on(request.images)]
+    notes.append(_one_class_note(request, scored, y_pred))
     if request.split == "test" and request.model.settings["data"]["rehearsal"]:
         notes.append("a rehearsal: trained on synthetic images")
     return [note for note in notes if note]
+
+
+def _one_class_note(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray]) -> str | None:
+    """Say that every image is called one class, so that sensitivity and specificity are 0 and 1, if it is so."""
+    for name in ("chosen", "0.5"):
+        called = np.unique(y_pred.get(name, []))
+        if len(called) != 1 or len(scored.present) == 1:
+            continue
+        threshold, label = request.operating_points[name], request.model.classes[int(called[0])]
+        at = "" if threshold is None else f" at the threshold {threshold:.4g}"
+        other = "" if threshold is None else ", or give another --threshold"
+        return f"every image is called {label}{at}: train for more epochs (fit --epochs){other}"
+    return None
 
 
 def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.data.dataset import labelled_images
 from xray_fastai.data.images import size_of
+from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.patients import note_on
 from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet, make_cells
 from xray_fastai.evaluation.error_patterns import suspicious_causes
@@ -126,6 +126,7 @@ def interpret(
     label: str | None = None,
     only_errors: bool = False,
     confident: bool = False,
+    exclude: str | None = None,
     patients: str | None = None,
     output: str | Path | None = None,
     device: str = "auto",
@@ -141,6 +142,7 @@ def interpret(
         label: draw only images whose true class is this.
         only_errors: draw only misclassified images.
         confident: draw the correctly classified images with the highest probability, instead of the largest losses.
+        exclude: as in `evaluate`.
         patients: as in `evaluate`.
         output: the folder to write `interpretation-<split>` into; None is the export. An earlier one is replaced.
         device: auto, cpu, cuda or mps.
@@ -154,18 +156,16 @@ def interpret(
     _check(split, selection)
     opened = open_model(model, device, precision)
     _check_class(opened, selection)
-    images = labelled_images(opened.settings, data, split, patients=patients)
-    if images.empty:
-        raise UserError("fit validated on all of its images; choose another split", option="split", value=split)
+    labelled = labelled_images(opened.settings, Request(data, split, exclude, patients))
     folder = Path(opened.path if output is None else output) / f"interpretation-{split}"
     with replaced(folder, SUMMARY) as partial:
-        ranking = _rank(opened, split, images)
+        ranking = _rank(opened, split, labelled.table)
         shown, description, remarks = _select(ranking.table, selection)
         if len(shown):
             remarks += _draw(ranking, shown, description, partial / PICTURE)
         _write(partial, ranking, shown, description)
     write_report(opened.path, output)
-    remarks += filter(None, [note_on(images)])
+    remarks += filter(None, [*labelled.notes, note_on(labelled.table)])
     head = _head(ranking, opened.settings["data"]["name"] if data is None else str(data))
     table = ranking.table.drop(columns="probability")
     return Interpreted(folder, table, shown, head, description, remarks, ranking.causes, opened, ranking.images)

@@ -44,7 +44,8 @@ CALIBRATION_KINDS = ("cautious", "validation", "earlier", "none")
 by the rule of exports without the key, `none` not at all."""
 
 LIMIT = 8_000_000
-"""The largest accepted file, in bytes. 400,000 validation files, each with a key of 12 digits, take as much."""
+"""The largest accepted file, in bytes. A fit of 750,000 images takes as much: 8 bytes for the content of each, and 23
+for the name of each validation file, a tenth of them."""
 NODES = 10_000
 """The largest number of objects and lists; a hundred are usual. An empty one takes 2 bytes in the file and 64 in
 memory."""
@@ -80,6 +81,8 @@ Class = Annotated[str, AfterValidator(_class)]
 Date = Annotated[str, Field(max_length=40), AfterValidator(_date)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Counts = Annotated[dict[Class, Count], BeforeValidator(_small_table)]
+Packed = Annotated[str, Field(pattern="^([0-9A-Za-z+/]{8})*$")]
+"""Keys of 6 bytes each, in base64."""
 FileKey = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
 
 
@@ -112,6 +115,12 @@ class Patients(Part):
     images_without: Count | None = None  # images that each count as a patient; earlier exports have no such key
 
 
+class Contents(Part):
+    salt: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    train: Packed
+    valid: Packed
+
+
 class Data(Part):
     name: Text
     rehearsal: bool
@@ -120,6 +129,7 @@ class Data(Part):
     patients: Patients
     notes: Annotated[list[Text], Field(max_length=ENTRIES, fail_fast=True)]
     valid_files: Annotated[list[FileKey], Field(fail_fast=True)]
+    contents: Contents | None = None  # of the images (`data.labelled`); earlier exports have no such key
 
 
 class Parameters(Part):
@@ -218,6 +228,7 @@ class Export(Part):
     training: Training
     best: Epoch | None
     worst_group: WorstGroup | None = None
+    called: Counts | None = None  # validation images by the class predicted; earlier exports have no such key
     versions: Annotated[dict[Text, Text], BeforeValidator(_small_table)]
     weights: Weights
 

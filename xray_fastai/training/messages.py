@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.data.classes import positive_note
+from xray_fastai.data.classes import only_class, positive_note
 from xray_fastai.data.patients import unknown
 from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
@@ -137,6 +137,11 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
             print("  the last epoch whose loss is within a standard error of the lowest")
     else:
         print("no epoch was completed: the export has the weights at the time of the stop")
+    if (name := only_class(model["called"] or {})) is not None:
+        print(
+            f"WARNING, every validation image is called {name}: no difference was learned; train for more epochs "
+            "(--epochs), or give evaluate another --threshold"
+        )
     if model["worst_group"]:
         worst = Group(**model["worst_group"])
         differs = worst.is_worse_than(best["roc_auc"])

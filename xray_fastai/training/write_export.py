@@ -18,7 +18,8 @@ from safetensors.torch import save
 
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.config import FitConfig
-from xray_fastai.data.dataset import Collection, file_key
+from xray_fastai.data.dataset import Collection
+from xray_fastai.data.labelled import contents_of, file_key
 from xray_fastai.data.patients import unknown
 from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
 from xray_fastai.evaluation.report import write_report
@@ -111,6 +112,7 @@ def _summary(data: Collection) -> dict:
         },
         "notes": data.notes,
         "valid_files": sorted(file_key(file) for file in data.valid.file),
+        "contents": contents_of(data),
     }
 
 
@@ -196,16 +198,18 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
         raise UserError(
             f"{trainer.error}; no epoch was completed, so nothing is exported; try a lower --lr than {plan.config.lr:g}"
         )
-    calibration, worst = Calibration(threshold=None if _positive(plan.data) is None else 0.5), None
+    calibration, worst, called = Calibration(threshold=None if _positive(plan.data) is None else 0.5), None, None
     if best.row is not None:
         images = _validated(trainer)
         config = plan.config
         calibration = calibrate(images, config.calibration, _positive(plan.data), config.target_sensitivity)
-        worst = _worst_group(plan.data, calibration.probabilities(images.logits))
+        probabilities = calibration.probabilities(images.logits)
+        worst = _worst_group(plan.data, probabilities)
+        called = _called(plan.data, probabilities, calibration.threshold)
     set_scaling(trainer.learn, calibration.scaling.temperature, calibration.scaling.intercepts)
     received = trainer.stop.received
     status = "diverged" if trainer.error else "interrupted" if received is not None else "complete"
-    model = model_record(trainer, status, calibration, worst)
+    model = model_record(trainer, status, calibration, worst) | {"called": called}
     path = write_export(run, trainer.learn, model, history)
     conclude(path, model, run)
     return Result(path, status, history, plan.config, received, trainer.error)
@@ -227,6 +231,14 @@ def _validated(trainer: Trainer) -> Validated:
 def _positive(data: Collection) -> int | None:
     """Return the index of the class to detect; None with more than two classes: the most probable is predicted."""
     return data.classes.index(data.positive) if data.positive and len(data.classes) == 2 else None
+
+
+def _called(data: Collection, probabilities: np.ndarray, threshold: float | None) -> dict[str, int]:
+    """Count the validation images by the class that is predicted for them."""
+    positive, predicted = _positive(data), probabilities.argmax(axis=1)
+    if positive is not None:
+        predicted = np.where(probabilities[:, positive] >= threshold, positive, 1 - positive)
+    return dict(zip(data.classes, np.bincount(predicted, minlength=len(data.classes)).tolist(), strict=True))
 
 
 def _worst_group(data: Collection, probabilities: np.ndarray) -> Group | None:
