@@ -298,9 +298,9 @@ class FitConfig:
         max=1,
     )
     calibration: str = _setting(
-        "cautious",
-        "How outputs become probabilities: cautious (one temperature, the largest that the validation images allow), "
-        "validation (slope and intercept fitted to them) or none.",
+        "validation",
+        "How outputs become probabilities: validation (slope and intercept fitted to the validation images), cautious "
+        "(one temperature, the largest that they allow) or none.",
         choices=CALIBRATIONS,
     )
     patient_pattern: str | None = _setting(

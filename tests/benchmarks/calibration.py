@@ -13,7 +13,8 @@ tables follow from these files:
     calibration    of the kept epoch by each of `fit --calibration`, and others: negative log-likelihood, expected
                    calibration error, Brier score. `equal` is the negative log-likelihood if both classes were equally
                    frequent: another prevalence
-    views          the same for `--tta`: calibrated on single views, applied to the mean of five
+    views          the same for `--tta`, calibrated on single views and applied to the mean of five; of the seeds that
+                   keep the last epoch
 """
 
 import contextlib
@@ -174,7 +175,7 @@ def scalings(images: Validated) -> dict[str, Scaling]:
 
 def show(folder: Path) -> None:
     """Print the tables of all seeds in FOLDER."""
-    epochs, calibrations = [], []
+    epochs, calibrations, views = [], [], []
     for file in sorted(folder.glob("*.npz")):
         kept = np.load(file)
         names = [key.removesuffix("/logits") for key in kept if key.endswith("/logits")]
@@ -197,24 +198,27 @@ def show(folder: Path) -> None:
                 found = measures(logits[part][epoch], targets[part], scaling)
                 calibrations.append({"seed": file.stem, "calibration": name, "images": part} | found)
                 if epoch == len(valid) - 1:  # the outputs by view are those of the last epoch
-                    found = measures(kept[f"{part}/views"], targets[part], scaling)
-                    calibrations.append({"seed": file.stem, "calibration": f"{name}, views", "images": part} | found)
+                    of_views = measures(kept[f"{part}/views"], targets[part], scaling)
+                    for label, row in (("single", found), ("views", of_views)):
+                        views.append({"seed": file.stem, "calibration": f"{name}, {label}", "images": part} | row)
     print(pd.DataFrame(epochs).set_index(["seed", "loss"]).T.to_string(float_format="{:.3f}".format))
-    table = pd.DataFrame(calibrations).drop(columns="AUC")
-    far = table[~table.images.isin(["validation", "random"])].groupby(["seed", "calibration"], as_index=False)
-    both = table[table.images != "validation"].groupby(["seed", "calibration"], as_index=False)
-    means = [
-        part.mean(numeric_only=True).assign(images=f"mean of {name}")
-        for name, part in (("far", far), ("near and far", both))
-    ]
+    for rows in filter(None, (calibrations, views)):
+        show_calibrations(pd.DataFrame(rows).drop(columns="AUC"))
+
+
+def show_calibrations(table: pd.DataFrame) -> None:
+    """Print the mean over seeds, and the negative log-likelihood of each seed, with means over the held-out groups."""
+    means = []
+    for name, others in (("far", ["validation", "random"]), ("near and far", ["validation"])):
+        groups = table[~table.images.isin(others)].groupby(["seed", "calibration"], as_index=False)
+        means.append(groups.mean(numeric_only=True).assign(images=f"mean of {name}"))
     table = pd.concat([table, *means])
     grouped = table.drop(columns="seed").groupby(["images", "calibration"], sort=False)
-    print(f"\nmean of {table.seed.nunique()} seeds")
+    print(f"\nmean of seeds {', '.join(table.seed.unique())}")
     print(grouped.mean().to_string(float_format="{:.3f}".format))
     print("\nNLL of each seed")
-    print(
-        table.pivot_table("NLL", ["images", "calibration"], "seed", sort=False).to_string(float_format="{:.3f}".format)
-    )
+    nll = table.pivot_table("NLL", ["images", "calibration"], "seed", sort=False)
+    print(nll.to_string(float_format="{:.3f}".format))
 
 
 if __name__ == "__main__":
