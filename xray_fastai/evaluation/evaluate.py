@@ -23,7 +23,7 @@ from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.inference.tta import describe as describe_tta
-from xray_fastai.metrics.intervals import RESAMPLES, Interval, Measured, measure
+from xray_fastai.metrics.intervals import Interval, Measured, measure
 from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
@@ -167,13 +167,14 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
     model, classes = request.model, range(scored.classes)
     images, patients = len(scored.y_true), int(scored.patients.max()) + 1
     over = f"{patients:,} patients" if patients < images else f"{patients:,} patients, an image each"
-    intervals = f"95 % intervals: bootstrap over {over}, {RESAMPLES:,} resamples"
+    intervals = f"95 % intervals by patient: {over}. The calibration error has none, nor has what rests on one patient."
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model.path.resolve().name,
         "architecture": model.settings["architecture"],
         "split": request.split,
+        "note": SPLITS[request.split],
         "data": request.data,
         "images": images,
         "patients": patients,
@@ -191,6 +192,10 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
             for name, threshold in request.operating_points.items()
         },
         "metrics": _plain(measured.free),
+        "reliability": [
+            {"images": of_bin.images, "probability": of_bin.probability, "share": _plain({"": of_bin.share})[""]}
+            for of_bin in measured.reliability
+        ],
         "tta": request.tta,
     }
 

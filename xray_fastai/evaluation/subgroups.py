@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from xray_fastai.data.images import open_image
-from xray_fastai.metrics.intervals import measure
+from xray_fastai.metrics.intervals import interval_of
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.system.parallel import map_in_threads
 
@@ -130,5 +130,5 @@ def worst_group(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray
     for name, chosen in unusual(looks, positives, patients).items():
         y_prob = np.stack([1 - scores[chosen], scores[chosen]], axis=1)
         scored = Scored(positives[chosen].astype(int), y_prob, pd.factorize(patients[chosen])[0], positive=1)
-        groups.append(Group(name, int(chosen.sum()), *measure(scored, {}).free["roc_auc"]))
+        groups.append(Group(name, int(chosen.sum()), *interval_of("roc_auc", scored)))
     return min((group for group in groups if np.isfinite(group.low)), key=lambda group: group.roc_auc, default=None)
