@@ -258,6 +258,7 @@ def test_each_key_is_needed(copy, run, refused):
     """Except those that exports of earlier versions lack."""
     model = settings_of(copy)
     later = [("preprocessing", "contrast"), ("worst_group",), ("calibrated",), ("augmentation",)]
+    later += [("worst_group", "groups"), ("worst_group", "expected")]
 
     def paths(node, above=()):
         for key, value in node.items():

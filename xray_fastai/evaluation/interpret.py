@@ -21,6 +21,7 @@ from xray_fastai.data.dataset import labelled_images
 from xray_fastai.data.images import size_of
 from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet, make_cells
 from xray_fastai.evaluation.error_patterns import suspicious_causes
+from xray_fastai.evaluation.evaluate import SPLITS
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
@@ -39,7 +40,6 @@ FORMAT = 1
 """The layout of `summary.json`."""
 
 PICTURE, LOSSES, SUMMARY = "top_losses.png", "top_losses.csv", "summary.json"
-SPLITS = ("valid", "test", "train")
 WORST = 16
 """Images in `summary.json` and in the table on the terminal."""
 
@@ -273,6 +273,7 @@ def _head(ranking: _Ranking, data: str) -> list[tuple[str, str]]:
         ("Data:", data),
         ("", f"{ranking.split} split, {images} images"),
         ("Wrong:", f"{ranking.errors} of {images}{rule}"),
+        *([("Note:", SPLITS[ranking.split])] if SPLITS[ranking.split] else []),
     ]
 
 

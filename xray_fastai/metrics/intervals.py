@@ -112,9 +112,9 @@ def measure(scored: Scored, y_pred: dict[str, np.ndarray], resamples: int = RESA
     )
 
 
-def interval_of(name: str, scored: Scored) -> Interval:
-    """Compute a metric that needs no threshold, with its 95 % interval."""
-    return _interval(METRICS[name], float(METRICS[name].value(scored, None)), scored, None)
+def interval_of(name: str, scored: Scored, level: float = 0.95) -> Interval:
+    """Compute a metric that needs no threshold and is no share, with its interval of the given level."""
+    return _interval(METRICS[name], float(METRICS[name].value(scored, None)), scored, None, level)
 
 
 def share_interval(shares: Shares, patients: np.ndarray) -> tuple[float, float]:
@@ -146,15 +146,20 @@ def share_interval(shares: Shares, patients: np.ndarray) -> tuple[float, float]:
 
 
 def student_interval(
-    value: float, influence: np.ndarray, patients: np.ndarray, scale: Literal["unit", "positive", "real"]
+    value: float,
+    influence: np.ndarray,
+    patients: np.ndarray,
+    scale: Literal["unit", "positive", "real"],
+    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Return the 95 % interval of a metric; NaN with images of one patient, or where all patients agree.
+    """Return the interval of a metric; NaN with images of one patient, or where all patients agree.
 
     Args:
         value: the metric.
         influence: (N,), that of each image.
         patients: (N,), the number of each image's patient, from 0 on.
         scale: the logit of a metric from 0 to 1, the logarithm of a positive one, or the metric itself.
+        level: the share of intervals that hold the truth.
     """
     of_patient = _sums(influence, patients)
     m, squares = len(of_patient), (of_patient**2).sum()
@@ -162,7 +167,7 @@ def student_interval(
         return _NONE
     kurtosis = m * (of_patient**4).sum() / squares**2
     freedom = min(m - 1, 2 * m / (kurtosis - (m - 3) / (m - 1)))
-    half = t.ppf(0.975, freedom) * np.sqrt(m / (m - 1) * squares)
+    half = t.ppf((1 + level) / 2, freedom) * np.sqrt(m / (m - 1) * squares)
     if scale == "unit":
         center, half = logit(value), half / (value * (1 - value))
         return float(expit(center - half)), float(expit(center + half))
@@ -222,15 +227,15 @@ def _intervals(scored: Scored, y_pred: np.ndarray | None) -> dict[str, Interval]
     return {name: _interval(METRICS[name], value, scored, y_pred) for name, value in values(scored, y_pred).items()}
 
 
-def _interval(metric: Metric, value: float, scored: Scored, y_pred: np.ndarray | None) -> Interval:
+def _interval(metric: Metric, value: float, scored: Scored, y_pred: np.ndarray | None, level: float = 0.95) -> Interval:
     if metric.scale is None or np.isnan(value):
         return Interval(value, *_NONE)
     spread = metric.spread(scored, y_pred)
     if isinstance(spread, Shares):
         return Interval(value, *share_interval(spread, scored.patients))
     if metric.scale == "unit" and value in (0, 1):
-        return Interval(value, *_of_perfect_order(value, scored))
-    return Interval(value, *student_interval(value, spread, scored.patients, metric.scale))
+        return Interval(value, *_of_perfect_order(value, scored, level))
+    return Interval(value, *student_interval(value, spread, scored.patients, metric.scale, level))
 
 
 def _reliability(scored: Scored) -> list[ReliabilityBin]:
@@ -246,7 +251,7 @@ def _reliability(scored: Scored) -> list[ReliabilityBin]:
     ]
 
 
-def _of_perfect_order(value: float, scored: Scored) -> tuple[float, float]:
+def _of_perfect_order(value: float, scored: Scored, level: float) -> tuple[float, float]:
     """Return the interval of an area of 1 or 0: Wilson's of as many hits, or errors, as the rarest class has patients.
 
     A perfect order has no variance that could be estimated.
@@ -257,7 +262,7 @@ def _of_perfect_order(value: float, scored: Scored) -> tuple[float, float]:
     count = min(patients)
     if count < 2:
         return _NONE
-    low, high = _wilson(value, 0.0, count, count, t.ppf(0.975, count - 1))
+    low, high = _wilson(value, 0.0, count, count, t.ppf((1 + level) / 2, count - 1))
     return float(low), float(high)
 
 
