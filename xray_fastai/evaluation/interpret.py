@@ -273,7 +273,7 @@ def _head(ranking: _Ranking, data: str) -> list[tuple[str, str]]:
         ("Data:", data),
         ("", f"{ranking.split} split, {images} images"),
         ("Wrong:", f"{ranking.errors} of {images}{rule}"),
-        *([("Note:", SPLITS[ranking.split])] if SPLITS[ranking.split] else []),
+        *([("Note:", note)] if (note := SPLITS[ranking.split]) else []),
     ]
 
 
