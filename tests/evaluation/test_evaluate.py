@@ -79,7 +79,7 @@ def test_what_is_written_and_printed(evaluated, export, data, tmp_path):
     lines = text.splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80 and text.isascii()
     assert "no medical device" in lines[0] and "no medical device" in lines[-1]
-    assert "95 % intervals: bootstrap over 23 patients, an image each, 2,000 resamples" in lines
+    assert "95 % intervals by patient: 23 patients, an image each." in text
     assert any("at threshold 0.5 " in line and "at threshold 0.4" in line for line in lines)
 
     columns = ["path", "patient", "truth", "prediction", "p_NORMAL", "p_PNEUMONIA", "loss"]
@@ -109,7 +109,10 @@ def test_what_is_written_and_printed(evaluated, export, data, tmp_path):
             assert interval["low"] <= interval["value"] <= interval["high"]
     assert list(summary["metrics"]) == [name for name, metric in METRICS.items() if not metric.needs_threshold]
     for metric, interval in summary["metrics"].items():
-        assert list(interval.values()) == pytest.approx(expected.free[metric])
+        limits = [np.nan if number is None else number for number in interval.values()]
+        assert limits == pytest.approx(list(expected.free[metric]), nan_ok=True)
+        assert (interval["low"] is None) == (metric == "expected_calibration_error")
+    assert sum(of_bin["images"] for of_bin in summary["reliability"]) == 23 and summary["note"] is None
     for metric in METRICS.values():
         assert sum(line.startswith(f"{metric.title} ") for line in lines) == 1, metric.name
 

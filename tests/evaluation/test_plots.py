@@ -5,8 +5,9 @@ import pytest
 from sklearn.metrics import confusion_matrix
 
 from xray_fastai.evaluation import plots
+from xray_fastai.metrics.calibration import reliability_bins
 from xray_fastai.metrics.intervals import measure
-from xray_fastai.metrics.scored import BINS, Scored
+from xray_fastai.metrics.scored import Scored
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,16 @@ def test_the_thresholds_lie_on_the_precision_recall_curve(drawn):
 def test_the_reliability_diagram_counts_all_images(drawn):
     _, scored, _ = drawn
     above, below = plots._reliability(*drawn).axes
-    assert sum(bar.get_height() for bar in below.patches) == 200 and len(below.patches) == BINS
-    (bins,) = above.collections[1:]
-    mean, share = bins.get_offsets().T
-    for x, y in zip(mean, share, strict=True):
-        inside = np.ceil(scored.y_prob[:, 1] * BINS).clip(1) == max(1, np.ceil(x * BINS))
-        assert (x, y) == pytest.approx((scored.y_prob[inside, 1].mean(), scored.y_true[inside].mean()))
+    assert sum(bar.get_height() for bar in below.patches) == 200
+    (line,) = (line for line in above.lines if line.get_marker() == "o")
+    of_image = reliability_bins(scored).of_image
+    assert len(line.get_xydata()) == of_image.max() + 1 > 2
+    for i, point in enumerate(line.get_xydata()):
+        inside = of_image == i
+        assert point == pytest.approx((scored.y_prob[inside, 1].mean(), scored.y_true[inside].mean()))
+    (intervals,) = above.collections
+    for (_, y), ((_, low), (_, high)) in zip(line.get_xydata(), intervals.get_segments(), strict=True):
+        assert low <= y <= high and high - low > 0.1
 
 
 def test_the_confusion_matrix_is_that_of_the_chosen_threshold(drawn):

@@ -266,6 +266,7 @@ def test_each_key_is_needed(copy, run, refused):
     tables = ("settings", "versions", "train", "valid", "augmentation", "called")
     later += [("data", "patients", "images_without"), ("data", "contents"), ("called",)]
     later += [("intercepts",), ("calibration_kind",)]
+    later += [("worst_group", "groups"), ("worst_group", "expected")]
 
     def paths(node, above=()):
         for key, value in node.items():

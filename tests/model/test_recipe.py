@@ -116,6 +116,7 @@ def test_the_group_that_a_model_fails_on_is_named(tmp_path):
     scores[:40] = 1 - scores[:40]  # the darkest tenth of each class is called the other
     worst = worst_group(appearance(paths), positives, np.arange(400), scores)
     assert worst.name == "darkest" and worst.images == 40 and worst.roc_auc < 0.05 and worst.is_worse_than(0.9)
+    assert worst.groups == 7 and worst.roc_auc <= worst.expected < 0.1  # it differs by far more than by chance
     sound = worst_group(appearance(paths), positives, np.arange(400), np.where(positives, 0.9, 0.1))
     assert sound.roc_auc == 1 and not sound.is_worse_than(1.0)
 

@@ -19,7 +19,6 @@ from tests.forked import members
 from tests.small_network import NAME as SMALL
 from tests.small_network import TORCHVISIONS
 from xray_fastai import FitConfig, fit, load_learner
-from xray_fastai.config import ARCHITECTURES
 from xray_fastai.training.calibration import Calibration
 from xray_fastai.training.callbacks import standard_error
 

@@ -1,17 +1,26 @@
 """Find what misclassified images have in common: a patient, a size, a shape, a cause in the file name.
 
-The results are hints where to look first, not findings: images are counted as if they were independent.
+The results are hints where to look first, not findings. There are three kinds: patients, shape, cause. Each is
+corrected for its number of comparisons (Holm, A simple sequentially rejective multiple test procedure, Scand J Stat
+1979) at a third of `ALPHA`. Shape and cause are tested by permutation of whole patients, since images of one patient
+are not independent. A patient is tested against independent errors: where errors cluster by patient, as they often
+do, patients are named for it. `python -m tests.benchmarks.looks` measures the rates: with independent errors 1.5 % of
+runs print a hint (200 runs of 300 patients); with clustered errors 5 % one on the shape, 4 % one on the cause, and 60
+% a patient.
 """
 
 import re
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binom, fisher_exact
+from scipy.stats import binom
 
 from xray_fastai.data.patients import CAUSE
 
 ALPHA = 0.05
+"""The largest probability of any hint where errors are independent and nothing has an effect."""
+KINDS = 3
+PERMUTATIONS, SEED = 4999, 0
 
 FEATURES = {
     "pixels": ("the smallest third (up to {:.2g} megapixels)", "the largest third (from {:.2g} megapixels)", 1e-6),
@@ -46,13 +55,13 @@ def suspicious_causes(table: pd.DataFrame) -> list[str]:
 def _by_patient(table: pd.DataFrame, wrong: np.ndarray, max_lines: int = 3) -> list[str]:
     """Describe patients with more errors than chance explains.
 
-    They have two or more images, at least half of them misclassified, and at the overall error rate the binomial
-    probability of as many errors or more is below 0.05.
+    They have at least half of their images misclassified. The test is binomial, at the overall error rate, of all
+    patients with two or more images.
     """
     by = pd.Series(wrong).groupby(table.patient.to_numpy()).agg(bad="sum", n="size")
-    chance = binom.sf(by.bad - 1, by.n, wrong.mean())
-    several = (by.n >= 2) & (by.bad >= 2) & (2 * by.bad >= by.n)
-    patients = by[several & (chance < ALPHA)]
+    by = by[by.n >= 2]
+    p = holm(binom.sf(by.bad - 1, by.n, wrong.mean()))
+    patients = by[(2 * by.bad >= by.n) & (p < ALPHA / KINDS)]
     patients = patients.sort_values(["bad", "n"], ascending=[False, True], kind="stable")
     lines = [
         f"Patient {row.Index}: {row.bad} of {row.n} images wrong." for row in patients.head(max_lines).itertuples()
@@ -75,22 +84,24 @@ def _by_cause(table: pd.DataFrame, wrong: np.ndarray) -> list[str]:
         return []
     line = "By the cause in the name: " + ", ".join(f"{cause} {bad} of {n} wrong" for cause, bad, n in parts)
     if len(parts) == 2:
-        p = _fisher(*parts[0][1:], *parts[1][1:], "two-sided")
-        line += f" ({'differs, ' if p < ALPHA else ''}Fisher's exact test p = {p:.2g})"
+        named = causes != ""
+        errors, patients = wrong[named], table.patient.to_numpy()[named]
+        sides = np.stack([causes[named] == cause for cause in ("bacteria", "virus")], axis=1)
+        p = holm(permutation_p(errors, patients, sides)).min()
+        line += f" ({'differs, ' if p < ALPHA / KINDS else ''}p = {p:.2g})"
     return [line + "."]
 
 
 def _by_shape(table: pd.DataFrame, wrong: np.ndarray) -> list[str]:
     """Describe the thirds by size and by aspect ratio that have more errors than the rest.
 
-    Each class is tested alone: in many collections the classes differ in size, shape and error rate. The test is
-    Fisher's exact test, one-sided; p is multiplied by the number of thirds tested (Bonferroni).
+    Each class is tested alone: in many collections the classes differ in size, shape and error rate.
     """
     values = {"pixels": table.width * table.height, "aspect": table.width / table.height}
-    tests = []
+    tests, p = [], []
     for label in sorted(table.truth.unique()):
         of_label = (table.truth == label).to_numpy()
-        errors = wrong[of_label]
+        errors, thirds, names = wrong[of_label], [], []
         for feature, of_all in values.items():
             value = of_all[of_label].to_numpy(dtype=float)
             low, high = np.quantile(value, [1 / 3, 2 / 3])
@@ -98,22 +109,51 @@ def _by_shape(table: pd.DataFrame, wrong: np.ndarray) -> list[str]:
                 continue
             small, large, unit = FEATURES[feature]
             smallest, largest = value <= low, value >= high
-            thirds = [
-                (smallest, small.format(value[smallest].max() * unit)),
-                (largest, large.format(value[largest].min() * unit)),
-            ]
-            for third, name in thirds:
-                bad, n = int(errors[third].sum()), int(third.sum())
-                rest, others = int(errors[~third].sum()), int((~third).sum())
-                tests.append((_fisher(bad, n, rest, others, "greater"), label, name, bad, n, rest, others))
+            thirds += [smallest, largest]
+            names += [small.format(value[smallest].max() * unit), large.format(value[largest].min() * unit)]
+        if thirds:
+            p += permutation_p(errors, table.patient.to_numpy()[of_label], np.stack(thirds, axis=1)).tolist()
+        tests += [
+            (label, name, errors[third].sum(), third.sum(), errors[~third].sum(), (~third).sum())
+            for third, name in zip(thirds, names, strict=True)
+        ]
     return [
         f"Of {label} {name}, {bad} of {n} are misclassified; of the rest {rest} of {others} "
-        f"(p = {len(tests) * p:.2g}, corrected for {len(tests)} comparisons)."
-        for p, label, name, bad, n, rest, others in sorted(tests)
-        if len(tests) * p < ALPHA
+        f"(p = {corrected:.2g}, corrected for {len(tests)} comparisons)."
+        for corrected, (label, name, bad, n, rest, others) in sorted(zip(holm(np.array(p)), tests, strict=True))
+        if corrected < ALPHA / KINDS
     ]
 
 
-def _fisher(bad: int, n: int, bad_other: int, n_other: int, alternative: str) -> float:
-    """Return the p of Fisher's exact test that two groups have the same error rate."""
-    return float(fisher_exact([[bad, n - bad], [bad_other, n_other - bad_other]], alternative=alternative)[1])
+def permutation_p(wrong: np.ndarray, patients: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return the one-sided p (K,) that groups of images have as many errors as they do by chance.
+
+    The errors of a patient stay together: patients are put in random order, and their errors laid over the images in
+    this order.
+
+    Args:
+        wrong: (N,), whether an image is misclassified.
+        patients: (N,), the patient of each image.
+        groups: (N, K), which images are in each group.
+    """
+    order = np.argsort(patients, kind="stable")
+    wrong, groups = wrong[order].astype(float), groups[order].astype(float)
+    numbers = np.unique(patients[order], return_inverse=True)[1]
+    observed, rng = wrong @ groups, np.random.default_rng(SEED)
+    reached = np.zeros(groups.shape[1])
+    for _ in range(PERMUTATIONS):
+        shuffled = wrong[np.argsort(rng.permutation(numbers.max() + 1)[numbers], kind="stable")]
+        reached += shuffled @ groups >= observed
+    return (reached + 1) / (PERMUTATIONS + 1)
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Return p-values (K,) corrected for their number by Holm's method.
+
+    >>> holm(np.array([0.01, 0.04, 0.03])).round(2).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)))
+    return corrected

@@ -24,7 +24,7 @@ from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.inference.tta import describe as describe_tta
-from xray_fastai.metrics.intervals import RESAMPLES, Interval, Measured, measure
+from xray_fastai.metrics.intervals import Interval, Measured, measure
 from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
@@ -177,13 +177,14 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
     missing = int(unknown(request.images).sum())
     if missing == images:
         over = f"{images:,} images, each as a patient of its own"
-    intervals = f"95 % intervals: bootstrap over {over}, {RESAMPLES:,} resamples"
+    intervals = f"95 % intervals by patient: {over}. The calibration error has none, nor has what rests on one patient."
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model.path.resolve().name,
         "architecture": model.settings["architecture"],
         "split": request.split,
+        "note": SPLITS[request.split],
         "data": request.data,
         "images": images,
         "patients": patients,
@@ -206,6 +207,10 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
             for name, threshold in request.operating_points.items()
         },
         "metrics": _plain(measured.free),
+        "reliability": [
+            {"images": of_bin.images, "probability": of_bin.probability, "share": _plain({"": of_bin.share})[""]}
+            for of_bin in measured.reliability
+        ],
         "tta": request.tta,
         "notes": _notes(request, scored, y_pred),
     }

@@ -58,8 +58,6 @@ class Evaluation:
             "",
             *wrap(self.summary["intervals"]),
         ]
-        if any(interval["low"] is not None and interval["low"] == interval["high"] for interval in self._intervals()):
-            lines += wrap("An interval without width does not mean certainty: there was no error to resample.")
         lines += ["", *wrap(str(self.path), f"{'written':<15}"), DISCLAIMER]
         return "\n".join(lines)
 
@@ -85,10 +83,6 @@ class Evaluation:
         """What was evaluated on what, and what the reader has to know; a term and a text for each line."""
         return [*self.about.items(), *(("note", note) for note in self.summary["notes"])]
 
-    def _intervals(self) -> list[dict]:
-        parts = [self.summary["metrics"], *(p["metrics"] for p in self.summary["operating_points"].values())]
-        return [interval for part in parts for interval in part.values()]
-
     def _cells(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
         """Return the titles of the columns, and each metric's name and cells: one cell where it needs no threshold."""
         points = self.summary["operating_points"]
@@ -102,8 +96,10 @@ class Evaluation:
         one_class = sum(count > 0 for count in self.summary["counts"].values()) == 1
 
         def cell(name: str, interval: dict) -> str:
+            if interval["value"] is None and not one_class:
+                return "the classes are separated" if name == "calibration_slope" else "none predicted"
             if interval["value"] is None:
-                return "one class only" if one_class and name not in ("ppv", "npv") else "none predicted"
+                return "one class only"
             return format_interval(**interval)
 
         rows = [(name, [cell(name, point["metrics"][name]) for point in points]) for name in points[0]["metrics"]]

@@ -22,6 +22,7 @@ from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.patients import note_on
 from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet, make_cells
 from xray_fastai.evaluation.error_patterns import suspicious_causes
+from xray_fastai.evaluation.evaluate import SPLITS
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
@@ -40,7 +41,6 @@ FORMAT = 1
 """The layout of `summary.json`."""
 
 PICTURE, LOSSES, SUMMARY = "top_losses.png", "top_losses.csv", "summary.json"
-SPLITS = ("valid", "test", "train")
 WORST = 16
 """Images in `summary.json` and in the table on the terminal."""
 
@@ -275,6 +275,7 @@ def _head(ranking: _Ranking, data: str) -> list[tuple[str, str]]:
         ("Data:", data),
         ("", f"{ranking.split} split, {images} images"),
         ("Wrong:", f"{ranking.errors} of {images}{rule}"),
+        *([("Note:", note)] if (note := SPLITS[ranking.split]) else []),
     ]
 
 

@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from xray_fastai.metrics.intervals import Curve, Measured
-from xray_fastai.metrics.scored import BINS, Scored
-from xray_fastai.metrics.table import FALSE_POSITIVE_RATES
+from xray_fastai.metrics.intervals import FALSE_POSITIVE_RATES, Curve, Measured
+from xray_fastai.metrics.scored import Scored
 from xray_fastai.system.text import format_interval, shorten
 
 FILES = {
@@ -79,7 +78,7 @@ def _roc(summary: dict[str, Any], scored: Scored, measured: Measured) -> Figure:
         false_positive_rate, sensitivity, _ = roc_curve(curve.positives, curve.scores, drop_intermediate=True)
         axes.plot(false_positive_rate, sensitivity, **style, label=f"{name or 'AUC'} {format_interval(*curve.auc)}")
         if len(measured.curves) <= len(_COLOURS):
-            band = None if scored.positive is None else "95 % interval of the curve"
+            band = None if scored.positive is None else "95 % intervals, pointwise"
             axes.fill_between(
                 FALSE_POSITIVE_RATES, *curve.band, color=style["color"], alpha=0.15, linewidth=0, label=band
             )
@@ -115,21 +114,14 @@ def _precision_recall(summary: dict[str, Any], scored: Scored, measured: Measure
 def _reliability(summary: dict[str, Any], scored: Scored, measured: Measured) -> Figure:
     figure = Figure(figsize=(5.4, 6.4), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    probability, outcome, bins = scored.confidence
-    counts = np.bincount(bins, minlength=BINS)
-    filled = counts > 0
-    mean = np.bincount(bins, probability, BINS)[filled] / counts[filled]
-    share = np.bincount(bins, outcome, BINS)[filled] / counts[filled]
+    mean = np.array([of_bin.probability for of_bin in measured.reliability])
+    share, low, high = np.array([of_bin.share for of_bin in measured.reliability]).T
     axes.plot([0, 1], [0, 1], color="#999", linestyle=":", linewidth=1, label="perfectly calibrated")
-    axes.vlines(mean, mean, share, color="#c8102e", alpha=0.45, linewidth=3, label="gap")
-    sizes = 18 + 110 * counts[filled] / counts.max()
-    axes.scatter(mean, share, sizes, color=_COLOURS[0], zorder=3, label="bin; the larger, the more images")
-    width = 1 / BINS
-    below.bar((np.arange(BINS) + 0.5) * width, counts, width * 0.92, color=_COLOURS[0], alpha=0.75)
-    for k in np.flatnonzero(filled):
-        below.annotate(f"{counts[k]:,}", ((k + 0.5) * width, counts[k]), (0, 2), textcoords="offset points",
-                       ha="center", fontsize=7, color="#444")  # fmt: skip
-    below.set_ylim(0, counts.max() * 1.3)
+    axes.vlines(mean, low, high, color=_COLOURS[0], alpha=0.45, linewidth=2, label="95 % interval of a share")
+    images = f"{scored.y_true.size / mean.size:,.0f}" if mean.size > 1 else "all"
+    axes.plot(mean, share, "o-", color=_COLOURS[0], linewidth=1, label=f"bins of about {images} images")
+    counts, edges = np.histogram(scored.confidence[0], bins=20, range=(0, 1))
+    below.bar(edges[:-1], counts, np.diff(edges) * 0.92, align="edge", color=_COLOURS[0], alpha=0.75)
     of = "the predicted class" if scored.positive is None else _short(summary["positive"])
     axes.set(ylabel="share predicted correctly" if scored.positive is None else f"share that is {of}")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
@@ -137,10 +129,8 @@ def _reliability(summary: dict[str, Any], scored: Scored, measured: Measured) ->
     for part in (axes, below):
         part.grid(alpha=0.25)
         part.spines[["top", "right"]].set_visible(False)
-    legend = axes.legend(loc="best", fontsize=8, framealpha=0.9, edgecolor="none")
-    legend.legend_handles[-1].set_sizes([60])
-    error = format_interval(*measured.free["expected_calibration_error"])
-    _title(axes, f"Reliability: calibration error {error}", summary)
+    axes.legend(loc="best", fontsize=8, framealpha=0.9, edgecolor="none")
+    _title(axes, f"Reliability: calibration error {measured.free['expected_calibration_error'].value:.3f}", summary)
     return figure
 
 

@@ -16,7 +16,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from xray_fastai.data.images import open_image
-from xray_fastai.metrics.intervals import measure
+from xray_fastai.metrics.influence import of_roc_auc
+from xray_fastai.metrics.intervals import interval_of
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.system.parallel import map_in_threads
 
@@ -27,7 +28,8 @@ SHARE = 0.1
 MIN_IMAGES = 10
 """Images of each class that a group needs, and patients that each class needs, for an AUC to mean something."""
 GAP = 0.02
-"""A group is warned about if its AUC is at least this much below that of all images, and its interval is below it."""
+"""A group is warned about if its expected AUC is at least this much below that of all images, and its interval is below
+it."""
 
 UNLIKE = "least typical"
 NAMES = {
@@ -41,17 +43,30 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Group:
-    """A group of validation images, and its ROC AUC with its 95 % interval."""
+    """The unusual group of validation images with the lowest ROC AUC of several.
+
+    Args:
+        name: of the group.
+        images: how many.
+        roc_auc: the lowest, which is too low as an estimate: chance helps to be the lowest.
+        low: the lower limit of its interval, of a level at which all groups' intervals hold with 95 % (Bonferroni).
+        high: the upper limit.
+        groups: how many there are.
+        expected: the AUC to expect of new images of this group: drawn to the mean of all groups by as much as their
+            AUCs differ by chance (Efron & Morris, Data analysis using Stein's estimator, JASA 1975).
+    """
 
     name: str
     images: int
     roc_auc: float
     low: float
     high: float
+    groups: int
+    expected: float
 
     def is_worse_than(self, roc_auc: float) -> bool:
         """Return whether the group is clearly worse than all images, which have this AUC."""
-        return self.high < roc_auc and self.roc_auc < roc_auc - GAP
+        return self.high < roc_auc and self.expected < roc_auc - GAP
 
 
 def appearance(paths: Sequence[str], aspects: Sequence[float] | None = None) -> pd.DataFrame:
@@ -126,9 +141,23 @@ def worst_group(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray
     for members in (positives, ~positives):
         if members.sum() * SHARE < MIN_IMAGES or len(set(patients[members])) < MIN_IMAGES:
             return None
-    groups = []
-    for name, chosen in unusual(looks, positives, patients).items():
+    found = {}
+    groups = unusual(looks, positives, patients)
+    for name, chosen in groups.items():
         y_prob = np.stack([1 - scores[chosen], scores[chosen]], axis=1)
         scored = Scored(positives[chosen].astype(int), y_prob, pd.factorize(patients[chosen])[0], positive=1)
-        groups.append(Group(name, int(chosen.sum()), *measure(scored, {}).free["roc_auc"]))
-    return min((group for group in groups if np.isfinite(group.low)), key=lambda group: group.roc_auc, default=None)
+        interval = interval_of("roc_auc", scored, 1 - 0.05 / len(groups))
+        if np.isfinite(interval.low):
+            variance = np.square(np.bincount(scored.patients, of_roc_auc(scored, 1))).sum()
+            found[name] = int(chosen.sum()), interval, variance
+    if not found:
+        return None
+    worst = min(found, key=lambda name: found[name][1].value)
+    images, interval, variance = found[worst]
+    values = np.array([of_group.value for _, of_group, _ in found.values()])
+    between = (
+        max(0.0, values.var(ddof=1) - np.mean([of_group for *_, of_group in found.values()])) if len(found) > 1 else 0.0
+    )
+    kept = between / (between + variance) if between + variance > 0 else 1.0
+    expected = values.mean() + kept * (interval.value - values.mean())
+    return Group(worst, images, *interval, len(groups), float(expected))

@@ -169,6 +169,8 @@ class WorstGroup(Part):
     roc_auc: float
     low: float
     high: float
+    groups: Count | None = None
+    expected: float | None = None
 
 
 class Weights(Part):

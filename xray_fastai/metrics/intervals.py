@@ -1,24 +1,39 @@
-"""Metrics with 95 % intervals: percentiles of a bootstrap over patients.
+"""Metrics with 95 % intervals that respect that images of one patient are not independent.
 
-Images of one patient are drawn together, since they are not independent (Field & Welsh, Bootstrapping clustered data,
-JRSS B 2007).
+A share of images gets Wilson's interval with the effective number of images (Rao & Scott, A simple method for the
+analysis of clustered binary data, Biometrics 1992; with Student's t, as Dean & Pagano, Evaluating confidence interval
+methods for binomial proportions in clustered surveys, J Surv Stat Methodol 2015). A mean of shares combines theirs
+(Zou, Huang & Zhang, A note on confidence interval estimation for a linear function of binomial proportions, CSDA 2009).
+
+Any other metric gets Student's t interval, on a scale on which it has no limits. Few patients may cause most of the
+variance, which makes its estimate uncertain; the degrees of freedom follow from the kurtosis of the patients' influence
+(Shoemaker, Fixing the F test for equal variances, The American Statistician 2003).
+
+`tests/benchmarks/coverage.py` measures how often the intervals hold the truth.
 """
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.special import expit, logit
+from scipy.stats import t
 
+from xray_fastai.metrics.calibration import reliability_bins
+from xray_fastai.metrics.influence import Shares
 from xray_fastai.metrics.scored import Scored
-from xray_fastai.metrics.table import METRICS, Counts, Rankings, curve_values, values
+from xray_fastai.metrics.table import METRICS, Metric, values
 
+FALSE_POSITIVE_RATES = np.linspace(0, 1, 101)
+"""Where the interval of a ROC curve is computed."""
 RESAMPLES = 2000
 SEED = 0
 _ELEMENTS = 100_000
 """Weights computed at once: of 1e5, 4e5, 1e6 and 4e6 the fastest at 624 and at 5,856 images (0.2 and 0.6 s)."""
+_ZERO = 1e-12
+"""What rounding leaves of a variance that is 0."""
+_NONE = (np.nan, np.nan)
 
 
 class Interval(NamedTuple):
@@ -38,7 +53,15 @@ class Curve:
     scores: np.ndarray  # (N,)
     auc: Interval
     average_precision: Interval
-    band: np.ndarray  # (2, 101): lowest and highest sensitivity at `FALSE_POSITIVE_RATES`
+    band: np.ndarray  # (2, 101): lowest and highest sensitivity at each of `FALSE_POSITIVE_RATES`
+
+
+class ReliabilityBin(NamedTuple):
+    """A bin of `calibration.reliability_bins`."""
+
+    images: int
+    probability: float  # the mean
+    share: Interval  # of the images whose class is the true one
 
 
 @dataclass(frozen=True)
@@ -48,29 +71,18 @@ class Measured:
     free: dict[str, Interval]
     points: dict[str, dict[str, Interval]]
     curves: list[Curve]
+    reliability: list[ReliabilityBin]
 
 
-@dataclass(frozen=True)
-class Resampled:
-    """The metrics of R resamples, as in `Measured`."""
-
-    free: dict[str, np.ndarray]  # (R,) each
-    points: dict[str, dict[str, np.ndarray]]  # (R,) each
-    auc: np.ndarray  # (R, measured)
-    average_precision: np.ndarray  # (R, measured)
-    bands: np.ndarray  # (R, measured, 101)
-
-
-def measure(scored: Scored, y_pred: dict[str, np.ndarray], resamples: int = RESAMPLES, seed: int = SEED) -> Measured:
+def measure(scored: Scored, y_pred: dict[str, np.ndarray], resamples: int = RESAMPLES) -> Measured:
     """Compute all metrics with 95 % intervals.
 
-    A resample in which a metric is undefined is left out for this metric. Images of a single patient give no interval.
+    Where nothing can be said there is no interval: images of a single patient, or the same error in all images.
 
     Args:
         scored: N images.
         y_pred: by operating point, the predicted class of each image (N,).
-        resamples: how often patients are drawn.
-        seed: of the random numbers.
+        resamples: how often patients are drawn for the intervals of the ROC curve.
 
     Examples:
         >>> y_true = np.arange(400) % 2
@@ -80,56 +92,91 @@ def measure(scored: Scored, y_pred: dict[str, np.ndarray], resamples: int = RESA
         >>> " ".join(f"{number:.2f}" for number in measured.points["0.5"]["accuracy"])
         '0.80 0.76 0.84'
     """
-    blocks: list[Resampled] = []
-    if scored.patients.max() > 0:
-        blocks = [resample(scored, y_pred, weights) for weights in patient_weights(scored.patients, resamples, seed)]
-
-    by_class = [curve_values(score, scored) for score in (roc_auc_score, average_precision_score)]
+    curves = [
+        Curve(
+            label,
+            one.y_true == 1,
+            one.y_prob[:, 1],
+            interval_of("roc_auc", one),
+            interval_of("average_precision", one),
+            _band(one, resamples),
+        )
+        for label in scored.measured
+        for one in [scored.against_the_rest(label)]
+    ]
     return Measured(
-        {name: _interval(value, [block.free[name] for block in blocks]) for name, value in values(scored).items()},
-        {
-            point: {
-                name: _interval(value, [block.points[point][name] for block in blocks])
-                for name, value in values(scored, classes).items()
-            }
-            for point, classes in y_pred.items()
-        },
-        [
-            Curve(
-                label,
-                scored.y_true == label,
-                scored.y_prob[:, label],
-                _interval(auc, [block.auc[:, i] for block in blocks]),
-                _interval(average_precision, [block.average_precision[:, i] for block in blocks]),
-                _percentiles([block.bands[:, i] for block in blocks]) if blocks else np.full((2, 101), np.nan),
-            )
-            for i, (label, auc, average_precision) in enumerate(zip(scored.measured, *by_class, strict=True))
-        ],
+        _intervals(scored, None),
+        {point: _intervals(scored, classes) for point, classes in y_pred.items()},
+        curves,
+        _reliability(scored),
     )
 
 
-def resample(scored: Scored, y_pred: dict[str, np.ndarray], weights: np.ndarray) -> Resampled:
-    """Compute the metrics of R resamples at once; they equal scikit-learn's with `sample_weight`.
+def interval_of(name: str, scored: Scored, level: float = 0.95) -> Interval:
+    """Compute a metric that needs no threshold and is no share, with its interval of the given level."""
+    return _interval(METRICS[name], float(METRICS[name].value(scored, None)), scored, None, level)
+
+
+def share_interval(shares: Shares, patients: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of K shares; NaN where the images of a share are of one patient.
+
+    The effective number of images is the one whose binomial variance is the variance between patients. It is at most
+    the number of images. Without an error, or without a hit, it is the number of patients.
 
     Args:
-        scored: N images.
-        y_pred: by operating point, the predicted class of each image (N,).
-        weights: (R, N), how often each image is drawn.
+        shares: of N images.
+        patients: (N,), the number of each image's patient, from 0 on.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):  # an undefined metric is NaN
-        rankings = Rankings(scored, weights)
-        counts = {point: Counts.of(scored, classes, weights) for point, classes in y_pred.items()}
-        return Resampled(
-            {m.name: m.resampled(rankings) for m in METRICS.values() if not m.needs_threshold},
-            {
-                point: {m.name: m.resampled(of_point) for m in METRICS.values() if m.needs_threshold}
-                for point, of_point in counts.items()
-            },
-            *rankings.curves,
-        )
+    of_patient = _sums(shares.influence, patients)  # (patients, K)
+    counts = (_sums(shares.weights, patients) > 0).sum(axis=0)  # (K,): patients with images that count
+    if counts.min() < 2:
+        return _NONE
+    p, quantile = shares.values, t.ppf(0.975, counts - 1)
+    covariance = of_patient.T @ of_patient  # (K, K)
+    error = np.sqrt(np.diag(covariance) * counts / (counts - 1))
+    low, high = _wilson(p, error, counts, shares.weights.sum(axis=0), quantile)
+    scale = np.sqrt(np.diag(covariance))
+    with np.errstate(invalid="ignore"):
+        correlation = np.where(scale * scale[:, None] > 0, covariance / (scale * scale[:, None]), np.eye(len(p)))
+    below, above = p - low, high - p
+    return (
+        float(p.mean() - np.sqrt(below @ correlation @ below) / len(p)),
+        float(p.mean() + np.sqrt(above @ correlation @ above) / len(p)),
+    )
 
 
-def patient_weights(patients: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def student_interval(
+    value: float,
+    influence: np.ndarray,
+    patients: np.ndarray,
+    scale: Literal["unit", "positive", "real"],
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Return the interval of a metric; NaN with images of one patient, or where all patients agree.
+
+    Args:
+        value: the metric.
+        influence: (N,), that of each image.
+        patients: (N,), the number of each image's patient, from 0 on.
+        scale: the logit of a metric from 0 to 1, the logarithm of a positive one, or the metric itself.
+        level: the share of intervals that hold the truth.
+    """
+    of_patient = _sums(influence, patients)
+    m, squares = len(of_patient), (of_patient**2).sum()
+    if m < 2 or np.sqrt(squares) < _ZERO:
+        return _NONE
+    kurtosis = m * (of_patient**4).sum() / squares**2
+    freedom = min(m - 1, 2 * m / (kurtosis - (m - 3) / (m - 1)))
+    half = t.ppf((1 + level) / 2, freedom) * np.sqrt(m / (m - 1) * squares)
+    if scale == "unit":
+        center, half = logit(value), half / (value * (1 - value))
+        return float(expit(center - half)), float(expit(center + half))
+    if scale == "positive":
+        return float(value * np.exp(-half / value)), float(value * np.exp(half / value))
+    return float(value - half), float(value + half)
+
+
+def patient_weights(patients: np.ndarray, resamples: int, seed: int = SEED) -> Iterator[np.ndarray]:
     """Draw patients with replacement, and count how often each of their images is drawn.
 
     Args:
@@ -143,7 +190,7 @@ def patient_weights(patients: np.ndarray, resamples: int, seed: int) -> Iterator
     Examples:
         The images of a patient are drawn together, so the first two columns are equal.
 
-        >>> next(patient_weights(np.array([0, 0, 1]), resamples=3, seed=0)).tolist()
+        >>> next(patient_weights(np.array([0, 0, 1]), resamples=3)).tolist()
         [[0.0, 0.0, 2.0], [1.0, 1.0, 1.0], [2.0, 2.0, 0.0]]
     """
     rng = np.random.default_rng(seed)
@@ -156,16 +203,104 @@ def patient_weights(patients: np.ndarray, resamples: int, seed: int) -> Iterator
         yield times.astype(np.float64)[:, patients]
 
 
-def _interval(value: float, blocks: list[np.ndarray]) -> Interval:
-    """Return a metric with its interval from resamples (R,) in blocks; without blocks, or undefined, it has none."""
-    if not blocks or np.isnan(value):
-        return Interval(float(value), np.nan, np.nan)
-    low, high = _percentiles(blocks)
-    return Interval(float(value), float(low), float(high))
+def sensitivities(scored: Scored, weights: np.ndarray) -> np.ndarray:
+    """Return the sensitivity at `FALSE_POSITIVE_RATES` (R, 101) of R weightings (R, N) of images of two classes.
+
+    NaN where a weighting has images of one class only.
+    """
+    scores = scored.y_prob[:, 1]
+    order = np.argsort(-scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # of groups with the same score, highest first
+    weights = weights[:, order]
+    zero = np.zeros((len(weights), 1))
+    rates = []
+    for of_class in (0, 1):
+        counted = np.add.reduceat(weights * (scored.y_true == of_class)[order], starts, axis=1).cumsum(axis=1)
+        with np.errstate(invalid="ignore"):
+            rates.append(np.hstack([zero, counted / counted[:, -1:]]))  # (R, groups + 1)
+    found = np.stack([np.interp(FALSE_POSITIVE_RATES, *pair) for pair in zip(*rates, strict=True)])
+    found[np.isnan(rates[0][:, -1]) | np.isnan(rates[1][:, -1])] = np.nan
+    return found
 
 
-def _percentiles(blocks: list[np.ndarray]) -> np.ndarray:
-    """Return the 2.5th and 97.5th percentile (2, ...) of values (R, ...) in blocks, without the undefined ones."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # undefined in all resamples
-        return np.nanpercentile(np.concatenate(blocks), [2.5, 97.5], axis=0)
+def _intervals(scored: Scored, y_pred: np.ndarray | None) -> dict[str, Interval]:
+    return {name: _interval(METRICS[name], value, scored, y_pred) for name, value in values(scored, y_pred).items()}
+
+
+def _interval(metric: Metric, value: float, scored: Scored, y_pred: np.ndarray | None, level: float = 0.95) -> Interval:
+    if metric.scale is None or np.isnan(value):
+        return Interval(value, *_NONE)
+    spread = metric.spread(scored, y_pred)
+    if isinstance(spread, Shares):
+        return Interval(value, *share_interval(spread, scored.patients))
+    if metric.scale == "unit" and value in (0, 1):
+        return Interval(value, *_of_perfect_order(value, scored, level))
+    return Interval(value, *student_interval(value, spread, scored.patients, metric.scale, level))
+
+
+def _reliability(scored: Scored) -> list[ReliabilityBin]:
+    """Return the reliability bins with the intervals of their shares."""
+    bins, outcome = reliability_bins(scored), scored.confidence[2][:, None]
+    intervals = [
+        share_interval(Shares(outcome, (bins.of_image == i)[:, None].astype(float)), scored.patients)
+        for i in range(len(bins.images))
+    ]
+    return [
+        ReliabilityBin(int(images), float(probability), Interval(float(share), *limits))
+        for images, probability, share, limits in zip(bins.images, bins.probability, bins.share, intervals, strict=True)
+    ]
+
+
+def _of_perfect_order(value: float, scored: Scored, level: float) -> tuple[float, float]:
+    """Return the interval of an area of 1 or 0: Wilson's of as many hits, or errors, as the rarest class has patients.
+
+    A perfect order has no variance that could be estimated.
+    """
+    patients = [
+        np.unique(scored.patients[(scored.y_true == k) == side]).size for k in scored.measured for side in (True, False)
+    ]
+    count = min(patients)
+    if count < 2:
+        return _NONE
+    low, high = _wilson(value, 0.0, count, count, t.ppf((1 + level) / 2, count - 1))
+    return float(low), float(high)
+
+
+def _band(scored: Scored, resamples: int) -> np.ndarray:
+    """Return the limits (2, 101) of the sensitivity at `FALSE_POSITIVE_RATES`, pointwise.
+
+    They are Wilson's, with the standard error of a bootstrap over patients (Field & Welsh, Bootstrapping clustered
+    data, JRSS B 2007).
+    """
+    positive = scored.y_true == 1
+    count = np.unique(scored.patients[positive]).size
+    if count < 2 or positive.all():
+        return np.full((2, len(FALSE_POSITIVE_RATES)), np.nan)
+    drawn = np.concatenate([sensitivities(scored, w) for w in patient_weights(scored.patients, resamples)])
+    (value,) = sensitivities(scored, np.ones((1, len(positive))))
+    low, high = _wilson(value, np.nanstd(drawn, axis=0), count, positive.sum(), t.ppf(0.975, count - 1))
+    return np.stack([low, high])
+
+
+def _wilson(p: np.ndarray, error: np.ndarray, fewest: np.ndarray, most: np.ndarray, quantile: np.ndarray) -> tuple:
+    """Return Wilson's limits of shares p, each (K,).
+
+    Args:
+        p: the shares.
+        error: their standard errors.
+        fewest: the effective number of images where the error is 0.
+        most: the largest effective number.
+        quantile: of the distribution of the standardised error.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        n = np.where(p * (1 - p) > _ZERO, np.minimum(p * (1 - p) / np.square(error), most), fewest)
+    center = (p + quantile**2 / (2 * n)) / (1 + quantile**2 / n)
+    half = quantile / (1 + quantile**2 / n) * np.sqrt(p * (1 - p) / n + quantile**2 / (4 * n**2))
+    return np.minimum(center - half, p), np.maximum(center + half, p)
+
+
+def _sums(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """Return the sums (patients, ...) of values (N, ...) over the images of each patient."""
+    sums = np.zeros((patients.max() + 1, *values.shape[1:]))
+    np.add.at(sums, patients, values)
+    return sums

@@ -1,12 +1,9 @@
-"""Images with their true class and predicted probabilities, and how well these are calibrated."""
+"""Images with their true class, their predicted probabilities and their patient."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-
-BINS = 15
-"""Bins of equal width for calibration, as in Guo et al., On Calibration of Modern Neural Networks, ICML 2017."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,12 @@ class Scored:
     @property
     def recalled(self) -> list[int]:
         """The classes whose recalls balanced accuracy averages."""
-        return self.present if self.positive is None and len(self.present) > 1 else list(range(self.classes))
+        return self.present if self.positive is None else list(range(self.classes))
+
+    def against_the_rest(self, label: int) -> "Scored":
+        """Return the same images with two classes: 1 is the class `label`, 0 the rest."""
+        score = self.y_prob[:, label]
+        return Scored((self.y_true == label).astype(int), np.stack([1 - score, score], axis=1), self.patients, 1)
 
     @cached_property
     def squared_errors(self) -> np.ndarray:
@@ -53,45 +55,22 @@ class Scored:
 
     @cached_property
     def confidence(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What calibration is measured on, each (N,): a probability, whether its class is the true one, its bin.
+        """What calibration is measured on, each (N,): a probability, its logit, whether its class is the true one.
 
         Of two classes it is the probability of the positive class; of more, the probability of the most probable class,
-        as in Guo et al.
+        as in Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
         """
-        y_pred = self.y_prob.argmax(axis=1) if self.positive is None else self.positive
-        probability = self.y_prob[np.arange(len(self.y_true)), y_pred]
-        bins = np.clip(np.ceil(probability * BINS).astype(int) - 1, 0, BINS - 1)
-        return probability, self.y_true == y_pred, bins
+        y_pred = self.y_prob.argmax(axis=1) if self.positive is None else np.full(len(self.y_true), self.positive)
+        probability = np.take_along_axis(self.y_prob, y_pred[:, None], axis=1)[:, 0].astype(np.float64)
+        others = np.where(np.arange(self.classes) == y_pred[:, None], 0, self.y_prob).sum(axis=1)
+        logit = _log(probability, np.finfo(np.float64).eps) - _log(others, np.finfo(np.float64).eps)
+        return probability, logit, self.y_true == y_pred
 
 
 def losses(y_prob: np.ndarray, y_true: np.ndarray) -> np.ndarray:
     """Return each image's loss (N,): -log of the probability of its true class, of `y_prob` (N, classes)."""
-    of_truth = y_prob[np.arange(len(y_true)), y_true].astype(np.float64)
-    return -np.log(np.maximum(of_truth, np.finfo(np.float64).tiny))
+    return -_log(y_prob[np.arange(len(y_true)), y_true])
 
 
-def calibration_error(scored: Scored, weights: np.ndarray) -> np.ndarray:
-    """Return the expected calibration error (Guo et al. 2017, equation 3) of R weightings of the images.
-
-    It is the mean gap between probability and frequency over `BINS` bins, each weighted by its images. Resampling adds
-    noise to every bin, so a bootstrap interval lies somewhat too high.
-
-    Args:
-        scored: N images.
-        weights: (R, N).
-
-    Returns:
-        (R,), from 0 to 1.
-
-    Examples:
-        Ten images at 0.9, of which six are positive: the gap is 0.3.
-
-        >>> y_true, positive = np.repeat([1, 0], [6, 4]), np.full(10, 0.9)
-        >>> scored = Scored(y_true, np.stack([1 - positive, positive], axis=1), np.arange(10), positive=1)
-        >>> calibration_error(scored, np.ones((1, 10))).round(3).tolist()
-        [0.3]
-    """
-    probability, outcome, bins = scored.confidence
-    gaps = np.zeros((len(bins), BINS))
-    gaps[np.arange(len(bins)), bins] = outcome - probability
-    return np.abs(weights @ gaps).sum(axis=1) / weights.sum(axis=1)
+def _log(probability: np.ndarray, least: float = np.finfo(np.float64).tiny) -> np.ndarray:
+    return np.log(np.maximum(probability.astype(np.float64), least))

@@ -135,6 +135,7 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
         )
         if best["epoch"] not in [phase["best_epoch"] for phase in phases if phase["name"] == best["phase"]]:
             print("  the last epoch whose loss is within a standard error of the lowest")
+        print("  chosen on these images, so the figures are too good: see evaluate for those of the test images")
     else:
         print("no epoch was completed: the export has the weights at the time of the stop")
     if (name := only_class(model["called"] or {})) is not None:
@@ -149,6 +150,7 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
             f"{'WARNING, ' if differs else ''}worst group: the {worst.name} tenth of each class, "
             f"{worst.images} images: AUC {format_interval(worst.roc_auc, worst.low, worst.high)}"
         )
+        print(f"  the least of {worst.groups} groups, so partly by chance: expect {worst.expected:.3f}")
         if differs:
             print("  images taken in another way may do as badly: test on some before you trust the model")
     threshold = "" if model["threshold"] is None else f", decision threshold {model['threshold']:.3f}"

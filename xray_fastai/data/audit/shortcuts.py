@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from xray_fastai.metrics.intervals import Interval, measure
+from xray_fastai.metrics.intervals import Interval, interval_of
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.system.text import format_interval
 
@@ -23,7 +23,7 @@ MIN_PATIENTS = 10
 """Patients of each class that an AUC needs."""
 MAX_IMAGES = 20_000
 """A larger table is sampled: more images would not improve the figure, and the forest would be slow."""
-FOLDS, RESAMPLES, SEED = 5, 500, 0
+FOLDS, SEED = 5, 0
 
 FEATURES = {
     "form": {"width": "width", "height": "height", "aspect": "aspect ratio", "mode": "channels"},
@@ -57,7 +57,7 @@ def find_shortcuts(table: pd.DataFrame) -> dict[str, Shortcut]:
     """Predict the class from the form of the files.
 
     A random forest takes several features together, and a small tree each feature alone. They are cross-validated in
-    five folds that share no patient. The interval is a bootstrap over patients.
+    five folds that share no patient.
 
     Args:
         table: has one row for each image: label, patient, and the fields of `image_facts.Facts`.
@@ -104,17 +104,17 @@ def _predict(features: pd.DataFrame, truth: np.ndarray, patients: np.ndarray, fo
 
     positive = 1 if truth.max() == 1 else None
 
-    def auc(model, values: pd.DataFrame, resamples: int) -> Interval:
+    def auc(model, values: pd.DataFrame) -> Interval:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a fold may lack a class with few patients
             scores = cross_val_predict(model, values, truth, cv=folds, method="predict_proba")  # (N, classes)
-        return measure(Scored(truth, scores, patients, positive), {}, resamples).free["roc_auc"]
+        return interval_of("roc_auc", Scored(truth, scores, patients, positive))
 
     forest = RandomForestClassifier(50, max_depth=6, min_samples_leaf=5, class_weight="balanced", random_state=SEED)
     tree = DecisionTreeClassifier(max_depth=3, min_samples_leaf=5, class_weight="balanced", random_state=SEED)
     if len(features.columns) == 1:
-        together = auc(tree, features, RESAMPLES)
+        together = auc(tree, features)
         return Shortcut(together, dict.fromkeys(features, together.value), len(truth))
-    single = {name: auc(tree, features[[name]], 2).value for name in features}
+    single = {name: auc(tree, features[[name]]).value for name in features}
     single = dict(sorted(single.items(), key=lambda item: -item[1]))
-    return Shortcut(auc(forest, features, RESAMPLES), single, len(truth))
+    return Shortcut(auc(forest, features), single, len(truth))
