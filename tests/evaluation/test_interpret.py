@@ -263,7 +263,7 @@ def random_model(arch: str, size: int) -> Model:
         network[1][-1].weight[1] = -network[1][-1].weight[0]
     network.eval()
     settings = {"classes": ["NORMAL", "PNEUMONIA"], "positive": "PNEUMONIA", "threshold": 0.5, "temperature": 1.0}
-    settings["preprocessing"] = {"size": size}
+    settings |= {"preprocessing": {"size": size}, "calibration_kind": "none"}
     return Model(Path("random"), settings, network)
 
 
