@@ -144,7 +144,7 @@ def test_one_patient_with_many_images_widens_the_interval():
 def test_no_interval_is_without_width_or_without_its_metric(classes):
     rng = np.random.default_rng(0)
     with_interval = 0
-    for seed in range(60):
+    for seed in range(20):
         scored = draw(classes, images=int(rng.integers(4, 30)), patients=int(rng.integers(2, 12)), seed=seed)
         measured = measure(scored, {"x": scored.y_prob.argmax(axis=1), "true": scored.y_true}, 20)
         for value, low, high in [
@@ -155,7 +155,7 @@ def test_no_interval_is_without_width_or_without_its_metric(classes):
             assert np.isnan(low) == np.isnan(high)
             assert np.isnan(low) or (low <= value <= high and high - low > 1e-6)
             with_interval += not np.isnan(low)
-    assert with_interval > 500
+    assert with_interval > 150
 
 
 def test_patients_that_agree_leave_no_false_certainty():

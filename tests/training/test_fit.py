@@ -346,7 +346,9 @@ def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(do, code, e
     args = ["--weights", "none", "--epochs", 2000, "--patience", 2000, "--name", "stopped"]
     args += ["--no-cache", "--workers", 2, "--batch-size", 6]
     args = list(map(str, ["fit", "--data", collection, *QUICK, *args]))
-    result = forked(args=args, do=do, at=f"{BATCH}@15", everyone=everyone)  # the first of the third epoch
+    result = forked(
+        args=args, do=do, at=f"{BATCH}@17", everyone=everyone
+    )  # the first of the third epoch: 6 + 2 in each
     assert result["code"] == code, result["output"]
     assert "Traceback" not in result["output"]
     model = settings_of(Path("exports/stopped"))
