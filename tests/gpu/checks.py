@@ -98,7 +98,7 @@ def resumed(place: Place, precision: str) -> Outcome:
         return Outcome(NOT_RUN, "fp16 needs CUDA")
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    size = {"size": 32} if place.quick else {"size": 64, "batch_size": 40}
+    size = {"size": 32, "batch_size": 8} if place.quick else {"size": 64, "batch_size": 40}
     settings = options(place, arch="resnet18", precision=precision, freeze_epochs=3, epochs=3, **size)
     whole, again = (fit(**settings, name=f"{word}-{precision}").history for word in ("whole", "again"))
     part = fit(**settings, name=f"cut-{precision}", callbacks=[CtrlC(True, 1)])
