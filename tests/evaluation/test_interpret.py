@@ -348,6 +348,13 @@ def test_a_patient_as_the_cause():
     assert "Patient p3: 3 of 3 images wrong." in lines and not any("p0" in line for line in lines)
 
 
+def test_where_errors_cluster_by_patient_no_patient_is_special():
+    """Of 60 patients with 8 images, 12 have errors alone. At the overall rate, 8 of 8 would be very unlikely."""
+    table = split(480, patient=[f"p{i // 8}" for i in range(480)])
+    table.loc[:95, "prediction"] = "PNEUMONIA"
+    assert not any("Patient" in line for line in suspicious_causes(table))
+
+
 def test_size_and_shape_as_the_cause():
     table = split(90, width=np.repeat([100, 200, 300], 30))
     table.loc[60:79, "prediction"] = "PNEUMONIA"
