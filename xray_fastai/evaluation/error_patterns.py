@@ -3,7 +3,7 @@
 The results are hints where to look first, not findings. There are three kinds: patients, shape, cause. Each is
 corrected for its number of comparisons (Holm, A simple sequentially rejective multiple test procedure, Scand J Stat
 1979) at a third of `ALPHA`. Shape and cause are tested by permutation of whole patients, since images of one patient
-are not independent. A patient is tested against a beta-binomial distribution, which knows how errors cluster by patient.
+are not independent. A patient is tested against a beta-binomial distribution, which knows how errors cluster.
 `python -m tests.benchmarks.looks` measures the rates: with independent errors 1.5 % of runs print a hint (200 runs of
 300 patients); with clustered errors 5 % print one on the shape, 4 % one on the cause, and none names a patient.
 """
