@@ -1,12 +1,15 @@
 """Test-time augmentation is the mean over views of an image, in `predict` and in `evaluate`."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from tests.conftest import settings_of
 from xray_fastai.data.images import open_image
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
@@ -25,6 +28,9 @@ def test_views_are_of_the_same_image():
 @pytest.mark.slow
 def test_the_mean_of_the_logits_of_all_views(run, export, tmp_path):
     files = sorted((export.parent / "moved" / "train").glob("*/*"))[:6]
+    export = Path(shutil.copytree(export, tmp_path / "doubtful"))  # where no probability is nearly 0 or 1
+    doubtful = {"temperature": 4.0, "calibration_kind": "cautious", "calibrated": True}
+    (export / "model.json").write_text(json.dumps(settings_of(export) | doubtful))
     model = open_model(export, "cpu", "fp32")
     images = torch.stack([torch.from_numpy(np.array(open_image(f, model.size)))[None] for f in files])
     expected = torch.stack([model.logits(view(images, *how)) for how in VIEWS]).mean(0).numpy()

@@ -46,8 +46,9 @@ class UserError(Exception):
 
 
 INCOMPLETE = ("inline_container", "basic_ios::clear")  # torch.save, which does not say why
-WRITE_ERRORS = ("I/O error", "Parent directory", "cannot be opened", *INCOMPLETE)
-"""What safetensors and `torch.save` say; the first is a SafetensorError, the others are plain RuntimeErrors."""
+WRITE_ERRORS = ("I/O error", "IoError(Os ", "Parent directory", "cannot be opened", *INCOMPLETE)
+"""What safetensors and `torch.save` say; the first two (new and before 0.6) are SafetensorErrors, the others plain
+RuntimeErrors."""
 
 
 class ImageError(UserError):
@@ -65,5 +66,5 @@ def reason(error: Exception) -> str:
     text = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
     if any(part in text for part in INCOMPLETE):
         return "a file could not be written completely"
-    match = re.search(r"I/O error: (.*) \(os error \d+\)", text)  # as safetensors words it
-    return match[1] if match else text
+    match = re.search(r'I/O error: (.*) \(os error \d+\)|IoError\(Os .*message: "(.*)" \}\)', text)  # of safetensors
+    return match[1] or match[2] if match else text

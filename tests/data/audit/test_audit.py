@@ -252,7 +252,7 @@ def test_a_shape_that_tells_the_classes_apart_is_a_warning(run, data, tmp_path):
     shaped(root, lambda label, i: tuple(varied[:, i] + (0 if label == "NORMAL" else [0, 60])))
     findings, audit = found(root)
     shortcut = audit.shortcuts["form"]
-    assert shortcut.auc.value > 0.9 and shortcut.auc.low > 0.8
+    assert shortcut.auc.value > 0.9 and shortcut.auc.low > 0.7
     assert next(iter(shortcut.single)) in ("height", "aspect ratio")
     assert findings["shortcut-form"].severity == "warning" and audit.ok
     assert "AUC" in findings["shortcut-form"].text and "interpret" in findings["shortcut-form"].advice
