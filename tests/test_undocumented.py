@@ -16,8 +16,6 @@ import xray_fastai
 ROOT = Path(xray_fastai.__file__).parent
 ALLOWED = {
     ("inference.cpu_fusion", "Convolution.forward", "torch.ops.mkldnn._convolution_pointwise"),
-    ("system.device", "cpu_has_bf16", "torch.cpu._is_avx512_bf16_supported"),
-    ("system.device", "cpu_has_bf16", "torch.cpu._is_amx_tile_supported"),
     ("evaluation.evaluate", "_plain", "interval._asdict"),  # Python documents it
 }
 """Module, function and name."""

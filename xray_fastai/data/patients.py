@@ -50,9 +50,9 @@ as `person1000_bacteria` and `person1000_virus`, is one child is not documented;
 CAUSE = re.compile(r"(?:^|[_-])(bacteria|virus)(?:[_-]|\.|$)", re.IGNORECASE)
 """The cause of the pneumonia in the Kermany collection's file names, such as `person1000_bacteria_2931.jpeg`."""
 
-_NUMBERED = {"\0": "DICOM #", "\1": "listed #"}
-"""The beginning of a patient known by PatientID and by the user's list, before and after `numbered`. No file name holds
-one of the first."""
+_NUMBERED = {"\2": "DICOM #", "\1": "listed #"}
+"""The beginning of a patient known by PatientID and by the user's list, before and after `numbered`. No file name
+begins with one of the first. It is not \\0: pandas 2 compares texts up to that, so all patients would be one."""
 
 ADVICE = "give --patient-pattern or --patients"
 """What to do where file names hold patients that are not found."""
@@ -151,7 +151,7 @@ def patients_in(table: pd.DataFrame, rule: PatientRule) -> list[str]:
     """
     by_list = [(patient := rule.listed.get(named(file))) and f"\1{patient}" for file in table.file]
     by_pattern = [None] * len(table) if rule.pattern is None else _by_pattern(table, rule.pattern)
-    by_header = [key and f"\0{key}" for key in map_in_threads(patient_key, table.path)]
+    by_header = [key and f"\2{key}" for key in map_in_threads(patient_key, table.path)]
     by_name = map(published_patient, table.file) if rule.pattern is None else by_pattern
     found = zip(by_list, by_pattern, by_header, by_name, table.file, strict=True)
     return [next(filter(None, patients)) for patients in found]
@@ -172,7 +172,7 @@ def numbered(table: pd.DataFrame) -> pd.DataFrame:
 
 def source_of(patient: str) -> str:
     """Return how a patient in a table that was `numbered` is known: by PatientID, --patients, or the file names."""
-    if patient.startswith(_NUMBERED["\0"]):
+    if patient.startswith(_NUMBERED["\2"]):
         return "PatientID"
     return "--patients" if patient.startswith(_NUMBERED["\1"]) else "the file names"
 

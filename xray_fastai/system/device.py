@@ -44,11 +44,8 @@ def _choose_threads() -> None:
 
 def cpu_has_bf16() -> bool:
     """Return whether this CPU computes in bfloat16 (avx512_bf16 or amx)."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_tile"))
-    # torch 2.9 has only these, and does not change any more
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_tile"))
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
