@@ -157,9 +157,11 @@ def test_the_stream_gives_logits_in_order(model, files):
 
 
 def test_an_output_that_is_not_a_number_is_an_error_of_the_row(model, files, monkeypatch):
-    monkeypatch.setattr(type(model), "outputs", lambda self, images: torch.full((len(images), 2), torch.nan))
-    table = predict(files[:2], model)
-    assert table.prediction.isna().all() and "not a number" in table.error[0]
+    for way in ("logits", "outputs"):
+        monkeypatch.setattr(type(model), way, lambda self, images: torch.full((len(images), 2), torch.nan))
+    for some in (files[:2], files[:10]):  # the first way, and the second
+        table = predict(some, model)
+        assert table.prediction.isna().all() and "not a number" in table.error[0]
 
 
 @pytest.mark.slow
