@@ -36,6 +36,13 @@ QUICK = ["--arch", small_network.NAME, "--size", "32", "--batch-size", "8", "--w
 RESNET18 = ["--arch", "resnet18", *QUICK[2:]]
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what needs a running server, a process of its own, as slow."""
+    for item in items:
+        if "server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish():
     """Leave what was imported out of later garbage collections: each would take half a second; a fit ends with one."""
     if "torch" in sys.modules:

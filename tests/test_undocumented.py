@@ -74,6 +74,7 @@ def test_private_names_of_libraries_stand_where_the_list_says():
     assert found == ALLOWED
 
 
+@pytest.mark.slow
 def test_no_class_overrides_a_private_name_of_a_library():
     for module in walk_packages([str(ROOT)], "xray_fastai."):
         if not module.name.endswith("__main__"):

@@ -86,6 +86,7 @@ def test_weights_file_missing(refuse, collection):
     refuse(collection, "--weights nowhere.pth: no such file", options=["--weights", "nowhere.pth"])
 
 
+@pytest.mark.slow
 def test_weights_of_another_network(refuse, collection, tmp_path):
     state = torchvision.models.resnet34(weights=None).state_dict()
     save_file(state, tmp_path / "other.safetensors")

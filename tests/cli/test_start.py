@@ -42,6 +42,7 @@ def imports_none_of(unwanted, code, *args):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_verify_needs_no_torch(resnet18_export):
     imports_none_of(
         ["torch", "fastai", "matplotlib", "sklearn", "pandas"], 'xray("verify", sys.argv[1])', resnet18_export
@@ -92,6 +93,7 @@ def test_a_heat_map_imports_matplotlib_only_then(resnet18_export, an_image, tmp_
         imports_none_of(["matplotlib", "fastai"], code, an_image, resnet18_export, tmp_path / "maps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "words"),
     [

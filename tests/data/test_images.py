@@ -119,6 +119,7 @@ def test_a_broken_file_is_named_with_what_is_wrong(tmp_path, kind, reader):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
     path = saved(tmp_path / "bomb.png", Image.new("1", (20_000, 20_000)))
     with pytest.raises(ImageError, match=r"bomb\.png"):

@@ -65,6 +65,7 @@ def test_valid_is_what_fit_validated_on(look, export):
     assert len(train) + len(table) == 40 and not set(train.path) & set(table.path)
 
 
+@pytest.mark.slow
 def test_terminal(look, export, data):
     result, folder = look("--top", 3)
     lines = result.stdout.splitlines()
@@ -75,6 +76,7 @@ def test_terminal(look, export, data):
     assert sum(line.startswith("   ") and line.rstrip().endswith(".jpeg") for line in lines) == 3
 
 
+@pytest.mark.slow
 def test_files(look):
     result, folder = look("--top", 5)
     assert result.exit_code == 0, result.output
@@ -212,6 +214,7 @@ def test_data_that_does_not_fit(look, refused, data, tmp_path):
     refused(look(split="valid", data=other)[0], "files that the fit validated on are missing", "--data")
 
 
+@pytest.mark.slow
 def test_one_class_only(look, tmp_path):
     result, _ = look(data=draw_collection(tmp_path / "one", {"test/NORMAL": 3}))
     assert result.exit_code == 0, result.output

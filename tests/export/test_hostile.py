@@ -559,6 +559,7 @@ def test_an_archive_with_a_password(archive, run, refused):
     refused(run("verify", path), "encrypted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["(a+)+!", "(", "a{9999999999999}", "(" * 2000])
 def test_a_pattern_that_would_never_end(pattern, copy, run, refused, monkeypatch, tmp_path):
     monkeypatch.setattr("xray_fastai.data.patients.SECONDS", 1)
@@ -584,6 +585,7 @@ def test_weights_whose_outputs_are_no_numbers(copy, run, refused, tmp_path):
     refused(run("evaluate", "--model", copy, "--data", data), copy, "the network's output is not a number")
 
 
+@pytest.mark.slow
 def test_a_report_of_others_files_ends(copy, run, tmp_path):
     """`evaluate` writes a report from all files of the export."""
     data = draw_collection(tmp_path / "data", {"test/NORMAL": 2, "test/PNEUMONIA": 2})

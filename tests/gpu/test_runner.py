@@ -134,6 +134,7 @@ def test_the_exit_code_tells_a_failure_from_a_missed_goal(given, code):
     assert exit_code([Outcome(verdict, "") for verdict in given]) == code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("names", "code"), [(["passes"], 0), (["passes", "is_slow"], 3), (["passes", "breaks"], 1)])
 def test_the_table_is_markdown_and_the_command_ends_with_the_code(names, code, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "all_checks", lambda place: named(*names))

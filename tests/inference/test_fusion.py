@@ -70,6 +70,7 @@ def no_memory(_):
     raise RuntimeError("could not create a memory")  # torch 2.11, where the feature map is 1 x 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operators", "reason"),
     [

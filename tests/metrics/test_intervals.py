@@ -140,6 +140,7 @@ def test_one_patient_with_many_images_widens_the_interval():
     assert higher - lower > 3 * (high - low)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 3])
 def test_no_interval_is_without_width_or_without_its_metric(classes):
     rng = np.random.default_rng(0)

@@ -231,6 +231,7 @@ def test_the_page_answers_while_too_many_requests_wait(server, photos):
     assert wait_for(lambda: send(server, photos[0]).status_code == 200)
 
 
+@pytest.mark.slow
 def test_the_page_answers_while_a_large_image_is_predicted(server):
     large, took, status = io.BytesIO(), [], []
     Image.new("L", (6300, 6300)).save(large, "PNG")

@@ -125,6 +125,7 @@ def spins_after(code, **variables):
     return ran.stdout.split()[-1]
 
 
+@pytest.mark.slow
 def test_threads_sleep_soon_unless_the_user_or_an_earlier_import_says_otherwise():
     """The library reads the variable when torch is imported, so nothing of ours may import torch before."""
     ours = "import xray_fastai; xray_fastai.FitConfig"

@@ -41,6 +41,7 @@ def test_the_temperature_undoes_a_scale(outputs, scale):
     assert fit_temperature(logits * scale, targets) == pytest.approx(scale, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images_of_a_patient", [1, 4])
 def test_the_temperature_is_the_highest_within_a_standard_error_of_the_best(outputs, images_of_a_patient):
     """The error is that of the difference of the losses on the same images, summed by patient."""
@@ -54,6 +55,7 @@ def test_the_temperature_is_the_highest_within_a_standard_error_of_the_best(outp
         assert best < chosen < 2 * best and more.mean() == pytest.approx(error, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_warmest_temperature_approaches_the_best_with_more_images(outputs):
     """With unpaired errors it stayed 1.4 times as high at 2,000 images."""
     logits, targets = outputs
@@ -158,6 +160,7 @@ def test_without_errors_the_cautious_temperature_stays_one(margin):
     assert calibrate(validated(logits, targets), "cautious", None).scaling == Scaling()
 
 
+@pytest.mark.slow
 def test_a_temperature_at_its_limit_is_reported(outputs):
     logits, targets = outputs
     notes = [calibrate(validated(part, targets), "cautious", 1).note for part in (logits / 1000, -logits, logits)]
@@ -186,6 +189,7 @@ def test_the_threshold_of_an_unweighted_network_is_pulled_to_the_prevalence(outp
     assert result.threshold == pytest.approx(share, abs=0.03) and share > 0.7
 
 
+@pytest.mark.slow
 def test_a_target_sensitivity_says_its_probability(outputs):
     logits, targets = outputs
     result = calibrate(validated(logits, targets), "cautious", 1, 0.9)

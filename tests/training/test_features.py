@@ -159,6 +159,7 @@ def test_callbacks_get_the_events_that_fastai_gives_them():
     assert {*found[Learner]} == {"add", "added", "epoch", "fit", "quiet"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", TORCHVISIONS)
 def test_folding_batch_norm_does_not_change_the_output(arch):
     """For each architecture, the pooled features have the head's size and give the same logits."""

@@ -115,6 +115,7 @@ def test_pretrained_weights_without_a_frozen_phase(collection, run, weights):
     assert {row["phase"] for row in history_of(Path("exports/unfrozen"))} == {"unfrozen"}
 
 
+@pytest.mark.slow
 def test_the_frozen_phase_does_not_change_the_backbone(collection, monkeypatch, tmp_path):
     """Neither its weights nor the statistics of batch norm; the head trains."""
     from fastai.vision.all import ProgressCallback

@@ -83,6 +83,7 @@ def test_an_unreadable_file_is_an_error_with_its_reason(kind, run, data):
     assert reason in line and line.strip().startswith(f"train/NORMAL/{path.name}: ")
 
 
+@pytest.mark.slow
 def test_animated_and_absurdly_large_files_are_unreadable(data):
     folder = data / "train" / "NORMAL"
     frames = [Image.new("L", (80, 80), value) for value in (10, 200)]
@@ -274,6 +275,7 @@ def test_jpeg_quality_that_tells_the_classes_apart_is_a_warning_and_few_patients
     assert find_shortcuts(few) == {}
 
 
+@pytest.mark.slow
 def test_what_tells_the_patients_apart_is_no_shortcut():
     """Each patient's images have a width of their own; by chance, it says nothing of the class."""
     patient = np.repeat(np.arange(60), 6)
@@ -284,6 +286,7 @@ def test_what_tells_the_patients_apart_is_no_shortcut():
     assert form.auc.value < 0.65 and not form.alarming
 
 
+@pytest.mark.slow
 def test_more_than_two_classes_have_a_shortcut_too(tmp_path):
     counts = {f"train/{name}": 30 for name in "ABC"}
     root = draw_collection(tmp_path / "data", counts)
@@ -483,6 +486,7 @@ def test_a_fit_says_what_matters_and_names_no_file_in_its_export(run, data):
         assert note in result.stdout
 
 
+@pytest.mark.slow
 def test_near_identical_copies_stay_on_one_side_of_the_hold_out(tmp_path):
     from xray_fastai.data.dataset import check_files, read_split
     from xray_fastai.data.splits import hold_out

@@ -226,6 +226,7 @@ def test_kaggles_archive_with_everything_twice(run, monkeypatch):
 # connections that break
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breaks", [resets, stalls, closes])
 def test_a_broken_connection_is_resumed(breaks, get, host, monkeypatch):
     if breaks is stalls:
@@ -474,6 +475,7 @@ def test_room_is_looked_for_before_it_is_taken(get, run, host, refused, monkeypa
     assert len(host.asked) == 2
 
 
+@pytest.mark.slow
 def test_two_at_once(get, host, refused, start):
     host.plan = [stalls(60_000)]
     other = start("data", "download", "--url", host.url)
@@ -483,6 +485,7 @@ def test_two_at_once(get, host, refused, start):
     other.communicate(timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_download_is_resumed_later(number, code, start, get, host):
     host.content = zipped(xrays() | {"big": random.Random(1).randbytes(200_000)})

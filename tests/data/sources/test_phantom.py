@@ -37,6 +37,7 @@ def test_mean_brightness_does_not_tell_the_class(phantom):
     assert 0.35 < area < 0.65
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_files(phantom, run):
     for name, seed in [("again", 3), ("other", 4)]:
         assert run("data", "phantom", name, "--images", 24, "--seed", seed).exit_code == 0
