@@ -164,6 +164,13 @@ def test_refused_requests(server, photos):
     assert send(server, photos[0]).status_code == 200
 
 
+def test_a_form_that_is_cut_short(server):
+    part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc'
+    for cut in ("", part[:20], part, f"{part}\r\n--x"):
+        answer = requests.post(f"{server}/predict", cut, headers={"Content-Type": "multipart/form-data; boundary=x"})
+        assert answer.status_code == 400 and answer.json()["error"].startswith("the form is cut short"), answer.text
+
+
 def test_heatmap_is_true_or_false(server, photos):
     for value in ("maybe", "1", "True", "", "x" * 200):
         answer = requests.post(f"{server}/predict?heatmap={value}", files={"file": BROKEN})

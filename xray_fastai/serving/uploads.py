@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -19,6 +20,10 @@ class InMemoryParser(MultiPartParser):
     """Keeps every file in memory, where Starlette's parser writes a file of more than 1 MB to a temporary file."""
 
     spool_max_size = 2 * MAX_REQUEST  # larger than any request
+    ended = False  # whether the form's last boundary arrived
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 async def read_uploads(request: Request) -> list[tuple[str, UploadFile]]:
@@ -41,8 +46,10 @@ async def read_uploads(request: Request) -> list[tuple[str, UploadFile]]:
     except TimeoutError:
         message = f"the files did not arrive within {UPLOAD_SECONDS} s; send fewer files in one request"
         raise HTTPException(408, message) from None
-    except MultiPartException as error:
-        raise HTTPException(400, f"the form cannot be read ({error.message.rstrip('.')})") from None
+    except (MultiPartException, FormParserError) as error:  # Starlette 1.0 passes on the parser's own
+        raise HTTPException(400, f"the form cannot be read ({str(error).rstrip('.')})") from None
+    if not parser.ended:
+        raise HTTPException(400, "the form is cut short: its last boundary is missing; send it again")
     files = [(part.filename or "unnamed", part) for _, part in form.multi_items() if isinstance(part, UploadFile)]
     if len(files) < len(form.multi_items()):
         raise HTTPException(400, "a field of the form is not a file; send files only, and options in the address")
