@@ -14,6 +14,8 @@ NAME = "small_resnet"
 WIDTHS = (8, 16, 32, 64)
 TORCHVISIONS = tuple(ARCHITECTURES)
 """The architectures that users have."""
+KINDS = ("resnet18", "resnet50", *(name for name in TORCHVISIONS if not name.startswith("resnet")))
+"""One of each kind of block: ResNet34 has ResNet18's, ResNet101 has ResNet50's."""
 
 
 def allow() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 
-from tests.small_network import TORCHVISIONS
+from tests.small_network import KINDS
 from xray_fastai.inference.cpu_fusion import PART, Convolution, Fused, fused_for_cpu
 from xray_fastai.inference.model import open_model
 
@@ -36,7 +36,7 @@ def assert_equal(found: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", TORCHVISIONS)
+@pytest.mark.parametrize("arch", KINDS)
 @torch.inference_mode()
 def test_fused_gives_what_the_network_gives(arch):
     model, images = network(arch), torch.randn(PART + 3, 3, 64, 64)

@@ -13,8 +13,8 @@ import torchvision
 from fastai.vision.all import Callback, DataLoaders, Learner, ProgressCallback
 
 from tests.conftest import QUICK, draw_collection, settings_of
+from tests.small_network import KINDS, WIDTHS
 from tests.small_network import NAME as SMALL
-from tests.small_network import TORCHVISIONS, WIDTHS
 from xray_fastai import load_learner
 from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import make_loaders
@@ -160,7 +160,7 @@ def test_callbacks_get_the_events_that_fastai_gives_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", TORCHVISIONS)
+@pytest.mark.parametrize("arch", KINDS)
 def test_folding_batch_norm_does_not_change_the_output(arch):
     """For each architecture, the pooled features have the head's size and give the same logits."""
     blank = np.zeros((3, 40, 40), np.uint8)
