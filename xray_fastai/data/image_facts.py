@@ -122,8 +122,7 @@ def _quality(image: Image.Image) -> float:
 def _decode_in_colour(image: Image.Image) -> None:
     """Decode a three-channel JPEG as luminance and chroma, so that the file is decoded once for grey and colour."""
     if image.format == "JPEG" and image.mode == "RGB" and image.width * image.height <= MAX_PIXELS:
-        image.draft("YCbCr", (SIZE, SIZE))
-        jpeg.load(image)
+        jpeg.load(image, draft=("YCbCr", SIZE))
 
 
 def _is_coloured(image: Image.Image) -> bool:

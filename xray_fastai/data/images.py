@@ -32,7 +32,7 @@ MAX_PIXELS, MAX_BYTES = 40_000_000, 500_000_000
 file of 5 kB can hold 40 million pixels, which take up to 0.7 GB during the conversion to grey."""
 
 MAX_ASPECT = 8
-"""A picture that is longer than this many times its width is none of a chest. One of 1 x 39,000,000 pixels took 12 s."""
+"""A picture that is longer than this many times its width shows no chest. One of 1 x 39,000,000 took 12 s."""
 
 # Pillow warns at 89 million pixels. `MAX_PIXELS` refuses such images anyway.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -157,9 +157,7 @@ def _to_grey(image: Image.Image, size: int | None) -> Image.Image:
         raise ImageError(f"{image.width} x {image.height} pixels; no X-ray is that long and narrow")
     if frames := _frames(image):
         raise ImageError(f"{frames} frames; split it into one image a file")
-    if size is not None and getattr(image, "format", None) == "JPEG":
-        image.draft("L", (GAP * size, GAP * size))
-    jpeg.load(image)
+    jpeg.load(image, draft=None if size is None else ("L", GAP * size))
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _from_array(np.asarray(image))

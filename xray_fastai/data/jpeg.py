@@ -23,11 +23,15 @@ _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 _EOI, _SOS = b"\xff\xd9", b"\xff\xda"
 
 _FILLER = bytes(Random(0).choices(range(255), k=64))
-"""Decoders skip bytes between the data of a complete scan and the next marker; those of an incomplete one decode them."""
+"""A decoder skips bytes after the data of a complete scan, up to the next marker; it decodes them where data are missing."""
 
 
-def load(image: Image.Image) -> None:
+def load(image: Image.Image, draft: tuple[str, int] | None = None) -> None:
     """Decode an image that Pillow opened. If it is a JPEG, check its scans before, and its data after.
+
+    Args:
+        image: any image.
+        draft: the mode and the side in pixels that are wanted of a JPEG, as `Image.draft` takes them; None: all of it.
 
     Raises:
         ImageError: the file has more than `MAX_SCANS` scans, or the data of a scan end early.
@@ -43,14 +47,22 @@ def load(image: Image.Image) -> None:
     stream.seek(position)
     if content.count(_SOS) > MAX_SCANS and len(_ends_of_scans(content)) > MAX_SCANS:
         raise ImageError(f"more than {MAX_SCANS} scans, which take too long; save it as a plain JPEG or a PNG")
-    image.load()
+    _decode(image, draft)
     corner = image.getpixel((image.width - 1, image.height - 1))
     values = corner if isinstance(corner, tuple) else (corner,)
-    progressive = "progressive" in image.info
-    if not progressive and any(abs(value - 128) > 1 for value in values):  # 127: an inverted 128
+    if "progressive" not in image.info and any(abs(value - 128) > 1 for value in values):  # 127: an inverted 128
         return
-    if _decoded(content, progressive) != _decoded(_filled(content), progressive):
-        raise ImageError("cut short: a part of the picture is missing")
+    with Image.open(io.BytesIO(_filled(content)), formats=["JPEG"]) as filled:
+        _decode(filled, draft)
+        if filled.tobytes() != image.tobytes():
+            raise ImageError("cut short: a part of the picture is missing")
+
+
+def _decode(image: Image.Image, draft: tuple[str, int] | None) -> None:
+    if draft is not None:
+        mode, side = draft
+        image.draft(mode, (side, side))
+    image.load()
 
 
 def _ends_of_scans(content: bytes) -> list[int]:
@@ -73,11 +85,3 @@ def _filled(content: bytes) -> bytes:
     ends = _ends_of_scans(content)
     parts = [content[start:end] for start, end in pairwise([0, *ends, len(content)])]
     return _FILLER.join(parts)
-
-
-def _decoded(content: bytes, whole: bool) -> bytes:
-    """Return the pixels of a file, at an eighth of the size if not `whole`."""
-    with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
-        if not whole:
-            image.draft("L", (1, 1))
-        return image.tobytes()
