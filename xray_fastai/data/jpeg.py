@@ -23,7 +23,7 @@ _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 _EOI, _SOS = b"\xff\xd9", b"\xff\xda"
 
 _FILLER = bytes(Random(0).choices(range(255), k=64))
-"""A decoder skips bytes after the data of a complete scan, up to the next marker; it decodes them where data are missing."""
+"""A decoder skips it between the data of a complete scan and the next marker. Where data are missing it decodes it."""
 
 
 def load(image: Image.Image, draft: tuple[str, int] | None = None) -> None:
