@@ -63,8 +63,10 @@ predict_all(model, [image])
 import xray_fastai.serving.server  # `serve` until it is ready, and an answer without a heat map
 from xray_fastai.serving.app import Predictor, create_app
 from xray_fastai.serving.predictions import predict_file
-create_app(Predictor(model), {"localhost"})
-assert predict_file(model, "a.jpeg", open(image, "rb").read(), heatmap=False).prediction
+predictor = Predictor(model)
+create_app(predictor, {"localhost"})
+assert predict_file(model, predictor.decoder, "a.jpeg", open(image, "rb").read(), heatmap=False).prediction
+predictor.close()
 """
     imports_none_of(["fastai", "matplotlib", "sklearn", "pandas", "scipy"], code, resnet18_export, an_image)
 

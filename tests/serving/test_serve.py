@@ -21,12 +21,15 @@ from PIL import Image
 
 from tests.conftest import wait_for
 from xray_fastai import DISCLAIMER
+from xray_fastai.data.images import open_image
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
 from xray_fastai.inference.stream import predict_batches
-from xray_fastai.serving import uploads
+from xray_fastai.serving import decoding, uploads
 from xray_fastai.serving.app import MAX_REQUESTS, Predictor, create_app
+from xray_fastai.serving.decoding import Decoder
 from xray_fastai.serving.predictions import predict_file
+from xray_fastai.system.errors import ImageError
 
 BROKEN = b"\xff\xd8\xff\xe0 not a JPEG"
 UPLOAD = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
@@ -68,6 +71,13 @@ def photos(export):
     return sorted((export.parent / "moved" / "train").glob("*/*"))
 
 
+@pytest.fixture
+def decoder():
+    decoder = Decoder()
+    yield decoder
+    decoder.close()
+
+
 def send(server, *files, heatmap=False, **kwargs):
     parts = [("file", (file.name, file.read_bytes()) if hasattr(file, "name") else file) for file in files]
     return requests.post(f"{server}/predict?heatmap={str(heatmap).lower()}", files=parts, timeout=60, **kwargs)
@@ -107,14 +117,14 @@ def test_a_bad_file_has_its_error_and_the_others_their_prediction(server, photos
     assert "empty (0 bytes)" in found[2]["error"] and "not an image" in found[3]["error"]
 
 
-def test_the_class_to_detect_from_the_threshold_on(export, photos):
+def test_the_class_to_detect_from_the_threshold_on(export, photos, decoder):
     """An image whose probability is exactly the threshold is positive."""
     model, content = open_model(export, "cpu"), photos[0].read_bytes()
     (batch,) = predict_batches(model, [content], 1)
     p = float(model.probabilities(batch.logits)[0, model.classes.index("PNEUMONIA")])
     for threshold, expected in ((p, "PNEUMONIA"), (np.nextafter(p, 1), "NORMAL")):
         same = dataclasses.replace(model, settings={**model.settings, "threshold": float(threshold)})
-        assert predict_file(same, "a.jpeg", content, heatmap=False).prediction == expected
+        assert predict_file(same, decoder, "a.jpeg", content, heatmap=False).prediction == expected
 
 
 def test_the_largest_file_that_is_read(server):
@@ -136,6 +146,41 @@ def test_large_files_stay_in_memory(server):
     assert len(noise(2500, 2000, "BMP")) > 2_000_000  # Starlette's own parser writes files above 1 MB to the disk
     (one,) = send(server, ("large.bmp", noise(2500, 2000, "BMP"))).json()["predictions"]
     assert one["error"] is None and one["prediction"]
+
+
+def test_the_decoder_gives_what_predict_reads(decoder, photos):
+    for content in (photos[0].read_bytes(), noise(900, 700), noise(700, 900, "TIFF")):
+        pixels, picture = decoder.decode(content, 64, 640)
+        assert (pixels == np.asarray(open_image(content, 64))).all()
+        expected = open_image(content)
+        expected.thumbnail((640, 640))
+        assert picture.tobytes() == expected.tobytes() and decoder.decode(content, 64)[1] is None
+
+
+def test_a_file_that_takes_too_long_to_decode(decoder, photos, monkeypatch):
+    stream = io.BytesIO()
+    Image.new("L", (6300, 6300), 90).save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    slow = content[:-2] + 50 * content[content.rindex(b"\xff\xda") : -2] + content[-2:]
+    decoder.decode(photos[0].read_bytes(), 32)
+    monkeypatch.setattr(decoding, "SECONDS", 0.5)
+    start = time.monotonic()
+    with pytest.raises(ImageError, match=r"more than 0\.5 s to decode"):
+        decoder.decode(slow, 32)
+    assert time.monotonic() - start < 2
+    monkeypatch.undo()
+    assert decoder.decode(photos[0].read_bytes(), 32)[0].shape == (32, 32)
+    decoder.process.kill()  # as the system does where memory runs out
+    decoder.process.wait()
+    assert decoder.decode(photos[0].read_bytes(), 32)[0].shape == (32, 32)
+
+
+def test_only_the_formats_that_the_page_asks_for(server):
+    text = b"P2 100 100 255 " + b"7 " * 10_000
+    answers = send(server, ("a.pgm", text), *(("a", noise(64, 64, kind)) for kind in ("GIF", "JPEG2000", "PNG", "BMP")))
+    errors = [one["error"] for one in answers.json()["predictions"]]
+    assert errors[0] == "a.pgm: PPM; send a JPEG, PNG, TIFF, BMP, WebP or DICOM file"
+    assert all("; send a JPEG" in error for error in errors[1:3]) and errors[3:] == [None, None]
 
 
 def test_refused_requests(server, photos):

@@ -1,5 +1,6 @@
 """Runs the commands: parses, prints an error as one line, and chooses the exit code."""
 
+import gc
 import os
 import sys
 import warnings
@@ -14,6 +15,8 @@ from xray_fastai.system.errors import UserError
 from xray_fastai.system.signals import ignore_closed_output, output_is_closed
 from xray_fastai.system.threads import sleep_soon
 
+STOPPED = (130, 143)
+"""The exit codes after Ctrl-C and SIGTERM."""
 DEBUG = "XRAY_FASTAI_DEBUG"
 """The environment variable that makes an unexpected error print its traceback, and libraries their warnings."""
 
@@ -27,6 +30,8 @@ class Commands(typer.core.TyperGroup):
         except SystemExit as stop:
             if stop.code == 2:
                 distributed.give_way()
+            if stop.code in STOPPED:
+                gc.freeze()  # else Python's end looks for garbage, which takes 2 s of CPU time with torch
             raise
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xray_fastai.data import jpeg
 from xray_fastai.data.dicom.reader import FORMAT as DICOM
 from xray_fastai.data.duplicates import perceptual_hash
 from xray_fastai.data.images import MAX_PIXELS, check_file, open_file, open_image
@@ -121,8 +122,7 @@ def _quality(image: Image.Image) -> float:
 def _decode_in_colour(image: Image.Image) -> None:
     """Decode a three-channel JPEG as luminance and chroma, so that the file is decoded once for grey and colour."""
     if image.format == "JPEG" and image.mode == "RGB" and image.width * image.height <= MAX_PIXELS:
-        image.draft("YCbCr", (SIZE, SIZE))
-        image.load()
+        jpeg.load(image, draft=("YCbCr", SIZE))
 
 
 def _is_coloured(image: Image.Image) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 import xray_fastai.data.dicom.reader as dicom
+from xray_fastai.data import jpeg
 from xray_fastai.system.errors import ImageError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp", *dicom.EXTENSIONS)
@@ -29,6 +30,9 @@ FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"
 MAX_PIXELS, MAX_BYTES = 40_000_000, 500_000_000
 """Larger images are refused before memory is allocated. The largest X-ray detectors have about 20 million pixels. A
 file of 5 kB can hold 40 million pixels, which take up to 0.7 GB during the conversion to grey."""
+
+MAX_ASPECT = 8
+"""A picture that is longer than this many times its width shows no chest. One of 1 x 39,000,000 took 12 s."""
 
 # Pillow warns at 89 million pixels. `MAX_PIXELS` refuses such images anyway.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -149,10 +153,11 @@ def check_file(path: Path | str) -> None:
 def _to_grey(image: Image.Image, size: int | None) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{image.width} x {image.height} pixels; no X-ray is that large")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ImageError(f"{image.width} x {image.height} pixels; no X-ray is that long and narrow")
     if frames := _frames(image):
         raise ImageError(f"{frames} frames; split it into one image a file")
-    if size is not None and getattr(image, "format", None) == "JPEG":
-        image.draft("L", (GAP * size, GAP * size))
+    jpeg.load(image, draft=None if size is None else ("L", GAP * size))
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _from_array(np.asarray(image))
@@ -165,7 +170,6 @@ def _to_grey(image: Image.Image, size: int | None) -> Image.Image:
         image = image.convert("L")
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
-    image.load()
     return image
 
 

@@ -26,6 +26,7 @@ from xray_fastai.inference.tta import describe as describe_tta
 from xray_fastai.system import distributed
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.progress import progress_bar
 from xray_fastai.system.signals import ignore_closed_output, output_is_closed
 from xray_fastai.system.text import WIDTH, count_of, printable, shorten
@@ -243,8 +244,9 @@ class _HeatMaps:
             return
         targets = [self.model.classes.index(row["prediction"]) for _, row in predicted]
         maps = grad_cam(self.model, batch.images, targets=np.array(targets))  # (readable, h, w)
-        for (source, row), cam in zip(predicted, maps, strict=True):
-            self._save(overlay(open_image(source), cam), _stem(row["path"]))
+        with closing(map_in_threads(open_image, [source for source, _ in predicted])) as pictures:
+            for picture, (_, row), cam in zip(pictures, predicted, maps, strict=True):
+                self._save(overlay(picture, cam), _stem(row["path"]))
 
     def _save(self, picture: Image.Image, stem: str) -> None:
         for number in count(self.numbers.get(stem, 0) + 1):

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.rows import columns_of
+from xray_fastai.serving.decoding import Decoder
 from xray_fastai.serving.predictions import (
     Health,
     ModelFacts,
@@ -148,7 +149,8 @@ class Predictor:
 
     def __init__(self, model: Model):
         self.model, self.facts = model, ModelFacts.of(model)
-        self.thread = ThreadPoolExecutor(1, "predict")
+        self.thread, self.decoder = ThreadPoolExecutor(1, "predict"), Decoder()
+        self.decoder.start()
         self.requests = 0
 
     async def predict(self, request: Request, heatmap: Heatmap = True) -> Predictions:
@@ -177,13 +179,14 @@ class Predictor:
         content = file.file.read()
         file.file.close()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.thread, predict_file, self.model, name, content, heatmap)
+        return await loop.run_in_executor(self.thread, predict_file, self.model, self.decoder, name, content, heatmap)
 
     async def health(self) -> Health:
         return Health(model=self.facts)
 
     def close(self) -> None:
-        """Wait for the prediction that is running, and cancel those that wait."""
+        """Wait for the prediction that is running, but not for a file's decoding, and cancel those that wait."""
+        self.decoder.close()
         self.thread.shutdown(cancel_futures=True)
 
 

@@ -7,11 +7,12 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from xray_fastai import DISCLAIMER, __version__
-from xray_fastai.data.images import open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.rows import DIGITS, ImageResult, columns_of
 from xray_fastai.inference.stream import predict_batches
+from xray_fastai.serving.decoding import Decoder
+from xray_fastai.system.errors import ImageError
 from xray_fastai.system.text import data_uri
 
 MAX_SIDE = 640
@@ -115,11 +116,12 @@ class Problem(BaseModel):
     error: str = Field(examples=["heatmap=maybe: give true or false"])
 
 
-def predict_file(model: Model, name: str, content: bytes, heatmap: bool = True) -> Prediction:
+def predict_file(model: Model, decoder: Decoder, name: str, content: bytes, heatmap: bool = True) -> Prediction:
     """Predict one file.
 
     Args:
         model: an export from `open_model`.
+        decoder: decodes the file.
         name: the file's name in the answer.
         content: the file's bytes.
         heatmap: whether to add the picture of the image and that of its heat map.
@@ -129,19 +131,19 @@ def predict_file(model: Model, name: str, content: bytes, heatmap: bool = True) 
     """
     if not content:
         return unreadable(model, name, "the file is empty (0 bytes)")
-    (batch,) = predict_batches(model, [content], 1)
-    ((_, logits, error),) = batch.outputs()
-    if error is not None:
+    try:
+        pixels, picture = decoder.decode(content, model.size, MAX_SIDE if heatmap else None)
+    except ImageError as error:
         return unreadable(model, name, error.message)
+    (batch,) = predict_batches(model, [pixels], 1)
+    (logits,) = batch.logits
     if not np.isfinite(logits).all():
         return unreadable(model, name, "the network's output is not a number")
     probabilities = model.probabilities(logits)  # (classes,)
     index = int(model.decide(probabilities[None])[0])
     by_class = {label: round(float(p), DIGITS) for label, p in zip(model.classes, probabilities, strict=True)}
     prediction = _prediction(model, ImageResult(name, model.threshold_of(), model.classes[index], by_class))
-    if heatmap:
-        picture = open_image(content)
-        picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    if picture is not None:
         prediction.image = _jpeg_uri(picture)
         (cam,) = grad_cam(model, batch.images, [index])  # (h, w)
         if cam.size == 1:

@@ -23,8 +23,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 THREADS = min(8, os.cpu_count() or 1)
-MAX_WAIT = 2.0
-"""Seconds that the end waits for threads at work. A file of a stalled network drive is not waited for any longer."""
+MAX_WAIT = 0.5
+"""Seconds that the end waits for threads at work. A picture that takes long to decode, or a file of a stalled network
+drive, is not waited for any longer."""
 
 
 def map_in_threads(
