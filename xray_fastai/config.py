@@ -241,13 +241,21 @@ class FitConfig:
         below=10,
     )
     size: int | None = _setting(
-        None, "Side in pixels to resize images to. [default: 224; phantom: 48]", min=MIN_SIZE, max=MAX_SIZE
+        None,
+        "Side in pixels to resize images to. [default: that of an export in --weights; 224; phantom: 48]",
+        min=MIN_SIZE,
+        max=MAX_SIZE,
     )
-    arch: str = _setting("resnet50", f"Backbone: {', '.join(ARCHITECTURES)}.", choices=tuple(ARCHITECTURES))
+    arch: str | None = _setting(
+        None,
+        f"Backbone: {', '.join(ARCHITECTURES)}. [default: that of an export in --weights; resnet50]",
+        choices=tuple(ARCHITECTURES),
+    )
     weights: str | None = _setting(
         None,
-        "Weights to start from: imagenet, none, or a .pth or .safetensors file. [default: imagenet; phantom: none]",
-        metavar="imagenet|none|FILE",
+        "Weights to start from: imagenet, none, an export to continue from (its classes may be others), or a .pth or "
+        ".safetensors file. [default: imagenet; phantom: none]",
+        metavar="imagenet|none|EXPORT|FILE",
         printable=True,
     )
     recipe: str = _setting(
@@ -259,7 +267,7 @@ class FitConfig:
     contrast: str | None = _setting(
         None,
         "Contrast of the images: equalize (histogram equalization, which removes differences in exposure) or none. "
-        "[default: by recipe]",
+        "[default: that of an export in --weights; by recipe]",
         choices=CONTRASTS,
     )
     augment: str | None = _setting(

@@ -103,7 +103,9 @@ def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
 def _from_file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     if not path.is_file():
         raise UserError(
-            "no such file; give imagenet, none, or a .pth or .safetensors file", option="weights", value=path
+            "no such file or export; give imagenet, none, an export, or a .pth or .safetensors file",
+            option="weights",
+            value=path,
         )
     try:
         if path.suffix == ".safetensors":

@@ -20,7 +20,8 @@ from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.training.checkpoint import Checkpoints, Saved, check_space, kept_settings
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import announce, name_leftovers, report_resume
-from xray_fastai.training.plan import Origin, make_plan
+from xray_fastai.training.origin import Origin, with_parents_choices
+from xray_fastai.training.plan import make_plan
 from xray_fastai.training.write_export import Result, export_learner
 
 CHANGEABLE = ("data", "device", "workers", "cache", "exports")
@@ -117,6 +118,8 @@ def _fit(
     if found is None:
         name_leftovers(run)
         checkpoints.keep({"settings": config.to_dict()})
+    if found is None or config.arch is None:
+        config = with_parents_choices(config)
     config, data = read_collection(config.with_recipe())
     data.notes.extend(fit_notes(data))
     images = fingerprint(data)
@@ -129,6 +132,7 @@ def _fit(
         checkpoints.take_over(found.checkpoint)
         report_resume(found, run, plan, saved)
     kept = {"data": images, "origin": plan.origin.name, "pretrained": plan.origin.pretrained}
+    kept["lineage"] = plan.origin.lineage
     checkpoints.keep({"settings": config.to_dict(), **kept})
     check_space(run.partial, trainer.learn.model)
     chosen = replace(plan.config, device=plan.device.type, precision=plan.precision)
@@ -174,5 +178,6 @@ def _read_checkpoint(
         print(f"{fault}; resuming from the previous checkpoint")
     if saved is None:
         return None, None
-    # settings written by version 0.1.0 lack "pretrained"
-    return saved, Origin(kept["origin"], kept.get("pretrained", config.weights != "none"))
+    # settings written by version 0.1.0 lack "pretrained", those of 0.2.0 "lineage"
+    pretrained = kept.get("pretrained", config.weights != "none")
+    return saved, Origin(kept["origin"], pretrained, kept.get("lineage", []))

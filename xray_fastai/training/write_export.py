@@ -84,6 +84,7 @@ def model_record(trainer: Trainer, status: str, calibration: Calibration, worst:
         },
         "best": trainer.best.row,
         "worst_group": None if worst is None else asdict(worst),
+        "lineage": plan.origin.lineage,
         "versions": {"xray-fastai": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
