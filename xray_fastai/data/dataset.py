@@ -266,7 +266,7 @@ def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.Data
     errors = [str(item) for item in facts if isinstance(item, ImageError)]
     if errors and not skip_bad:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; repair or remove it, or leave out such files by --skip-bad")
+        raise UserError(f"{errors[0]}{more}; repair or remove it, or leave out such files by skip_bad=True")
     kept = with_facts(table, facts)
     for split, label in {(s, c) for s, c in zip(table.split, table.label, strict=True)}:
         if not ((kept.split == split) & (kept.label == label)).any():

@@ -177,7 +177,7 @@ def _check(split: str, selection: _Selection) -> None:
     if selection.top < 1:
         raise UserError("give 1 or more", option="top", value=selection.top)
     if selection.only_errors and selection.confident:
-        message = "shows correctly classified images, --only-errors the misclassified ones; give one of them"
+        message = "shows correctly classified images, only_errors= the misclassified ones; give one of them"
         raise UserError(message, option="confident")
 
 

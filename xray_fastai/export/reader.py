@@ -110,5 +110,5 @@ def lineage_of(folder: Path, model: dict[str, Any]) -> list[dict[str, str]]:
 def _newest(exports: Path) -> Path:
     complete = [path.parent for path in exports.glob(f"*/{SETTINGS}") if not path.parent.name.startswith(".")]
     if not complete:
-        raise UserError(f"{exports}: no export in it; make one by 'xray-fastai fit', or name one by --model")
+        raise UserError(f"{exports}: no export in it; make one by 'xray-fastai fit', or name one by model=")
     return max(complete, key=lambda path: (path / SETTINGS).stat().st_mtime)
