@@ -33,7 +33,7 @@ from xray_fastai import fit
 from xray_fastai.data.dataset import find_root, read_split
 from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.evaluation.subgroups import appearance, unusual
-from xray_fastai.inference.model import open_model
+from xray_fastai.inference.model import Model, open_model
 
 # -----------------------------------------------------------------------------
 HOSPITALS = os.environ.get("HOSPITALS", "source,least typical").split(",")
@@ -71,9 +71,8 @@ def trained(folder: Path, rows: pd.DataFrame, name: str, **settings) -> Path:
         ).path
 
 
-def measured(export: Path, test: pd.DataFrame, first: pd.DataFrame) -> dict[str, float]:
+def measured(model: Model, test: pd.DataFrame, first: pd.DataFrame) -> dict[str, float]:
     """Return AUC and balanced accuracy on the second hospital's test images, and AUC on images of the first."""
-    model = open_model(export, "cpu", "fp32")
     at = {
         name: measure(model, list(rows.path), rows.label.eq(model.positive).to_numpy())
         for name, rows in (("second", test), ("first", first))
@@ -81,42 +80,43 @@ def measured(export: Path, test: pd.DataFrame, first: pd.DataFrame) -> dict[str,
     return {"AUC": at["second"]["AUC"], "balanced": at["second"]["balanced"], "first AUC": at["first"]["AUC"]}
 
 
-def results(folder: Path, table: pd.DataFrame) -> Iterator[dict]:
-    """Train and measure; all hospitals with the first seed, then all with the next."""
-    parts = {}
-    for name in HOSPITALS:
-        second = table[second_hospital(name, table)]
-        first = table[~table.patient.isin(second.patient)]
-        shuffled = by_patient(second, 0)
-        is_test = shuffled.patient.isin(shuffled.patient[:TEST])
-        parts[name] = shuffled[is_test], shuffled[~is_test], trained(folder, first, f"first {name}", seed=0, **FIRST)
-        counts = f"{len(first):,} images; second: {is_test.sum():,} to test on, {(~is_test).sum():,} others"
-        print(f"{name}: first hospital {counts}", flush=True)
+def results(folder: Path, table: pd.DataFrame, name: str) -> Iterator[dict]:
+    """Train and measure with one second hospital."""
+    second = table[second_hospital(name, table)]
+    first = table[~table.patient.isin(second.patient)]
+    shuffled = by_patient(second, 0)
+    is_test = shuffled.patient.isin(shuffled.patient[:TEST])
+    test, pool = shuffled[is_test], shuffled[~is_test]
+    print(f"{name}: {len(first):,} images; second: {len(test):,} to test on, {len(pool):,} others", flush=True)
+    parent = trained(folder, first, f"first {name}", seed=0, **FIRST)
+    model = open_model(parent, "cpu", "fp32")
+    validated = labelled_images(model.settings, Request(None, "valid")).table
+    yield {"images": 0, "start": "as it is"} | measured(model, test, validated)
     for seed in SEEDS:
-        for name, (test, pool, parent) in parts.items():
-            validated = labelled_images(open_model(parent, "cpu").settings, Request(None, "valid")).table
-            row = {"hospital": name, "seed": seed}
-            if seed == 0:
-                yield row | {"images": 0, "start": "as it is"} | measured(parent, test, validated)
-            for images, epochs in EPOCHS.items():
-                for start, weights in (("scratch", "none"), ("export", parent)):
-                    if time.process_time() > 60 * MINUTES:
-                        return
-                    began, run = time.process_time(), f"{name} {seed} {images} {start}"
-                    rows = by_patient(pool, seed).head(images)
-                    export = trained(folder, rows, run, weights=weights, epochs=epochs, seed=seed, **SECOND)
-                    values = measured(export, test, validated) | {"minutes": (time.process_time() - began) / 60}
-                    yield row | {"images": images, "start": start} | values
-                    shutil.rmtree(export)
+        for images, epochs in EPOCHS.items():
+            for start, weights in (("scratch", "none"), ("export", parent)):
+                if time.process_time() > 60 * MINUTES:
+                    return
+                began, run = time.process_time(), f"{name} {seed} {images} {start}"
+                rows = by_patient(pool, seed).head(images)
+                export = trained(folder, rows, run, weights=weights, epochs=epochs, seed=seed, **SECOND)
+                model = open_model(export, "cpu", "fp32")
+                minutes = (time.process_time() - began) / 60
+                yield {"images": images, "start": start, "seed": seed} | measured(model, test, validated) | {
+                    "minutes": minutes, "best": "{phase} {epoch}".format_map(model.settings["best"])
+                }  # fmt: skip
+                shutil.rmtree(export)
 
 
 def main() -> None:
     table = read_split(find_root(os.environ["XRAY_DATA"]), "train")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in results(Path(folder), table):
-            rows.append(row)
-            print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        for name in HOSPITALS:
+            for row in results(Path(folder), table, name):
+                rows.append({"hospital": name} | row)
+                print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+                print(end="", flush=True)
     columns = ["AUC", "balanced", "first AUC"]
     means = pd.DataFrame(rows).groupby(["hospital", "images", "start"], sort=False)[columns].agg(["mean", "min", "max"])
     print(means.to_string(float_format="{:.3f}".format))

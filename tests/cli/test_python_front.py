@@ -74,7 +74,7 @@ def test_data_and_settings_are_taken_in_each_form(tmp_path):
     ]:
         with pytest.raises(UserError, match=f"^data {tmp_path / 'no'}: no such folder"), redirect_stdout(io.StringIO()):
             fit(*arguments, **options)
-    with pytest.raises(UserError, match="^epochs 0: give 1 or more"):
+    with pytest.raises(UserError, match=r"^epochs 0: give 1 or more"):
         fit(FitConfig(data="x"), epochs=0)
 
 
