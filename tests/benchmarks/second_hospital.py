@@ -41,7 +41,7 @@ SEEDS = range(whole_number("SEEDS", 2))
 MINUTES = whole_number("MINUTES", 35)  # of CPU time
 TEST = whole_number("TEST", 600)  # the second hospital's images to test on
 EPOCHS = {50: 40, 200: 25, 1000: 8}  # of each phase, by images: fewer images make fewer steps an epoch
-FIRST = {"weights": "none", "epochs": whole_number("EPOCHS", 8), "batch_size": 32}
+FIRST = {"weights": "none", "epochs": whole_number("EPOCHS", 6), "batch_size": 32}
 SECOND = {"batch_size": 16, "patience": 10, "valid": "0.2"}
 COMMON = {"arch": os.environ.get("ARCH", "resnet18"), "size": whole_number("SIZE", 64, 32), "device": "cpu"}
 SHARE = 0.4  # of each class in "least typical"
@@ -63,12 +63,19 @@ def by_patient(table: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def trained(folder: Path, rows: pd.DataFrame, name: str, **settings) -> Path:
-    """Fit on these images without printing, and return the export."""
+    """Fit on these images without printing, and return the export.
+
+    Raises:
+        SystemExit: the fit was interrupted.
+    """
     link(folder / name, rows, np.zeros(len(rows), bool))
     with contextlib.redirect_stdout(io.StringIO()):
-        return fit(
+        result = fit(
             data=folder / name, **COMMON, **settings, name=name.replace(" ", "-"), exports=folder / "exports"
-        ).path
+        )  # fmt: skip
+    if result.status != "complete":
+        raise SystemExit(f"{name}: the fit was {result.status}")
+    return result.path
 
 
 def measured(model: Model, test: pd.DataFrame, first: pd.DataFrame) -> dict[str, float]:

@@ -36,6 +36,25 @@ def read(path: str | Path) -> dict[str, Any]:
     return model
 
 
+def path_of(model: Any) -> str | Path:
+    """Return where a model lies that is an export's path, an open model, or a learner that `load_learner` opened.
+
+    Neither torch nor fastai is imported for that: a learner has `xray`, and both have `path`.
+
+    Raises:
+        UserError: it is a learner that did not come from an export, or something else.
+    """
+    opened = getattr(model, "xray", model)
+    if hasattr(opened, "dls"):
+        message = "this learner did not come from an export; save it as one, and give that"
+        raise UserError(message, option="model")
+    path: str | Path = opened if isinstance(opened, (str, os.PathLike)) else getattr(opened, "path", opened)
+    if not isinstance(path, (str, os.PathLike)):
+        message = "give an export, a learner that load_learner opened, or an open model"
+        raise UserError(message, option="model", value=f"of type {type(path).__name__}")
+    return path
+
+
 def find_export(path: str | Path | None = None) -> Path:
     """Check that a folder holds the two files of an export, and return it; None takes the newest in ./exports.
 
