@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # type checkers and editors read these imports; `__getattr__`
     from xray_fastai.data.audit.check import check_data
     from xray_fastai.evaluation.evaluate import evaluate
     from xray_fastai.evaluation.interpret import interpret
-    from xray_fastai.export.learner import load_learner
+    from xray_fastai.export.learner import load_learner, open_learner
     from xray_fastai.export.verification import verify
     from xray_fastai.inference.predict import predict
     from xray_fastai.training.fit import fit
@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # type checkers and editors read these imports; `__getattr__`
 __version__ = "0.2.0"
 DISCLAIMER = "For research and teaching. It is no medical device; never diagnose by it."
 __all__ = [
-    "FitConfig", "__version__", "check_data", "evaluate", "fit", "interpret", "load_learner", "predict", "verify",
+    "FitConfig", "__version__", "check_data", "evaluate", "fit", "interpret", "load_learner", "open_learner",
+    "predict", "verify",
 ]  # fmt: skip
 
 _MODULES = {
@@ -29,6 +30,7 @@ _MODULES = {
     "fit": "training.fit",
     "interpret": "evaluation.interpret",
     "load_learner": "export.learner",
+    "open_learner": "export.learner",
     "predict": "inference.predict",
     "verify": "export.verification",
 }

@@ -78,6 +78,11 @@ class Setting:
     printable: bool = False  # whether unprintable characters are refused, because an export or a message holds the text
 
     @property
+    def is_path(self) -> bool:
+        """Whether the value may name a file or a folder."""
+        return self.metavar is not None and re.search("DIR|FILE|LIST.csv", self.metavar) is not None
+
+    @property
     def is_closed(self) -> bool:
         """Whether `min` and `max` alone limit the values."""
         return self.above is None and self.below is None
@@ -134,12 +139,17 @@ def _check_fields(config: Any) -> None:
 
 
 def _converted(option: Field[Any], value: Any) -> Any:
-    """Convert a value from Python to what JSON holds: a path to text, a NumPy number to Python's."""
+    """Convert a value from Python to what JSON holds: a path to text, a NumPy number to Python's.
+
+    In a path, ~ is the user's home folder, as a shell has it.
+    """
     kind, *others = get_args(option.type) or (option.type,)
     if value is None and type(None) in others:
         return None
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if setting_of(option).is_path and isinstance(value, str):
+        value = os.path.expanduser(value)
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if kind in (int, float) and is_number and math.isfinite(value) and kind(value) == value:
         return kind(value)
@@ -213,7 +223,7 @@ class FitConfig:
     )
     epochs: int = _setting(100, "Maximum number of epochs in each phase.", min=1)
     freeze_epochs: int | None = _setting(
-        None, "Maximum number of epochs with the backbone frozen. [default: as --epochs]", min=0
+        None, "Maximum number of epochs with the backbone frozen. [default: as epochs=]", min=0
     )
     frozen_views: int = _setting(
         2,
@@ -228,7 +238,7 @@ class FitConfig:
     )
     min_delta: float | None = _setting(
         None,
-        "A validation loss counts as lower, for --patience, if it is lower by more than this. [default: 0; "
+        "A validation loss counts as lower, for patience=, if it is lower by more than this. [default: 0; "
         "phantom: 0.1]",
         min=0,
     )
@@ -241,25 +251,33 @@ class FitConfig:
         below=10,
     )
     size: int | None = _setting(
-        None, "Side in pixels to resize images to. [default: 224; phantom: 48]", min=MIN_SIZE, max=MAX_SIZE
+        None,
+        "Side in pixels to resize images to. [default: that of an export in weights=; 224; phantom: 48]",
+        min=MIN_SIZE,
+        max=MAX_SIZE,
     )
-    arch: str = _setting("resnet50", f"Backbone: {', '.join(ARCHITECTURES)}.", choices=tuple(ARCHITECTURES))
+    arch: str | None = _setting(
+        None,
+        f"Backbone: {', '.join(ARCHITECTURES)}. [default: that of an export in weights=; resnet50]",
+        choices=tuple(ARCHITECTURES),
+    )
     weights: str | None = _setting(
         None,
-        "Weights to start from: imagenet, none, or a .pth or .safetensors file. [default: imagenet; phantom: none]",
-        metavar="imagenet|none|FILE",
+        "Weights to start from: imagenet, none, an export to continue from (its classes may be others), or a .pth or "
+        ".safetensors file. [default: imagenet; phantom: none]",
+        metavar="imagenet|none|EXPORT|FILE",
         printable=True,
     )
     recipe: str = _setting(
         "default",
-        "Gives --contrast, --augment, --schedule and --class-weights their values where you do not. plain has the "
+        "Gives contrast=, augment=, schedule= and class_weights= their values where you do not. plain has the "
         "values of the earlier work that this project follows.",
         choices=tuple(RECIPES),
     )
     contrast: str | None = _setting(
         None,
         "Contrast of the images: equalize (histogram equalization, which removes differences in exposure) or none. "
-        "[default: by recipe]",
+        "[default: that of an export in weights=; by recipe]",
         choices=CONTRASTS,
     )
     augment: str | None = _setting(
@@ -410,13 +428,13 @@ class PredictConfig:
     """
 
     output: str | None = _setting(None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE")
-    resume: bool = _setting(False, "Continue an interrupted --output.")
+    resume: bool = _setting(False, "Continue an interrupted output=.")
     heatmaps: str | None = _setting(None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR")
     recursive: bool = _setting(False, "Search the subfolders, too.")
     threshold: float | None = _setting(
         None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
     )
-    uncalibrated: bool = _setting(False, "Give the softmax of the network's outputs, without fit's --calibration.")
+    uncalibrated: bool = _setting(False, "Give the softmax of the network's outputs, without fit's calibration=.")
     tta: bool = _setting(False, "Test-time augmentation: the mean over five views of an image.")
     batch_size: int = _setting(32, "Batch size.", min=1)
     device: str = _setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
@@ -429,7 +447,7 @@ class PredictConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         if self.resume and self.output is None:
-            raise UserError("give the file to continue by --output", option="resume")
+            raise UserError("give the file to continue by output=", option="resume")
 
 
 def class_fault(name: str) -> str | None:

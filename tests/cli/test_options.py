@@ -19,6 +19,7 @@ from xray_fastai.cli.options import settings_from
 from xray_fastai.config import PredictConfig, _setting, setting_of
 from xray_fastai.export.schema import Settings
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import as_typed
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -31,7 +32,7 @@ def test_a_command_has_one_option_for_each_field(function, config):
     options = {param.name: param for param in COMMANDS[function.__name__].params}
     for field in fields(config):
         assert options[field.name].opts == [f"--{field.name.replace('_', '-')}"]
-        assert options[field.name].help == setting_of(field).help
+        assert options[field.name].help == as_typed(setting_of(field).help, {})
         assert options[field.name].default == field.default
 
 
@@ -170,7 +171,7 @@ def test_a_new_option_needs_one_new_field():
         (PredictConfig, {"threshold": 2}, "threshold 2: give a number from 0 to 1"),
         (PredictConfig, {"precision": "fp16"}, "precision fp16: choose one of auto, fp32, bf16"),
         (PredictConfig, {"batch_size": 0}, "batch_size 0: give 1 or more"),
-        (PredictConfig, {"resume": True}, "resume: give the file to continue by --output"),
+        (PredictConfig, {"resume": True}, "resume: give the file to continue by output="),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(config, wrong, message):

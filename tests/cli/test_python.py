@@ -1,6 +1,7 @@
 """The package in Python: every public name exists and has types, and its results are those of the commands."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -21,11 +22,12 @@ def test_every_public_name_exists(name):
 
 def test_the_public_names_are_listed():
     """For `dir`, for editors and type checkers, and for the import at first use: three lists of the same names."""
+    importlib.import_module("xray_fastai.data.audit.check")  # makes `data` an attribute of the package
     assert dir(xray_fastai) == sorted(xray_fastai.__all__)
     tree = ast.parse(Path(xray_fastai.__file__).read_text(encoding="utf-8"))
     (checking,) = (node for node in tree.body if isinstance(node, ast.If))  # if TYPE_CHECKING
     imports = [node for node in checking.body if isinstance(node, ast.ImportFrom)]
-    modules = {node.names[0].name: node.module.removeprefix("xray_fastai.") for node in imports}
+    modules = {name.name: node.module.removeprefix("xray_fastai.") for node in imports for name in node.names}
     assert modules == xray_fastai._MODULES
     assert {*modules, "__version__"} == set(xray_fastai.__all__)
     assert Path(xray_fastai.__file__).with_name("py.typed").is_file()
@@ -34,6 +36,28 @@ def test_the_public_names_are_listed():
 def test_importing_the_package_loads_no_framework():
     code = "import sys, xray_fastai; sys.exit(' '.join({'torch', 'fastai', 'matplotlib'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+
+
+@pytest.mark.parametrize("jedi", [False, True])
+def test_tab_offers_the_public_names_only(jedi):
+    pytest.importorskip("IPython")
+    from IPython.core.completer import IPCompleter, provisionalcompleter
+
+    completer = IPCompleter(namespace={"xray_fastai": xray_fastai}, use_jedi=jedi)
+    with provisionalcompleter():
+        offered = {found.text.lstrip(".") for found in completer.completions("xray_fastai.", len("xray_fastai."))}
+    assert offered == set(xray_fastai.__all__) - {"__version__"}
+
+
+def test_our_names_and_fastais_in_both_orders():
+    """fastai has a `load_learner`, too: whichever import is the last one has the name, and `open_learner` is ours."""
+    imports = ["from xray_fastai import *", "from fastai.vision.all import *"]
+    for order in (imports, imports[::-1]):
+        names: dict = {}
+        exec("\n".join(order), names)
+        replaced = [name for name in xray_fastai.__all__ if names[name] is not getattr(xray_fastai, name)]
+        assert replaced == (["load_learner"] if order == imports else [])
+        assert names["open_learner"] is xray_fastai.load_learner
 
 
 @pytest.mark.parametrize("name", sorted(xray_fastai._MODULES))

@@ -532,7 +532,7 @@ def test_one_patient_id_for_all_says_what_to_do(tmp_path):
         folder = tmp_path / "train" / ["NORMAL", "PNEUMONIA"][number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.dcm").write_bytes(written(picture(12, number), bits=12, PatientID="Anonymous"))
-    with pytest.raises(UserError, match="--patient-pattern") as error:
+    with pytest.raises(UserError, match="patient_pattern=") as error:
         read_collection(FitConfig(data=str(tmp_path)).with_recipe())
     assert "Anonymous" not in str(error.value)
 

@@ -51,5 +51,5 @@ def test_too_little_memory_is_an_error_for_the_user():
 
     model = model_of_halves()
     model.logits = fails
-    with pytest.raises(UserError, match="not enough memory on cpu for 2 heat maps at once; try --device cpu"):
+    with pytest.raises(UserError, match='not enough memory on cpu for 2 heat maps at once; try device="cpu"'):
         grad_cam(model, torch.zeros(2, 1, 2, 2, dtype=torch.uint8))

@@ -11,7 +11,7 @@ from xray_fastai.export.run_folder import Unfinished, reserve
 from xray_fastai.system.errors import UserError
 from xray_fastai.training.checkpoint import Best, Checkpoints
 from xray_fastai.training.fit import _read_checkpoint
-from xray_fastai.training.plan import Origin
+from xray_fastai.training.origin import Origin
 
 IMAGES = {"train": 3, "valid": 2, "digest": "x"}
 

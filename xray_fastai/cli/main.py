@@ -122,11 +122,13 @@ def fit(
 
 
 def _check_paths(config: FitConfig) -> None:
-    """Answer a wrong --data or --name at once; the imports of `fit` itself take seconds."""
+    """Answer a wrong --data, --name or folder in --weights at once; the imports of `fit` itself take seconds."""
     from xray_fastai.data.dataset import find_root
+    from xray_fastai.export.reader import export_in_weights
     from xray_fastai.export.run_folder import check_name
 
     check_name(config.exports, config.name)
+    export_in_weights(config.weights)
     if config.data is not None:
         find_root(config.data)
 

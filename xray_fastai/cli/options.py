@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from xray_fastai.config import setting_of
+from xray_fastai.system.text import as_typed
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -66,7 +67,7 @@ def _option(field: Field[Any]) -> Any:
     setting, option = setting_of(field), f"--{field.name.replace('_', '-')}"
     if field.default is True:
         option = f"{option}/--no{option[1:]}"
-    details: dict[str, Any] = {"help": setting.help, "metavar": setting.metavar}
+    details: dict[str, Any] = {"help": as_typed(setting.help, {}), "metavar": setting.metavar}
     if setting.choices:
         details["callback"] = one_of(*setting.choices)
         details["metavar"] = "|".join(setting.choices) if len(setting.choices) < 5 else "NAME"

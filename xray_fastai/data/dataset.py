@@ -27,6 +27,7 @@ from xray_fastai.system.progress import track
 PHANTOM_NAME = "built-in phantom"
 """The displayed name of the X-rays that the package draws."""
 DEFAULT_FOLDER = "chest_xray"
+ARCHITECTURE = "resnet50"
 DEFAULTS = {"weights": "imagenet", "size": 224, "batch_size": 80, "lr": 2e-3, "patience": 20, "min_delta": 0.0}
 REHEARSAL = {"weights": "none", "size": 48, "batch_size": 16, "lr": 1e-3, "patience": 4, "min_delta": 0.1}
 """The defaults of options by data: of images that the user has, and of drawn ones.
@@ -78,7 +79,7 @@ def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
 
 def with_data_defaults(config: FitConfig) -> FitConfig:
     """Fill in the settings that depend on the data. Without a data folder (`data` None) the fit is a rehearsal."""
-    config = config.with_choices(data=default_data())
+    config = config.with_choices(data=default_data(), arch=ARCHITECTURE)
     config = config.with_choices(**(REHEARSAL if config.data is None else DEFAULTS))
     return config.with_choices(freeze_epochs=config.epochs)
 
@@ -265,7 +266,7 @@ def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.Data
     errors = [str(item) for item in facts if isinstance(item, ImageError)]
     if errors and not skip_bad:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; repair or remove it, or leave out such files by --skip-bad")
+        raise UserError(f"{errors[0]}{more}; repair or remove it, or leave out such files by skip_bad=True")
     kept = with_facts(table, facts)
     for split, label in {(s, c) for s, c in zip(table.split, table.label, strict=True)}:
         if not ((kept.split == split) & (kept.label == label)).any():

@@ -155,7 +155,7 @@ def _listed(model: dict[str, Any], wanted: Request) -> tuple[pd.DataFrame, Path]
         return table[~validated].reset_index(drop=True), root
     if (missing := len(keys) - validated.sum()) > 0:
         raise UserError(
-            f"{missing} of the {len(keys)} files that the fit validated on are missing; give its data folder by --data",
+            f"{missing} of the {len(keys)} files that the fit validated on are missing; give its data folder by data=",
             value=root,
         )
     return table[validated].reset_index(drop=True), root
@@ -167,7 +167,7 @@ def _trained_on(table: pd.DataFrame, uses: np.ndarray | None) -> tuple[pd.DataFr
         return table, None, ["the export does not know what fit left out: such images may be among these"]
     kept = uses == "train"
     if not kept.any():
-        message = "fit trained on none of these images, as they are now; give its data folder by --data"
+        message = "fit trained on none of these images, as they are now; give its data folder by data="
         raise UserError(message, option="split", value="train")
     left_out = int((~kept).sum())
     notes = [f"left out, as fit did not train on them: {count_of(left_out, 'image')}"] if left_out else []

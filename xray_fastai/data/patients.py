@@ -115,13 +115,13 @@ def patients_of(names: Sequence[str], pattern: str) -> list[str | None]:
     except subprocess.TimeoutExpired:
         raise UserError(
             f"takes more than {SECONDS:g} s on the file names, as nested repeats such as (a+)+ do; fit with a "
-            "simpler one by --patient-pattern",
+            "simpler one by patient_pattern=",
             value=f"patient pattern {shown(pattern)}",
         ) from None
     if process.returncode:
         reason = shown((process.stderr.strip().splitlines() or ["no message"])[-1], 120)
         raise UserError(
-            f"not usable as a regular expression ({reason}); fit with another by --patient-pattern",
+            f"not usable as a regular expression ({reason}); fit with another by patient_pattern=",
             value=f"patient pattern {shown(pattern)}",
         )
     return json.loads(process.stdout)

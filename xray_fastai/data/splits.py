@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 
-from xray_fastai.data.patients import ADVICE, source_of, unknown
+from xray_fastai.data.patients import source_of, unknown
 from xray_fastai.system.errors import UserError
 
 ENOUGH_TO_VALIDATE = 50
@@ -55,11 +55,12 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
     patients = pd.Series(groups).groupby(table.label.to_numpy()).nunique()  # of each class
     rarest = patients.idxmin()
     if patients.min() < 2:
-        sources = sorted(set(table.patient[table.label == rarest].map(source_of)))
-        source = f" (by {' and '.join(sources)}; if that is wrong, {ADVICE})"
+        sources = " and ".join(sorted(set(table.patient[table.label == rarest].map(source_of))))
+        by = sources.replace("--patients", "patients=")
+        source = f" (by {by}; if that is wrong, give patient_pattern= or patients=)"
         raise UserError(
             f"all images are of one patient{source}, so none can be held out for validation; "
-            "add patients, or give a validation split in val/ and --valid folder",
+            'add patients, or give a validation split in val/ and valid="folder"',
             value=f"train/{rarest}",
         )
     share = Fraction(fraction).limit_denominator(20)
@@ -74,7 +75,7 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
             return held_out
     raise UserError(
         f"{patients.min()} patients are too few for training and validation; "
-        "add patients, or give a validation split in val/ and --valid folder",
+        'add patients, or give a validation split in val/ and valid="folder"',
         value=f"train/{rarest}",
     )
 

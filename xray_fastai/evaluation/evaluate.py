@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,9 @@ from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import replaced
+
+if TYPE_CHECKING:
+    from fastai.learner import Learner
 
 FORMAT = 1
 """The layout of `metrics.json`."""
@@ -67,7 +70,7 @@ class _Request:
 
 
 def evaluate(
-    model: str | Path | None = None,
+    model: "str | Path | Model | Learner | None" = None,
     data: str | Path | None = None,
     split: str = "test",
     threshold: str | float = "auto",
@@ -83,7 +86,8 @@ def evaluate(
     """Compute metrics with 95 % intervals, and write them with predictions and plots to `evaluation-<split>/`.
 
     Args:
-        model: the export's folder; None is the newest in ./exports.
+        model: the export's folder, an open model, or a learner that `load_learner` opened; None is the newest in
+            ./exports.
         data: the folder that holds the split; None is the one that `fit` used.
         split: test, valid (the images that `fit` validated on) or train.
         threshold: an image is predicted positive from this probability on; auto is the one that `fit` chose.

@@ -35,6 +35,8 @@ from xray_fastai.system.progress import track
 from xray_fastai.system.text import data_uri, shorten, wrap
 
 if TYPE_CHECKING:
+    from fastai.learner import Learner
+
     from xray_fastai.evaluation.interpretation import XrayInterpretation
 
 FORMAT = 1
@@ -118,7 +120,7 @@ class _Ranking:
 
 
 def interpret(
-    model: str | Path | None = None,
+    model: "str | Path | Model | Learner | None" = None,
     data: str | Path | None = None,
     split: str = "valid",
     top: int = 16,
@@ -135,7 +137,7 @@ def interpret(
     """Find the images of a split with the largest losses, and where the model looked.
 
     Args:
-        model: an export; None is the newest in ./exports.
+        model: as in `evaluate`.
         data: the folder that holds the split; None is the one that `fit` used.
         split: valid (exactly what `fit` validated on), test or train (without what it validated on).
         top: how many images to draw, at most `contact_sheet.LIMIT`.
@@ -177,7 +179,7 @@ def _check(split: str, selection: _Selection) -> None:
     if selection.top < 1:
         raise UserError("give 1 or more", option="top", value=selection.top)
     if selection.only_errors and selection.confident:
-        message = "shows correctly classified images, --only-errors the misclassified ones; give one of them"
+        message = "shows correctly classified images, only_errors= the misclassified ones; give one of them"
         raise UserError(message, option="confident")
 
 

@@ -80,7 +80,7 @@ def write_report(export: str | Path, output: str | Path | None = None, name: str
         with atomic_write(path) as partial:  # a file name may hold bytes that are no text
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another folder by --output") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another folder by output=") from None
     return path
 
 

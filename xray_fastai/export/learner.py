@@ -1,38 +1,56 @@
 """Builds a fastai `Learner` from an export, without pickle: the public function `load_learner`."""
 
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastai.vision.all import Learner, ProgressCallback
 
 from xray_fastai.export.network import load_weights
-from xray_fastai.export.reader import read
+from xray_fastai.export.reader import find_export, path_of, read
 from xray_fastai.model.learner import build_learner, set_scaling
 from xray_fastai.model.loaders import empty_loaders
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Says which export a learner came from: `learn.xray`."""
+
+    path: str  # its folder; no `Path`, which a pickle of another operating system may not hold
+    settings: dict[str, Any] = field(repr=False)  # model.json
 
 
 def load_learner(path: str | Path) -> Learner:
     """Build a fastai `Learner` from an export's `model.safetensors` and `model.json`; nothing is unpickled.
 
     Args:
-        path: the export's folder.
+        path: the export's folder, or one of the files in it.
 
     Returns:
         A learner on the CPU, in evaluation mode. `learn.predict(image)` takes a path, a PIL image or an array. It
         returns the label, its index and the probabilities (classes,) of the export, in the order of `learn.dls.vocab`.
+        `predict`, `evaluate`, `interpret` and `verify` of this package take it as they take the folder.
 
     Raises:
         UserError: the folder is no export, was written by a newer version, or is damaged.
     """
-    model = read(path)
+    folder = find_export(path_of(path))
+    model = read(folder)
     preprocessing = model["preprocessing"]
     dls = empty_loaders(model["classes"], preprocessing["size"], preprocessing.get("contrast", "none"))
     with torch.device("meta"):  # as in `load_network`
         learn = build_learner(
             dls, model["architecture"], dropout=model["dropout"], class_weights=model["class_weights"]
         )
-    load_weights(learn.model, Path(path), model)
+    load_weights(learn.model, folder, model)
     set_scaling(learn, model["temperature"], model.get("intercepts"))
     learn.remove_cb(ProgressCallback)  # it shows a bar at each prediction; to train further, add it again
     learn.model.eval()
+    learn.xray = Opened(os.fspath(folder), model)
     return learn
+
+
+open_learner = load_learner
+"""The same under a name that `from fastai.vision.all import *` does not replace."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xray_fastai.export.reader import read
+from xray_fastai.export.reader import find_export, read
 from xray_fastai.export.schema import WEIGHTS
 from xray_fastai.export.weights_file import read_weights
 from xray_fastai.model.architectures import build_network
@@ -20,10 +20,11 @@ def load_network(path: str | Path) -> tuple[dict[str, Any], nn.Sequential]:
     Raises:
         UserError: the folder is no export, was written by a newer version, or is damaged.
     """
-    model = read(path)
+    folder = find_export(path)
+    model = read(folder)
     with torch.device("meta"):  # takes no memory and makes no random weights: ResNet50 loads in 0.2 s instead of 0.3 s
         network = build_network(model["architecture"], len(model["classes"]), model["dropout"])
-    load_weights(network, Path(path), model)
+    load_weights(network, folder, model)
     return model, network.eval()
 
 

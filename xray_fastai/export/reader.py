@@ -14,11 +14,13 @@ of an interrupted fit also holds `checkpoint/`, from which `fit --resume` contin
 `network.py` makes a torch network of an export, `learner.py` a fastai `Learner`. This module imports neither library.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
-from xray_fastai.export.schema import LIMIT, SETTINGS, WEIGHTS, parse, warn
+from xray_fastai.export.schema import ENTRIES, LIMIT, PICKLE, SETTINGS, WEIGHTS, parse, warn
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import shown
 from xray_fastai.system.untrusted import read_received
 
 
@@ -34,17 +36,39 @@ def read(path: str | Path) -> dict[str, Any]:
     return model
 
 
+def path_of(model: Any) -> str | Path:
+    """Return where a model lies that is an export's path, an open model, or a learner that `load_learner` opened.
+
+    Neither torch nor fastai is imported for that: a learner has `xray`, and both have `path`.
+
+    Raises:
+        UserError: it is a learner that did not come from an export, or something else.
+    """
+    opened = getattr(model, "xray", model)
+    if hasattr(opened, "dls"):
+        message = "this learner did not come from an export; save it as one, and give that"
+        raise UserError(message, option="model")
+    path: str | Path = opened if isinstance(opened, (str, os.PathLike)) else getattr(opened, "path", opened)
+    if not isinstance(path, (str, os.PathLike)):
+        message = "give an export, a learner that load_learner opened, or an open model"
+        raise UserError(message, option="model", value=f"of type {type(path).__name__}")
+    return path
+
+
 def find_export(path: str | Path | None = None) -> Path:
     """Check that a folder holds the two files of an export, and return it; None takes the newest in ./exports.
+
+    Args:
+        path: the folder, or `model.safetensors`, `model.json` or `learner.pkl` in it.
 
     Raises:
         UserError: it does not exist, or lacks a file; or there is no export in ./exports.
     """
     if path is None:
         return _newest(Path("exports"))
-    path = Path(path)
+    path = _folder_of(Path(os.path.expanduser(path)))
     try:
-        exists, complete = path.exists(), all((path / name).exists() for name in (SETTINGS, WEIGHTS))
+        exists, complete = path.exists(), _is_complete(path)
         is_archive = path.is_file() and path.suffix.lower() == ".zip"
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a folder that fit wrote") from None
@@ -59,8 +83,51 @@ def find_export(path: str | Path | None = None) -> Path:
     return path
 
 
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).exists() for name in (SETTINGS, WEIGHTS))
+
+
+def _folder_of(path: Path) -> Path:
+    """Return the export's folder for one of its files; any other path as it is."""
+    try:
+        is_inside = path.name in (SETTINGS, WEIGHTS, PICKLE) and path.is_file() and _is_complete(path.parent)
+    except OSError:  # `find_export` says it
+        return path
+    return path.parent if is_inside else path
+
+
+def export_in_weights(weights: str | None) -> Path | None:
+    """Return the folder of the export that `fit` is to continue from; None if `weights` is something else.
+
+    Raises:
+        UserError: it is a folder, but no export.
+    """
+    if weights in (None, "imagenet", "none"):
+        return None
+    path = Path(os.path.expanduser(weights))
+    folder = _folder_of(path)
+    if folder != path or path.is_dir() or (not path.exists() and (Path("exports") / path).is_dir()):
+        return find_export(folder)
+    return None
+
+
+def lineage_of(folder: Path, model: dict[str, Any]) -> list[dict[str, str]]:
+    """Return what the `model.json` of a model that continues from an export records about its origin.
+
+    Args:
+        folder: the export to continue from.
+        model: its settings.
+
+    Returns:
+        This export, and those that it continued from itself, the nearest first.
+    """
+    name = shown(folder.resolve().name, 255)
+    parent = {"name": name, "sha256": model["weights"]["sha256"], "created": model["created"]}
+    return [parent, *(model.get("lineage") or [])][:ENTRIES]
+
+
 def _newest(exports: Path) -> Path:
     complete = [path.parent for path in exports.glob(f"*/{SETTINGS}") if not path.parent.name.startswith(".")]
     if not complete:
-        raise UserError(f"{exports}: no export in it; make one by 'xray-fastai fit', or name one by --model")
+        raise UserError(f"{exports}: no export in it; make one by 'xray-fastai fit', or name one by model=")
     return max(complete, key=lambda path: (path / SETTINGS).stat().st_mtime)

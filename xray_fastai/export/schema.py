@@ -179,6 +179,12 @@ class Weights(Part):
     tensors: Count
 
 
+class Ancestor(Part):
+    name: Text  # the export's folder
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of its weights
+    created: Date
+
+
 class _Settings(Part):
     @model_validator(mode="after")
     def _as_a_fit(self) -> "_Settings":
@@ -230,6 +236,8 @@ class Export(Part):
     training: Training
     best: Epoch | None
     worst_group: WorstGroup | None = None
+    # the exports that training continued from, the nearest first; earlier exports have no such key
+    lineage: Annotated[list[Ancestor], Field(max_length=ENTRIES, fail_fast=True)] | None = None
     called: Counts | None = None  # validation images by the class predicted; earlier exports have no such key
     versions: Annotated[dict[Text, Text], BeforeValidator(_small_table)]
     weights: Weights

@@ -8,13 +8,20 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from xray_fastai.export.reader import path_of
 from xray_fastai.export.schema import HISTORY_COLUMNS, LIMIT, SETTINGS, WEIGHTS, parse
 from xray_fastai.export.weights_file import read_weights
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown
 from xray_fastai.system.untrusted import read_received
 from xray_fastai.system.zip_files import unpack
+
+if TYPE_CHECKING:
+    from fastai.learner import Learner
+
+    from xray_fastai.inference.model import Model
 
 HISTORY, REPORT = "history.csv", "report.html"
 HISTORY_BYTES = 5_000_000
@@ -71,11 +78,12 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(path: str | Path) -> Verification:
+def verify(path: "str | Path | Model | Learner") -> Verification:
     """Check an export as `load_learner` does, and list the other files in its folder; nothing is unpickled.
 
     Args:
-        path: an export's folder, or a .zip of one; only the files to check are unpacked, into a temporary folder.
+        path: an export's folder, or a .zip of one; only the files to check are unpacked, into a temporary folder. For a
+            learner that `load_learner` opened, or an open model, the files of its export are checked.
 
     Returns:
         One check for each file; `ok` if there is no fault.
@@ -83,7 +91,7 @@ def verify(path: str | Path) -> Verification:
     Raises:
         UserError: the path does not exist, or is an archive that is not safe to unpack.
     """
-    path = Path(path)
+    path = Path(path_of(path))
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

@@ -39,7 +39,7 @@ def grad_cam(model: Model, images: torch.Tensor, targets: Sequence[int] | None =
         UserError: the images do not fit into the device's memory.
     """
     maps = count_of(len(images), "heat map")
-    explain = f"not enough memory on {model.device} for {maps} at once; try --device cpu"
+    explain = f'not enough memory on {model.device} for {maps} at once; try device="cpu"'
     with out_of_memory_means(explain):
         return _scaled(_maps(model, images, targets).float().cpu().numpy())
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,13 +14,16 @@ from torch import nn
 
 from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.export.network import load_network
-from xray_fastai.export.reader import find_export
+from xray_fastai.export.reader import find_export, path_of
 from xray_fastai.inference.cpu_fusion import fused_for_cpu
 from xray_fastai.inference.scaling import Scaling
 from xray_fastai.model.folding import fold_batch_norm
 from xray_fastai.model.preprocessing import Preprocessing
 from xray_fastai.system.device import choose_device, choose_precision
 from xray_fastai.system.errors import UserError
+
+if TYPE_CHECKING:
+    from fastai.learner import Learner
 
 _precision_lock = RLock()
 NO_NUMBER = "the network's output is not a number, so its weights cannot be used; give another export"
@@ -151,27 +154,50 @@ class Model:
         return fold_batch_norm(self.network).to(self._kind, memory_format=torch.channels_last)
 
 
-def open_model(path: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Model:
+def open_model(
+    source: "str | Path | Model | Learner | None" = None, device: str = "auto", precision: str = "auto"
+) -> Model:
     """Open an export from its safe files, on a device.
 
     Args:
-        path: its folder; None takes the newest in ./exports.
+        source: its folder; a learner that `load_learner` opened, whose export is opened again; or an open model, which
+            is returned as it is. None takes the newest in ./exports.
         device: auto, cpu, cuda or mps.
         precision: fp32, bf16, or auto: bf16 if the model was trained in it and the device computes in it.
 
     Raises:
-        UserError: there is no export or a damaged one, or the device or the precision is not available.
+        UserError: there is no export or a damaged one, the learner was trained further, or the device or the precision
+            is not available.
     """
+    if isinstance(source, Model):
+        return source
     if precision not in INFERENCE_PRECISIONS:
         raise UserError(f"choose one of {', '.join(INFERENCE_PRECISIONS)}", option="precision", value=precision)
-    path = find_export(path)
+    path = find_export(None if source is None else path_of(source))
     settings, network = load_network(path)
+    if hasattr(source, "dls"):
+        _check_unchanged(source.model, network, path)
     chosen = choose_device(device)
     network.to(chosen, memory_format=torch.channels_last)  # 1.4 times as fast in fp32 on a CPU
     if precision == "auto":
         trained_in_bf16 = settings["training"]["precision"] == "bf16"
         precision = "bf16" if trained_in_bf16 and choose_precision("auto", chosen) == "bf16" else "fp32"
     return Model(path, settings, network, choose_precision(precision, chosen))
+
+
+def _check_unchanged(model: nn.Module, network: nn.Module, path: Path) -> None:
+    """Check that a learner still has the weights of its export: threshold and calibration were chosen for these.
+
+    Raises:
+        UserError: it has others.
+    """
+    state = model.state_dict()
+    if any(not torch.equal(state[name].cpu(), tensor) for name, tensor in network.state_dict().items()):
+        raise UserError(
+            f"the learner was trained after it was opened from {path}, whose threshold and calibration are of the "
+            "weights before; save it as an export, and give that",
+            option="model",
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,10 +15,13 @@ from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.inference.stream import Source, check_folders, image_sources, predict_batches
 
+if TYPE_CHECKING:
+    from fastai.learner import Learner
+
 
 def predict(
     paths: Source | Iterable[Source],
-    model: str | Path | Model | None = None,
+    model: "str | Path | Model | Learner | None" = None,
     *,
     recursive: bool = False,
     threshold: float | None = None,
@@ -31,7 +35,8 @@ def predict(
 
     Args:
         paths: one or many: files, folders, PIL images, or arrays as `images.open_image` takes them.
-        model: an export's folder, or an open model; None takes the newest in ./exports.
+        model: an export's folder, an open model, or a learner that `load_learner` opened; None takes the newest in
+            ./exports.
         recursive: search the subfolders of folders, too.
         threshold: the probability of the class to detect from which an image is called positive; None takes the
             export's own.
@@ -56,10 +61,10 @@ def predict(
     )  # fmt: skip
     sources = _as_list(paths)
     check_folders(sources, config.recursive)
-    model = model if isinstance(model, Model) else open_model(model, config.device, config.precision)
-    builder = RowBuilder(model, config)
+    opened = open_model(model, config.device, config.precision)
+    builder = RowBuilder(opened, config)
     images = image_sources(sources, config.recursive)
-    with closing(predict_batches(model, images, config.batch_size, config.tta)) as batches:
+    with closing(predict_batches(opened, images, config.batch_size, config.tta)) as batches:
         rows = [row for batch in batches for row in builder.rows(batch)]
     return pd.DataFrame(rows, columns=[column.name for column in builder.columns])
 

@@ -299,7 +299,7 @@ def _skip_done(file: RowFile, sources: Iterator[Source], builder: RowBuilder) ->
         if row["threshold"] != builder.threshold:
             raise UserError(
                 f"the threshold in {file.path} is {row['threshold']}, here {builder.threshold}; give the same "
-                "--model and --threshold",
+                "model= and threshold=",
                 option="resume",
             )
         counts[row["prediction"]] += 1
@@ -322,7 +322,7 @@ def _check_same_model(file: RowFile, row: Row, builder: RowBuilder) -> None:
     names = map(probability_column, builder.model.classes)
     if max(abs(again[name] - row[name]) for name in names) > SAME_MODEL[builder.model.precision]:
         raise UserError(
-            f"the rows in {file.path} came from another model, --precision or --tta, or the images changed "
+            f"the rows in {file.path} came from another model, precision= or tta=, or the images changed "
             f"(for {row['path']} the probabilities differ)",
             option="resume",
         )

@@ -74,7 +74,7 @@ class RowFile:
             raise UserError("a folder, not a file", option="output", value=path)
         if path.exists() and not resume:
             raise UserError(
-                "already exists; give another name, or continue it by --resume", option="output", value=path
+                "already exists; give another name, or continue it by resume=True", option="output", value=path
             )
 
     def __enter__(self) -> "RowFile":
@@ -100,7 +100,7 @@ class RowFile:
             if start != expected[: len(start)]:
                 names = ", ".join(self.columns)
                 raise UserError(
-                    f"{self.path} does not begin with the columns of this model ({names}); give another --output",
+                    f"{self.path} does not begin with the columns of this model ({names}); give another output=",
                     option="resume",
                 )
             if start != expected:  # the file is empty, or its first line is incomplete
@@ -142,7 +142,7 @@ class RowFile:
             if not at_end:
                 raise UserError(
                     f"row {self.rows + 1} of {self.path} does not have the columns {', '.join(self.columns)}; "
-                    "give another --output",
+                    "give another output=",
                     option="resume",
                 ) from None
 
@@ -169,7 +169,8 @@ class RowFile:
             with suppress(OSError):
                 self._file.truncate(self._end)
             raise UserError(
-                f"{error.strerror} after {count_of(self.rows, 'row')}, which are kept; free space, then give --resume",
+                f"{error.strerror} after {count_of(self.rows, 'row')}, which are kept; free space, then give "
+                "resume=True",
                 option="output",
                 value=self.path,
             ) from None

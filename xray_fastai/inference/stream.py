@@ -78,7 +78,7 @@ def predict_batches(
             logits = np.empty((0, len(model.classes)), np.float32)
             if readable:
                 images = torch.from_numpy(np.stack(readable))[:, None]  # (readable, 1, size, size)
-                explain = f"not enough memory on {model.device} for a batch size of {batch_size}; try --device cpu"
+                explain = f'not enough memory on {model.device} for a batch size of {batch_size}; try device="cpu"'
                 with out_of_memory_means(explain):
                     logits = (mean_over_views(compute, images) if tta else compute(images)).numpy()
             errors = [image if isinstance(image, ImageError) else None for _, image in batch]
@@ -147,7 +147,7 @@ def check_folders(paths: Iterable[Source], recursive: bool = False) -> None:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         if next(_images_in(os.fspath(path), recursive), None) is None:
-            advice = "" if recursive else "; to search its subfolders, too, give --recursive"
+            advice = "" if recursive else "; to search its subfolders, too, give recursive=True"
             raise UserError(f"{path}: no image in this folder (looked for {' '.join(EXTENSIONS)}){advice}")
 
 

@@ -72,6 +72,7 @@ def build_learner(
     dropout: float = FitConfig.dropout,
     class_weights: Sequence[float] | None = None,
     pretrained: tuple[dict[str, torch.Tensor], str] | None = None,
+    start: dict[str, torch.Tensor] | None = None,
 ) -> Learner:
     """Build a `vision_learner` of torchvision's `arch` with a head of pooling, dropout and one linear layer.
 
@@ -82,6 +83,7 @@ def build_learner(
         class_weights: the cross-entropy's weights, in the order of the classes; None weighs all classes equally.
         pretrained: tensors under torchvision's names, and their origin (`pretrained.pretrained_state`); None leaves
             random weights.
+        start: tensors of an export to continue from, under the names of its `model.safetensors`.
 
     Returns:
         A learner with three parameter groups (early layers, late layers, head), none of them frozen. The network maps
@@ -104,6 +106,8 @@ def build_learner(
         metrics=[EpochAverage(accuracy), EpochMetric(RocAucBinary() if classes == 2 else RocAuc())],
         train_bn=False,
     )
+    if start is not None:
+        learn.model.load_state_dict(learn.model.state_dict() | start)
     learn.remove_cb(Recorder)
     learn.add_cb(EpochRecorder())
     learn.arch = arch  # the name replaces the partial, which holds the pretrained tensors

@@ -66,7 +66,7 @@ def load_backbone(network: torch.nn.Module, classifier: str, state: dict[str, to
     ]
     if any(names for _, names in faults):
         details = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in faults if names)
-        raise UserError(f"{origin}: not the weights of this --arch ({details})")
+        raise UserError(f"{origin}: not the weights of this arch= ({details})")
     if not_finite := [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]:
         raise UserError(f"{origin}: {not_finite[0]} holds values that are not finite; get the file again")
     network.load_state_dict(state, strict=False)
@@ -91,8 +91,8 @@ def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
         reason = str(getattr(error, "reason", None) or error).splitlines()[0]
         raise UserError(
             f"{name} could not be downloaded ({reason}). On a computer with internet, download "
-            f"{enum.DEFAULT.url}; put it into {cache}, or give it by --weights FILE. "
-            "To train from scratch, give --weights none",
+            f"{enum.DEFAULT.url}; put it into {cache}, or give it by weights=FILE. "
+            'To train from scratch, give weights="none"',
             option="weights",
             value="imagenet",
         ) from None
@@ -103,7 +103,9 @@ def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
 def _from_file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     if not path.is_file():
         raise UserError(
-            "no such file; give imagenet, none, or a .pth or .safetensors file", option="weights", value=path
+            "no such file or export; give imagenet, none, an export, or a .pth or .safetensors file",
+            option="weights",
+            value=path,
         )
     try:
         if path.suffix == ".safetensors":

@@ -116,7 +116,7 @@ def _fault_of(error: OSError, port: int) -> tuple[str, str]:
     """Return the option that is wrong, and the message about it."""
     match error.errno:
         case errno.EADDRINUSE:
-            return "port", "already in use; stop the program that uses it, or give another (--port 0 takes a free one)"
+            return "port", "already in use; stop the program that uses it, or give another (port=0 takes a free one)"
         case errno.EACCES:
             return "port", "no permission to listen on it; give a port of 1024 or more"
         case errno.EADDRNOTAVAIL:

@@ -119,14 +119,14 @@ def own_device(device: "torch.device") -> "torch.device":
         return device
     if device.type != "cuda":
         raise UserError(
-            "only one process can use it; give --device cpu, or start without torchrun",
+            'only one process can use it; give device="cpu", or start without torchrun',
             option="device",
             value=device.type,
         )
     if local_rank() >= torch.cuda.device_count():
         raise UserError(
             f"{local_world_size()} processes on {socket.gethostname()}, where torch finds {torch.cuda.device_count()} "
-            "GPUs; give torchrun at most that number by --nproc-per-node, or give --device cpu"
+            'GPUs; give torchrun at most that number by --nproc-per-node, or give device="cpu"'
         )
     torch.cuda.set_device(local_rank())
     return torch.device("cuda", local_rank())

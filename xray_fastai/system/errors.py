@@ -2,12 +2,14 @@
 
 import re
 
+from xray_fastai.system.text import as_typed
+
 
 class UserError(Exception):
     """An error that the user can fix: the message names the file or option, what is wrong, and what to do.
 
-    In Python `str(error)` is "threshold 1.5: give a probability"; on the command line it is "--threshold 1.5: give a
-    probability" (`on_command_line`).
+    The message names other options as Python does (`size=`, `cache=False`). In Python `str(error)` is "threshold 1.5:
+    give a probability"; on the command line it is "--threshold 1.5: give a probability" (`on_command_line`).
     """
 
     def __init__(
@@ -21,7 +23,7 @@ class UserError(Exception):
         self.option, self.value = option, value
 
     def __str__(self) -> str:
-        return self._text(self.option)
+        return self._text(self.option, self.message)
 
     def on_command_line(self, options: dict[str, str]) -> str:
         """Return the message with the option as the user types it.
@@ -30,7 +32,7 @@ class UserError(Exception):
             options: the command's options as the user types them, by Python's names; an option that is not among them
                 (a positional argument) is not named.
         """
-        return self._text(options.get(self.option or ""))
+        return self._text(options.get(self.option or ""), as_typed(self.message, options))
 
     @property
     def message(self) -> str:
@@ -40,9 +42,9 @@ class UserError(Exception):
         # "module.Class: message"
         return text.strip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
-    def _text(self, option: str | None) -> str:
+    def _text(self, option: str | None, message: str) -> str:
         head = " ".join(str(part) for part in (option, self.value) if part is not None)
-        return f"{head}: {self.message}" if head else self.message
+        return f"{head}: {message}" if head else message
 
 
 INCOMPLETE = ("inline_container", "basic_ios::clear")  # torch.save, which does not say why

@@ -127,7 +127,7 @@ def replaced(folder: Path, marker: str) -> Iterator[Path]:
     partial, earlier = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "earlier"))
     try:
         if folder.exists() and not (folder / marker).is_file():
-            raise UserError(f"already exists and holds no {marker}; give another folder by --output", value=folder)
+            raise UserError(f"already exists and holds no {marker}; give another folder by output=", value=folder)
         partial.mkdir(parents=True)
         yield partial
         if folder.exists():
@@ -135,7 +135,7 @@ def replaced(folder: Path, marker: str) -> Iterator[Path]:
         partial.rename(folder)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot be written ({reason}); give another folder by --output", value=folder) from None
+        raise UserError(f"cannot be written ({reason}); give another folder by output=", value=folder) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if earlier.exists() and not folder.exists():

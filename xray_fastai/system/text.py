@@ -7,9 +7,16 @@ import base64
 import math
 import re
 import textwrap
+from collections.abc import Mapping
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, line separators, characters that reverse the direction of writing, and lone surrogates."""
+
+_OPTION = re.compile(
+    r"(?<![^\s(\[])"  # not within a path: runs/lr=0.1/a.png
+    r'([a-z_]+)=(?:"([^"\s]*)"|(True|False)|(\d[\d.]*|[A-Z]+))?'
+    r"(?=[\s,;:.)\]]|$)"
+)
 
 WIDTH = 80
 """Columns of a terminal that text is wrapped at."""
@@ -52,6 +59,27 @@ def shorten(text: str, width: int) -> str:
         return text
     head = (width - 1) // 2
     return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+
+
+def as_typed(text: str, options: Mapping[str, str]) -> str:
+    """Return a text that names options as Python does (`size=`, `cache=False`) with those of the command line.
+
+    Args:
+        text: names options as Python does.
+        options: the names on the command line by Python's; others get dashes.
+
+    >>> as_typed("try a size= below 64, label= or device=\\"cpu\\" (cache=False)", {"label": "--class"})
+    'try a --size below 64, --class or --device cpu (--no-cache)'
+    """
+
+    def typed(match: re.Match[str]) -> str:
+        name, word, switch, value = match.groups()
+        option = options.get(name, f"--{name.replace('_', '-')}")
+        if switch == "False":
+            return f"--no{option[1:]}"
+        return " ".join(filter(None, (option, word, value)))
+
+    return _OPTION.sub(typed, text)
 
 
 def wrap(text: str, head: str = "", width: int = WIDTH) -> list[str]:

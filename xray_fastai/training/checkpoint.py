@@ -255,11 +255,11 @@ def check_space(folder: Path, model: torch.nn.Module, features: int = 0) -> None
     needed, free = 7 * weights + 2**24 + features, shutil.disk_usage(folder).free + reusable
     if free < needed:
         what = "the features of the images, the checkpoints" if features else "the checkpoints"
-        fewer = ", or fewer --frozen-views" if features else ""
+        fewer = ", or fewer frozen_views=" if features else ""
         raise UserError(
             f"{folder.parent}: {free / 1e6:,.0f} MB are free, but {what} and the export of this fit need "
-            f"{needed / 1e6:,.0f} MB; free space ('xray-fastai data cache --clear' and then --no-cache save the space "
-            f"of decoded images), or give another folder by --exports{fewer}"
+            f"{needed / 1e6:,.0f} MB; free space ('xray-fastai data cache --clear' and then cache=False save the space "
+            f"of decoded images), or give another folder by exports={fewer}"
         )
 
 

@@ -1,9 +1,10 @@
 """Trains a classifier from split folders and exports it: `fit`, and how an interrupted fit is resumed."""
 
 import gc
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,46 @@ from xray_fastai.data.sources.phantom import cached
 from xray_fastai.export.run_folder import SETTINGS_FILE, Reservation, Unfinished, reopen, reserve
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.options import takes_options
 from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.training.checkpoint import Checkpoints, Saved, check_space, kept_settings
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import announce, name_leftovers, report_resume
-from xray_fastai.training.plan import Origin, make_plan
+from xray_fastai.training.origin import Origin, with_parents_choices
+from xray_fastai.training.plan import make_plan
 from xray_fastai.training.write_export import Result, export_learner
 
 CHANGEABLE = ("data", "device", "workers", "cache", "exports")
 """Settings that may change when a fit is resumed. `data` must hold the same images."""
 
 
+OTHER_NAMES = {
+    "config": "a FitConfig is the first argument",
+    "cbs": "callbacks= takes fastai's callbacks",
+    "bs": "it is batch_size=",
+    "dls": "fit makes the loaders, of the folder in data=",
+    "item_tfms": "size= resizes images",
+    "batch_tfms": "augment= and contrast= choose the transforms",
+    "n_epoch": "it is epochs=",
+    "base_lr": "it is lr=",
+    "lr_max": "it is lr=",
+    "pretrained": "it is weights=",
+}
+"""What `fit` answers to names of fastai, and to one of its own before."""
+
+
+@takes_options(FitConfig, OTHER_NAMES)
 def fit(
-    config: FitConfig | None = None,
+    data: str | Path | FitConfig | None = None,
     *,
     resume: bool | str | Path = False,
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Result:
     """Train a classifier and export it; progress is printed.
+
+    An option that is None is chosen by `recipe`, by the data or by the machine. `fit` prints its choices, and the
+    export records them.
 
     A fit has two phases, frozen and unfrozen. Each is one `learn.fit`, which gets `callbacks` as `cbs` besides the
     fit's own. The same objects are used in both phases, and again after a restart with smaller batches (out of memory):
@@ -44,7 +66,8 @@ def fit(
     If torchrun started several processes, each must call this with the same arguments, and gets the same result.
 
     Args:
-        config: the settings; or give them by name, as in `fit(data="chest_xray", epochs=5)`.
+        data: the folder with train/CLASS/* and val/CLASS/*; None takes ./chest_xray if it exists, else X-rays that the
+            package draws. Or a `FitConfig`, which holds all options.
         resume: the name of an unfinished run to resume with its settings; True resumes the newest. Of `settings`, only
             those in `CHANGEABLE` may then differ.
         callbacks: fastai callbacks, added to both phases.
@@ -60,18 +83,32 @@ def fit(
             if not first:
                 return _follow(started, callbacks)
             if resume is False:
-                config = FitConfig(**settings) if config is None else config
+                config = _config(data, settings)
                 with reserve(config.exports, config.name) as run:
                     return _fit(config, run, None, started, callbacks)
-            if config is not None:
-                defaults = FitConfig()
-                given = {f.name: getattr(config, f.name) for f in fields(config)}
-                settings = {k: v for k, v in given.items() if v != getattr(defaults, k)} | settings
+            if isinstance(data, FitConfig):
+                given = asdict(data)
+                settings = {k: v for k, v in given.items() if v != getattr(FitConfig, k)} | settings
+            elif data is not None:
+                settings["data"] = _config(data, {}).data
             name = None if resume is True else str(resume)
             with reopen(settings.get("exports", FitConfig.exports), name) as (run, found):
                 return _fit(_settings(found, run, settings), run, found, started, callbacks)
     finally:
         gc.collect()  # a learner and its callbacks refer to each other: with ResNet18, 220 MB would stay in memory
+
+
+def _config(data: str | Path | FitConfig | None, settings: dict[str, Any]) -> FitConfig:
+    """Return the settings of a fit.
+
+    Raises:
+        UserError: `data` is neither a folder nor settings, or a setting is not allowed.
+    """
+    if isinstance(data, FitConfig):
+        return replace(data, **settings)
+    if data is not None and not isinstance(data, (str, os.PathLike)):
+        raise UserError("give a folder, or a FitConfig", option="data", value=f"of type {type(data).__name__}")
+    return FitConfig(data=data, **settings)
 
 
 def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
@@ -95,7 +132,7 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
         )
     given = given | {"exports": str(run.exports)}
     if changed := [k for k, v in given.items() if k not in CHANGEABLE and v != getattr(config, k)]:
-        others = " and ".join(f"--{option.replace('_', '-')}" for option in changed[1:])
+        others = " and ".join(f"{option}=" for option in changed[1:])
         raise UserError(
             f"cannot change when {found.name} is resumed{f', nor can {others}' if others else ''}; leave it out, or "
             "start a new fit",
@@ -117,6 +154,8 @@ def _fit(
     if found is None:
         name_leftovers(run)
         checkpoints.keep({"settings": config.to_dict()})
+    if found is None or config.arch is None:
+        config = with_parents_choices(config)
     config, data = read_collection(config.with_recipe())
     data.notes.extend(fit_notes(data))
     images = fingerprint(data)
@@ -129,6 +168,7 @@ def _fit(
         checkpoints.take_over(found.checkpoint)
         report_resume(found, run, plan, saved)
     kept = {"data": images, "origin": plan.origin.name, "pretrained": plan.origin.pretrained}
+    kept["lineage"] = plan.origin.lineage
     checkpoints.keep({"settings": config.to_dict(), **kept})
     check_space(run.partial, trainer.learn.model)
     chosen = replace(plan.config, device=plan.device.type, precision=plan.precision)
@@ -165,7 +205,7 @@ def _read_checkpoint(
         how = f"{counts[0]} then, {counts[1]} now" if counts[0] != counts[1] else "a name, label or content changed"
         raise UserError(
             f"not the images that {found.name} was trained on ({how}); restore them, or give "
-            "their folder by --data, or start a new fit",
+            "their folder by data=, or start a new fit",
             option="data",
             value=config.data,
         )
@@ -174,5 +214,6 @@ def _read_checkpoint(
         print(f"{fault}; resuming from the previous checkpoint")
     if saved is None:
         return None, None
-    # settings written by version 0.1.0 lack "pretrained"
-    return saved, Origin(kept["origin"], kept.get("pretrained", config.weights != "none"))
+    # settings written by version 0.1.0 lack "pretrained", those of 0.2.0 "lineage"
+    pretrained = kept.get("pretrained", config.weights != "none")
+    return saved, Origin(kept["origin"], pretrained, kept.get("lineage", []))

@@ -227,5 +227,5 @@ def _allocate(
     except OSError as error:
         raise UserError(
             f"{folder}: the features of the images could not be written there ({error.strerror}); "
-            "free space, or give another folder by --exports"
+            "free space, or give another folder by exports="
         ) from None

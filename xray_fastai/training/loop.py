@@ -112,7 +112,7 @@ class Trainer:
         if not batches[part]:
             raise UserError(
                 f"out of memory on {plan.device_name} even with one image in a batch; "
-                f"try a --size below {plan.config.size} or a smaller --arch than {plan.config.arch}",
+                f"try a size= below {plan.config.size} or a smaller arch= than {plan.config.arch}",
                 option="device",
                 value=plan.config.device,
             )

@@ -14,14 +14,7 @@ from xray_fastai.model.pretrained import pretrained_state
 from xray_fastai.system import distributed
 from xray_fastai.system.device import choose_device, choose_precision, describe
 from xray_fastai.system.files import CACHE_ADVICE
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Says where the weights came from that training starts with."""
-
-    name: str  # for people
-    pretrained: bool  # False: random weights, trained from scratch
+from xray_fastai.training.origin import Origin, parent_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,7 @@ class Plan:
     precision: str
     origin: Origin
     pretrained: tuple[dict, str] | None  # tensors and their name; None also where a checkpoint has the weights
+    start: dict[str, torch.Tensor] | None  # tensors of the export to continue from; None as above
     class_weights: list[float] | None
     phases: list[tuple[str, int]]  # name, max epochs
     cache: PixelCache | None  # of decoded images
@@ -54,8 +48,9 @@ class Plan:
             augment=config.augment, contrast=config.contrast, cache=self.cache,
         )  # fmt: skip
         learn = build_learner(
-            dls, config.arch, dropout=config.dropout, class_weights=self.class_weights, pretrained=self.pretrained
-        )
+            dls, config.arch, dropout=config.dropout, class_weights=self.class_weights, pretrained=self.pretrained,
+            start=self.start,
+        )  # fmt: skip
         settle_batch_norm(learn.model, max(1, len(self.data.train) // self.batch_size))
         learn.remove_cb(ProgressCallback)  # `EpochLog` shows the progress
         learn.freeze()
@@ -77,8 +72,10 @@ def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None)
     config.check_target_sensitivity(data.classes)
     device, processes = choose_device(config.device), distributed.world_size()
     precision = choose_precision(config.precision, device)
-    pretrained = None
-    if origin is None and config.weights != "none":
+    pretrained = start = None
+    if origin is None and (parent := parent_of(config)) is not None:
+        start, origin = parent.weights(data.classes), parent.origin(data.classes)
+    elif origin is None and config.weights != "none":
         pretrained = pretrained_state(config.arch, config.weights)
     if origin is None:
         origin = Origin("none: from scratch" if pretrained is None else pretrained[1], pretrained is not None)
@@ -95,6 +92,7 @@ def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None)
         precision=precision,
         origin=origin,
         pretrained=pretrained,
+        start=start,
         class_weights=class_weight_values(config, data.train.label, data.classes),
         phases=phases if config.freeze_epochs and (origin.pretrained or data.rehearsal) else phases[1:],
         batch_size=distributed.batch_size(config.batch_size, len(data.train)),

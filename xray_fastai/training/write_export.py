@@ -84,6 +84,7 @@ def model_record(trainer: Trainer, status: str, calibration: Calibration, worst:
         },
         "best": trainer.best.row,
         "worst_group": None if worst is None else asdict(worst),
+        "lineage": plan.origin.lineage,
         "versions": {"xray-fastai": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
@@ -196,7 +197,7 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
     plan, best, history = trainer.plan, trainer.best, trainer.progress.history
     if trainer.error and best.row is None:
         raise UserError(
-            f"{trainer.error}; no epoch was completed, so nothing is exported; try a lower --lr than {plan.config.lr:g}"
+            f"{trainer.error}; no epoch was completed, so nothing is exported; try a lower lr= than {plan.config.lr:g}"
         )
     calibration, worst, called = Calibration(threshold=None if _positive(plan.data) is None else 0.5), None, None
     if best.row is not None:

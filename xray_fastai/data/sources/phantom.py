@@ -261,7 +261,7 @@ def cached() -> Path:
             shutil.rmtree(drawn, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"the rehearsal's images cannot be written there ({error.strerror}); {CACHE_ADVICE}, or give --data",
+            f"the rehearsal's images cannot be written there ({error.strerror}); {CACHE_ADVICE}, or give data=",
             value=cache,
         ) from None
     return folder

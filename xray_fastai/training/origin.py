@@ -1,0 +1,90 @@
+"""Says where the weights come from that a fit starts with, and reads those of an export: `fit --weights EXPORT`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xray_fastai.config import FitConfig
+from xray_fastai.export.reader import export_in_weights, lineage_of, read
+from xray_fastai.export.schema import WEIGHTS, read_settings
+from xray_fastai.export.weights_file import read_weights
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import count_of, shown
+
+HEAD = "1."
+"""The names of the head's tensors begin with this."""
+NAMED = 4
+"""Classes of the parent that its origin lists; of more it gives the number."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Says where the weights came from that training starts with."""
+
+    name: str  # for people
+    pretrained: bool  # False: random weights, trained from scratch
+    lineage: list[dict[str, str]] = field(default_factory=list)  # exports that training continues from (`model.json`)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Describes the export that a fit continues from."""
+
+    folder: Path
+    settings: dict[str, Any]  # model.json
+
+    def weights(self, classes: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return its tensors by their names in `model.safetensors`; without the head if its classes are others.
+
+        Args:
+            classes: of the new model, in the order of its outputs.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        model = self.settings
+        tensors = read_weights(
+            self.folder, WEIGHTS, model["weights"]["sha256"], model["architecture"], len(model["classes"])
+        )
+        keeps_head = self._has(classes)
+        return {k: torch.from_numpy(t) for k, t in tensors.items() if keeps_head or not k.startswith(HEAD)}
+
+    def origin(self, classes: Sequence[str]) -> Origin:
+        """Return where the weights come from, and whether the head is among them."""
+        name, own = shown(self.folder.resolve().name), self.settings["classes"]
+        listed = ", ".join(own) if len(own) <= NAMED else count_of(len(own), "other")
+        head = "" if self._has(classes) else f", but a new head: its classes are {listed}"
+        return Origin(f"of the export {name}{head}", True, lineage_of(self.folder, self.settings))
+
+    def _has(self, classes: Sequence[str]) -> bool:
+        return self.settings["classes"] == list(classes)
+
+
+def parent_of(config: FitConfig) -> Parent | None:
+    """Return the export in `weights`, or None.
+
+    Raises:
+        UserError: it is a folder, but no export or a damaged one.
+    """
+    folder = export_in_weights(config.weights)
+    return None if folder is None else Parent(folder, read(folder))
+
+
+def with_parents_choices(config: FitConfig) -> FitConfig:
+    """Return a copy with network, size and contrast of the export in `weights`, where the user gave none.
+
+    Raises:
+        UserError: as `parent_of`; or the user gave another network.
+    """
+    folder = export_in_weights(config.weights)
+    if folder is None:
+        return config
+    model = read_settings(folder)
+    arch, preprocessing = model["architecture"], model["preprocessing"]
+    if config.arch not in (None, arch):
+        raise UserError(f"{folder} is a {arch}; leave it out, or give other weights", option="arch", value=config.arch)
+    contrast = preprocessing.get("contrast", "none")
+    return config.with_choices(arch=arch, size=preprocessing["size"], contrast=contrast)
