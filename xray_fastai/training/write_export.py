@@ -188,6 +188,18 @@ class Result:
     error: str | None = None  # why it diverged, or None
 
 
+class FitInterrupted(KeyboardInterrupt):
+    """Says that Ctrl-C, SIGTERM or an interrupt of the kernel ended a fit, after its export was written.
+
+    So "run all cells" ends there. In a notebook, `sys.last_value.result` is the result.
+    """
+
+    def __init__(self, result: Result):
+        kept = "the best weights so far were exported" if result.history else "no epoch was completed"
+        super().__init__(f"{kept}: {result.path}; to continue, fit(resume={str(result.path)!r})")
+        self.result = result
+
+
 def export_learner(trainer: Trainer, run: Reservation) -> Result:
     """Calibrate the trained model, write its export, and print how the fit ended.
 
