@@ -36,6 +36,7 @@ from xray_fastai.serving.predictions import (
 )
 from xray_fastai.serving.uploads import MAX_FILE, MAX_FILES, MAX_REQUEST, UPLOAD_SECONDS, read_uploads
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import FORMULA
 
 MAX_REQUESTS = 8
 """Requests to `/predict` at once, arriving, waiting or running. Each holds up to `uploads.MAX_REQUEST` bytes."""
@@ -270,7 +271,7 @@ def _render(facts: ModelFacts) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_read("page.html.jinja"))
     columns = [{"name": column.name, "isNumber": column.type is float} for column in columns_of(facts.classes)]
-    return template.render(model=facts, columns=columns, disclaimer=DISCLAIMER, max_file=MAX_FILE)
+    return template.render(model=facts, columns=columns, disclaimer=DISCLAIMER, max_file=MAX_FILE, formula=FORMULA)
 
 
 def _refusals(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
