@@ -302,7 +302,7 @@ def test_a_name_that_is_not_utf8(says, files):
         assert says(name, "--output", output).exit_code == 0
         assert says(name, files[0], "--output", output, "--resume").exit_code == 0
     assert says("-", stdin=b"\xff.jpeg\n").exit_code == 0
-    assert b"\n\xff.jpeg," in Path("out.csv").read_bytes()
+    assert "\n\\udcff.jpeg," in Path("out.csv").read_text(encoding="utf-8")
     assert json.loads(Path("out.jsonl").read_text().splitlines()[0])["path"] == name
 
 
@@ -397,6 +397,24 @@ def test_a_list_is_continued(says, files):
     result = says("-", "--output", "out.csv", "--resume", stdin="\n".join(files[:20]))
     assert result.exit_code == 0 and "13 files in" in result.stdout and "after 7 rows" in result.stdout
     assert read(Path("out.csv")).path.tolist() == files[:20]
+
+
+def test_a_csv_holds_no_formulas(says, files):
+    """A name that a spreadsheet or a terminal would act on is written as text, and found again."""
+    names = ["=1+1.jpeg", "'=1.jpeg", "-x.jpeg", "@x.jpeg", "\x1b[31m.jpeg", "it's.jpeg", "two\nlines.jpeg"]
+    for name in names:
+        shutil.copy(files[0], name)
+    given = "\n".join(name for name in names if "\n" not in name)
+    Path("folder").mkdir()
+    shutil.move(names[-1], "folder")
+    assert says("-", "folder", "--output", "out.csv", stdin=given).exit_code == 0
+    shown = ["'=1+1.jpeg", "''=1.jpeg", "'-x.jpeg", "'@x.jpeg", "\\x1b[31m.jpeg", "it's.jpeg", "folder/two\nlines.jpeg"]
+    assert pd.read_csv("out.csv").path.tolist() == shown
+    before = Path("out.csv").read_bytes()
+    assert says("-", "folder", "--output", "out.csv", "--resume", stdin=given).exit_code == 0
+    assert Path("out.csv").read_bytes() == before
+    Path("out.csv").write_bytes(before.replace(b"'=1+1", b"=1+1"))  # as 0.1.0 wrote it
+    assert says("-", "folder", "--output", "out.csv", "--resume", stdin=given).exit_code == 0
 
 
 def test_resume_without_a_file_begins_one(says, files):

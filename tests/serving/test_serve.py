@@ -13,11 +13,14 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import requests
+import uvicorn
 from PIL import Image
+from starlette.responses import PlainTextResponse
 
 from tests.conftest import wait_for
 from xray_fastai import DISCLAIMER
@@ -25,8 +28,9 @@ from xray_fastai.data.images import open_image
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
 from xray_fastai.inference.stream import predict_batches
-from xray_fastai.serving import decoding, uploads
-from xray_fastai.serving.app import MAX_REQUESTS, Predictor, create_app
+from xray_fastai.serving import connections, decoding, uploads
+from xray_fastai.serving.app import MAX_OF_CLIENT, MAX_REQUESTS, Predictor, create_app
+from xray_fastai.serving.connections import client_of
 from xray_fastai.serving.decoding import Decoder
 from xray_fastai.serving.predictions import predict_file
 from xray_fastai.system.errors import ImageError
@@ -297,21 +301,132 @@ def test_the_page_answers_while_a_large_image_is_predicted(server):
     assert status == [200] and max(took) < (time.monotonic() - start) / 2, took
 
 
-def test_a_slow_upload_is_refused(export, monkeypatch):
-    monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 0.1)
-    predictor, sent = Predictor(open_model(export, "cpu")), []
+@pytest.mark.parametrize(
+    ("limit", "seconds", "rate"), [("UPLOAD_SECONDS", 0.3, 1e6), ("FIRST_SECONDS", 0.3, 10), ("FIRST_SECONDS", 0.3, 0)]
+)
+def test_a_slow_upload_is_refused(export, monkeypatch, limit, seconds, rate):
+    """After its time, and before that if it sends less than the least rate."""
+    monkeypatch.setattr(uploads, limit, seconds)
+    predictor, start = Predictor(open_model(export, "cpu")), time.monotonic()
+
+    async def receive():
+        await asyncio.sleep(0.01 if rate else 30)
+        return {"type": "http.request", "body": b"-" * int(rate / 100), "more_body": True}
+
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    sent = ask(predictor, [{"type": "http.request", "body": head, "more_body": True}], receive)
+    predictor.close()
+    assert sent[0]["status"] == 408 and not predictor.requests and time.monotonic() - start < 10
+
+
+def ask(predictor, messages, receive, client="127.0.0.1"):
+    """What the application sends after these messages, and those that `receive` gives."""
+    sent, waiting = [], list(messages)
     headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
     scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": headers}
 
-    async def receive():
-        await asyncio.sleep(30)
+    async def next_message():
+        return waiting.pop(0) if waiting else await receive()
 
     async def collect(message):
         sent.append(message)
 
-    asyncio.run(create_app(predictor, {"localhost"})(scope, receive, collect))
+    asyncio.run(create_app(predictor, {"localhost"})({**scope, "client": (client, 1)}, next_message, collect))
+    return sent
+
+
+def test_a_client_on_another_machine_has_its_share(export):
+    predictor = Predictor(open_model(export, "cpu"))
+    end = {"type": "http.request", "body": b"--x--\r\n", "more_body": False}
+    for client, requests_of_it in (("192.0.2.7", MAX_OF_CLIENT), ("2001:db8::1", MAX_OF_CLIENT), ("::1", 7)):
+        predictor.requests = Counter({client_of(client): requests_of_it})
+        busy = client != "::1"
+        assert ask(predictor, [end], None, client)[0]["status"] == (503 if busy else 400)
+        assert ask(predictor, [end], None, "192.0.2.8")[0]["status"] == 400
     predictor.close()
-    assert sent[0]["status"] == 408 and predictor.requests == 0
+    assert client_of("2001:db8::1") == client_of("2001:db8::2") != client_of("2001:db8:0:1::1")
+    assert client_of("::ffff:192.0.2.7") == client_of("192.0.2.7") and client_of("::ffff:127.0.0.1") is None
+
+
+def test_connections_without_a_request_are_closed(monkeypatch):
+    """Idle ones, and those that send a head byte by byte; one client on another machine has its share of them."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "MAX_OF_CLIENT", 3)
+    monkeypatch.setattr(connections, "client_of", lambda address: address if strangers else None)
+    strangers = False
+
+    async def app(scope, receive, send):
+        await PlainTextResponse("hello")(scope, receive, send)
+
+    config = uvicorn.Config(
+        app, loop="asyncio", http=connections.Connection, ws="none", lifespan="off", log_config=None
+    )
+    uvicorn_server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=uvicorn_server.run, args=([listener],))
+        thread.start()
+        server = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            session = requests.Session()
+            assert session.get(server).text == "hello"
+            idle, slow, again = connect(server), connect(server), connect(server)
+            again.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"hello" in again.recv(1000) + again.recv(1000)
+            start = time.monotonic()
+            ended = set()
+            for byte in b"GET / HTTP/1.1\r\nHost: localhost" * 10:
+                for one in {slow, again} - ended:
+                    try:
+                        one.sendall(bytes([byte]))
+                    except OSError:
+                        ended.add(one)
+                if len(ended) == 2:
+                    break
+                time.sleep(0.05)
+            assert len(ended) == 2 and time.monotonic() - start < 5
+            assert closed(idle)
+            strangers = True
+            some = [connect(server) for _ in range(4)]
+            wait_for(lambda: closed(some[-1]))
+            assert requests.get(server).text == "hello" if not wait_for(lambda: all(map(closed, some))) else True
+            strangers = False
+        finally:
+            uvicorn_server.should_exit = True
+            thread.join()
+    assert not connections._connections
+
+
+def closed(connection):
+    """Whether the other side has closed a connection on which it sends nothing."""
+    connection.settimeout(2)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+@pytest.mark.slow
+def test_a_request_that_is_cut_by_the_end_of_the_server_is_answered(export, start):
+    process = start("serve", "--model", export, "--port", 0, "--device", "cpu")
+    with connect(address_of(process)[0]) as connection:
+        part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + "-" * 400_000
+        connection.sendall(f"{UPLOAD}Content-Length: 1000000\r\n\r\n{part}".encode())  # fast enough for 20 s
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 503 ") and b'{"error":"the server was stopped' in answer, answer
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "") and output.endswith("Stopped.\n")
+
+
+def test_two_lengths_of_a_body_close_the_connection(server):
+    chunked = "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n"
+    with connect(server) as connection:
+        connection.sendall(f"{UPLOAD}{chunked}".encode())
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))  # to its end
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"exclude each other" in answer and answer.count(b"HTTP/1.1") == 1
 
 
 def test_health_by_head_and_no_other_pages(server):

@@ -19,7 +19,7 @@ from sklearn.metrics import confusion_matrix
 from xray_fastai.data.labelled import Labelled, Request, labelled_images
 from xray_fastai.data.patients import note_on, unknown
 from xray_fastai.evaluation import plots
-from xray_fastai.evaluation.evaluation_result import Evaluation
+from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
@@ -144,8 +144,7 @@ def _evaluate(request: _Request, folder: Path, partial: Path) -> Evaluation:
     predictions = _predictions(request, scored, y_pred["chosen"])
     result = Evaluation(folder, summary, predictions, about)
     (partial / METRICS_FILE).write_text(result.to_json() + "\n", encoding="utf-8")
-    # a file name may hold bytes that are no text
-    predictions.to_csv(partial / PREDICTIONS_FILE, index=False, encoding="utf-8", errors="backslashreplace")
+    write_table(predictions, partial / PREDICTIONS_FILE)
     plots.plot_evaluation(partial, summary, scored, measured)
     return result
 

@@ -11,7 +11,7 @@ import pandas as pd
 from xray_fastai import DISCLAIMER
 from xray_fastai.evaluation.plots import FILES
 from xray_fastai.metrics.table import title_of
-from xray_fastai.system.text import WIDTH, data_uri, format_interval, shorten, wrap
+from xray_fastai.system.text import WIDTH, csv_text, data_uri, format_interval, shorten, wrap
 
 
 @dataclass(frozen=True)
@@ -126,3 +126,9 @@ class Evaluation:
 
 def _frame(intervals: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(intervals, orient="index", dtype=float).rename_axis("metric")
+
+
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """Write a table as UTF-8 CSV, whose texts a spreadsheet takes for text (`csv_text`)."""
+    safe = table.map(lambda value: csv_text(value) if isinstance(value, str) else value)
+    safe.to_csv(file, index=False, encoding="utf-8")

@@ -23,6 +23,7 @@ from xray_fastai.data.patients import note_on
 from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet, make_cells
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.evaluate import SPLITS
+from xray_fastai.evaluation.evaluation_result import write_table
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
@@ -249,7 +250,7 @@ def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, description: st
     """Write `top_losses.csv` and `summary.json`."""
     # a file name may hold bytes that are no text
     table = ranking.table.drop(columns="probability")
-    table.to_csv(folder / LOSSES, index=False, encoding="utf-8", errors="backslashreplace")
+    write_table(table, folder / LOSSES)
     summary = {
         "format": FORMAT,
         "split": ranking.split,

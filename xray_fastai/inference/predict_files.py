@@ -291,7 +291,7 @@ def _skip_done(file: RowFile, sources: Iterator[Source], builder: RowBuilder) ->
     counts, last = Counter(), None
     for number, row in enumerate(file.done(), 1):
         source = next(sources, None)
-        if source != row["path"]:
+        if source is None or not file.is_row_of(row, source):
             instead = "there are fewer inputs" if source is None else f"that input is {source}"
             raise UserError(
                 f"row {number} of {file.path} is {row['path']}, but {instead}; give the same inputs", option="resume"
@@ -303,19 +303,19 @@ def _skip_done(file: RowFile, sources: Iterator[Source], builder: RowBuilder) ->
                 option="resume",
             )
         counts[row["prediction"]] += 1
-        last = row if row["error"] is None else last
+        last = (source, row) if row["error"] is None else last
     if last is not None:
-        _check_same_model(file, last, builder)
+        _check_same_model(file, *last, builder)
     return counts
 
 
-def _check_same_model(file: RowFile, row: Row, builder: RowBuilder) -> None:
+def _check_same_model(file: RowFile, source: Source, row: Row, builder: RowBuilder) -> None:
     """Predict the image of a row again and compare the probabilities.
 
     Raises:
         UserError: they differ by more than one model's probabilities can.
     """
-    (batch,) = predict_batches(builder.model, [row["path"]], 1, builder.config.tta)
+    (batch,) = predict_batches(builder.model, [source], 1, builder.config.tta)
     (again,) = builder.rows(batch)
     if again["error"] is not None:
         return

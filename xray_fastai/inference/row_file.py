@@ -13,7 +13,7 @@ from typing import Any
 
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import acquire, release
-from xray_fastai.system.text import count_of
+from xray_fastai.system.text import count_of, csv_text, from_csv
 
 Row = dict[str, Any]
 
@@ -21,8 +21,9 @@ Row = dict[str, Any]
 class RowFile:
     """Appends rows to an `--output` file, and never overwrites a row.
 
-    To continue a file, read `done()` to its end, then call `write`; the file stays unchanged until then. A path that is
-    not UTF-8 keeps its bytes in .csv; in .jsonl these bytes become escapes (`\\udc80`), which Python reads back.
+    To continue a file, read `done()` to its end, then call `write`; the file stays unchanged until then. The texts of
+    a .csv file are as `text.csv_text` makes them. In a .jsonl file bytes of a path that are not UTF-8 become escapes
+    (`\\udc80`), which Python reads back.
     """
 
     def __init__(
@@ -109,6 +110,11 @@ class RowFile:
             self._end = len(self._head)
             yield from self._read(stream)
 
+    def is_row_of(self, row: Row, source: object) -> bool:
+        """Return whether a row of `done` has the path of a source."""
+        path = row["path"]
+        return path == source or (self._csv and isinstance(source, str) and csv_text(path) == csv_text(source))
+
     def _read(self, stream: io.BufferedReader) -> Iterator[Row]:
         position, at_end = self._end, False
 
@@ -125,7 +131,7 @@ class RowFile:
             if self._csv:
                 for texts in csv.reader(lines(), strict=True):
                     row = dict(zip(self.columns, texts, strict=True))
-                    yield {name: self.columns[name](text) if text else None for name, text in row.items()}
+                    yield {name: self.columns[name](from_csv(text)) if text else None for name, text in row.items()}
             else:
                 for line in lines():
                     row = json.loads(line)
@@ -184,7 +190,8 @@ class RowFile:
 
 def _csv_line(values: list) -> bytes:
     text = io.StringIO()
+    values = [csv_text(value) if isinstance(value, str) else value for value in values]
     # most readers end a line at a lone "\r", which `QUOTE_MINIMAL` does not quote
     quoting = csv.QUOTE_ALL if any("\r" in str(value) for value in values) else csv.QUOTE_MINIMAL
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(values)
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    return text.getvalue().encode()

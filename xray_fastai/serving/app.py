@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from ipaddress import ip_address
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.rows import columns_of
+from xray_fastai.serving.connections import client_of
 from xray_fastai.serving.decoding import Decoder
 from xray_fastai.serving.predictions import (
     Health,
@@ -34,9 +36,12 @@ from xray_fastai.serving.predictions import (
 )
 from xray_fastai.serving.uploads import MAX_FILE, MAX_FILES, MAX_REQUEST, UPLOAD_SECONDS, read_uploads
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import FORMULA
 
 MAX_REQUESTS = 8
 """Requests to `/predict` at once, arriving, waiting or running. Each holds up to `uploads.MAX_REQUEST` bytes."""
+MAX_OF_CLIENT = MAX_REQUESTS // 2
+"""Those of one client on another machine."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -48,20 +53,22 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
+CLOSE = {"Connection": "close"}
+
 PAGE = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 """FastAPI records requests by OpenTelemetry where that is configured; versions without it ignore this setting."""
 
 REFUSALS = {
-    400: "The form cannot be read, has no file or too many files; or an option is wrong.",
+    400: "The form cannot be read, is cut short, has no file or too many files; or an option is wrong.",
     403: "A page of another site sent the request.",
-    408: f"The files did not arrive within {UPLOAD_SECONDS} s.",
+    408: f"The files did not arrive within {UPLOAD_SECONDS} s, or too slowly.",
     413: f"The request has more than {MAX_REQUEST:,} bytes.",
     415: "The request is not `multipart/form-data`.",
     421: "The Host header is not an address of this server.",
     500: "A bug: please report it.",
-    503: "The server is busy, or its device is out of memory.",
+    503: "The server is busy, was stopped, or its device is out of memory.",
     "default": "Any other error.",
 }
 
@@ -112,16 +119,28 @@ class Guard:
         if scope["type"] != "http":
             return
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
+                started = True
             await send(message)
 
         refusal = self.refusal(scope["method"], Headers(scope=scope))
-        await (refusal or self.app)(scope, receive, send_with_headers)
+        try:
+            await (refusal or self.app)(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            if not started:
+                stopped = _problem(503, "the server was stopped before it had answered", CLOSE)
+                await stopped(scope, receive, send_with_headers)
+            raise
 
     def refusal(self, method: str, headers: Headers) -> Response | None:
         """Return the answer to a request that is refused, or None."""
+        if "content-length" in headers and "transfer-encoding" in headers:  # RFC 9112, 6.1
+            return _problem(400, "Content-Length and Transfer-Encoding exclude each other; send one of them", CLOSE)
         host = headers.get("host", "")
         if not self.is_known(host):
             names = ", ".join(sorted(self.names))
@@ -151,13 +170,14 @@ class Predictor:
         self.model, self.facts = model, ModelFacts.of(model)
         self.thread, self.decoder = ThreadPoolExecutor(1, "predict"), Decoder()
         self.decoder.start()
-        self.requests = 0
+        self.requests: Counter[str | None] = Counter()  # by client
 
     async def predict(self, request: Request, heatmap: Heatmap = True) -> Predictions:
-        if self.requests >= MAX_REQUESTS:
-            message = f"the server is busy: {MAX_REQUESTS} requests are waiting; try again"
+        client = client_of(request.client.host if request.client else None)
+        if self.requests.total() >= MAX_REQUESTS or (client and self.requests[client] >= MAX_OF_CLIENT):
+            message = f"the server is busy: {self.requests.total()} requests are waiting; try again"
             raise HTTPException(503, message, {"Retry-After": "1"})
-        self.requests += 1
+        self.requests[client] += 1
         try:
             uploads = await read_uploads(request)
             predictions = []
@@ -169,7 +189,7 @@ class Predictor:
         except ClientDisconnect:
             raise HTTPException(400, "the client closed the connection") from None
         finally:
-            self.requests -= 1
+            self.requests -= Counter([client])  # leaves no client without a request
         return Predictions(predictions=predictions, model=self.facts)
 
     async def _predict(self, name: str, file: UploadFile, heatmap: bool) -> Prediction:
@@ -251,7 +271,7 @@ def _render(facts: ModelFacts) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_read("page.html.jinja"))
     columns = [{"name": column.name, "isNumber": column.type is float} for column in columns_of(facts.classes)]
-    return template.render(model=facts, columns=columns, disclaimer=DISCLAIMER, max_file=MAX_FILE)
+    return template.render(model=facts, columns=columns, disclaimer=DISCLAIMER, max_file=MAX_FILE, formula=FORMULA)
 
 
 def _refusals(*statuses: int | str) -> dict[int | str, dict[str, Any]]:

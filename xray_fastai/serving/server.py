@@ -14,12 +14,11 @@ import uvicorn
 from xray_fastai import DISCLAIMER
 from xray_fastai.inference.model import open_model
 from xray_fastai.serving.app import Predictor, create_app
+from xray_fastai.serving.connections import MAX_CONNECTIONS, Connection
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.signals import sigterm_raises
 
-MAX_CONNECTIONS = 200
-"""Open connections, idle ones included; further requests get status 503. A browser opens up to six."""
 CLOSE_SECONDS = 5
 """An idle connection is closed after this time. Requests that are running at Ctrl-C have this time to finish."""
 
@@ -79,9 +78,9 @@ def _run(predictor: Predictor, listener: socket.socket, host: str, newest: bool,
     names = {"localhost", host.lower()} | (set() if local else {socket.gethostname().lower()})
     config = uvicorn.Config(
         create_app(predictor, names),
-        # the same on every machine, even if uvicorn's faster parts are installed; h11 limits the size of the headers
+        # the same on every machine, even if uvicorn's faster parts are installed; h11 limits the size of the head
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         access_log=False,

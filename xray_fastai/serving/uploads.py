@@ -14,6 +14,8 @@ MAX_FILE, MAX_REQUEST, MAX_FILES = 50_000_000, 100_000_000, 32
 which take 40 MB uncompressed."""
 UPLOAD_SECONDS = 60
 """The files of a request must arrive within this time."""
+MIN_RATE, FIRST_SECONDS = 20_000, 5
+"""Bytes a second that must arrive on average, from `FIRST_SECONDS` on."""
 
 
 class InMemoryParser(MultiPartParser):
@@ -38,14 +40,17 @@ async def read_uploads(request: Request) -> list[tuple[str, UploadFile]]:
     if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
         raise HTTPException(415, f"content type {content_type[:80] or 'none'}: send files as multipart/form-data")
     try:
-        async with asyncio.timeout(UPLOAD_SECONDS):
+        async with asyncio.timeout(min(FIRST_SECONDS, UPLOAD_SECONDS)) as timeout:
             parser = InMemoryParser(
-                request.headers, _bounded(request), max_files=MAX_FILES, max_fields=4, max_part_size=1000
+                request.headers, _bounded(request, timeout), max_files=MAX_FILES, max_fields=4, max_part_size=1000
             )
             form = await parser.parse()
     except TimeoutError:
-        message = f"the files did not arrive within {UPLOAD_SECONDS} s; send fewer files in one request"
-        raise HTTPException(408, message) from None
+        message = (
+            f"the files did not arrive within {UPLOAD_SECONDS} s, or with less than {MIN_RATE // 1000} kB/s; "
+            "send fewer files in one request"
+        )
+        raise HTTPException(408, message, {"Connection": "close"}) from None
     except (MultiPartException, FormParserError) as error:  # Starlette 1.0 passes on the parser's own
         raise HTTPException(400, f"the form cannot be read ({str(error).rstrip('.')})") from None
     if not parser.ended:
@@ -58,15 +63,19 @@ async def read_uploads(request: Request) -> list[tuple[str, UploadFile]]:
     return files
 
 
-async def _bounded(request: Request) -> AsyncIterator[bytes]:
-    """Yield the request's body; stop with status 413 once it is larger than `MAX_REQUEST`."""
+async def _bounded(request: Request, timeout: asyncio.Timeout) -> AsyncIterator[bytes]:
+    """Yield the request's body; stop with status 413 once it is larger than `MAX_REQUEST`.
+
+    Each byte that arrives moves `timeout`, as `UPLOAD_SECONDS` and `MIN_RATE` say.
+    """
     too_large = HTTPException(413, f"more than {MAX_REQUEST // 1_000_000} MB in one request; send fewer files at once")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > MAX_REQUEST:
         raise too_large
-    size = 0
+    size, start = 0, asyncio.get_running_loop().time()
     async for chunk in request.stream():
         size += len(chunk)
         if size > MAX_REQUEST:
             raise too_large
+        timeout.reschedule(start + min(UPLOAD_SECONDS, max(FIRST_SECONDS, size / MIN_RATE)))
         yield chunk

@@ -17,6 +17,8 @@ _OPTION = re.compile(
     r'([a-z_]+)=(?:"([^"\s]*)"|(True|False)|(\d[\d.]*|[A-Z]+))?'
     r"(?=[\s,;:.)\]]|$)"
 )
+FORMULA = r"^'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"  # the last four are fullwidth
+"""Text that a spreadsheet runs as a formula, apostrophes before it included; `page.js` uses the same expression."""
 
 WIDTH = 80
 """Columns of a terminal that text is wrapped at."""
@@ -44,6 +46,32 @@ def shown(value: object, max_length: int = 60) -> str:
 def printable(text: str) -> str:
     """Return a text with a question mark for each character that cannot be printed."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def csv_text(text: str) -> str:
+    """Return a text for a cell of a CSV file that people open in a spreadsheet or a terminal.
+
+    An apostrophe before `FORMULA` keeps it text; `from_csv` removes it again. Unprintable characters become escapes, as
+    do bytes of a file name that are not UTF-8. Tabs and line breaks stay: quotation marks hold them.
+
+    >>> csv_text("=1+1"), csv_text("'=1+1"), csv_text("a\\x1b[0m"), csv_text("it's")
+    ("'=1+1", "''=1+1", 'a\\\\x1b[0m', "it's")
+    """
+    escaped = UNPRINTABLE.sub(lambda match: _escaped_for_csv(match.group()), text)
+    return f"'{escaped}" if re.match(FORMULA, escaped) else escaped
+
+
+def _escaped_for_csv(character: str) -> str:
+    return character if character in "\t\r\n" else ascii(character)[1:-1]
+
+
+def from_csv(text: str) -> str:
+    """Return the text that `csv_text` was given, in which escapes stay.
+
+    >>> from_csv("'=1+1"), from_csv("''=1+1"), from_csv("'quoted'")
+    ('=1+1', "'=1+1", "'quoted'")
+    """
+    return text[1:] if text.startswith("'") and re.match(FORMULA, text) else text
 
 
 def shorten(text: str, width: int) -> str:

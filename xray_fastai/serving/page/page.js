@@ -231,8 +231,9 @@ function cellOf(job, { name, isNumber }) {
   return isNumber ? make("td", "n", value === "" ? "" : value.toFixed(4)) : make("td", "", String(value));
 }
 
-// A spreadsheet runs text that begins with one of these characters as a formula; an apostrophe prevents it.
-const guarded = (text) => (/^[=+\-@\t\r\n＝＋－＠]/.test(text) ? `'${text}` : text);
+// A spreadsheet runs some text as a formula; an apostrophe prevents it, as in the table that `predict` writes.
+const formula = new RegExp(document.body.dataset.formula);
+const guarded = (text) => (formula.test(text) ? `'${text}` : text);
 
 function csvCell(value) {
   if (value === null || value === undefined) return "";
