@@ -130,6 +130,7 @@ def child(job: dict) -> None:
     from xray_fastai import fit
     from xray_fastai.cli import app
     from xray_fastai.training import state
+    from xray_fastai.training.write_export import FitInterrupted
 
     code = 1
     try:
@@ -140,7 +141,8 @@ def child(job: dict) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
         if "args" in job:
             app(job["args"], prog_name="xray-fastai")
-        fit(**job["fit"])
+        with contextlib.suppress(FitInterrupted):
+            fit(**job["fit"])
         code = 0
     except SystemExit as stop:
         code = stop.code or 0

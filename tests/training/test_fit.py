@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -360,6 +361,22 @@ def test_a_signal_stops_after_the_batch_and_exports_the_best_weights(do, code, e
     wait_for(lambda: not members(result["pid"]), seconds=5)
     shared = [file.name for file in Path("/dev/shm").glob("torch_*")]  # torch_<process>_...
     assert not [name for name in shared if name.split("_")[1] in processes]
+
+
+def test_an_interrupt_in_python_exports_and_raises_keyboard_interrupt_with_the_result(collection):
+    class Interrupt(Callback):
+        def after_batch(self):
+            if self.epoch == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    settings = {"arch": SMALL, "size": 32, "batch_size": 8, "device": "cpu", "weights": "none", "epochs": 9}
+    with pytest.raises(KeyboardInterrupt, match="the best weights so far were exported: exports/stopped; ") as stop:
+        fit(collection, **settings, name="stopped", callbacks=[Interrupt()])
+    result = stop.value.result
+    assert (result.path, result.status, result.signal) == (Path("exports/stopped"), "interrupted", signal.SIGINT)
+    assert len(result.history) == 1 and load_learner(result.path)
+    assert f"fit(resume={str(result.path)!r})" in str(stop.value)
+    assert fit(resume=str(result.path)).status == "complete"
 
 
 @pytest.mark.slow

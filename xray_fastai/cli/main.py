@@ -104,11 +104,15 @@ def fit(
     if resume is None and distributed.rank() == 0:
         _check_paths(config)
     from xray_fastai.training.fit import fit as run
+    from xray_fastai.training.write_export import FitInterrupted
 
-    if resume is None:
-        result = run(config)
-    else:
-        result = run(resume=resume or True, **{k: v for k, v in settings.items() if _is_given(ctx, k)})
+    try:
+        if resume is None:
+            result = run(config)
+        else:
+            result = run(resume=resume or True, **{k: v for k, v in settings.items() if _is_given(ctx, k)})
+    except FitInterrupted as stop:
+        result = stop.result
     if open and distributed.rank() == 0:
         _open(result.path / "report.html")
     if result.error:

@@ -30,6 +30,7 @@ from xray_fastai.metrics.scored import losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import replaced
+from xray_fastai.system.imports import without_fastais_warning
 from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import data_uri, shorten, wrap
@@ -65,7 +66,8 @@ class Interpreted:
     def interpretation(self) -> "XrayInterpretation":
         """fastai's interpretation of the split, for its methods; the first use imports fastai and reads the export."""
         # fastai takes seconds to import, and the command does without it
-        from xray_fastai.evaluation.interpretation import interpretation_of
+        with without_fastais_warning():
+            from xray_fastai.evaluation.interpretation import interpretation_of
 
         return interpretation_of(self.model.path, self.images, self.model.device)
 

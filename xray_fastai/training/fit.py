@@ -24,7 +24,7 @@ from xray_fastai.training.loop import Added, Trainer
 from xray_fastai.training.messages import announce, name_leftovers, report_resume
 from xray_fastai.training.origin import Origin, with_parents_choices
 from xray_fastai.training.plan import make_plan
-from xray_fastai.training.write_export import Result, export_learner
+from xray_fastai.training.write_export import FitInterrupted, Result, export_learner
 
 CHANGEABLE = ("data", "device", "workers", "cache", "exports")
 """Settings that may change when a fit is resumed. `data` must hold the same images."""
@@ -78,6 +78,8 @@ def fit(
 
     Raises:
         UserError: wrong input. Nothing is written, except a checkpoint that can be resumed.
+        FitInterrupted: Ctrl-C, SIGTERM, or an interrupt of the notebook's kernel, after the export was written; a
+            `KeyboardInterrupt`, whose `result` is what `fit` would have returned.
     """
     started = time.perf_counter()
     added = Added(callbacks, metrics)
@@ -85,21 +87,21 @@ def fit(
     try:
         with distributed.session() as first, sigterm_raises():
             if not first:
-                return _follow(started, added)
-            if resume is False:
+                result = _follow(started, added)
+            elif resume is False:
                 config = _config(data, settings)
                 with reserve(config.exports, config.name) as run:
-                    return _fit(config, run, None, started, added)
-            if isinstance(data, FitConfig):
-                given = asdict(data)
-                settings = {k: v for k, v in given.items() if v != getattr(FitConfig, k)} | settings
-            elif data is not None:
-                settings["data"] = _config(data, {}).data
-            name = None if resume is True else str(resume)
-            with reopen(settings.get("exports", FitConfig.exports), name) as (run, found):
-                return _fit(_settings(found, run, settings), run, found, started, added)
+                    result = _fit(config, run, None, started, added)
+            else:
+                given = _given(data, settings)
+                name = None if resume is True else str(resume)
+                with reopen(given.get("exports", FitConfig.exports), name) as (run, found):
+                    result = _fit(_settings(found, run, given), run, found, started, added)
     finally:
         gc.collect()  # a learner and its callbacks refer to each other: with ResNet18, 220 MB would stay in memory
+    if result.signal is not None:
+        raise FitInterrupted(result)
+    return result
 
 
 def _config(data: str | Path | FitConfig | None, settings: dict[str, Any]) -> FitConfig:
@@ -113,6 +115,14 @@ def _config(data: str | Path | FitConfig | None, settings: dict[str, Any]) -> Fi
     if data is not None and not isinstance(data, (str, os.PathLike)):
         raise UserError("give a folder, or a FitConfig", option="data", value=f"of type {type(data).__name__}")
     return FitConfig(data=data, **settings)
+
+
+def _given(data: str | Path | FitConfig | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that the user gave; of a `FitConfig`, those that are not the defaults."""
+    if data is None:
+        return settings
+    config = _config(data, settings)
+    return {name: value for name, value in asdict(config).items() if value != getattr(FitConfig, name)} | settings
 
 
 def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:

@@ -7,9 +7,10 @@ import os
 import platform
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import torch
@@ -35,6 +36,18 @@ from xray_fastai.training.messages import conclude
 from xray_fastai.training.plan import Plan
 
 LIBRARIES = ("torch", "torchvision", "fastai", "numpy", "pillow", "scikit-learn", "safetensors")
+
+
+class AnySystem:
+    """Stands for the module that `learn.export` pickles with: cloudpickle, fastai's own choice, but for paths.
+
+    A `PosixPath` in a pickle cannot be opened on Windows, nor a `WindowsPath` elsewhere. So each path is pickled as a
+    call of `Path`.
+    """
+
+    class Pickler(cloudpickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            return (Path, obj.parts) if isinstance(obj, PurePath) else super().reducer_override(obj)
 
 
 @dataclass(frozen=True)
@@ -149,7 +162,7 @@ def write_export(run: Reservation, learn: Learner, model: dict[str, Any], histor
             images, targets = learn.dls.one_batch()
             plot_batch(images, [learn.dls.vocab[i] for i in targets], folder / "batch.png")
         write_report(folder, name=run.final.name)
-        learn.export(folder.resolve() / PICKLE)
+        learn.export(folder.resolve() / PICKLE, pickle_module=AnySystem)
         for file in filter(Path.is_file, folder.iterdir()):
             with file.open("rb+") as stream:  # Windows writes no file to the disk that is open for reading only
                 os.fsync(stream.fileno())
@@ -188,6 +201,18 @@ class Result:
     config: FitConfig = field(repr=False)
     signal: int | None = None  # the signal that interrupted it
     error: str | None = None  # why it diverged, or None
+
+
+class FitInterrupted(KeyboardInterrupt):
+    """Says that Ctrl-C, SIGTERM or an interrupt of the kernel ended a fit, after its export was written.
+
+    So "run all cells" ends there. In a notebook, `sys.last_value.result` is the result.
+    """
+
+    def __init__(self, result: Result):
+        kept = "the best weights so far were exported" if result.history else "no epoch was completed"
+        super().__init__(f"{kept}: {result.path}; to continue, fit(resume={str(result.path)!r})")
+        self.result = result
 
 
 def export_learner(trainer: Trainer, run: Reservation) -> Result:
