@@ -14,24 +14,29 @@ if TYPE_CHECKING:  # type checkers and editors read these imports; `__getattr__`
     from xray_fastai.export.learner import load_learner, open_learner
     from xray_fastai.export.verification import verify
     from xray_fastai.inference.predict import predict
+    from xray_fastai.training.dataloaders import dataloaders, learner
     from xray_fastai.training.fit import fit
+    from xray_fastai.training.save_export import save_export
 
 __version__ = "0.2.0"
 DISCLAIMER = "For research and teaching. It is no medical device; never diagnose by it."
 __all__ = [
-    "FitConfig", "__version__", "check_data", "evaluate", "fit", "interpret", "load_learner", "open_learner",
-    "predict", "verify",
+    "FitConfig", "__version__", "check_data", "dataloaders", "evaluate", "fit", "interpret", "learner",
+    "load_learner", "open_learner", "predict", "save_export", "verify",
 ]  # fmt: skip
 
 _MODULES = {
     "FitConfig": "config",
     "check_data": "data.audit.check",
+    "dataloaders": "training.dataloaders",
     "evaluate": "evaluation.evaluate",
     "fit": "training.fit",
     "interpret": "evaluation.interpret",
+    "learner": "training.dataloaders",
     "load_learner": "export.learner",
     "open_learner": "export.learner",
     "predict": "inference.predict",
+    "save_export": "training.save_export",
     "verify": "export.verification",
 }
 

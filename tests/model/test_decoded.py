@@ -15,7 +15,7 @@ from xray_fastai.data.pixel_cache import PixelCache
 from xray_fastai.model import decoded, transforms
 from xray_fastai.model.decoded import DecodedLoader
 from xray_fastai.model.learner import build_learner
-from xray_fastai.model.loaders import make_loaders
+from xray_fastai.model.loaders import EmptyLoader, make_loaders
 from xray_fastai.system import parallel
 from xray_fastai.system.errors import ImageError
 
@@ -102,7 +102,7 @@ def test_other_images_go_through_fastais_loader(table):
     test = loaders.test_dl([table.path[0], Image.open(table.path[1])], bs=2)
     assert type(test) is TfmdDL
     assert_same([test.one_batch()], [loaders_of(table, False).test_dl(list(table.path[:2]), bs=2).one_batch()])
-    assert [type(loader) for loader in loaders.new_empty().loaders] == [TfmdDL] * 2
+    assert [type(loader) for loader in loaders.new_empty().loaders] == [EmptyLoader] * 2
     assert type(loaders.valid.new(shuffle=False, drop_last=False)) is DecodedLoader
     image, label = loaders.train_ds[0]
     assert image.size == (32, 32) and CLASSES[label] == table.label[0]
@@ -139,7 +139,7 @@ def test_fastais_tools_use_the_loaders(table, tmp_path):
     probabilities, targets = learn.get_preds()
     assert probabilities.shape == (9, 2) and torch.equal(targets, loaders.valid.classes)
     learn.export(tmp_path / "learner.pkl")
-    assert type(load_learner(tmp_path / "learner.pkl").dls.valid) is TfmdDL
+    assert type(load_learner(tmp_path / "learner.pkl").dls.valid) is EmptyLoader
 
 
 def test_nothing_is_opened_any_more_when_an_epoch_is_left(table, monkeypatch):

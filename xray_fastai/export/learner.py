@@ -1,28 +1,18 @@
 """Builds a fastai `Learner` from an export, without pickle: the public function `load_learner`."""
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from fastai.vision.all import Learner, ProgressCallback
 
 from xray_fastai.export.network import load_weights
 from xray_fastai.export.reader import find_export, path_of, read
 from xray_fastai.model.learner import build_learner, set_scaling
 from xray_fastai.model.loaders import empty_loaders
+from xray_fastai.model.xray_learner import About, XrayLearner
 
 
-@dataclass(frozen=True)
-class Opened:
-    """Says which export a learner came from: `learn.xray`."""
-
-    path: str  # its folder; no `Path`, which a pickle of another operating system may not hold
-    settings: dict[str, Any] = field(repr=False)  # model.json
-
-
-def load_learner(path: str | Path) -> Learner:
+def load_learner(path: str | Path) -> XrayLearner:
     """Build a fastai `Learner` from an export's `model.safetensors` and `model.json`; nothing is unpickled.
 
     Args:
@@ -31,7 +21,9 @@ def load_learner(path: str | Path) -> Learner:
     Returns:
         A learner on the CPU, in evaluation mode. `learn.predict(image)` takes a path, a PIL image or an array. It
         returns the label, its index and the probabilities (classes,) of the export, in the order of `learn.dls.vocab`.
-        `predict`, `evaluate`, `interpret` and `verify` of this package take it as they take the folder.
+        `predict`, `evaluate`, `interpret` and `verify` of this package take it as they take the folder. `learn.xray`
+        has the content of `model.json`. It has no images: `learn.dls = xray_fastai.dataloaders(folder, learn)` gives it
+        some, to train it further or for fastai's interpretation.
 
     Raises:
         UserError: the folder is no export, was written by a newer version, or is damaged.
@@ -46,9 +38,8 @@ def load_learner(path: str | Path) -> Learner:
         )
     load_weights(learn.model, folder, model)
     set_scaling(learn, model["temperature"], model.get("intercepts"))
-    learn.remove_cb(ProgressCallback)  # it shows a bar at each prediction; to train further, add it again
     learn.model.eval()
-    learn.xray = Opened(os.fspath(folder), model)
+    learn.xray = About(model, os.fspath(folder))
     return learn
 
 

@@ -42,13 +42,16 @@ def path_of(model: Any) -> str | Path:
     Neither torch nor fastai is imported for that: a learner has `xray`, and both have `path`.
 
     Raises:
-        UserError: it is a learner that did not come from an export, or something else.
+        UserError: it is a learner that is no export, or was trained since, or something else.
     """
-    opened = getattr(model, "xray", model)
-    if hasattr(opened, "dls"):
-        message = "this learner did not come from an export; save it as one, and give that"
-        raise UserError(message, option="model")
-    path: str | Path = opened if isinstance(opened, (str, os.PathLike)) else getattr(opened, "path", opened)
+    path: str | Path = getattr(model, "path", model)
+    if hasattr(model, "dls"):
+        about = getattr(model, "xray", None)
+        if about is None or about.path is None or about.changed:
+            fault = "was trained after it was opened" if about and about.changed else "is no export"
+            advice = "save it by xray_fastai.save_export(learn, folder), and give it or the folder"
+            raise UserError(f"this learner {fault}; {advice}", option="model")
+        path = about.path
     if not isinstance(path, (str, os.PathLike)):
         message = "give an export, a learner that load_learner opened, or an open model"
         raise UserError(message, option="model", value=f"of type {type(path).__name__}")

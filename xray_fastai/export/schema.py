@@ -238,6 +238,8 @@ class Export(Part):
     worst_group: WorstGroup | None = None
     # the exports that training continued from, the nearest first; earlier exports have no such key
     lineage: Annotated[list[Ancestor], Field(max_length=ENTRIES, fail_fast=True)] | None = None
+    # trained by fastai's methods on a learner, and written by `save_export`: `settings` does not repeat it
+    by_hand: bool | None = None  # earlier exports have no such key
     called: Counts | None = None  # validation images by the class predicted; earlier exports have no such key
     versions: Annotated[dict[Text, Text], BeforeValidator(_small_table)]
     weights: Weights

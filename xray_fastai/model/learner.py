@@ -13,7 +13,7 @@ from fastai.vision.all import (
     RocAuc,
     RocAucBinary,
     accuracy,
-    vision_learner,
+    create_vision_model,
 )
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
@@ -22,6 +22,7 @@ from xray_fastai.config import FitConfig
 from xray_fastai.model.architectures import build_backbone, build_head, split_parameters
 from xray_fastai.model.optimizer import FusedAdam
 from xray_fastai.model.recorder import EpochAverage, EpochMetric, EpochRecorder
+from xray_fastai.model.xray_learner import NeedsImages, XrayLearner
 
 
 class CalibratedCrossEntropy(CrossEntropyLossFlat):
@@ -73,8 +74,8 @@ def build_learner(
     class_weights: Sequence[float] | None = None,
     pretrained: tuple[dict[str, torch.Tensor], str] | None = None,
     start: dict[str, torch.Tensor] | None = None,
-) -> Learner:
-    """Build a `vision_learner` of torchvision's `arch` with a head of pooling, dropout and one linear layer.
+) -> XrayLearner:
+    """Build a learner as fastai's `vision_learner` does: torchvision's `arch`, a head of pooling, dropout, one layer.
 
     Args:
         dls: its vocabulary gives the classes.
@@ -94,12 +95,15 @@ def build_learner(
     """
     classes = len(dls.vocab)
     weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32, device=dls.device)
-    learn = vision_learner(
-        dls,
+    model = create_vision_model(
         partial(build_backbone, arch, pretrained),
-        normalize=False,  # the `DataBlock` normalizes
+        classes,
         pretrained=False,  # `build_backbone` loads the weights
         custom_head=build_head(arch, classes, dropout),
+    )
+    learn = XrayLearner(
+        dls,
+        model,
         splitter=partial(split_parameters, arch=arch),
         loss_func=CalibratedCrossEntropy(weight=weight),
         opt_func=FusedAdam,
@@ -109,8 +113,8 @@ def build_learner(
     if start is not None:
         learn.model.load_state_dict(learn.model.state_dict() | start)
     learn.remove_cb(Recorder)
-    learn.add_cb(EpochRecorder())
-    learn.arch = arch  # the name replaces the partial, which holds the pretrained tensors
+    learn.add_cbs([EpochRecorder(), NeedsImages()])
+    learn.arch = arch
     return learn
 
 

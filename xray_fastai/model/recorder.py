@@ -8,6 +8,9 @@ import torch
 from fastai.learner import AvgSmoothLoss
 from fastai.vision.all import AccumMetric, AvgLoss, AvgMetric, Recorder, find_bs
 
+COLUMNS = {"roc_auc_score": "roc_auc"}
+"""The columns of the history whose names are not those of fastai's metrics."""
+
 
 class EpochAverage(AvgMetric):
     "Averages `func` over the images of an epoch."
@@ -64,21 +67,46 @@ class EpochMetric(AccumMetric):
 
 
 class EpochRecorder(Recorder):
-    "fastai's `Recorder` with these losses; `losses` are on the CPU when an epoch's training, or the fit, has ended."
+    """fastai's `Recorder` with these losses, and a history of all fits of the learner.
+
+    `losses` are on the CPU when an epoch's training, or the fit, has ended. fastai's own `values` are those of the last
+    fit, and `validate` deletes them.
+    """
 
     name = "recorder"  # `learn.recorder`, as fastai's
 
     def __init__(self):
         super().__init__()
         self.loss, self.smooth_loss = EpochLoss(), SmoothLoss(self.smooth_loss.beta)
+        self.history = []  # a row for each epoch that trained: phase, epoch, losses, metrics by name, lr
 
     def before_fit(self):
         super().before_fit()
         self.copied = 0  # the losses before this one are on the CPU
+        self.has_trained = False  # whether this epoch trains; `validate` is an epoch without training
+
+    def before_epoch(self):
+        super().before_epoch()
+        self.has_trained = False
 
     def after_train(self):
         super().after_train()
+        self.has_trained = True
         self._copy()
+
+    def after_epoch(self):
+        super().after_epoch()
+        if self.has_trained:
+            self.history.append(self._row())
+
+    def _row(self) -> dict:
+        phase = "unfrozen" if next(self.model.parameters()).requires_grad else "frozen"
+        epoch = sum(row["phase"] == phase for row in self.history) + 1
+        row = {"phase": phase, "epoch": epoch}
+        names = ["train_loss", "valid_loss", *self.metrics.attrgot("name").map(lambda name: COLUMNS.get(name, name))]
+        for i, (name, value) in enumerate(zip(names, self.values[-1], strict=False)):  # a callback may skip validation
+            row[f"{name}_{i - 1}" if name in row else name] = float(value)
+        return row | {"lr": float(self.opt.hypers[-1]["lr"])}
 
     def after_fit(self):
         self._copy()  # where the fit was cancelled in an epoch

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -17,7 +17,9 @@ class UnknownOptionError(UserError, TypeError):
     """An argument that a function does not take; Python raises `TypeError` for such ones."""
 
 
-def takes_options(config: type, others: Mapping[str, str]) -> Callable[[Function], Function]:
+def takes_options(
+    config: type, others: Mapping[str, str], only: Collection[str] | None = None
+) -> Callable[[Function], Function]:
     """Replace `**settings` in a function's signature and docstring by the fields of a dataclass.
 
     `help`, editors and notebooks then show each option with its default and its help text (`config.Setting`). A keyword
@@ -26,12 +28,14 @@ def takes_options(config: type, others: Mapping[str, str]) -> Callable[[Function
     Args:
         config: the dataclass.
         others: what to say of names that other libraries have for the same thing.
+        only: the fields that the function takes; None is all of them.
     """
 
     def decorate(function: Function) -> Function:
         parameters = inspect.signature(function).parameters
         named = [p for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
-        options = [field for field in fields(config) if field.name not in parameters]
+        wanted = [field for field in fields(config) if only is None or field.name in only]
+        options = [field for field in wanted if field.name not in parameters]
         known = [*(p.name for p in named), *(field.name for field in options)]
 
         @functools.wraps(function)

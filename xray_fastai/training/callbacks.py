@@ -22,6 +22,8 @@ from xray_fastai.training.stopping import EarlyStopping
 
 BACKBONE = "0."
 """The names of the backbone's tensors begin with this; it does not change in the frozen phase."""
+OWN_METRICS = ("accuracy", "roc_auc")
+"""The metrics of every fit, by their columns of the history; the user's come after them."""
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -250,7 +252,8 @@ class EpochLog(Callback):
         self.logged = None  # when the last row was printed
         self.between = deque(maxlen=5)  # seconds from row to row: few, since other programs come and go
         titles = f"{'phase':<9}{'epoch':>9}{'train loss':>12}{'valid loss':>12}{'accuracy':>10}{'AUC':>8}{'time':>8}"
-        print(f"\n{titles}{'left':>12}")
+        added = "".join(f"{name[:14]:>16}" for name in self.metrics[len(OWN_METRICS) :].attrgot("name"))
+        print(f"\n{titles}{'left':>12}{added}")
         self.bar = epoch_bar(self.n_epoch)
 
     def before_epoch(self):
@@ -271,9 +274,9 @@ class EpochLog(Callback):
             self.bar.advance()
 
     def after_epoch(self):
-        values = [float(value) for value in self.recorder.values[-1]]
-        row = [self.phase, self.epoch + 1, *values, self.opt.hypers[-1]["lr"]]
-        self.history.append(dict(zip(HISTORY_COLUMNS, row, strict=True)))
+        row = self.recorder.history[-1] | {"phase": self.phase, "epoch": self.epoch + 1}
+        self.history.append({name: row[name] for name in (*HISTORY_COLUMNS, *row)})
+        values = [row[name] for name in ("train_loss", "valid_loss", *OWN_METRICS)]
         now = time.perf_counter()
         epoch = f"{self.epoch + 1}/{self.n_epoch}"
         text = f"{self.phase:<9}{epoch:>9}{values[0]:>12.4f}{values[1]:>12.4f}{values[2]:>10.3f}{values[3]:>8.3f}"
@@ -281,6 +284,8 @@ class EpochLog(Callback):
         if self.logged is not None:
             self.between.append(now - self.logged)
             text += f"{self.left():>12}"
+        if added := [value for name, value in row.items() if name not in HISTORY_COLUMNS]:
+            text = f"{text:<80}" + "".join(f"{value:>16.4f}" for value in added)
         self.logged = now
         if self.bar is None:
             print(text, flush=True)

@@ -3,12 +3,12 @@
 import gc
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fastai.vision.all import Callback
+from fastai.vision.all import Callback, Metric
 
 from xray_fastai.config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
@@ -20,7 +20,7 @@ from xray_fastai.system.errors import UserError
 from xray_fastai.system.options import takes_options
 from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.training.checkpoint import Checkpoints, Saved, check_space, kept_settings
-from xray_fastai.training.loop import Trainer
+from xray_fastai.training.loop import Added, Trainer
 from xray_fastai.training.messages import announce, name_leftovers, report_resume
 from xray_fastai.training.origin import Origin, with_parents_choices
 from xray_fastai.training.plan import make_plan
@@ -51,6 +51,7 @@ def fit(
     *,
     resume: bool | str | Path = False,
     callbacks: Sequence[Callback] = (),
+    metrics: Sequence[Metric | Callable[..., Any]] = (),
     **settings: Any,
 ) -> Result:
     """Train a classifier and export it; progress is printed.
@@ -71,6 +72,8 @@ def fit(
         resume: the name of an unfinished run to resume with its settings; True resumes the newest. Of `settings`, only
             those in `CHANGEABLE` may then differ.
         callbacks: fastai callbacks, added to both phases.
+        metrics: fastai metrics, or functions of outputs (B, classes) and classes (B,), besides accuracy and ROC AUC;
+            the history has a column of each.
         **settings: fields of `FitConfig`.
 
     Raises:
@@ -79,20 +82,21 @@ def fit(
             `KeyboardInterrupt`, whose `result` is what `fit` would have returned.
     """
     started = time.perf_counter()
+    added = Added(callbacks, metrics)
     distributed.check_installed()
     try:
         with distributed.session() as first, sigterm_raises():
             if not first:
-                result = _follow(started, callbacks)
+                result = _follow(started, added)
             elif resume is False:
                 config = _config(data, settings)
                 with reserve(config.exports, config.name) as run:
-                    result = _fit(config, run, None, started, callbacks)
+                    result = _fit(config, run, None, started, added)
             else:
                 given = _given(data, settings)
                 name = None if resume is True else str(resume)
                 with reopen(given.get("exports", FitConfig.exports), name) as (run, found):
-                    result = _fit(_settings(found, run, given), run, found, started, callbacks)
+                    result = _fit(_settings(found, run, given), run, found, started, added)
     finally:
         gc.collect()  # a learner and its callbacks refer to each other: with ResNet18, 220 MB would stay in memory
     if result.signal is not None:
@@ -156,7 +160,7 @@ def _fit(
     run: Reservation,
     found: Unfinished | None,  # the run to resume
     started: float,
-    callbacks: Sequence[Callback],
+    added: Added,
 ) -> Result:
     """Read the data, train and export: the whole fit in one process, or its part in the first of several."""
     checkpoints = Checkpoints(run)
@@ -172,7 +176,7 @@ def _fit(
     if found is not None:
         saved, origin = _read_checkpoint(found, checkpoints, images, config)
     plan = make_plan(config, data, origin)
-    trainer = Trainer(plan, checkpoints=checkpoints, saved=saved, callbacks=callbacks, started=started)
+    trainer = Trainer(plan, checkpoints=checkpoints, saved=saved, added=added, started=started)
     announce(plan, trainer.parameters)
     if found is not None:
         checkpoints.take_over(found.checkpoint)
@@ -187,7 +191,7 @@ def _fit(
     return distributed.share(export_learner(trainer, run))
 
 
-def _follow(started: float, callbacks: Sequence[Callback]) -> Result:
+def _follow(started: float, added: Added) -> Result:
     """Train in a process that is not the first of several.
 
     It neither prints nor writes. It gets settings and tables from the first process, whose weights are copied when
@@ -196,7 +200,7 @@ def _follow(started: float, callbacks: Sequence[Callback]) -> Result:
     config, data, origin, saved = distributed.share()
     if data.rehearsal:
         cached()  # draws the images, if this machine does not have them
-    Trainer(make_plan(config, data, origin), saved=saved, callbacks=callbacks, started=started).train()
+    Trainer(make_plan(config, data, origin), saved=saved, added=added, started=started).train()
     return distributed.share()
 
 

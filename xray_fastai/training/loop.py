@@ -3,11 +3,12 @@
 import contextlib
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from fastai.callback.channelslast import ChannelsLast
-from fastai.vision.all import Callback, CancelFitException
+from fastai.vision.all import Callback, CancelFitException, Metric, ProgressCallback
 
 from xray_fastai.model.learner import parameter_counts
 from xray_fastai.system import distributed
@@ -30,6 +31,14 @@ from xray_fastai.training.state import (
 from xray_fastai.training.stopping import EarlyStopping, StopOnNonFiniteLoss, StopOnSignal
 
 
+@dataclass(frozen=True)
+class Added:
+    """Holds what a user adds to the training of both phases."""
+
+    callbacks: Sequence[Callback] = ()
+    metrics: Sequence[Metric | Callable] = ()  # as fastai's `Learner` takes them
+
+
 class Trainer:
     """Trains the phases of a plan, and holds the state of the fit: learner, progress, best weights, checkpoints.
 
@@ -42,10 +51,10 @@ class Trainer:
         *,
         checkpoints: Checkpoints | None = None,  # None where another process writes them
         saved: Saved | None = None,  # the checkpoint to resume from
-        callbacks: Sequence[Callback] = (),  # the user's, added to both phases
+        added: Added | None = None,  # what the user adds
         started: float | None = None,  # `time.perf_counter()` when the fit was called
     ):
-        self.plan, self.checkpoints, self.callbacks = plan, checkpoints, list(callbacks)
+        self.plan, self.checkpoints, self.added = plan, checkpoints, added or Added()
         self.started = time.perf_counter() if started is None else started
         self.stop = StopOnSignal()
         self.error: str | None = None
@@ -61,7 +70,8 @@ class Trainer:
             self.progress.ends = [*saved.state["ends"]]
             self.progress.seconds = saved.state["seconds"]
         self.best = BestWeights(self.progress.history, later=self.plan.config.schedule == "adaptive")
-        self.learn = self.plan.learner(self.progress.batches)
+        self.learn = self.plan.learner(self.plan.dataloaders(self.progress.batches))
+        self.learn.remove_cb(ProgressCallback)  # `EpochLog` shows the progress
 
     def _batches(self, saved: Saved | None) -> dict[str, int]:
         # several processes may have enough memory where one had too little
@@ -159,10 +169,13 @@ class Trainer:
                 features = frozen_features.instead_of_images(learn, plan, views, folder, self.stop)
         else:
             learn.unfreeze()
+        own_metrics = learn.metrics
+        learn.metrics = [*own_metrics, *self.added.metrics]
         try:
             with features as more, learn.no_logging():  # `log` prints the rows
-                learn.fit(epochs, lr=self._rate(name), cbs=[*callbacks, *more, *self.callbacks], reset_opt=True)
+                learn.fit(epochs, lr=self._rate(name), cbs=[*callbacks, *more, *self.added.callbacks], reset_opt=True)
         finally:
+            learn.metrics = own_metrics  # the export need not hold the user's
             log.close()
             for callback in precision:
                 callback.close()

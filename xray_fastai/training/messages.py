@@ -136,6 +136,8 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
         if best["epoch"] not in [phase["best_epoch"] for phase in phases if phase["name"] == best["phase"]]:
             print("  the last epoch whose loss is within a standard error of the lowest")
         print("  chosen on these images, so the figures are too good: see evaluate for those of the test images")
+    elif model["by_hand"]:
+        print("not trained: the weights are those that the learner started with")
     else:
         print("no epoch was completed: the export has the weights at the time of the stop")
     if (name := only_class(model["called"] or {})) is not None:

@@ -1,16 +1,19 @@
 """Chooses what a fit needs before it trains: device, precision, pretrained weights, class weights, phases."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from fastai.vision.all import Learner, ProgressCallback, set_seed
+from fastai.vision.all import set_seed
 
 from xray_fastai.config import FitConfig
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.pixel_cache import PixelCache
+from xray_fastai.model.augmentation import augmentation_values
 from xray_fastai.model.learner import build_learner, class_weight_values, settle_batch_norm
-from xray_fastai.model.loaders import default_workers, make_loaders
+from xray_fastai.model.loaders import XrayDataLoaders, default_workers, make_loaders
 from xray_fastai.model.pretrained import pretrained_state
+from xray_fastai.model.xray_learner import XrayLearner
 from xray_fastai.system import distributed
 from xray_fastai.system.device import choose_device, choose_precision, describe
 from xray_fastai.system.files import CACHE_ADVICE
@@ -35,26 +38,52 @@ class Plan:
     cache_note: str  # where it is, or why there is none
     batch_size: int
 
-    def learner(self, batches: dict[str, int]) -> Learner:
-        """Build a learner, each time the same one.
+    def dataloaders(self, batches: dict[str, int] | None = None) -> XrayDataLoaders:
+        """Build the loaders, each time the same ones, after setting all seeds.
 
         Args:
-            batches: images in a batch of "train" and of "valid".
+            batches: images in a batch of "train" and of "valid"; None takes `batch_size` for both.
         """
-        config, classes = self.config, self.data.classes
+        config, batches = self.config, batches or {"train": self.batch_size, "valid": self.batch_size}
         set_seed(config.seed, reproducible=self.device.type == "cpu")
         dls = make_loaders(
-            self.data.table, classes, config.size, batches["train"], self.device, config.workers, batches["valid"],
-            augment=config.augment, contrast=config.contrast, cache=self.cache,
+            self.data.table, self.data.classes, config.size, batches["train"], self.device, config.workers,
+            batches["valid"], augment=config.augment, contrast=config.contrast, cache=self.cache,
         )  # fmt: skip
+        dls.plan = self
+        return dls
+
+    def learner(self, dls: XrayDataLoaders) -> XrayLearner:
+        """Build a learner with its backbone frozen; directly after `dataloaders`, each time the same one."""
+        config = self.config
         learn = build_learner(
             dls, config.arch, dropout=config.dropout, class_weights=self.class_weights, pretrained=self.pretrained,
             start=self.start,
         )  # fmt: skip
         settle_batch_norm(learn.model, max(1, len(self.data.train) // self.batch_size))
-        learn.remove_cb(ProgressCallback)  # `EpochLog` shows the progress
         learn.freeze()
         return learn
+
+    def record(self) -> dict[str, Any]:
+        """Return what `model.json` holds of the network, its input and its settings."""
+        config, data = self.config, self.data
+        return {
+            "architecture": config.arch,
+            "classes": data.classes,
+            "positive": data.positive,
+            "dropout": config.dropout,
+            "class_weights": self.class_weights,
+            "preprocessing": {
+                "size": config.size,
+                "channels": "grey",
+                "resize": "whole image, bilinear",
+                "contrast": config.contrast,
+                "scale": "imagenet",
+            },
+            "augmentation": augmentation_values(config.augment),
+            "settings": config.to_dict(),
+            "lineage": self.origin.lineage,
+        }
 
 
 def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None) -> Plan:

@@ -27,8 +27,7 @@ from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
 from xray_fastai.export.run_folder import Reservation
-from xray_fastai.export.schema import FORMAT, PICKLE, SETTINGS, WEIGHTS
-from xray_fastai.model.augmentation import augmentation_values
+from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
 from xray_fastai.model.learner import set_scaling
 from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
@@ -36,6 +35,7 @@ from xray_fastai.system.text import data_uri, format_number
 from xray_fastai.training.calibration import Calibration, Validated, calibrate
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import conclude
+from xray_fastai.training.plan import Plan
 
 CURVES = "curves.png"
 LIBRARIES = ("torch", "torchvision", "fastai", "numpy", "pillow", "scikit-learn", "safetensors")
@@ -53,60 +53,62 @@ class AnySystem:
             return (Path, obj.parts) if isinstance(obj, PurePath) else super().reducer_override(obj)
 
 
-def model_record(trainer: Trainer, status: str, calibration: Calibration, worst: Group | None) -> dict[str, Any]:
-    """Return the content of `model.json`, except what `write_export` adds.
+@dataclass(frozen=True)
+class Outcome:
+    """Holds what training came to, before anything is chosen on the validation images."""
 
-    Args:
-        trainer: after training.
-        status: complete, interrupted or diverged.
-        calibration: as chosen on the validation split.
-        worst: the group of validation images with the lowest ROC AUC.
-    """
-    plan, progress = trainer.plan, trainer.progress
-    config, data = plan.config, plan.data
-    total, in_frozen_phase = trainer.parameters
+    status: str  # complete, interrupted or diverged
+    history: list[dict]  # one row an epoch
+    best: dict | None  # the row of the exported epoch
+    phases: list[dict]  # as in `model.json`
+    seconds: float
+    parameters: tuple[int, int]  # all, and those that train in the frozen phase
+    by_hand: bool = False  # whether `fit` did not train it
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Holds what the validation images say of the exported weights."""
+
+    calibration: Calibration
+    worst: Group | None = None  # the group of images with the lowest ROC AUC
+    called: dict[str, int] | None = None  # images by the class that is predicted
+
+
+def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str, Any]:
+    """Return the content of `model.json`, except what `write_export` adds."""
+    calibration, best = judgement.calibration, outcome.best
+    total, in_frozen_phase = outcome.parameters
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "status": status,
+        "status": outcome.status,
         "disclaimer": DISCLAIMER,
-        "architecture": config.arch,
-        "classes": data.classes,
-        "positive": data.positive,
-        "dropout": config.dropout,
-        "class_weights": plan.class_weights,
-        "preprocessing": {
-            "size": config.size,
-            "channels": "grey",
-            "resize": "whole image, bilinear",
-            "contrast": config.contrast,
-            "scale": "imagenet",
-        },
-        "augmentation": augmentation_values(config.augment),
+        **plan.record(),
         "temperature": calibration.scaling.temperature,
         "intercepts": calibration.scaling.intercepts,
         "threshold": calibration.threshold,
         "calibration": calibration.note,
         "calibrated": calibration.scaling.kind != "none",
         "calibration_kind": calibration.scaling.kind,
-        "data": _summary(data),
-        "settings": config.to_dict(),
+        "data": _summary(plan.data),
         "training": {
             "device": plan.device_name,
             "precision": plan.precision,
             "weights": plan.origin.name,
             "parameters": {"total": total, "frozen_phase": in_frozen_phase},
-            "seconds": round(progress.elapsed, 1),
-            "phases": _phases(progress.history, plan.phases, progress.ends),
+            "seconds": round(outcome.seconds, 1),
+            "phases": outcome.phases,
         },
-        "best": trainer.best.row,
-        "worst_group": None if worst is None else asdict(worst),
-        "lineage": plan.origin.lineage,
+        "best": best and {name: best[name] for name in HISTORY_COLUMNS},
+        "worst_group": None if judgement.worst is None else asdict(judgement.worst),
+        "called": judgement.called,
+        "by_hand": outcome.by_hand,
         "versions": {"xray-fastai": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
 
-def _phases(history: list[dict], phases: list[tuple[str, int]], ends: list[str]) -> list[dict]:
+def phase_records(history: list[dict], phases: list[tuple[str, int]], ends: list[str]) -> list[dict]:
     phases_trained = []
     for (name, _), end in zip(phases, ends, strict=False):
         rows = [row for row in history if row["phase"] == name]
@@ -240,39 +242,62 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
     Raises:
         UserError: the loss was not finite before the first epoch ended, or the export cannot be written.
     """
-    plan, best, history = trainer.plan, trainer.best, trainer.progress.history
+    plan, best, progress = trainer.plan, trainer.best, trainer.progress
     if trainer.error and best.row is None:
         raise UserError(
             f"{trainer.error}; no epoch was completed, so nothing is exported; try a lower lr= than {plan.config.lr:g}"
         )
-    calibration, worst, called = Calibration(threshold=None if _positive(plan.data) is None else 0.5), None, None
+    judgement = Judgement(Calibration(threshold=None if _positive(plan.data) is None else 0.5))
     if best.row is not None:
-        images = _validated(trainer)
-        config = plan.config
-        calibration = calibrate(images, config.calibration, _positive(plan.data), config.target_sensitivity)
-        probabilities = calibration.probabilities(images.logits)
-        worst = _worst_group(plan.data, probabilities)
-        called = _called(plan.data, probabilities, calibration.threshold)
-    set_scaling(trainer.learn, calibration.scaling.temperature, calibration.scaling.intercepts)
+        judgement = judge(plan, best.logits.float().cpu().numpy(), best.targets.cpu().numpy())
     received = trainer.stop.received
-    status = "diverged" if trainer.error else "interrupted" if received is not None else "complete"
-    model = model_record(trainer, status, calibration, worst) | {"called": called}
-    path = write_export(run, trainer.learn, model, history)
-    conclude(path, model, run)
-    return Result(path, status, history, plan.config, received, trainer.error, best.row)
+    outcome = Outcome(
+        status="diverged" if trainer.error else "interrupted" if received is not None else "complete",
+        history=progress.history,
+        best=best.row,
+        phases=phase_records(progress.history, plan.phases, progress.ends),
+        seconds=progress.elapsed,
+        parameters=trainer.parameters,
+    )
+    path = export(trainer.learn, plan, outcome, judgement, run)
+    return Result(path, outcome.status, outcome.history, plan.config, received, trainer.error, best.row)
 
 
-def _validated(trainer: Trainer) -> Validated:
-    """Return what the best epoch's calibration is chosen from."""
-    plan, best = trainer.plan, trainer.best
-    data, classes = plan.data, plan.data.classes
-    return Validated(
-        logits=best.logits.float().cpu().numpy(),
-        targets=best.targets.cpu().numpy(),
+def judge(plan: Plan, logits: np.ndarray, targets: np.ndarray) -> Judgement:
+    """Choose calibration and threshold on the validation images, and find what they say of the model.
+
+    Args:
+        plan: the fit.
+        logits: (N, classes), the network's outputs on `plan.data.valid`.
+        targets: (N,), indices of classes.
+    """
+    config, data, classes = plan.config, plan.data, plan.data.classes
+    images = Validated(
+        logits=logits,
+        targets=targets,
         patients=pd.factorize(data.valid.patient)[0],
         weights=np.array(plan.class_weights or [1.0] * len(classes)),
         trained=data.train.label.value_counts().loc[classes].to_numpy(),
     )
+    calibration = calibrate(images, config.calibration, _positive(data), config.target_sensitivity)
+    probabilities = calibration.probabilities(logits)
+    return Judgement(
+        calibration, _worst_group(data, probabilities), _called(data, probabilities, calibration.threshold)
+    )
+
+
+def export(learn: Learner, plan: Plan, outcome: Outcome, judgement: Judgement, run: Reservation) -> Path:
+    """Write an export, print how the fit ended, and return the export's folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    scaling = judgement.calibration.scaling
+    set_scaling(learn, scaling.temperature, scaling.intercepts)
+    model = model_record(plan, outcome, judgement)
+    path = write_export(run, learn, model, outcome.history)
+    conclude(path, model, run)
+    return path
 
 
 def _positive(data: Collection) -> int | None:

@@ -1,0 +1,157 @@
+"""Makes fastai's `DataLoaders` and `Learner` as a fit has them, for those who train by fastai's own methods.
+
+The public functions `dataloaders` and `learner`. `fit` makes its own by the same methods of `training.plan.Plan`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastai.vision.all import DataLoaders, Learner
+
+from xray_fastai.config import FitConfig
+from xray_fastai.data.audit.check import fit_notes
+from xray_fastai.data.dataset import read_collection, with_data_defaults
+from xray_fastai.model.loaders import XrayDataLoaders
+from xray_fastai.model.xray_learner import About, XrayLearner
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.options import takes_options
+from xray_fastai.training.origin import Origin, with_parents_choices
+from xray_fastai.training.plan import make_plan
+
+OF_LOADERS = (
+    "valid", "batch_size", "positive", "size", "recipe", "contrast", "augment", "class_weights", "patient_pattern",
+    "patients", "skip_bad", "exclude", "seed", "device", "workers", "cache",
+)  # fmt: skip
+"""The options of `fit` that loaders need."""
+OF_THE_LEARNER = ("size", "contrast")
+"""Those of them that a learner has settled."""
+OF_NETWORKS = ("weights", "dropout", "class_weights", "lr", "calibration", "target_sensitivity")
+"""The options of `fit` that a learner needs, besides those of its loaders; the last two are for `save_export`."""
+LOADERS_NAMES = {
+    "bs": "it is batch_size=",
+    "valid_pct": "it is valid=, a fraction of train/",
+    "item_tfms": "size= resizes images",
+    "batch_tfms": "augment= and contrast= choose the transforms",
+    "arch": "give it to xray_fastai.learner",
+    "weights": "give it to xray_fastai.learner",
+}
+LEARNER_NAMES = {
+    "pretrained": "it is weights=",
+    "ps": "it is dropout=",
+    "cbs": "add callbacks by learn.add_cbs, or give them to its fit methods",
+    "metrics": "add them by learn.metrics += [...]",
+    "loss_func": "set learn.loss_func; class_weights= weighs the cross-entropy",
+}
+
+
+@takes_options(FitConfig, LOADERS_NAMES, OF_LOADERS)
+def dataloaders(data: str | Path | None = None, learn: Learner | None = None, **settings: Any) -> XrayDataLoaders:
+    """Make fastai `DataLoaders` of a folder of images, as `fit` does: no patient is in both parts.
+
+    With a learner, the images get its preprocessing and augmentation, so that all of fastai works on an export:
+
+        learn = xray_fastai.open_learner("exports/rehearsal")
+        learn.dls = xray_fastai.dataloaders("second_hospital", learn)
+        learn.fine_tune(3)
+
+    Without one, `xray_fastai.learner(dls)` makes the learner that `fit` trains. `dls.class_weights` are the weights of
+    the classes in its loss. The images' table, with patients, is `dls.train.items` and `dls.valid.items`. The seeds of
+    Python, NumPy and torch are set, as in a fit.
+
+    Args:
+        data: the folder with train/CLASS/* and val/CLASS/*; None takes ./chest_xray if it exists, else X-rays that the
+            package draws.
+        learn: a learner of `open_learner` or `learner`. Its classes must be those of the folder; `size` and `contrast`
+            are its own. Where they are not given, so are `augment`, `positive`, `class_weights` and `patient_pattern`.
+        **settings: see `OF_LOADERS`.
+
+    Raises:
+        UserError: the folder is no such collection, or an image cannot be read; or the learner has other classes, or
+            was not made by this package.
+    """
+    config = FitConfig(data=data, **settings)
+    if learn is not None:
+        config = _as_learner(config, learn)
+    config, images = read_collection(config.with_recipe())
+    if learn is not None and list(learn.dls.vocab) != images.classes:
+        ours, theirs = ", ".join(learn.dls.vocab), ", ".join(images.classes)
+        raise UserError(
+            f"its classes are {theirs}, those of the learner are {ours}; rename the folders, or start a new learner "
+            "by xray_fastai.learner(dls, weights=EXPORT)",
+            option="data",
+            value=images.name,
+        )
+    images.notes.extend(fit_notes(images))
+    return make_plan(config, images, Origin("none: loaders alone", pretrained=False)).dataloaders()
+
+
+def _as_learner(config: FitConfig, learn: Learner) -> FitConfig:
+    """Return the settings, completed by those of a learner.
+
+    Raises:
+        UserError: the learner has none, or other ones were given.
+    """
+    about = about_of(learn)
+    model, settings, preprocessing = about.settings, about.settings["settings"], about.settings["preprocessing"]
+    own = {"size": preprocessing["size"], "contrast": preprocessing.get("contrast", "none")}
+    for name, value in own.items():
+        if getattr(config, name) not in (None, value):
+            raise UserError(f"the learner's is {value}; leave it out", option=name, value=getattr(config, name))
+    config = config.with_choices(**own, arch=model["architecture"], positive=model["positive"])
+    if config.recipe != FitConfig.recipe:  # given
+        config = config.with_recipe()
+    kept = {name: settings.get(name) for name in ("augment", "class_weights", "patient_pattern", "target_sensitivity")}
+    config = config.with_choices(**kept, weights=about.path or settings["weights"])
+    return replace(config, dropout=model["dropout"], calibration=settings.get("calibration") or FitConfig.calibration)
+
+
+def about_of(learn: Learner) -> About:
+    """Return what a learner is.
+
+    Raises:
+        UserError: it does not know it.
+    """
+    about: About | None = getattr(learn, "xray", None)
+    if about is None:
+        raise UserError(
+            "this learner has no settings of this package; open the export's folder by xray_fastai.open_learner, or "
+            "make one by xray_fastai.learner(dls)",
+            option="learn",
+        )
+    return about
+
+
+@takes_options(FitConfig, LEARNER_NAMES, OF_NETWORKS)
+def learner(dls: DataLoaders, arch: str | None = None, **settings: Any) -> XrayLearner:
+    """Make the learner that `fit` trains, for a training of one's own.
+
+        dls = xray_fastai.dataloaders("chest_xray")
+        learn = xray_fastai.learner(dls, "resnet18")
+        learn.fine_tune(3)
+        xray_fastai.save_export(learn, "exports/mine")
+
+    Its backbone is frozen, which `fine_tune` and `unfreeze` change.
+
+    Args:
+        dls: loaders that `dataloaders` made.
+        arch: a backbone of `fit`; None takes that of an export in `weights`, else ResNet50.
+        **settings: see `OF_NETWORKS`.
+
+    Raises:
+        UserError: the loaders are others, or the weights are not available or not those of `arch`.
+    """
+    plan = getattr(dls, "plan", None)
+    if plan is None:
+        raise UserError(
+            "the images of these loaders are not prepared as the network needs them; make loaders by "
+            "xray_fastai.dataloaders(folder)",
+            option="dls",
+        )
+    config = with_parents_choices(replace(plan.config, arch=arch, **settings))
+    config = with_data_defaults(config).with_weights_of(plan.data.classes, plan.data.positive)
+    plan = make_plan(config, plan.data)
+    learn = plan.learner(dls)
+    learn.lr = config.lr
+    learn.xray = About(plan.record() | {"training": {"weights": plan.origin.name}})
+    return learn
