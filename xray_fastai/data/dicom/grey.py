@@ -10,27 +10,58 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xray_fastai.data.dicom.luts import read_descriptor, read_lut
 from xray_fastai.system.errors import ImageError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 
+COLOURS = ("Red", "Green", "Blue")
+
+
 def as_colour(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
     """Return an 8-bit colour image (rows, columns, 3).
 
     Raises:
-        ImageError: the stored values are signed.
+        ImageError: the stored values are signed, or the palette cannot be applied to them.
     """
     full = 2 ** int(header.BitsStored) - 1
     if pixels.ndim == 2:
-        from pydicom.pixels.processing import apply_color_lut
-
-        pixels = apply_color_lut(pixels, header)[..., :3]
-        full = np.iinfo(pixels.dtype).max
+        pixels, full = _coloured(pixels, header)
     if pixels.dtype.kind != "u":
         raise ImageError("its colours have signed values")
-    return pixels if full == 255 else np.rint(pixels.clip(0, full) * (255 / full)).astype(np.uint8)
+    return (
+        pixels
+        if pixels.dtype == np.uint8 and full == 255
+        else np.rint(pixels.clip(0, full) * (255 / full)).astype(np.uint8)
+    )
+
+
+def _coloured(pixels: np.ndarray, header: "Dataset") -> tuple[np.ndarray, int]:
+    """Apply the palette to an image (rows, columns).
+
+    Returns:
+        An image (rows, columns, 3), and the value of its full colours.
+    """
+    keywords = [f"{colour}PaletteColorLookupTable" for colour in COLOURS]
+    if f"Segmented{keywords[0]}Data" in header and f"{keywords[0]}Data" not in header:
+        from pydicom.pixels.processing import apply_color_lut
+
+        for keyword in keywords:
+            if f"{keyword}Descriptor" not in header:
+                raise ImageError(f"its palette cannot be applied: {keyword}Descriptor is missing or empty")
+            descriptor = [*read_descriptor(header, keyword, "palette", _stored_range(header))]
+            header[f"{keyword}Descriptor"].value = descriptor
+        try:
+            coloured = apply_color_lut(pixels, header)[..., :3]
+        except Exception:  # whatever the data lead to
+            raise ImageError(
+                f"its palette cannot be applied: Segmented{keywords[0]}Data or another is broken"
+            ) from None
+        return coloured, int(np.iinfo(coloured.dtype).max)
+    luts = [read_lut(header, keyword, "palette", _stored_range(header), _order(header)) for keyword in keywords]
+    return np.stack([lut(pixels) for lut in luts], axis=-1), 2 ** max(lut.bits for lut in luts) - 1
 
 
 def as_grey(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
@@ -61,21 +92,22 @@ def as_grey(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
 
 def _shades(values: np.ndarray, present: np.ndarray, header: "Dataset") -> np.ndarray:
     """Map stored values (N,) to shades from black, 0, to white, 1. The mask `present` marks those in the image."""
-    from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
+    from pydicom.pixels.processing import apply_modality_lut, apply_windowing
 
-    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
-        for item in header.get(keyword, [])[:1]:
-            _widen(item)
-    x = apply_modality_lut(values, header)
+    inputs = _stored_range(header)
+    if header.get("ModalityLUTSequence"):
+        lut = read_lut(header.ModalityLUTSequence[0], "LUT", "modality LUT", inputs, _order(header))
+        x, inputs = lut(values), (0, 2**lut.bits - 1)
+    else:
+        x = apply_modality_lut(values, header)
+        first, last = apply_modality_lut(np.array(inputs), header)
+        inputs = min(first, last), max(first, last)
     if not np.isfinite(x).all() or (len(x) > 1 and x.min() == x.max()):
         raise ImageError("its slope and intercept, or its modality LUT, cannot be applied to its values")
     with np.errstate(all="ignore"):
         if header.get("VOILUTSequence"):
-            entries, first, _ = header.VOILUTSequence[0].LUTDescriptor
-            inputs = np.arange(first, first + (entries or 2**16))
-            x = apply_voi(np.rint(x).clip(inputs[0], inputs[-1]).astype(int), header)
-            table = apply_voi(inputs, header)
-            black, white = int(table.min()), int(table.max())
+            lut = read_lut(header.VOILUTSequence[0], "LUT", "VOI LUT", inputs, _order(header))
+            x, black, white = lut(x), 0, 2**lut.bits - 1
         elif _has_window(header):
             *x, black, white = apply_windowing(np.append(x, [-np.inf, np.inf]), header)
         elif present.any():
@@ -90,17 +122,15 @@ def _shades(values: np.ndarray, present: np.ndarray, header: "Dataset") -> np.nd
     return shades
 
 
-def _widen(item: "Dataset") -> None:
-    """Change the LUT of an item to 16 bits, in place.
+def _stored_range(header: "Dataset") -> tuple[int, int]:
+    """Return the least and the largest value that a pixel may have."""
+    bits, signed = int(header.BitsStored), int(header.PixelRepresentation)
+    least = -signed << (bits - 1)
+    return least, least + 2**bits - 1
 
-    pydicom's functions support at most 255 inputs for 8 bits, and neither 9 bits nor, in a modality LUT, 12 bits.
-    """
-    entries, first, _ = item.LUTDescriptor
-    item.LUTDescriptor = [entries, first, 16]
-    data = item["LUTData"].value
-    if isinstance(data, bytes) and len(data) < 2 * (entries or 2**16):  # two 8-bit entries in a word
-        item["LUTData"].VR = "US"
-        item["LUTData"].value = [*data[: entries or 2**16]]
+
+def _order(header: "Dataset") -> str:
+    return "<" if header.file_meta.TransferSyntaxUID.is_little_endian else ">"
 
 
 def _has_window(header: "Dataset") -> bool:

@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
-from xray_fastai.data.dicom.codestreams import TRUNCATED, check_jpeg, check_jpeg2000, check_rle
+from xray_fastai.data.dicom.decoding import INSTALL, decode
 from xray_fastai.data.dicom.grey import as_colour, as_grey
+from xray_fastai.data.dicom.header import GREYS, NEEDED, OPTIONAL, check
 from xray_fastai.system.errors import ImageError
 
 if TYPE_CHECKING:
@@ -35,28 +35,12 @@ if TYPE_CHECKING:
 EXTENSIONS = (".dcm", ".dicom")
 FORMAT = "DICOM"
 """Pillow's `format` of the images from this module. `info["photometric"]` is the PhotometricInterpretation."""
-INSTALL = 'pip install "xray-fastai[dicom]"'
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax's UID
 MAX_BYTES, MAX_ITEMS = 500_000_000, 10_000
 """Limits on the size of an inflated file, and on the items of all sequences (pydicom takes 3 s and 60 MB for
 100,000)."""
 HEAD = 2**20
 """Bytes at the start of a file that hold the PatientID, and in most files everything but the pixels."""
-
-NEEDED = (
-    "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
-    "PixelRepresentation",
-)  # fmt: skip
-OPTIONAL = (
-    "NumberOfFrames", "HighBit", "PlanarConfiguration", "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelData",
-    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept",
-    "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
-    *(f"{kind}PaletteColorLookupTableDescriptor" for kind in ("Red", "Green", "Blue")),
-    *(f"{kind}PaletteColorLookupTableData" for kind in ("Red", "Green", "Blue")),
-    *(f"Segmented{kind}PaletteColorLookupTableData" for kind in ("Red", "Green", "Blue")),
-)  # fmt: skip
-COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-GREYS = ("MONOCHROME1", "MONOCHROME2")
 
 _SALT = secrets.token_bytes(32)
 _thread = threading.local()  # `.reading`: this thread runs pydicom
@@ -97,8 +81,8 @@ def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
     """
     with _reading():
         header = _read(content, [*NEEDED, *OPTIONAL])
-        _check(header, max_pixels)
-        pixels, photometric = _decode(header)
+        check(header, max_pixels)
+        pixels, photometric = decode(header)
         image = Image.fromarray(as_grey(pixels, header) if photometric in GREYS else as_colour(pixels, header))
         image.format = FORMAT
         image.info = {"photometric": photometric}
@@ -223,71 +207,3 @@ def _inflated(content: bytes) -> bytes:
     if inflate.unconsumed_tail or DEFLATED in rest:
         raise ImageError(f"deflated twice, or from more than {MAX_BYTES:,} bytes; no X-ray is like that")
     return meta.replace(DEFLATED, b"1.2.840.10008.1.2.1\0\0\0") + rest
-
-
-def _check(header: "Dataset", max_pixels: int) -> None:
-    """Check that the header describes one X-ray, before memory is allocated.
-
-    Raises:
-        ImageError: it does not.
-    """
-    if "PixelData" not in header:
-        raise ImageError("a DICOM file without an image, or truncated: it has no PixelData")
-    if missing := [keyword for keyword in NEEDED if keyword not in header]:
-        raise ImageError(f"its header lacks {', '.join(missing)}")
-    rows, columns, samples = int(header.Rows), int(header.Columns), int(header.SamplesPerPixel)
-    if rows < 1 or columns < 1 or rows * columns > max_pixels:
-        raise ImageError(f"{columns} x {rows} pixels; no X-ray is like that")
-    if (frames := int(header.get("NumberOfFrames", 1))) > 1:
-        raise ImageError(f"{frames} frames; split it into one image a file")
-    allocated, stored = int(header.BitsAllocated), int(header.BitsStored)
-    if allocated not in (8, 16) or not 1 <= stored <= allocated:
-        raise ImageError(f"{stored} bits of {allocated} a pixel; an X-ray has 8 or 16")
-    if int(header.get("HighBit", stored - 1)) != stored - 1:
-        raise ImageError(f"HighBit {int(header.HighBit)} for {stored} bits a pixel; it must be {stored - 1}")
-    palette = header.PhotometricInterpretation == "PALETTE COLOR"
-    allowed = GREYS if samples == 1 and not palette else COLOURS
-    if header.PhotometricInterpretation not in allowed or samples not in (1, 3):
-        raise ImageError(f"{samples} samples a pixel, neither grey nor colours (PhotometricInterpretation)")
-
-
-def _decode(header: "Dataset") -> tuple[np.ndarray, str]:
-    """Decode the stored values.
-
-    Returns:
-        An array (rows, columns) or (rows, columns, 3), and its photometric interpretation, one of `GREYS` or `COLOURS`.
-    """
-    from pydicom import uid
-    from pydicom.encaps import get_frame
-    from pydicom.pixels import get_decoder
-
-    syntax = header.file_meta.get("TransferSyntaxUID")
-    if syntax not in uid.UID_dictionary:
-        raise ImageError("its file meta information names no known transfer syntax")
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise ImageError(f"its transfer syntax is {syntax.name}, which is not supported") from None
-    if not decoder.is_available:
-        raise ImageError(f"its transfer syntax is {syntax.name}; to read it, {INSTALL}")
-    shape = int(header.Rows), int(header.Columns), int(header.SamplesPerPixel)
-    if decoder.is_native:
-        halves = 2 if header.PhotometricInterpretation == "YBR_FULL_422" else 3
-        expected = shape[0] * shape[1] * shape[2] * int(header.BitsAllocated) // 8 * halves // 3
-        if len(header.PixelData) < expected:
-            raise ImageError(f"{TRUNCATED} ({len(header.PixelData):,} bytes of {expected:,})")
-    else:
-        stream = get_frame(header.PixelData, 0, number_of_frames=1)
-        check = check_rle if syntax == uid.RLELossless else check_jpeg
-        (check_jpeg2000 if syntax in uid.JPEG2000TransferSyntaxes else check)(stream, shape)
-    # Pillow reports a truncated JPEG; pylibjpeg-rle panics on some broken streams, which no `except Exception` catches
-    plugin = {uid.JPEGBaseline8Bit: "pillow", uid.RLELossless: "pydicom"}.get(syntax, "")
-    try:
-        pixels, properties = decoder.as_array(header, index=0, decoding_plugin=plugin, number_of_frames=1)
-    except Exception as error:  # decoders raise errors of any class for a broken stream
-        kind = type(error).__name__
-        raise ImageError(f"its pixel data are broken, or not {syntax.name} as its header says ({kind})") from None
-    photometric = str(properties["photometric_interpretation"])
-    if pixels.itemsize > 2 or (pixels.ndim == 3) != (photometric == "RGB"):
-        raise ImageError(f"its pixel data are {photometric} of {8 * pixels.itemsize} bits, which is not supported")
-    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False), photometric
