@@ -1,8 +1,8 @@
 """Scale pictures of more than 8 bits to 8 bits by what is in them.
 
 The type of a file says little about its range: detectors store 10, 12 or 14 bits in files of 16, and floats end at
-1.000001. A rule that chose full scale from the largest value would therefore jump: one pixel of 4096 among 12-bit values
-would leave 16 greys of the picture.
+1.000001. A rule that chose full scale by the largest value would jump: one pixel of 4096 among 12-bit values would
+leave 16 greys of the picture.
 """
 
 import numpy as np

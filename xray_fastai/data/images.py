@@ -20,6 +20,7 @@ import xray_fastai.data.dicom.reader as dicom
 from xray_fastai.data import jpeg
 from xray_fastai.data.depth import eight_bits
 from xray_fastai.data.duplicates import FLAT
+from xray_fastai.data.metadata import without_metadata
 from xray_fastai.system.errors import ImageError
 
 SUFFIXES = {
@@ -88,7 +89,15 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
         elif isinstance(source, (str, Path, bytes)):
             if not isinstance(source, bytes):
                 check_file(source)
-            image = open_file(source)
+            try:
+                return _to_grey(open_file(source), size)
+            except ImageError:
+                raise
+            except Exception:  # Pillow's, also for faults in what the picture does not need
+                content = source if isinstance(source, bytes) else Path(source).read_bytes()
+                if (bare := without_metadata(content)) is None:
+                    raise
+                image = open_file(bare)
         else:
             image = _from_array(np.asarray(source))
         return _to_grey(image, size)
