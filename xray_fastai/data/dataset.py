@@ -6,6 +6,7 @@ second `chest_xray/chest_xray`, `__MACOSX`, `.DS_Store`, extensions in capitals.
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,12 +18,13 @@ from xray_fastai.data.classes import positive_class
 from xray_fastai.data.duplicates import same_image
 from xray_fastai.data.exclusions import leave_out
 from xray_fastai.data.image_facts import Facts, examine_all
-from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file
+from xray_fastai.data.images import EXTENSIONS, check_not_blank, is_hidden, is_image_file, walk
 from xray_fastai.data.patients import ANY, PatientRule, check_listed, note_on, numbered, patient_rule, patients_in
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.splits import assign_validation
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
+from xray_fastai.system.text import count_of
 
 PHANTOM_NAME = "built-in phantom"
 """The displayed name of the X-rays that the package draws."""
@@ -110,6 +112,8 @@ def _read_collection(config: FitConfig) -> Collection:
     parts = {split: rows.reset_index(drop=True) for split, rows in table.groupby("split")}
     table, line, leaking = assign_validation(parts["train"], parts.get("val"), config.valid, config.seed)
     notes = [line, *filter(None, [note_on(table)]), *exclusions]
+    if others := count_other_files(root, sorted(parts)):
+        notes.append(f"not read, as their names are no images': {count_of(others, 'file')}; data check names them")
     if leaking:
         notes.append(f"left out of training: {leaking} images whose patient, or a copy, is in val/")
     if skipped:
@@ -159,15 +163,16 @@ def find_images(folder: Path) -> list[str]:
 
     Hidden files and folders are left out.
     """
+    return [name for name in _find_files(folder) if is_image_file(str(folder / name))]
+
+
+def _find_files(folder: Path) -> list[str]:
     names = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        names += [
-            os.path.relpath(os.path.join(parent, name), folder)
-            for name in files
-            if not is_hidden(name) and is_image_file(os.path.join(parent, name))
-        ]
-    return sorted(Path(name).as_posix() for name in names)
+    for parent, files in walk(folder):
+        inside = os.path.relpath(parent, folder)
+        if not any(is_hidden(part) for part in Path(inside).parts):
+            names += [Path(inside, name).as_posix() for name in files if not is_hidden(name)]
+    return sorted(names)
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -175,12 +180,29 @@ def class_folders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
 
 
+def class_of(name: str) -> str:
+    """Return the class of a folder by its name, in Unicode's composed form (NFC).
+
+    macOS writes names decomposed (NFD), so that equal names may differ in their characters.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
 def list_split(folder: Path) -> dict[str, list[str]]:
-    """List the images in a split's folder by class, as `find_images`; a class folder without images has an empty list.
+    """List the images in a split's folder by class, relative to that folder; a class without images has an empty list.
 
     Nothing is checked here: see `check_split`.
     """
-    return {entry.name: find_images(entry) for entry in class_folders(folder)}
+    images: dict[str, list[str]] = {}
+    for entry in class_folders(folder):
+        images.setdefault(class_of(entry.name), []).extend(f"{entry.name}/{name}" for name in find_images(entry))
+    return images
+
+
+def count_other_files(root: Path, splits: Sequence[str]) -> int:
+    """Count the files in class folders that are not taken for images by their names."""
+    folders = [folder for split in splits for folder in class_folders(root / split)]
+    return sum(not is_image_file(str(folder / name)) for folder in folders for name in _find_files(folder))
 
 
 def check_split(folder: Path, images: dict[str, list[str]], classes: Sequence[str] | None, partial: bool) -> None:
@@ -204,10 +226,10 @@ def check_split(folder: Path, images: dict[str, list[str]], classes: Sequence[st
         problem = f"one class only ({', '.join(images)})" if images else "no class folders"
         expected = "expected one folder for each of two or more classes, such as NORMAL and PNEUMONIA"
         raise UserError(f"{problem}; {expected}", value=folder)
-    if classes is not None and (surplus := sorted(images.keys() - set(classes))):
+    if classes is not None and (surplus := sorted(images.keys() - set(map(class_of, classes)))):
         known = ", ".join(classes)
         raise UserError(f"holds class {', '.join(surplus)}; the known classes are {known}", value=folder)
-    if classes is not None and not partial and (missing := sorted(set(classes) - images.keys())):
+    if classes is not None and not partial and (missing := sorted(set(map(class_of, classes)) - images.keys())):
         raise UserError(f"no folder for class {', '.join(missing)}, which train/ has", value=folder)
     if empty := [label for label, names in images.items() if not names and not partial]:
         raise UserError(no_image, value=folder / empty[0])
@@ -243,8 +265,9 @@ def read_split(
         raise UserError("no such folder", value=folder)
     images = list_split(folder)
     check_split(folder, images, classes, partial)
+    spelled = {class_of(label): label for label in classes or ()}
     rows = [
-        (str(folder / label / name), f"{split}/{label}/{name}", label, split)
+        (str(folder / name), f"{split}/{name}", spelled.get(label, label), split)
         for label, names in sorted(images.items())
         for name in names
     ]
@@ -253,7 +276,7 @@ def read_split(
 
 
 def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.DataFrame, list[str]]:
-    """Decode every file once, so that a bad file is found before the training.
+    """Decode every file once, so that a bad or blank file is found before the training.
 
     Returns:
         The table with the fields of `image_facts.Facts` and a column `image`, a number that is equal for identical and
@@ -262,7 +285,10 @@ def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.Data
     Raises:
         UserError: a file cannot be read and `skip_bad` is off, or a class has no readable file left.
     """
-    facts = list(track(examine_all(table.path), "reading", len(table)))
+    facts = [
+        _unless_blank(path, item)
+        for path, item in zip(table.path, track(examine_all(table.path), "reading", len(table)), strict=True)
+    ]
     errors = [str(item) for item in facts if isinstance(item, ImageError)]
     if errors and not skip_bad:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -272,6 +298,15 @@ def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.Data
         if not ((kept.split == split) & (kept.label == label)).any():
             raise UserError(f"{split}/{label}: no readable image in it; the first error: {errors[0]}")
     return kept.assign(image=same_image(kept)), errors
+
+
+def _unless_blank(path: str, facts: Facts | ImageError) -> Facts | ImageError:
+    try:
+        if isinstance(facts, Facts):
+            check_not_blank(facts.contrast)
+    except ImageError as error:
+        return ImageError(error.message, value=path)
+    return facts
 
 
 def with_facts(table: pd.DataFrame, facts: Sequence[Facts | ImageError]) -> pd.DataFrame:

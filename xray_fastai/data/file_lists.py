@@ -6,6 +6,7 @@ an editor may have changed slashes into backslashes, all spellings of a name bec
 
 import csv
 import os
+import unicodedata
 from pathlib import Path, PurePosixPath
 
 from xray_fastai.system.errors import UserError
@@ -47,5 +48,5 @@ def read_rows(path: str | Path, column: str, option: str, advice: str) -> list[t
 
 
 def named(file: str) -> str:
-    """Return the one spelling of a file's name."""
-    return os.path.normcase(PurePosixPath(file))
+    """Return the one spelling of a file's name; macOS decomposes accented letters (NFD)."""
+    return os.path.normcase(PurePosixPath(unicodedata.normalize("NFC", file)))

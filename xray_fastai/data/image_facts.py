@@ -12,7 +12,8 @@ from PIL import Image
 from xray_fastai.data import jpeg
 from xray_fastai.data.dicom.reader import FORMAT as DICOM
 from xray_fastai.data.duplicates import perceptual_hash
-from xray_fastai.data.images import MAX_PIXELS, check_file, open_file, open_image
+from xray_fastai.data.images import MAX_PIXELS, check_file, contrast_of, open_file, open_image, orientation_of
+from xray_fastai.data.metadata import without_metadata
 from xray_fastai.system.errors import ImageError
 from xray_fastai.system.parallel import map_in_threads
 
@@ -20,7 +21,6 @@ SIZE = 112
 """Side in pixels for decoding: enough for the hash, and half of 224 (libjpeg decodes at half the size directly)."""
 STANDARD_QUANTISATION = 3688
 """Sum of JPEG's luminance table (ITU-T T.81, table K.1), which is quality 50 for libjpeg."""
-TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 CHROMA, COLOURED_SHARE = 20, 0.005
 """An image is coloured if more than this share of its pixels differs from grey by more than `CHROMA` in Cb or Cr (0 to
 255). JPEG artefacts in a grey image stay below this; a coloured mark in one corner is above it."""
@@ -59,14 +59,15 @@ def examine(path: Path | str) -> Facts:
         raise ImageError("the file is empty (0 bytes)", value=path)
     try:
         try:
-            image = open_file(content)
-            header = _header(image)
-            _decode_in_colour(image)
+            image, header = _opened(content)
         except ImageError:
             raise
-        except Exception as error:
+        except Exception:
             open_image(content, SIZE)  # raises an error that says what is wrong
-            raise ImageError(f"broken header ({type(error).__name__})") from None
+            try:
+                image, header = _opened(without_metadata(content) or content)
+            except Exception as error:
+                raise ImageError(f"broken header ({type(error).__name__})") from None
         grey = open_image(image, SIZE)
     except ImageError as error:
         raise ImageError(error.message, value=path) from None
@@ -76,7 +77,7 @@ def examine(path: Path | str) -> Facts:
         bytes=len(content),
         **header,
         coloured=_is_coloured(image),
-        contrast=round(float(np.asarray(small).std()), 2),
+        contrast=contrast_of(small),
         hash=perceptual_hash(small),
     )
 
@@ -96,9 +97,16 @@ def examine_all(paths: Iterable[str]) -> Iterator[Facts | ImageError]:
     yield from map_in_threads(examined, paths)
 
 
+def _opened(content: bytes) -> tuple[Image.Image, dict[str, Any]]:
+    image = open_file(content)
+    header = _header(image)
+    _decode_in_colour(image)
+    return image, header
+
+
 def _header(image: Image.Image) -> dict[str, Any]:
-    orientation = image.getexif().get(0x0112, 1)
-    width, height = image.size[::-1] if orientation in TURNED_SIDEWAYS else image.size
+    orientation = orientation_of(image)
+    width, height = image.size[::-1] if orientation >= 5 else image.size
     return {
         "format": image.format,
         "mode": image.info["photometric"] if image.format == DICOM else image.mode,

@@ -9,16 +9,31 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 import xray_fastai.data.dicom.reader as dicom
 from xray_fastai.data import jpeg
+from xray_fastai.data.depth import eight_bits
+from xray_fastai.data.duplicates import FLAT
+from xray_fastai.data.metadata import without_metadata
 from xray_fastai.system.errors import ImageError
 
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp", *dicom.EXTENSIONS)
+SUFFIXES = {
+    "JPEG": (".jpeg", ".jpg", ".jfif", ".jpe"),
+    "PNG": (".png", ".apng"),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    dicom.FORMAT: dicom.EXTENSIONS,
+}
+"""The extensions of each format: those that Pillow registers, and DICOM's."""
+EXTENSIONS = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 GAP = 2
 """JPEGs are decoded at this many times the wanted size or more, then resized (Pillow's `reducing_gap`).
 
@@ -27,6 +42,20 @@ largest difference is 29. With a gap of 1: 96 images/s, 99 % differ by at most 5
 """
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that Pillow may open, whatever the file's name; not PostScript, for which Pillow runs Ghostscript."""
+ORIENTATION, PHOTOMETRIC, NEW_SUBFILE_TYPE, SUBFILE_TYPE = 274, 262, 254, 255
+"""Tags of TIFF and EXIF."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its orientation (TIFF 6.0, p. 36; EXIF 2.3, 4.6.4 A)."""
+MAX_PAGES = 8
+"""Pages of a TIFF that are looked at for the primary picture: Pillow takes quadratic time for more."""
 MAX_PIXELS, MAX_BYTES = 40_000_000, 500_000_000
 """Larger images are refused before memory is allocated. The largest X-ray detectors have about 20 million pixels. A
 file of 5 kB can hold 40 million pixels, which take up to 0.7 GB during the conversion to grey."""
@@ -43,7 +72,7 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
 
     Args:
         source: a path, an encoded image's bytes, a PIL image, or an array (H, W), (H, W, 1|3|4) or (1|3, H, W) with
-            integers from 0 up or floats from 0 to 1.
+            values from 0 up. Those of another type than uint8 are scaled by what is in them (`depth`).
         size: resize to a square with this side in pixels. The whole image is kept, its aspect ratio is not. None keeps
             the size.
 
@@ -60,7 +89,15 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
         elif isinstance(source, (str, Path, bytes)):
             if not isinstance(source, bytes):
                 check_file(source)
-            image = open_file(source)
+            try:
+                return _to_grey(open_file(source), size)
+            except ImageError:
+                raise
+            except Exception:  # Pillow's, also for faults in what the picture does not need
+                content = source if isinstance(source, bytes) else Path(source).read_bytes()
+                if (bare := without_metadata(content)) is None:
+                    raise
+                image = open_file(bare)
         else:
             image = _from_array(np.asarray(source))
         return _to_grey(image, size)
@@ -90,6 +127,8 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
 def open_file(source: Path | str | bytes) -> Image.Image:
     """Open a file or its bytes by the content, not by the name: DICOM, or one of Pillow's `FORMATS`.
 
+    Of a camera's JPEG with a preview (MPO) it is the first picture.
+
     Raises:
         ImageError: see `dicom.open_dicom`.
         Exception: see `Image.open`.
@@ -97,21 +136,72 @@ def open_file(source: Path | str | bytes) -> Image.Image:
     if dicom.has_mark(source):
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         return dicom.open_dicom(content, MAX_PIXELS)
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    if image.format == "MPO":
+        image.close()
+        return JpegImageFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+    if image.format == "TIFF":
+        _seek_primary(image)
+    return image
 
 
 def size_of(path: Path | str) -> tuple[int, int]:
     """Return the width and height in pixels of a readable file, upright."""
     if dicom.has_mark(path):
         return dicom.size_of(path)
-    with Image.open(path, formats=FORMATS) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # orientations that swap width and height
-        return image.size[::-1] if turned else image.size
+    with open_file(path) as image:
+        return image.size[::-1] if orientation_of(image) >= 5 else image.size
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the orientation by EXIF, or TIFF's tag: 1 is upright; 5 and more swap width and height.
+
+    An EXIF header that Pillow cannot read says nothing about the picture, so it does not count.
+    """
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow's readers of metadata raise errors of any class
+        return 1
+    return orientation if orientation in TURNS else 1
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden, or the resource folder of a macOS archive."""
-    return name.startswith(".") or name == "__MACOSX"
+    """Return whether a file or folder of this name is hidden, or of the operating system."""
+    return name.startswith(".") or name == "__MACOSX" or name.lower() in SYSTEM_FILES
+
+
+def contrast_of(image: Image.Image) -> float:
+    """Return the standard deviation of an 8-bit grey image, 0 to 255, at 64 x 64 pixels."""
+    small = image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return round(float(np.asarray(small).std()), 2)
+
+
+def check_not_blank(contrast: float) -> None:
+    """Check that an image shows something, by its contrast.
+
+    Raises:
+        ImageError: it has one tone. The message names no file.
+    """
+    if contrast < FLAT:
+        raise ImageError("blank: of one tone, which shows nothing")
+
+
+def walk(folder: Path | str, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder in a folder, itself first, with its files' names; links to folders are followed.
+
+    A folder is entered once, whatever links lead to it: a link to a parent would never end.
+
+    Args:
+        folder: where to begin.
+        onerror: takes the error of a folder that cannot be read; None passes over such a folder.
+    """
+    entered = set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=onerror):
+        entered.add(os.path.realpath(parent))
+        # a folder comes before the links to it, so that its files keep their own names
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in entered]
+        yield parent, files
 
 
 def may_be_image(name: str) -> bool:
@@ -155,12 +245,17 @@ def _to_grey(image: Image.Image, size: int | None) -> Image.Image:
         raise ImageError(f"{image.width} x {image.height} pixels; no X-ray is that large")
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ImageError(f"{image.width} x {image.height} pixels; no X-ray is that long and narrow")
-    if frames := _frames(image):
+    if getattr(image, "format", None) == "TIFF":
+        _seek_primary(image)
+    elif (frames := getattr(image, "n_frames", 1)) > 1:
         raise ImageError(f"{frames} frames; split it into one image a file")
     jpeg.load(image, draft=None if size is None else ("L", GAP * size))
-    image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(orientation_of(image))
+    inverted = getattr(image, "format", None) == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _from_array(np.asarray(image))
+        array = np.asarray(image)
+        # WhiteIsZero (TIFF 6.0, p. 37): Pillow inverts pictures of at most 8 bits only
+        image = _from_array(array.max() - array if inverted else array)
     elif image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         grey, alpha = image.convert("RGBA").convert("LA").split()
         image = ImageChops.multiply(grey, alpha)  # on a black background
@@ -168,24 +263,31 @@ def _to_grey(image: Image.Image, size: int | None) -> Image.Image:
         image = image.convert("RGB").convert("L")
     elif image.mode != "L":
         image = image.convert("L")
+    if turn is not None:
+        image = image.transpose(turn)
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return image
 
 
-def _frames(image: Image.Image) -> str | None:
-    """Return the number of frames for a message, or None if there is one frame."""
-    if getattr(image, "format", None) != "TIFF":
-        frames = getattr(image, "n_frames", 1)
-        return str(frames) if frames > 1 else None
-    position = image.tell()
+def _seek_primary(image: Image.Image) -> None:
+    """Seek the one page of a TIFF that is no reduced picture and no mask of another (TIFF 6.0, p. 36 and 40).
+
+    Raises:
+        ImageError: there are several such pages, or more than `MAX_PAGES` pages.
+    """
+    start, primary = image.tell(), []
     try:
-        # counting all frames takes quadratic time in Pillow: 81 s for a TIFF of 11 MB
-        image.seek(position + 1)
+        for page in range(MAX_PAGES + 1):
+            image.seek(page)
+            if not image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 0b101 and image.tag_v2.get(SUBFILE_TYPE) != 2:
+                primary.append(page)
+        primary = list(range(MAX_PAGES + 1))
     except EOFError:
-        return None
-    image.seek(position)
-    return "several"
+        pass
+    if len(primary) > 1:
+        raise ImageError("several frames; split it into one image a file")
+    image.seek(primary[0] if primary else start)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -197,14 +299,4 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise ImageError(f"an array of shape {array.shape}; give (height, width) or (height, width, 3)")
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
-    if array.dtype != np.uint8:
-        low, high = float(array.min()), float(array.max())
-        if not np.isfinite([low, high]).all() or low < 0:
-            raise ImageError(f"values from {low:g} to {high:g}; give integers from 0, or floats from 0 to 1")
-        if np.issubdtype(array.dtype, np.floating) and high <= 1:
-            full = 1.0
-        else:  # detectors store 12 bits in 16-bit files
-            full = next((full for full in (255, 4095, 65535) if high <= full), high)
-        scaled = np.multiply(array, 255.0 / full, dtype=np.float32)
-        array = np.rint(scaled, out=scaled).astype(np.uint8)
-    return Image.fromarray(array)
+    return Image.fromarray(eight_bits(array))

@@ -23,7 +23,7 @@ from rich.filesize import decimal
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import cache_dir
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the file's layout and of the decoding in `images.open_image`."""
 ENDING = ".pixels"
 UNUSED_DAYS = 30

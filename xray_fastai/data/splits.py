@@ -3,6 +3,7 @@
 Copies of one image are never on both sides.
 """
 
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -63,16 +64,21 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
             'add patients, or give a validation split in val/ and valid="folder"',
             value=f"train/{rarest}",
         )
-    share = Fraction(fraction).limit_denominator(20)
-    folds = min(share.denominator, int(patients.min()))
-    wanted = max(1, min(folds - 1, round(fraction * folds)))
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    chosen = [fold for _, fold in splitter.split(table.path, table.label, groups)]
-    for start in range(folds):  # with few patients, a fold may lack a class
-        held_out = np.zeros(len(table), bool)
-        held_out[np.concatenate((chosen[start:] + chosen[:start])[:wanted])] = True
-        if table.label[held_out].nunique() == table.label[~held_out].nunique() == table.label.nunique():
-            return held_out
+    most = min(Fraction(fraction).limit_denominator(20).denominator, groups.max() + 1)
+    for folds in range(most, 1, -1):  # with few patients, folds lack a class; fewer and larger folds may not
+        wanted = max(1, min(folds - 1, round(fraction * folds)))
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+                chosen = [fold for _, fold in splitter.split(table.path, table.label, groups)]
+        except ValueError:  # more folds than images of every class
+            continue
+        for start in range(folds):
+            held_out = np.zeros(len(table), bool)
+            held_out[np.concatenate((chosen[start:] + chosen[:start])[:wanted])] = True
+            if table.label[held_out].nunique() == table.label[~held_out].nunique() == table.label.nunique():
+                return held_out
     raise UserError(
         f"{patients.min()} patients are too few for training and validation; "
         'add patients, or give a validation split in val/ and valid="folder"',
@@ -114,6 +120,8 @@ def assign_validation(
         fraction = 0.1 if valid == "auto" else float(valid)
         held_out = hold_out(train, fraction, seed)
         line = f"{held_out.sum():,} images held out of train/, by {'image' if unknown(train).all() else 'patient'}"
+        if not 0.5 <= held_out.mean() / fraction <= 2:
+            line += f", {held_out.mean():.0%} instead of {fraction:.0%}: a class has too few patients for less"
         if val is not None:
             line += f", and val/, which is too small alone ({len(val)} images)"
     frames = [train.assign(is_valid=held_out)]

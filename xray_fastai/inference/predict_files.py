@@ -117,7 +117,8 @@ def _predict(paths: list[str], model: Path | None, config: PredictConfig) -> int
     builder = RowBuilder(opened, config)
     maps = None if config.heatmaps is None else _HeatMaps(Path(config.heatmaps), opened)
     listed = chain.from_iterable(_standard_input() if path == "-" else [path] for path in paths)
-    sources = image_sources(listed, config.recursive)
+    passed_over: Counter[str] = Counter()
+    sources = image_sources(listed, config.recursive, passed_over)
     bar = progress_bar(None if "-" in paths else lambda: sum(1 for _ in image_sources(paths, config.recursive)))
     try:
         print(DISCLAIMER)
@@ -133,6 +134,8 @@ def _predict(paths: list[str], model: Path | None, config: PredictConfig) -> int
                 kept = "" if file is None else f"; {output} has {count_of(file.rows, 'row')}, continue it by --resume"
                 print(f"\nStopped{kept}.", file=sys.stderr)
                 raise SystemExit(130) from None
+        if passed_over:
+            print(f"{'passed over':<14}{count_of(passed_over.total(), 'file')} whose name is no image's")
         if counts[None]:
             where = "their rows say why" if output is None else f"the column error of {output} says why"
             print(f"Error: {counts[None]:,} of {counts.total():,} files could not be read; {where}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Turns a stream of files into a stream of logits, and lists the images of folders."""
 
 import os
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from xray_fastai.data.images import EXTENSIONS, is_hidden, is_image_file, may_be_image, open_image
+from xray_fastai.data.images import (
+    EXTENSIONS,
+    check_not_blank,
+    contrast_of,
+    is_hidden,
+    is_image_file,
+    may_be_image,
+    open_image,
+)
 from xray_fastai.inference.model import NO_NUMBER, Model
 from xray_fastai.inference.tta import mean_over_views
 from xray_fastai.system.errors import ImageError, UserError
@@ -62,7 +71,13 @@ def predict_batches(
 
     def decode(source: Source) -> tuple[Source, np.ndarray | ImageError]:
         try:
-            return source, np.array(open_image(source, model.size))  # (size, size)
+            image = open_image(source, model.size)
+            try:
+                check_not_blank(contrast_of(image))
+            except ImageError as error:
+                named = str(source) if isinstance(source, (str, os.PathLike)) else "image"
+                raise ImageError(error.message, value=named) from None
+            return source, np.array(image)  # (size, size)
         except ImageError as error:
             error.__context__ = error.__cause__ = None  # its traceback, as the error's own, keeps the image in memory
             return source, error.with_traceback(None)
@@ -117,16 +132,20 @@ def predict_all(model: Model, paths: Sequence[str], tta: bool = False) -> np.nda
     return np.stack(logits)
 
 
-def image_sources(paths: Iterable[Source], recursive: bool = False) -> Iterator[Source]:
+def image_sources(
+    paths: Iterable[Source], recursive: bool = False, passed_over: Counter[str] | None = None
+) -> Iterator[Source]:
     """Replace each folder by its images in the order of their names; other sources stay as they are.
 
     With `recursive` the images of the subfolders follow. A folder without images is yielded itself, and becomes a file
-    that cannot be read. Only one folder's names are held in memory.
+    that cannot be read. Only one folder's names are held in memory. `passed_over` counts, by folder, the files that are
+    no images by their names.
     """
+    passed_over = Counter() if passed_over is None else passed_over
     for path in paths:
         if isinstance(path, (str, os.PathLike)):
             path = os.fspath(path)
-            images = _images_in(path, recursive) if os.path.isdir(path) else iter(())
+            images = _images_in(path, recursive, passed_over) if os.path.isdir(path) else iter(())
             yield next(images, path)
             yield from images
         else:
@@ -146,22 +165,26 @@ def check_folders(paths: Iterable[Source], recursive: bool = False) -> None:
             os.scandir(path).close()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        if next(_images_in(os.fspath(path), recursive), None) is None:
+        if next(_images_in(os.fspath(path), recursive, Counter()), None) is None:
             advice = "" if recursive else "; to search its subfolders, too, give recursive=True"
             raise UserError(f"{path}: no image in this folder (looked for {' '.join(EXTENSIONS)}){advice}")
 
 
-def _images_in(folder: str, recursive: bool, parents: frozenset[str] = frozenset()) -> Iterator[str]:
+def _images_in(
+    folder: str, recursive: bool, passed_over: Counter[str], parents: frozenset[str] = frozenset()
+) -> Iterator[str]:
     images, subfolders = [], []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if is_hidden(entry.name) or not (recursive or may_be_image(entry.name)):
+                if is_hidden(entry.name):
                     continue
                 if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
                     subfolders.append(entry.name)
-                elif is_image_file(entry.path):
+                elif may_be_image(entry.name) and is_image_file(entry.path):
                     images.append(entry.name)
+                else:
+                    passed_over[folder] += 1
     except OSError:
         yield folder  # becomes a row: a file that cannot be read
         return
@@ -171,4 +194,4 @@ def _images_in(folder: str, recursive: bool, parents: frozenset[str] = frozenset
     for name in sorted(subfolders) if recursive else ():
         subfolder = os.path.join(folder, name)
         if os.path.realpath(subfolder) not in parents:  # a link to a parent folder would never end
-            yield from _images_in(subfolder, recursive, parents)
+            yield from _images_in(subfolder, recursive, passed_over, parents)

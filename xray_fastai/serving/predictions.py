@@ -136,6 +136,8 @@ def predict_file(model: Model, decoder: Decoder, name: str, content: bytes, heat
     except ImageError as error:
         return unreadable(model, name, error.message)
     (batch,) = predict_batches(model, [pixels], 1)
+    if batch.errors[0] is not None:
+        return unreadable(model, name, batch.errors[0].message)
     (logits,) = batch.logits
     if not np.isfinite(logits).all():
         return unreadable(model, name, "the network's output is not a number")

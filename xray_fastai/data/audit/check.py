@@ -17,6 +17,7 @@ from xray_fastai.data.dataset import (
     PHANTOM_NAME,
     Collection,
     class_folders,
+    class_of,
     default_data,
     find_images,
     find_root,
@@ -24,15 +25,13 @@ from xray_fastai.data.dataset import (
 )
 from xray_fastai.data.duplicates import same_image
 from xray_fastai.data.image_facts import examine_all
-from xray_fastai.data.images import is_hidden, is_image_file
+from xray_fastai.data.images import is_hidden, is_image_file, walk
 from xray_fastai.data.patients import check_listed, numbered, patient_rule, patients_in
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.splits import ENOUGH_TO_VALIDATE
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of
-
-SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 
 
 def check_data(
@@ -135,14 +134,13 @@ def _listed(root: Path, split: str) -> pd.DataFrame:
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot be read ({error.strerror})", value=error.filename) from None
 
-    for parent, folders, files in os.walk(base, followlinks=True, onerror=refuse):
-        folders.sort()
+    for parent, files in walk(base, refuse):
         inside = Path(parent).relative_to(base).parts
         if not split and not inside:  # files beside class folders are not part of the data set
             continue
         for name in sorted(files):
             file = Path(parent, name).relative_to(root).as_posix()
-            hidden = any(is_hidden(part) for part in (*inside, name)) or name.lower() in SYSTEM_FILES
-            label = inside[0] if inside else ""
+            hidden = any(map(is_hidden, (*inside, name)))
+            label = class_of(inside[0]) if inside else ""
             rows.append((os.path.join(parent, name), file, label, split, hidden))
     return pd.DataFrame(rows, columns=["path", "file", "label", "split", "hidden"])

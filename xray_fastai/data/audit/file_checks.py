@@ -10,18 +10,10 @@ import xray_fastai.data.dicom.reader as dicom
 from xray_fastai.data.audit.findings import File, Finding
 from xray_fastai.data.duplicates import FLAT
 from xray_fastai.data.image_facts import Facts
-from xray_fastai.data.images import EXTENSIONS, FORMATS, check_file, has_no_extension
+from xray_fastai.data.images import EXTENSIONS, FORMATS, SUFFIXES, check_file, has_no_extension
 from xray_fastai.system.errors import ImageError
 from xray_fastai.system.text import count_of
 
-SUFFIXES = {
-    "JPEG": (".jpeg", ".jpg"),
-    "PNG": (".png",),
-    "BMP": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-    "DICOM": dicom.EXTENSIONS,
-}
 TINY, LONG = 64, 3.0  # pixels a side; ratio of the longer side to the shorter
 
 
@@ -44,7 +36,10 @@ def odd_images(images: pd.DataFrame) -> list[Finding]:
     look = "look at them: like all images, a thumbnail is enlarged and a strip is squashed to a square"
     findings = []
     for severity, kind, which, text, advice in (
-        ("warning", "blank", images.contrast < FLAT, "of one tone, which show nothing", "--fix leaves them out"),
+        (
+            "error", "blank", images.contrast < FLAT, "of one tone, which show nothing",
+            "remove; or leave out by --fix, then fit --exclude",
+        ),
         (
             "warning", "coloured", images.coloured, "with colours",
             "look at them: photographs, screenshots or drawn marks? They are opened as grey",

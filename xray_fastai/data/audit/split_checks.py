@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from xray_fastai.data.audit.findings import File, Finding
 from xray_fastai.data.audit.shortcuts import Shortcut
-from xray_fastai.data.dataset import class_folders
+from xray_fastai.data.dataset import class_folders, class_of
 from xray_fastai.data.dicom.reader import FORMAT as DICOM
 from xray_fastai.data.images import EXTENSIONS
 from xray_fastai.data.patients import ADVICE, CAUSE, source_of, unknown
@@ -33,7 +33,7 @@ def layout(root: Path, splits: tuple[str, ...], table: pd.DataFrame, images: pd.
             advice = "move them into a folder train/, and a part of the patients into test/CLASS/*"
         findings.append(Finding("error", "no-train", text, advice))
     first = splits[0]
-    classes = [folder.name for folder in class_folders(root / first)]
+    classes = sorted({class_of(folder.name) for folder in class_folders(root / first)})
     if len(classes) < 2:
         findings.append(
             Finding(
@@ -44,7 +44,7 @@ def layout(root: Path, splits: tuple[str, ...], table: pd.DataFrame, images: pd.
             )
         )
     for split in splits:
-        labels = [folder.name for folder in class_folders(root / split)]
+        labels = sorted({class_of(folder.name) for folder in class_folders(root / split)})
         for label in labels:
             of_class = (table.split == split) & (table.label == label)
             if not of_class.any():

@@ -12,6 +12,70 @@ FRAMES = {0xF7, 0xDE, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that h
 TRUNCATED = "its pixel data are truncated"
 
 
+ITEM = b"\xfe\xff\0\xe0"
+JPEG, END, JPEG2000, JP2 = b"\xff\xd8", b"\xff\xd9", b"\xff\x4f\xff\x51", b"jP  "
+SYNTAXES = {
+    0xC0: "1.2.840.10008.1.2.4.50",  # baseline
+    0xC1: "1.2.840.10008.1.2.4.51",  # extended sequential
+    0xC3: "1.2.840.10008.1.2.4.57",  # lossless
+    0xF7: "1.2.840.10008.1.2.4.80",  # JPEG-LS
+}
+"""The transfer syntax of a JPEG by the marker of its frame (T.81, table B.1; T.87, C.1.1)."""
+SUCCESSORS = {
+    0xC0: ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"),
+    0xC1: ("1.2.840.10008.1.2.4.51",),
+    0xC3: ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"),
+    0xF7: ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"),
+}
+"""The transfer syntaxes that may be written for it."""
+FAMILY_2000 = tuple(f"1.2.840.10008.1.2.4.{number}" for number in (90, 91, 92, 93, 201, 202, 203))
+
+
+def codestream(data: bytes) -> bytes | None:
+    """Return the one frame of encapsulated pixel data (PS3.5, A.4), or None if they are not encapsulated.
+
+    All fragments make one frame, so the basic offset table, which is wrong in some files, is not needed.
+    """
+    if data[:2] == JPEG or data[:4] == JPEG2000:  # some programs leave the items out
+        return data
+    at, fragments = 0, []
+    while data[at : at + 4] == ITEM and at + 8 <= len(data):
+        start = at + 8
+        at = start + int.from_bytes(data[at + 4 : start], "little")
+        fragments.append(data[start:at])
+    return b"".join(fragments[1:]) if len(fragments) > 1 else None
+
+
+def syntax_of(stream: bytes, syntax: str) -> str:
+    """Return the transfer syntax that a codestream has: that of the header, unless the stream is of another kind."""
+    if stream[:4] == JPEG2000 or stream[4:8] == JP2:
+        return syntax if syntax in FAMILY_2000 else "1.2.840.10008.1.2.4.91"
+    if stream[:2] != JPEG:
+        return syntax
+    kind = _frame(stream)[0]
+    return syntax if kind is None or syntax in SUCCESSORS.get(kind, (syntax,)) else SYNTAXES[kind]
+
+
+def without_trailer(stream: bytes) -> bytes:
+    """Return a JPEG or JPEG-LS without the bytes after its last end marker; they mean nothing."""
+    end = stream.rfind(END)
+    return stream if end < 0 else stream[: end + 2]
+
+
+def _frame(stream: bytes) -> tuple[int | None, int]:
+    """Return the marker of a JPEG's frame, or None, and where its segment begins."""
+    at = 2  # the position of the next marker
+    while at + 10 <= len(stream) and stream[at] == 0xFF:
+        kind = stream[at + 1]
+        if kind in FRAMES:
+            return kind, at
+        if kind == 0xFF:  # fill bytes before a marker
+            at += 1
+        else:
+            at += 2 if kind in ALONE else 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    return None, at
+
+
 def check_jpeg(stream: bytes, shape: tuple[int, int, int]) -> None:
     """Check that a JPEG or JPEG-LS has the size in the header, and is complete.
 
@@ -22,20 +86,13 @@ def check_jpeg(stream: bytes, shape: tuple[int, int, int]) -> None:
     Raises:
         ImageError: the size differs, or the stream is truncated. The message names no file.
     """
-    at = 2  # the position of the next marker
-    while stream[:2] == b"\xff\xd8" and at + 10 <= len(stream) and stream[at] == 0xFF:
-        kind = stream[at + 1]
-        if kind in FRAMES:
-            height, width = (int.from_bytes(stream[i : i + 2], "big") for i in (at + 5, at + 7))
-            _check_shape((height, width, stream[at + 9]), shape)
-            if not stream.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
-                raise ImageError(TRUNCATED)
-            return
-        if kind == 0xFF:  # fill bytes before a marker
-            at += 1
-        else:
-            at += 2 if kind in ALONE else 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-    raise ImageError("its pixel data are not JPEG, although the header says so")
+    kind, at = _frame(stream) if stream[:2] == JPEG else (None, 0)
+    if kind is None:
+        raise ImageError("its pixel data are not JPEG, although the header says so")
+    height, width = (int.from_bytes(stream[i : i + 2], "big") for i in (at + 5, at + 7))
+    _check_shape((height, width, stream[at + 9]), shape)
+    if not stream.endswith(END):
+        raise ImageError(TRUNCATED)
 
 
 def check_jpeg2000(stream: bytes, shape: tuple[int, int, int]) -> None:
@@ -44,7 +101,7 @@ def check_jpeg2000(stream: bytes, shape: tuple[int, int, int]) -> None:
     Args and errors are those of `check_jpeg`.
     """
     start = 0
-    if stream[4:8] == b"jP  ":  # boxes of a JP2 file: some programs write them, although DICOM does not allow it
+    if stream[4:8] == JP2:  # boxes of a JP2 file: some programs write them, although DICOM does not allow it
         while stream[start + 4 : start + 8] not in (b"jp2c", b""):
             start += max(8, int.from_bytes(stream[start : start + 4], "big"))
         start += 8
