@@ -48,7 +48,7 @@ def path_of(model: Any) -> str | Path:
     if hasattr(model, "dls"):
         about = getattr(model, "xray", None)
         if about is None or about.path is None or about.changed:
-            fault = "was trained after it was opened" if about and about.changed else "is no export"
+            fault = "is no export" if about is None or about.path is None else "was trained after it was opened"
             advice = "save it by xray_fastai.save_export(learn, folder), and give it or the folder"
             raise UserError(f"this learner {fault}; {advice}", option="model")
         path = about.path

@@ -11,7 +11,8 @@ from fastai.vision.all import DataLoaders, Learner
 
 from xray_fastai.config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
-from xray_fastai.data.dataset import read_collection, with_data_defaults
+from xray_fastai.data.dataset import class_folders, default_data, find_root, read_collection, with_data_defaults
+from xray_fastai.data.sources.phantom import cached
 from xray_fastai.model.loaders import XrayDataLoaders
 from xray_fastai.model.xray_learner import About, XrayLearner
 from xray_fastai.system.errors import UserError
@@ -72,16 +73,8 @@ def dataloaders(data: str | Path | None = None, learn: Learner | None = None, **
     """
     config = FitConfig(data=data, **settings)
     if learn is not None:
-        config = _as_learner(config, learn)
+        config = _as_learner(config.with_choices(data=default_data()), learn)
     config, images = read_collection(config.with_recipe())
-    if learn is not None and list(learn.dls.vocab) != images.classes:
-        ours, theirs = ", ".join(learn.dls.vocab), ", ".join(images.classes)
-        raise UserError(
-            f"its classes are {theirs}, those of the learner are {ours}; rename the folders, or start a new learner "
-            "by xray_fastai.learner(dls, weights=EXPORT)",
-            option="data",
-            value=images.name,
-        )
     images.notes.extend(fit_notes(images))
     return make_plan(config, images, Origin("none: loaders alone", pretrained=False)).dataloaders()
 
@@ -90,9 +83,17 @@ def _as_learner(config: FitConfig, learn: Learner) -> FitConfig:
     """Return the settings, completed by those of a learner.
 
     Raises:
-        UserError: the learner has none, or other ones were given.
+        UserError: the learner has none, or other ones were given, or the folder has other classes.
     """
     about = about_of(learn)
+    root = cached() if config.data is None else find_root(config.data)
+    if list(learn.dls.vocab) != (classes := sorted(folder.name for folder in class_folders(root / "train"))):
+        raise UserError(
+            f"its classes are {', '.join(classes)}, those of the learner are {', '.join(learn.dls.vocab)}; rename the "
+            "folders, or start a new learner by xray_fastai.learner(dls, weights=EXPORT)",
+            option="data",
+            value=config.data,
+        )
     model, settings, preprocessing = about.settings, about.settings["settings"], about.settings["preprocessing"]
     own = {"size": preprocessing["size"], "contrast": preprocessing.get("contrast", "none")}
     for name, value in own.items():

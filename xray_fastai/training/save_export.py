@@ -45,7 +45,7 @@ def save_export(learn: XrayLearner, folder: str | Path, *, data: str | Path | No
 
     Raises:
         UserError: the folder exists or cannot be written to, the images are not known, the network was replaced, or
-            the loss on the validation images is not finite.
+            has weights that are not finite.
     """
     about, folder = about_of(learn), Path(os.path.expanduser(folder))
     FitConfig(name=folder.name)  # a wrong name is found before the images are read
@@ -99,9 +99,11 @@ def _copied(learn: XrayLearner, dls: XrayDataLoaders, plan: Plan) -> XrayLearner
     """Return a learner of the package's own parts with the weights of `learn`, whose callbacks and metrics stay out.
 
     Raises:
-        UserError: the network is another one.
+        UserError: the network is another one, or has weights that are not finite.
     """
     state = {name: tensor.detach().cpu() for name, tensor in learn.model.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError("its weights are not finite; train it with a lower rate", option="learn")
     with torch.device("meta"):  # as in `load_network`
         copied = build_learner(dls, plan.config.arch, dropout=plan.config.dropout, class_weights=plan.class_weights)
     copied.model.to_empty(device="cpu")
@@ -113,16 +115,10 @@ def _copied(learn: XrayLearner, dls: XrayDataLoaders, plan: Plan) -> XrayLearner
 
 
 def _validated(copied: XrayLearner) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Return the outputs on the validation images (N, classes), their classes (N,), and the columns of the history.
-
-    Raises:
-        UserError: the loss is not finite.
-    """
+    """Return the outputs on the validation images (N, classes), their classes (N,), and the columns of the history."""
     gathered = GatherPredsCallback()
     with copied.no_bar():
         values = copied.validate(cbs=gathered)
-    if not math.isfinite(values[0]):
-        raise UserError("its loss on the validation images is not finite; train it with a lower rate", option="learn")
     logits, targets = (part.float().cpu().numpy() for part in gathered.all_tensors()[:2])
     return logits, targets.astype(int), dict(zip(("valid_loss", *OWN_METRICS), map(float, values), strict=True))
 
