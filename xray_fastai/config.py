@@ -59,6 +59,8 @@ follows: ResNet50, Adam at a constant 2e-3, batch size 80, class weights 3:1 for
 MIN_SIZE, MAX_SIZE = 32, 4096
 """Limits of the side, in pixels, of a network's input."""
 MAX_CLASSES = 1000
+PATHS = ("DIR", "FILE", "LIST.csv", "imagenet|none|FILE")
+"""The metavars of options that take a path, where ~ is the user's home folder."""
 MAX_TEXT = 4096
 """Characters of an option's text."""
 
@@ -140,6 +142,8 @@ def _converted(option: Field[Any], value: Any) -> Any:
         return None
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if isinstance(value, str) and setting_of(option).metavar in PATHS:
+        value = os.path.expanduser(value)
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if kind in (int, float) and is_number and math.isfinite(value) and kind(value) == value:
         return kind(value)
@@ -432,9 +436,17 @@ class PredictConfig:
             raise UserError("give the file to continue by --output", option="resume")
 
 
+INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u2060-\u2064\ufeff]|^[\u200c\u200d]|[\u200c\u200d]$")
+"""Characters that make two names of one look. Persian and Indian scripts need U+200C and U+200D between letters."""
+
+
 def class_fault(name: str) -> str | None:
     """Return why a folder's name cannot be a class, which tables and exports print; None if it can."""
-    return "is empty, or holds a slash" if not name or "/" in name else fault_of(name, 255)
+    if not name or "/" in name:
+        return "is empty, or holds a slash"
+    if match := INVISIBLE.search(name):
+        return f"holds the invisible character {match.group()!a}"
+    return fault_of(name, 255)
 
 
 def check_classes(classes: Sequence[str]) -> None:
