@@ -450,9 +450,17 @@ class PredictConfig:
             raise UserError("give the file to continue by output=", option="resume")
 
 
+INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u2060-\u2064\ufeff]|^[\u200c\u200d]|[\u200c\u200d]$")
+"""Characters that make two names of one look. Persian and Indian scripts need U+200C and U+200D between letters."""
+
+
 def class_fault(name: str) -> str | None:
     """Return why a folder's name cannot be a class, which tables and exports print; None if it can."""
-    return "is empty, or holds a slash" if not name or "/" in name else fault_of(name, 255)
+    if not name or "/" in name:
+        return "is empty, or holds a slash"
+    if match := INVISIBLE.search(name):
+        return f"holds the invisible character {match.group()!a}"
+    return fault_of(name, 255)
 
 
 def check_classes(classes: Sequence[str]) -> None:

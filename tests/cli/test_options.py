@@ -228,3 +228,33 @@ def test_an_error_names_the_option_as_it_is_typed(run, refused, export):
     assert COMMANDS["fit"].option_names()["cache"] == "--cache"
     refused(run("interpret", "--model", export, "--data", export.parent / "moved", "--class", "FLU"), "--class FLU: ")
     assert "--data" not in run("data", "check", "nowhere").stderr
+
+
+def test_the_home_folder_in_paths(run, refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = FitConfig(data="~/x", weights="~/w.pth")
+    assert (config.data, config.weights) == (f"{tmp_path}/x", f"{tmp_path}/w.pth")
+    refused(run("fit", "--data=~/x"), f"--data {tmp_path}/x: no such folder")
+    refused(run("evaluate", "--model=~/x"), f"{tmp_path}/x: not an export")
+    refused(run("evaluate", "--model=x~/x"), "x~/x: not an export")
+
+
+def test_memory_that_runs_out_is_one_line(run, refused, an_image, export, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("xray_fastai.inference.predict_files.predict_command", fail)
+    refused(run("predict", an_image, "--model", export), "out of memory; lower --batch-size, or close other programs")
+
+
+def test_serve_takes_the_export_as_an_argument_too(run, refused, tmp_path):
+    refused(run("serve", tmp_path / "none"), f"{tmp_path / 'none'}: not an export")
+    refused(run("serve", tmp_path, "--model", tmp_path), f"--model {tmp_path}: {tmp_path} is given, too")
+
+
+def test_a_terminal_without_unicode(start, export, tmp_path):
+    (tmp_path / "\u0141\u00f3d\u017a.jpeg").write_bytes(b"broken")
+    for encoding in ("ascii", "cp1252"):
+        process = start("predict", tmp_path, "--model", export, env={"PYTHONIOENCODING": encoding}, encoding=encoding)
+        output, errors = process.communicate()
+        assert process.returncode == 1 and "\\u0141" in output and "bug" not in errors, errors

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import load_learner, verify
-from xray_fastai.config import FitConfig
+from xray_fastai.config import FitConfig, class_fault
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import sha256
 
@@ -632,3 +632,42 @@ def test_settings_from_python_are_as_json_has_them():
 def test_a_class_that_no_export_can_hold(run, refused, tmp_path):
     draw_collection(tmp_path, {"train/NORMAL": 2, "train/\x1b[2Jx": 2})
     refused(run("fit", "--data", tmp_path), "the class folder \\x1b[2Jx holds the unprintable character")
+
+
+@pytest.mark.parametrize("edit", ["classes", "size", "contrast"])
+def test_settings_of_another_model_are_refused(copy, refuse, edit):
+    """Each is a valid `model.json`, which would turn NORMAL into PNEUMONIA."""
+    model = settings_of(copy)
+    if edit == "classes":
+        model["classes"].reverse()
+    else:
+        value = {"size": 64, "contrast": "none"}[edit]
+        model["preprocessing"][edit] = model["settings"][edit] = value
+    (copy / SETTINGS).write_text(json.dumps(model))
+    refuse("model.safetensors: trained for another architecture, other classes or another preprocessing")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("size", 64), ("contrast", "none"), ("dropout", 0.1), ("arch", "resnet34")]
+)
+def test_settings_that_contradict_the_rest_are_refused(copy, refuse, name, value):
+    model = settings_of(copy)
+    model["settings"][name] = value
+    (copy / SETTINGS).write_text(json.dumps(model))
+    refuse(f"settings.{name}: {value} contradicts")
+
+
+def test_the_threshold_may_be_chosen_again(copy, run, an_image):
+    model = settings_of(copy)
+    model["threshold"] = 0.123
+    (copy / SETTINGS).write_text(json.dumps(model))
+    assert run("verify", copy).exit_code == 0
+    assert "from a probability of 0.123" in run("predict", an_image, "--model", copy).output
+
+
+@pytest.mark.parametrize("name", ["NORMAL\u200b", "\ufeffNORMAL", "NOR\u00adMAL", "NORMAL\u200d"])
+def test_an_invisible_character_in_a_class(name, tmp_path, run, refused):
+    assert class_fault(name).startswith("holds the invisible character '\\")
+    assert class_fault("\u0646\u200c\u0627") is None  # Persian
+    root = draw_collection(tmp_path / "data", {"train/NORMAL": 2, f"train/{name}": 2})
+    refused(run("fit", "--data", root), "holds the invisible character", "rename it")

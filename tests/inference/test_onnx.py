@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import settings_of
 from xray_fastai import DISCLAIMER
@@ -21,6 +22,7 @@ from xray_fastai.inference import onnx_export
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.predict import predict
 from xray_fastai.model.architectures import build_network
+from xray_fastai.system.files import sha256
 
 SNIPPET = """
 import json, os
@@ -206,7 +208,9 @@ def test_bad_input(export, run, refused, monkeypatch):
 def test_an_export_from_before_there_was_a_choice_of_contrast(export, run, tmp_path):
     older = shutil.copytree(export, tmp_path / "older")
     settings = settings_of(older)
-    del settings["preprocessing"]["contrast"]
+    del settings["preprocessing"]["contrast"], settings["settings"]["contrast"]
+    save_file(load_file(export / "model.safetensors"), older / "model.safetensors")  # without the hash of the settings
+    settings["weights"]["sha256"] = sha256(older / "model.safetensors")
     (older / "model.json").write_text(json.dumps(settings))
     result = run("export", older, "--format", "onnx", "--output", tmp_path / "older.onnx")
     assert result.exit_code == 0, result.output

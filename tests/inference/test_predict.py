@@ -571,3 +571,8 @@ def test_bf16_on_a_cpu_that_only_imitates_it(start, export, files):
     assert process.returncode == 0, err
     exact = predict(files[:4], export, device="cpu", precision="fp32")
     assert read(Path("out.csv")).p_PNEUMONIA.to_numpy() == pytest.approx(exact.p_PNEUMONIA.to_numpy(), abs=0.1)
+
+
+def test_the_error_of_an_array_names_its_place(model):
+    table = predict([np.zeros((40, 40), np.uint8), np.full((40, 40), -1.0)], model)
+    assert table.path.tolist() == ["image 0", "image 1"] and table.error[1].startswith("image 1: values from -1 to -1")

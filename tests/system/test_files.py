@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from xray_fastai.system import files
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import acquire, atomic_write, cache_dir, check_new, release, replaced
 
@@ -88,3 +89,16 @@ def test_the_cache_folder_is_that_of_the_user(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "x" / "xray-fastai"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir().name == "xray-fastai" and cache_dir().is_relative_to(tmp_path)
+
+
+def test_a_user_without_a_home_folder(run, refused, monkeypatch):
+    """As in a container whose user id has no entry in the list of users."""
+
+    def fail(*_, **__):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(files, "user_cache_path", fail)
+    with pytest.raises(OSError, match="no home folder"):
+        cache_dir()
+    refused(run("data", "cache"), "no cache folder (this user has no home folder)")
+    refused(run("data", "check"), "no home folder", "or give --data")

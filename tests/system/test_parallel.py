@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.forked import with_tests
 from xray_fastai.system import parallel
 from xray_fastai.system.parallel import map_in_threads
 
@@ -93,3 +94,21 @@ def test_a_signal_at_any_moment_ends_it():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["300"] and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("guard", "code"), [("if True:", 1), ('if __name__ == "__main__":', 0)])
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_script_that_its_loading_processes_would_run_again(guard, code, method, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from xray_fastai.system.parallel import check_main_guard\n"
+        f"{guard}\n"
+        f"    multiprocessing.set_start_method({method!r})\n"
+        "    check_main_guard()\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=with_tests())
+    assert done.returncode == (code if method == "spawn" else 0), done.stderr
+    if done.returncode:
+        assert done.stderr.splitlines()[-1].startswith("xray_fastai.system.errors.UserError: workers: ")
+        assert "mine.py, line 5" in done.stderr and 'if __name__ == "__main__":' in done.stderr

@@ -20,6 +20,7 @@ from tests.forked import members
 from tests.small_network import NAME as SMALL
 from tests.small_network import TORCHVISIONS
 from xray_fastai import FitConfig, fit, load_learner
+from xray_fastai.model.pretrained import pretrained_state
 from xray_fastai.training.calibration import Calibration
 from xray_fastai.training.callbacks import standard_error
 
@@ -53,6 +54,12 @@ def weights(tmp_path):
     """A file of random weights, with which a fit has both phases."""
     torch.save(network(SMALL).state_dict(), tmp_path / "weights.pth")
     return tmp_path / "weights.pth"
+
+
+def test_weights_that_data_parallel_saved(weights):
+    state = torch.load(weights, weights_only=True)
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, weights)
+    assert pretrained_state(SMALL, str(weights))[0].keys() == state.keys()
 
 
 @pytest.mark.slow

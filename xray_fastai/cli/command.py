@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import sys
 import warnings
 from itertools import pairwise
@@ -19,6 +20,9 @@ STOPPED = (130, 143)
 """The exit codes after Ctrl-C and SIGTERM."""
 DEBUG = "XRAY_FASTAI_DEBUG"
 """The environment variable that makes an unexpected error print its traceback, and libraries their warnings."""
+
+
+_HOME = re.compile(r"^(--[a-z-]+=|)(~(?:/.*)?)$", re.DOTALL)
 
 
 class Commands(typer.core.TyperGroup):
@@ -42,6 +46,10 @@ class Command(typer.core.TyperCommand):
     output was closed.
     """
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, where ~ is the home folder, also in `--data=~/x`, which a shell does not know."""
+        return super().parse_args(ctx, [_HOME.sub(lambda m: m[1] + os.path.expanduser(m[2]), arg) for arg in args])
+
     def invoke(self, ctx: Any) -> Any:
         if DEBUG not in os.environ:
             warnings.simplefilter("ignore")  # libraries warn developers, not users
@@ -60,6 +68,11 @@ class Command(typer.core.TyperCommand):
         except typer.Exit:
             distributed.finish()
             raise
+        except MemoryError:
+            lower = [option for name, option in self.option_names().items() if name in ("batch_size", "size")]
+            advice = f"lower {' or '.join(lower)}, or close other programs" if lower else "close other programs"
+            distributed.tell(f"Error: out of memory; {advice}")
+            raise typer.Exit(1) from None
         except Exception as error:
             if isinstance(error, OSError) and output_is_closed(error):
                 raise typer.Exit(ignore_closed_output()) from None

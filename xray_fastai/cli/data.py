@@ -10,7 +10,7 @@ from xray_fastai.cli.command import Command
 from xray_fastai.cli.options import option_of
 from xray_fastai.config import FitConfig
 from xray_fastai.system.errors import UserError
-from xray_fastai.system.files import cache_dir, check_new
+from xray_fastai.system.files import CACHE_ADVICE, cache_dir, check_new
 from xray_fastai.system.text import count_of
 
 data_app = typer.Typer(help="Check a data set, download the public one, or draw a synthetic one.", no_args_is_help=True)
@@ -105,7 +105,10 @@ def cache(
 
     from xray_fastai.data import pixel_cache
 
-    files = pixel_cache.cache_files()
+    try:
+        files = pixel_cache.cache_files()
+    except OSError as error:
+        raise UserError(f"no cache folder ({error.strerror}); {CACHE_ADVICE}") from None
     size = pixel_cache.clear() if clear else sum(file.stat().st_size for file in files)
     deleted = ", deleted" if clear else ""
     print(f"{cache_dir()}: {decimal(size)} in {count_of(len(files), 'file')}{deleted}")

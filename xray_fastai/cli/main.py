@@ -236,7 +236,10 @@ def predict(
 
 @app.command(cls=Command)
 def serve(
-    model: Export = None,
+    export: Annotated[
+        Path | None, typer.Argument(metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
+    ] = None,
+    model: Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="The same.")] = None,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 admits other machines.")
     ] = "127.0.0.1",
@@ -245,6 +248,9 @@ def serve(
     open: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
     """Serve a page to drop images on, and POST /predict for programs. Ctrl-C ends it."""
+    if export is not None and model is not None:
+        raise UserError(f"{export} is given, too; leave one of them out", option="model", value=model)
+    model = export if model is None else model
     _check_export(model)
     from xray_fastai.serving.server import serve as run
 

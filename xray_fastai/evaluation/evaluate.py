@@ -29,6 +29,7 @@ from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import replaced
+from xray_fastai.system.text import count_of
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -176,10 +177,10 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
     """Return the content of `metrics.json`."""
     model, classes = request.model, range(scored.classes)
     images, patients = len(scored.y_true), int(scored.patients.max()) + 1
-    over = f"{patients:,} patients" if patients < images else f"{patients:,} patients, an image each"
+    over = count_of(patients, "patient") + ("" if patients < images else ", an image each")
     missing = int(unknown(request.images).sum())
     if missing == images:
-        over = f"{images:,} images, each as a patient of its own"
+        over = f"{count_of(images, 'image')}, each as a patient of its own"
     intervals = f"95 % intervals by patient: {over}. The calibration error has none, nor has what rests on one patient."
     return {
         "format": FORMAT,
@@ -245,11 +246,12 @@ def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:
     """Return what is evaluated on what, for the first lines on the terminal."""
     model, positive = request.model, summary["positive"]
     counts = ", ".join(f"{c} {n:,}{' (positive)' if c == positive else ''}" for c, n in summary["counts"].items())
+    patients = f", {count_of(summary['patients'], 'patient')}"
     about = {
         "model": f"{model.path}: {summary['architecture']}",
         "device": f"{describe(model.device)}, precision {model.precision}",
-        "data": f"{summary['data']}, split {summary['split']}: {summary['images']:,} images"
-        + ("" if summary["images_without_patient"] == summary["images"] else f", {summary['patients']:,} patients"),
+        "data": f"{summary['data']}, split {summary['split']}: {count_of(summary['images'], 'image')}"
+        + ("" if summary["images_without_patient"] == summary["images"] else patients),
         "classes": counts,
         "probabilities": summary["probabilities"],
     }

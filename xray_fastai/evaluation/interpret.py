@@ -34,7 +34,7 @@ from xray_fastai.system.files import replaced
 from xray_fastai.system.imports import without_fastais_warning
 from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.progress import track
-from xray_fastai.system.text import data_uri, shorten, wrap
+from xray_fastai.system.text import count_of, data_uri, shorten, wrap
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -236,7 +236,8 @@ def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) 
     height, width = cells[0].cam.shape
     name = shorten(ranking.model.path.resolve().name, 40)
     notes = [
-        f"{ranking.split} split: {len(ranking.table)} images, {ranking.errors} misclassified. Model: {name}.",
+        f"{ranking.split} split: {count_of(len(ranking.table), 'image')}, {ranking.errors} misclassified. "
+        f"Model: {name}.",
         f"Left the image, right its Grad-CAM ({height} x {width} cells) for the predicted class: red marks what "
         "speaks most for it, no colour what does not.",
     ]

@@ -11,7 +11,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from xray_fastai.metrics.intervals import FALSE_POSITIVE_RATES, Curve, Measured
 from xray_fastai.metrics.scored import Scored
-from xray_fastai.system.text import format_interval, shorten
+from xray_fastai.system.text import count_of, format_interval, shorten
 
 FILES = {
     "confusion.png": "Confusion matrix",
@@ -191,9 +191,9 @@ def _finish(axes: Axes, title: str, summary: dict[str, Any], measured: Measured,
 
 def _title(axes: Axes, title: str, summary: dict[str, Any]) -> None:
     axes.set_title(title, fontsize=11, loc="left", pad=22)
-    source = f"{_short(summary['model'])} on {summary['split']}: {summary['images']:,} images"
+    source = f"{_short(summary['model'])} on {summary['split']}: {count_of(summary['images'], 'image')}"
     if summary.get("images_without_patient") != summary["images"]:
-        source += f", {summary['patients']:,} patients"
+        source += f", {count_of(summary['patients'], 'patient')}"
     source += "" if summary["calibrated"] else "; not calibrated"
     source += "; test-time augmentation" if summary.get("tta") else ""
     axes.annotate(

@@ -26,7 +26,7 @@ from xray_fastai.export.schema import read_settings
 from xray_fastai.metrics.table import METRICS, title_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import atomic_write
-from xray_fastai.system.text import data_uri, format_number, shorten
+from xray_fastai.system.text import count_of, data_uri, format_number, shorten
 from xray_fastai.system.untrusted import read_received
 
 FORMAT = 1
@@ -187,7 +187,7 @@ def _of_patients(summary: dict) -> str:
     """Return the number of patients after that of images; nothing where no patient is known."""
     if summary.get("images_without_patient") == summary["images"]:
         return ""
-    return f" of {summary['patients']:,} patients"
+    return f" of {count_of(summary['patients'], 'patient')}"
 
 
 def _earlier_words(summary: dict) -> str:

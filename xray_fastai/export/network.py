@@ -34,7 +34,6 @@ def load_weights(network: nn.Module, folder: Path, model: dict[str, Any]) -> Non
     Raises:
         UserError: the weights are damaged, or not those of `model`, the settings.
     """
-    architecture, classes = model["architecture"], len(model["classes"])
-    weights = read_weights(folder, WEIGHTS, model["weights"]["sha256"], architecture, classes)
+    weights = read_weights(folder, WEIGHTS, model)
     network.to_empty(device="cpu")
     network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in weights.items()})

@@ -262,6 +262,16 @@ class Export(Part):
         for split in ("train", "valid"):
             if not getattr(self.data, split).keys() <= known:
                 raise ValueError(f"data.{split}: counts a class that is none of the classes")
+        settings, preprocessing = self.settings, self.preprocessing
+        stated_twice = {
+            "settings.arch": (settings.arch, self.architecture),
+            "settings.size": (settings.size, preprocessing.size),
+            "settings.contrast": (settings.contrast, preprocessing.contrast),
+            "settings.dropout": (settings.dropout, self.dropout),
+        }
+        for name, (setting, fact) in stated_twice.items():
+            if setting not in (None, fact):  # earlier exports lack some of the settings
+                raise ValueError(f"{name}: {shown(setting)} contradicts {shown(fact)}, which the weights are for")
         if self.settings.data is None and not self.data.rehearsal:
             raise ValueError("settings.data: null, which is for a rehearsal only")
         return self

@@ -169,7 +169,7 @@ def _settings(folder: Path, model: dict, unknown: list[str]) -> str:
 
 
 def _weights(folder: Path, model: dict) -> str:
-    weights = read_weights(folder, WEIGHTS, model["weights"]["sha256"], model["architecture"], len(model["classes"]))
+    weights = read_weights(folder, WEIGHTS, model)
     size = sum(tensor.nbytes for tensor in weights.values())
     return f"{len(weights)} tensors, {size / 1e6:.1f} MB; SHA-256, names, shapes, types and values are correct"
 

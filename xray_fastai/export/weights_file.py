@@ -5,12 +5,14 @@ import json
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from xray_fastai.config import ARCHITECTURES
+from xray_fastai.export.schema import SETTINGS
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown
 from xray_fastai.system.untrusted import open_received
@@ -20,6 +22,9 @@ HEADER = 1_000_000
 
 BACKBONES = "backbones.json"
 """The file of names and shapes of each backbone's tensors. `python -m tests.export.test_backbones` writes it."""
+
+FACTS = "facts"
+"""The key of `facts_hash` in the metadata of the weights."""
 
 BYTES = {"F32": 4, "I64": 8}
 """The types of an export's tensors as safetensors names them, and the bytes of a value."""
@@ -51,7 +56,17 @@ def size_of(layout: Layout) -> int:
     return sum(BYTES[kind] * int(np.prod(shape, dtype=np.int64)) for kind, shape in layout.values())
 
 
-def read_weights(folder: Path, name: str, sha256: str, architecture: str, classes: int) -> dict[str, np.ndarray]:
+def facts_hash(model: dict[str, Any]) -> str:
+    """Return the SHA-256 of what weights were trained for: network, classes and their order, and preprocessing.
+
+    A fit writes it into the metadata of the weights, so that a `model.json` with other facts is not taken for theirs.
+    Temperature, intercepts and threshold may be chosen again.
+    """
+    facts = {name: model[name] for name in ("architecture", "classes", "preprocessing")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def read_weights(folder: Path, name: str, model: dict[str, Any]) -> dict[str, np.ndarray]:
     """Read a safetensors file and check it.
 
     The format is 8 bytes with the header's length, the header (JSON), and the tensors' bytes
@@ -61,16 +76,16 @@ def read_weights(folder: Path, name: str, sha256: str, architecture: str, classe
     Args:
         folder: holds the file.
         name: the file's name.
-        sha256: the expected hash, in hexadecimal.
-        architecture: the network that the tensors are for.
-        classes: how many outputs it has.
+        model: the settings, as `schema.parse` returns them.
 
     Returns:
         The tensors by the names of `layout_of`.
 
     Raises:
-        UserError: the file is damaged, has another hash, belongs to another network, or has values that are not finite.
+        UserError: the file is damaged, has another hash, belongs to another network or other settings, or has values
+            that are not finite.
     """
+    architecture, classes = model["architecture"], len(model["classes"])
     file, layout = folder / name, layout_of(architecture, classes)
     expected = size_of(layout)
     with open_received(folder, name) as (stream, size):
@@ -88,10 +103,16 @@ def read_weights(folder: Path, name: str, sha256: str, architecture: str, classe
         content = stream.read(size)
     if len(content) != size or content[:8] != start:
         raise UserError(f"{file}: changed during reading; try again")
-    if hashlib.sha256(content).hexdigest() != sha256:
+    if hashlib.sha256(content).hexdigest() != model["weights"]["sha256"]:
         raise UserError(f"{file}: its SHA-256 is not the one in model.json; get the export again")
     if fault := _difference(content[8 : 8 + header], layout):
         raise UserError(f"{file}: not the weights of {architecture}: {fault}; get the export again")
+    expected_facts = json.loads(content[8 : 8 + header]).get("__metadata__", {}).get(FACTS)
+    if expected_facts not in (None, facts_hash(model)):  # earlier exports have none
+        raise UserError(
+            f"{file}: trained for another architecture, other classes or another preprocessing than {SETTINGS} says; "
+            "get the export again"
+        )
     try:
         tensors = load(content)
     except SafetensorError as error:

@@ -90,7 +90,7 @@ class RowBuilder:
         ]
 
     def _row(self, path: str, logits: np.ndarray | None, error: ImageError | None) -> Row:
-        result = ImageResult(path, self.threshold, error=None if error is None else str(error))
+        result = ImageResult(path, self.threshold, error=None if error is None else f"{path}: {error.message}")
         if logits is not None and not np.isfinite(logits).all():
             result = ImageResult(path, self.threshold, error=f"{path}: the network's output is not a number")
         elif logits is not None:

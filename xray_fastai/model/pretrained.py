@@ -126,4 +126,7 @@ def _from_file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         raise UserError(f"not a readable weights file ({reason}); get it again", option="weights", value=path) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError("not a state_dict (names to tensors); save network.state_dict()", option="weights", value=path)
+    prefix = "module."  # of torch's DataParallel
+    if state and all(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state, path.name

@@ -1,6 +1,7 @@
 """Write files and folders completely or not at all, lock files, and find the cache folder."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -24,8 +25,14 @@ def cache_dir() -> Path:
     """Return the program's cache folder of the user, on Linux $XDG_CACHE_HOME/xray-fastai or ~/.cache/xray-fastai.
 
     The folder may not exist yet.
+
+    Raises:
+        OSError: the user has no home folder, as in some containers.
     """
-    return user_cache_path("xray-fastai", appauthor=False)
+    try:
+        return user_cache_path("xray-fastai", appauthor=False)
+    except RuntimeError:
+        raise OSError(errno.ENOENT, "this user has no home folder") from None
 
 
 def sync_folder(folder: Path) -> None:

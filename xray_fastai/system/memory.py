@@ -8,6 +8,7 @@ from xray_fastai.system.errors import UserError
 TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",  # on Windows
+    "bad_alloc",  # C++
     "MPS backend out of memory",
     "CUDA error: out of memory",  # outside of torch's allocator: a context, pinned memory
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -20,6 +21,8 @@ TEXTS = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, so that a smaller batch may help."""
+    if isinstance(error, MemoryError):
+        return True
     import torch  # a light folder: whoever has such an error has imported it
 
     if isinstance(error, torch.OutOfMemoryError):
@@ -32,7 +35,7 @@ def out_of_memory_means(message: str) -> Iterator[None]:
     """Raise a UserError with this message if memory runs out inside the context."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(message) from None

@@ -10,14 +10,21 @@ halfway through its calls. `threading.Thread.start` takes such a lock, too, so `
 documented interface below it. Python does not wait for these threads when it ends.
 """
 
+import ast
+import inspect
+import multiprocessing
 import os
 import time
+import traceback
 from _thread import start_new_thread
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
+
+from xray_fastai.system.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,6 +33,33 @@ THREADS = min(8, os.cpu_count() or 1)
 MAX_WAIT = 0.5
 """Seconds that the end waits for threads at work. A picture that takes long to decode, or a file of a stalled network
 drive, is not waited for any longer."""
+
+
+def check_main_guard() -> None:
+    """Check that processes may be started, where each imports the user's script (macOS, Windows, Python 3.14).
+
+    A script that calls `fit` outside of `if __name__ == "__main__":` would start another fit in each of them.
+
+    Raises:
+        UserError: the script that is running does so.
+    """
+    if multiprocessing.get_start_method() == "fork":
+        return
+    for frame, line in traceback.walk_stack(inspect.currentframe()):
+        if frame.f_code.co_name != "<module>" or frame.f_globals.get("__name__") not in ("__main__", "__mp_main__"):
+            continue
+        try:
+            tree = ast.parse(Path(frame.f_code.co_filename).read_bytes())
+        except (OSError, SyntaxError, ValueError):  # an interactive session or `python -c`: nothing is imported again
+            return
+        for part in tree.body:
+            guarded = isinstance(part, ast.If) and "__name__" in ast.unparse(part.test)
+            if part.lineno <= line <= (part.end_lineno or line) and not guarded:
+                raise UserError(
+                    f"{frame.f_code.co_filename}, line {line}: loading processes run this script again; put the call "
+                    "below a line 'if __name__ == \"__main__\":', or give 0",
+                    option="workers",
+                )
 
 
 def map_in_threads(

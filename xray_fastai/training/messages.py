@@ -30,8 +30,8 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
     print(f"data          {data.name}")
     for title, table in [("training", data.train), ("validation", data.valid)]:
         counts = ", ".join(f"{count:,} {label}" for label, count in table.label.value_counts().sort_index().items())
-        of_patients = "" if unknown(table).all() else f" of {table.patient.nunique():,} patients"
-        print(f"{title:<14}{len(table):,} images{of_patients}: {counts}")
+        of_patients = "" if unknown(table).all() else f" of {count_of(table.patient.nunique(), 'patient')}"
+        print(f"{title:<14}{count_of(len(table), 'image')}{of_patients}: {counts}")
     for note in (*data.notes, *data.skipped):
         print(f"              {note}")
     print(f"classes       {', '.join(data.classes)}")

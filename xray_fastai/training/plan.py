@@ -17,6 +17,7 @@ from xray_fastai.model.xray_learner import XrayLearner
 from xray_fastai.system import distributed
 from xray_fastai.system.device import choose_device, choose_precision, describe
 from xray_fastai.system.files import CACHE_ADVICE
+from xray_fastai.system.parallel import check_main_guard
 from xray_fastai.training.origin import Origin, parent_of
 
 
@@ -111,6 +112,8 @@ def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None)
     phases = [("frozen", config.freeze_epochs), ("unfrozen", config.epochs)]
     cache, note = _pixel_cache(config, data)
     config = config.with_choices(workers=default_workers(device) if cache is None else 0)
+    if config.workers and cache is None:
+        check_main_guard()
     return Plan(
         config=config,
         data=data,

@@ -28,6 +28,7 @@ from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
 from xray_fastai.export.run_folder import Reservation
 from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
+from xray_fastai.export.weights_file import FACTS, facts_hash
 from xray_fastai.model.learner import set_scaling
 from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
@@ -155,7 +156,7 @@ def write_export(run: Reservation, learn: Learner, model: dict[str, Any], histor
         _move_to_cpu(learn)
         state = {name: tensor.detach().contiguous() for name, tensor in learn.model.state_dict().items()}
         # `save_file` would make the file readable by its owner only
-        (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
+        (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt", FACTS: facts_hash(model)}))
         weights = {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS), "tensors": len(state)}
         text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")

@@ -244,11 +244,12 @@ def cached() -> Path:
     Raises:
         UserError: the cache folder cannot be written to.
     """
-    cache = cache_dir()
-    folder = cache / f"phantom-{DRAWING}"
-    if folder.is_dir():
-        return folder
+    cache = None
     try:
+        cache = cache_dir()
+        folder = cache / f"phantom-{DRAWING}"
+        if folder.is_dir():
+            return folder
         cache.mkdir(parents=True, exist_ok=True)
         drawn = Path(tempfile.mkdtemp(prefix="phantom-", dir=cache))
         try:
@@ -262,6 +263,6 @@ def cached() -> Path:
     except OSError as error:
         raise UserError(
             f"the rehearsal's images cannot be written there ({error.strerror}); {CACHE_ADVICE}, or give data=",
-            value=cache,
+            value=cache or "cache folder",
         ) from None
     return folder
