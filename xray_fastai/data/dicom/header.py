@@ -13,6 +13,7 @@ NEEDED = (
 )  # fmt: skip
 OPTIONAL = (
     "NumberOfFrames", "HighBit", "PlanarConfiguration", "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelData",
+    "FloatPixelData", "DoubleFloatPixelData",
     "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept",
     "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
     *(f"{kind}PaletteColorLookupTableDescriptor" for kind in ("Red", "Green", "Blue")),
@@ -29,6 +30,9 @@ def check(header: "Dataset", max_pixels: int) -> None:
     Raises:
         ImageError: it does not.
     """
+    for keyword in ("FloatPixelData", "DoubleFloatPixelData"):
+        if keyword in header:
+            raise ImageError(f"its pixels are floating-point numbers ({keyword}); an X-ray has PixelData, integers")
     if "PixelData" not in header:
         raise ImageError("a DICOM file without an image, or truncated: it has no PixelData")
     if missing := [keyword for keyword in NEEDED if keyword not in header]:
@@ -43,6 +47,10 @@ def check(header: "Dataset", max_pixels: int) -> None:
         raise ImageError(f"{stored} bits of {allocated} a pixel; an X-ray has 8 or 16")
     if int(header.get("HighBit", stored - 1)) != stored - 1:
         raise ImageError(f"HighBit {int(header.HighBit)} for {stored} bits a pixel; it must be {stored - 1}")
+    if samples > 1 and "PlanarConfiguration" not in header:
+        header.PlanarConfiguration = 0  # as every other reader does
+    if samples > 1 and int(header.PlanarConfiguration) not in (0, 1):
+        raise ImageError(f"PlanarConfiguration {int(header.PlanarConfiguration)}; it must be 0 or 1")
     palette = header.PhotometricInterpretation == "PALETTE COLOR"
     allowed = GREYS if samples == 1 and not palette else COLOURS
     if header.PhotometricInterpretation not in allowed or samples not in (1, 3):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 EXTENSIONS = (".dcm", ".dicom")
 FORMAT = "DICOM"
 """Pillow's `format` of the images from this module. `info["photometric"]` is the PhotometricInterpretation."""
-DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax's UID
+DEFLATED = "1.2.840.10008.1.2.1.99"  # the transfer syntax's UID
 MAX_BYTES, MAX_ITEMS = 500_000_000, 10_000
 """Limits on the size of an inflated file, and on the items of all sequences (pydicom takes 3 s and 60 MB for
 100,000)."""
@@ -197,13 +197,17 @@ def _inflated(content: bytes) -> bytes:
 
     pydicom can inflate as well, but without a limit on memory, so it must never receive a deflated file.
     """
-    if DEFLATED not in content:
+    if DEFLATED.encode() not in content:
         return content
-    start = 144 + int.from_bytes(content[140:144], "little")
-    meta, inflate = content[:start], zlib.decompressobj(-zlib.MAX_WBITS)
-    if content[132:140] != b"\2\0\0\0UL\4\0" or DEFLATED not in meta or DEFLATED in content[start:]:
-        raise ImageError("deflated, with wrong file meta information")
+    pydicom = _pydicom()
+    implicit = content[136:138].decode("latin-1") not in pydicom.valuerep.STANDARD_VR  # so pydicom decides
+    stream = io.BytesIO(content)
+    stream.seek(132)
+    meta = pydicom.filereader.read_dataset(stream, implicit, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+    if meta.get("TransferSyntaxUID") != DEFLATED:
+        return content
+    start, inflate = stream.tell(), zlib.decompressobj(-zlib.MAX_WBITS)
     rest = inflate.decompress(content[start:], MAX_BYTES)
-    if inflate.unconsumed_tail or DEFLATED in rest:
-        raise ImageError(f"deflated twice, or from more than {MAX_BYTES:,} bytes; no X-ray is like that")
-    return meta.replace(DEFLATED, b"1.2.840.10008.1.2.1\0\0\0") + rest
+    if inflate.unconsumed_tail:
+        raise ImageError(f"deflated, from more than {MAX_BYTES:,} bytes; no X-ray is like that")
+    return content[:start].replace(DEFLATED.encode(), b"1.2.840.10008.1.2.1\0\0\0") + rest
