@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xray_fastai.data.dicom.header import EMPTY
 from xray_fastai.system.errors import ImageError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def read_lut(item: "Dataset", keyword: str, name: str, inputs: tuple[float, floa
         ImageError: an element is missing, or the number of entries is not the descriptor's.
     """
     for part in ("Descriptor", "Data"):
-        if keyword + part not in item or item[keyword + part].value in (None, b"", ""):
+        if keyword + part not in item or item[keyword + part].value in EMPTY:
             raise ImageError(f"its {name} cannot be applied: {keyword}{part} is missing or empty")
     count, first, bits = read_descriptor(item, keyword, name, inputs)
     element = item[keyword + "Data"]

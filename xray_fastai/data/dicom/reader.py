@@ -26,7 +26,7 @@ from PIL import Image
 
 from xray_fastai.data.dicom.decoding import INSTALL, decode
 from xray_fastai.data.dicom.grey import as_colour, as_grey
-from xray_fastai.data.dicom.header import GREYS, NEEDED, OPTIONAL, check
+from xray_fastai.data.dicom.header import EMPTY, GREYS, NEEDED, OPTIONAL, apply_groups, check
 from xray_fastai.system.errors import ImageError
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
     """
     with _reading():
         header = _read(content, [*NEEDED, *OPTIONAL])
+        apply_groups(header)
         check(header, max_pixels)
         pixels, photometric = decode(header)
         image = Image.fromarray(as_grey(pixels, header) if photometric in GREYS else as_colour(pixels, header))
@@ -167,7 +168,7 @@ def _read(content: bytes, keywords: list[str], stop: Callable | None = None) -> 
         raise ImageError(f"more than {MAX_ITEMS:,} items in its sequences; no X-ray has that many")
     header = pydicom.filereader.read_partial(io.BytesIO(content), stop, specific_tags=tags)
     for tag in tags:  # an empty element means the same as none, and pydicom's functions fail on it
-        if tag in header and header.get_item(tag).value in (None, b"", ""):
+        if tag in header and header.get_item(tag).value in EMPTY:
             del header[tag]
     return header
 
