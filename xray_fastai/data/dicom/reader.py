@@ -22,19 +22,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
-from xray_fastai.data.dicom.codestreams import (
-    TRUNCATED,
-    check_jpeg,
-    check_jpeg2000,
-    check_rle,
-    codestream,
-    syntax_of,
-    without_trailer,
-)
+from xray_fastai.data.dicom.decoding import INSTALL, decode
 from xray_fastai.data.dicom.grey import as_colour, as_grey
+from xray_fastai.data.dicom.header import EMPTY, GREYS, NEEDED, OPTIONAL, apply_groups, check
 from xray_fastai.system.errors import ImageError
 
 if TYPE_CHECKING:
@@ -43,40 +35,12 @@ if TYPE_CHECKING:
 EXTENSIONS = (".dcm", ".dicom")
 FORMAT = "DICOM"
 """Pillow's `format` of the images from this module. `info["photometric"]` is the PhotometricInterpretation."""
-INSTALL = 'pip install "xray-fastai[dicom]"'
-DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax's UID
+DEFLATED = "1.2.840.10008.1.2.1.99"  # the transfer syntax's UID
 MAX_BYTES, MAX_ITEMS = 500_000_000, 10_000
 """Limits on the size of an inflated file, and on the items of all sequences (pydicom takes 3 s and 60 MB for
 100,000)."""
 HEAD = 2**20
 """Bytes at the start of a file that hold the PatientID, and in most files everything but the pixels."""
-
-NEEDED = (
-    "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
-    "PixelRepresentation",
-)  # fmt: skip
-OPTIONAL = (
-    "NumberOfFrames", "HighBit", "PlanarConfiguration", "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelData",
-    "FloatPixelData", "DoubleFloatPixelData",
-    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept",
-    "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape",
-    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
-    *(f"{kind}PaletteColorLookupTableDescriptor" for kind in ("Red", "Green", "Blue")),
-    *(f"{kind}PaletteColorLookupTableData" for kind in ("Red", "Green", "Blue")),
-    *(f"Segmented{kind}PaletteColorLookupTableData" for kind in ("Red", "Green", "Blue")),
-)  # fmt: skip
-LOSSY = (
-    "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.4.91",
-    "1.2.840.10008.1.2.4.203",
-)  # fmt: skip
-"""The transfer syntaxes that may change values: JPEG baseline and extended, JPEG-LS near-lossless, JPEG 2000, HTJ2K."""
-COLOURS = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-GREYS = ("MONOCHROME1", "MONOCHROME2")
-GROUPS = {
-    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
-    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
-}
-"""What the functional groups of an enhanced object say of its grey values (PS3.3, C.7.6.16.2.9 and C.7.6.16.2.10)."""
 
 _SALT = secrets.token_bytes(32)
 _thread = threading.local()  # `.reading`: this thread runs pydicom
@@ -117,10 +81,9 @@ def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
     """
     with _reading():
         header = _read(content, [*NEEDED, *OPTIONAL])
-        _check_values(header)
-        _check(header, max_pixels)
-        _take_functional_groups(header)
-        pixels, photometric = _decode(header)
+        apply_groups(header)
+        check(header, max_pixels)
+        pixels, photometric = decode(header)
         image = Image.fromarray(as_grey(pixels, header) if photometric in GREYS else as_colour(pixels, header))
         image.format = FORMAT
         image.info = {"photometric": photometric}
@@ -205,7 +168,7 @@ def _read(content: bytes, keywords: list[str], stop: Callable | None = None) -> 
         raise ImageError(f"more than {MAX_ITEMS:,} items in its sequences; no X-ray has that many")
     header = pydicom.filereader.read_partial(io.BytesIO(content), stop, specific_tags=tags)
     for tag in tags:  # an empty element means the same as none, and pydicom's functions fail on it
-        if tag in header and header.get_item(tag).value in (None, b"", ""):
+        if tag in header and header.get_item(tag).value in EMPTY:
             del header[tag]
     return header
 
@@ -235,163 +198,17 @@ def _inflated(content: bytes) -> bytes:
 
     pydicom can inflate as well, but without a limit on memory, so it must never receive a deflated file.
     """
-    if DEFLATED not in content:
+    if DEFLATED.encode() not in content:
         return content
-    if content[132:140] != b"\2\0\0\0UL\4\0":
-        raise ImageError("deflated, with wrong file meta information")
-    group = io.BytesIO(content[132:])
-    read_dataset = _pydicom().filereader.read_dataset
-    meta = read_dataset(group, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, *_: tag >> 16 != 2)
-    if meta.get("TransferSyntaxUID") != DEFLATED.decode():
-        return content  # it mentions the UID, for example as that of another file
-    start, inflate = 132 + group.tell(), zlib.decompressobj(-zlib.MAX_WBITS)
-    if start != 144 + int.from_bytes(content[140:144], "little"):
-        raise ImageError("deflated, with wrong file meta information")
+    pydicom = _pydicom()
+    implicit = content[136:138].decode("latin-1") not in pydicom.valuerep.STANDARD_VR  # so pydicom decides
+    stream = io.BytesIO(content)
+    stream.seek(132)
+    meta = pydicom.filereader.read_dataset(stream, implicit, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+    if meta.get("TransferSyntaxUID") != DEFLATED:
+        return content
+    start, inflate = stream.tell(), zlib.decompressobj(-zlib.MAX_WBITS)
     rest = inflate.decompress(content[start:], MAX_BYTES)
     if inflate.unconsumed_tail:
-        raise ImageError(f"deflated from more than {MAX_BYTES:,} bytes; no X-ray is like that")
-    return content[:start].replace(DEFLATED, b"1.2.840.10008.1.2.1\0\0\0") + rest
-
-
-def _check_values(header: "Dataset") -> None:
-    """Check that pydicom can convert every element's value: a NumberOfFrames of `1A` is none.
-
-    Raises:
-        ImageError: it names the element, not its value.
-    """
-    for tag in list(header.keys()):
-        try:
-            header[tag]
-        except Exception:  # pydicom's, of any class
-            keyword = _pydicom().datadict.keyword_for_tag(tag)
-            raise ImageError(f"its {keyword} is no value of the kind that the standard defines") from None
-    for keyword in ("NumberOfFrames", "WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept"):
-        try:
-            np.ravel(header.get(keyword, 1)).astype(float)
-        except (TypeError, ValueError):
-            raise ImageError(f"its {keyword} is no number") from None
-
-
-def _take_functional_groups(header: "Dataset") -> None:
-    """Copy what the functional groups say of the one frame to the header: the shared ones, then the frame's own."""
-    for sequence in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        for groups in header.get(sequence, [])[:1]:
-            for group, keywords in GROUPS.items():
-                for item in groups.get(group, [])[:1]:
-                    for keyword in keywords:
-                        if keyword in item and item[keyword].value not in (None, ""):
-                            header[keyword] = item[keyword]
-    _check_values(header)
-
-
-def _check(header: "Dataset", max_pixels: int) -> None:
-    """Check that the header describes one X-ray, before memory is allocated.
-
-    Raises:
-        ImageError: it does not.
-    """
-    for keyword in ("FloatPixelData", "DoubleFloatPixelData"):
-        if keyword in header:
-            raise ImageError(f"its pixels are {keyword}; an X-ray has integers, in PixelData")
-    if "PixelData" not in header:
-        raise ImageError("a DICOM file without an image, or truncated: it has no PixelData")
-    if missing := [keyword for keyword in NEEDED if keyword not in header]:
-        raise ImageError(f"its header lacks {', '.join(missing)}")
-    rows, columns, samples = int(header.Rows), int(header.Columns), int(header.SamplesPerPixel)
-    if rows < 1 or columns < 1 or rows * columns > max_pixels:
-        raise ImageError(f"{columns} x {rows} pixels; no X-ray is like that")
-    if (frames := int(header.get("NumberOfFrames", 1))) > 1:
-        raise ImageError(f"{frames} frames; split it into one image a file")
-    allocated, stored = int(header.BitsAllocated), int(header.BitsStored)
-    if allocated not in (8, 16) or not 1 <= stored <= allocated:
-        raise ImageError(f"{stored} bits of {allocated} a pixel; an X-ray has 8 or 16")
-    if int(header.get("HighBit", stored - 1)) != stored - 1:
-        raise ImageError(f"HighBit {int(header.HighBit)} for {stored} bits a pixel; it must be {stored - 1}")
-    palette = header.PhotometricInterpretation == "PALETTE COLOR"
-    allowed = GREYS if samples == 1 and not palette else COLOURS
-    if header.PhotometricInterpretation not in allowed or samples not in (1, 3):
-        raise ImageError(f"{samples} samples a pixel, neither grey nor colours (PhotometricInterpretation)")
-    if samples == 3 and "PlanarConfiguration" not in header:
-        header.PlanarConfiguration = 0
-    # PS3.3, C.8.11.3.1: IDENTITY with MONOCHROME2, INVERSE with MONOCHROME1. Of a pair that contradicts itself, viewers
-    # believe either element, so half of them would show the negative.
-    pair = header.PhotometricInterpretation, header.get("PresentationLUTShape")
-    if pair in (("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")):
-        raise ImageError(f"its PhotometricInterpretation {pair[0]} and its PresentationLUTShape {pair[1]} contradict")
-
-
-def _decode(header: "Dataset") -> tuple[np.ndarray, str]:
-    """Decode the stored values.
-
-    Returns:
-        An array (rows, columns) or (rows, columns, 3), and its photometric interpretation, one of `GREYS` or `COLOURS`.
-    """
-    from pydicom import uid
-    from pydicom.encaps import encapsulate
-    from pydicom.pixels import get_decoder
-
-    syntax = header.file_meta.get("TransferSyntaxUID")
-    if syntax not in uid.UID_dictionary:
-        raise ImageError("its file meta information names no known transfer syntax")
-    shape = int(header.Rows), int(header.Columns), int(header.SamplesPerPixel)
-    halves = 2 if header.PhotometricInterpretation == "YBR_FULL_422" else 3
-    native = shape[0] * shape[1] * shape[2] * int(header.BitsAllocated) // 8 * halves // 3
-    data = header.PixelData
-    stream = codestream(data) if header["PixelData"].is_undefined_length or len(data) < native else None
-    if stream is not None:
-        syntax = uid.UID(syntax_of(stream, syntax))
-    elif syntax.is_encapsulated and len(data) - native in (0, 1):
-        syntax = uid.ExplicitVRLittleEndian  # as PS3.5, A.4 asks of all encapsulated syntaxes but for the pixels
-    header.file_meta.TransferSyntaxUID = syntax
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise ImageError(f"its transfer syntax is {syntax.name}, which is not supported") from None
-    if not decoder.is_available:
-        raise ImageError(f"its transfer syntax is {syntax.name}; to read it, {INSTALL}")
-    if decoder.is_native:
-        if len(data) < native:
-            raise ImageError(f"{TRUNCATED} ({len(data):,} bytes of {native:,})")
-    else:
-        if stream is None:
-            raise ImageError(f"its pixel data are not encapsulated, as {syntax.name} needs")
-        if syntax in uid.JPEG2000TransferSyntaxes:
-            check_jpeg2000(stream, shape)
-        elif syntax == uid.RLELossless:
-            check_rle(stream, shape)
-        else:
-            stream = without_trailer(stream)
-            check_jpeg(stream, shape)
-        header.PixelData = encapsulate([stream])  # in one fragment, whatever its offset table said
-    # Pillow reports a truncated JPEG; pylibjpeg-rle panics on some broken streams, which no `except Exception` catches
-    plugin = {uid.JPEGBaseline8Bit: "pillow", uid.RLELossless: "pydicom"}.get(syntax, "")
-    try:
-        pixels, properties = decoder.as_array(header, index=0, decoding_plugin=plugin, number_of_frames=1)
-    except Exception as error:  # decoders raise errors of any class for a broken stream
-        kind = type(error).__name__
-        raise ImageError(f"its pixel data are broken, or not {syntax.name} as its header says ({kind})") from None
-    photometric = str(properties["photometric_interpretation"])
-    if pixels.itemsize > 2 or (pixels.ndim == 3) != (photometric == "RGB"):
-        raise ImageError(f"its pixel data are {photometric} of {8 * pixels.itemsize} bits, which is not supported")
-    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    return (_stored_bits(pixels, header) if photometric in GREYS else pixels), photometric
-
-
-def _stored_bits(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
-    """Keep BitsStored bits of each value, with their sign (PS3.5, 8.1.1).
-
-    A codestream may have more bits: an overlay in the upper ones, or negative values whose sign ends at BitsStored.
-    A lossy codestream overshoots by a few values instead, which are clipped.
-    """
-    bits, signed = int(header.BitsStored), int(header.PixelRepresentation)
-    least, most = -(signed << (bits - 1)), 2 ** (bits - signed) - 1
-    low, high = int(pixels.min()), int(pixels.max())
-    if least <= low and high <= most:
-        return pixels
-    slack = 2**bits // 16
-    lossy = header.file_meta.TransferSyntaxUID in LOSSY
-    if lossy and least - slack <= low and high <= most + slack:
-        return pixels.clip(least, most)
-    values = pixels.astype(np.int32) & (2**bits - 1)
-    values -= (values & signed << (bits - 1)) << 1
-    return values.astype(np.int16 if signed else np.uint16)
+        raise ImageError(f"deflated, from more than {MAX_BYTES:,} bytes; no X-ray is like that")
+    return content[:start].replace(DEFLATED.encode(), b"1.2.840.10008.1.2.1\0\0\0") + rest
