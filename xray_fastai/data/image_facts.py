@@ -12,7 +12,16 @@ from PIL import Image
 from xray_fastai.data import jpeg
 from xray_fastai.data.dicom.reader import FORMAT as DICOM
 from xray_fastai.data.duplicates import perceptual_hash
-from xray_fastai.data.images import MAX_PIXELS, check_file, contrast_of, open_file, open_image, orientation_of
+from xray_fastai.data.images import (
+    MAX_PIXELS,
+    check_file,
+    contrast_of,
+    open_file,
+    open_image,
+    orientation_of,
+    upright_size,
+)
+from xray_fastai.data.metadata import without_metadata
 from xray_fastai.system.errors import ImageError
 from xray_fastai.system.parallel import map_in_threads
 
@@ -58,14 +67,15 @@ def examine(path: Path | str) -> Facts:
         raise ImageError("the file is empty (0 bytes)", value=path)
     try:
         try:
-            image = open_file(content)
-            header = _header(image)
-            _decode_in_colour(image)
+            image, header = _opened(content)
         except ImageError:
             raise
-        except Exception as error:
+        except Exception:
             open_image(content, SIZE)  # raises an error that says what is wrong
-            raise ImageError(f"broken header ({type(error).__name__})") from None
+            try:
+                image, header = _opened(without_metadata(content) or content)
+            except Exception as error:
+                raise ImageError(f"broken header ({type(error).__name__})") from None
         grey = open_image(image, SIZE)
     except ImageError as error:
         raise ImageError(error.message, value=path) from None
@@ -95,16 +105,22 @@ def examine_all(paths: Iterable[str]) -> Iterator[Facts | ImageError]:
     yield from map_in_threads(examined, paths)
 
 
+def _opened(content: bytes) -> tuple[Image.Image, dict[str, Any]]:
+    image = open_file(content)
+    header = _header(image)
+    _decode_in_colour(image)
+    return image, header
+
+
 def _header(image: Image.Image) -> dict[str, Any]:
-    orientation = orientation_of(image)
-    width, height = image.size[::-1] if orientation >= 5 else image.size
+    width, height = upright_size(image)
     return {
         "format": image.format,
         "mode": image.info["photometric"] if image.format == DICOM else image.mode,
         "width": width,
         "height": height,
         "quality": _quality(image),
-        "orientation": orientation,
+        "orientation": orientation_of(image),
         "transparent": image.has_transparency_data,
     }
 

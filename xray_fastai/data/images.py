@@ -20,6 +20,7 @@ import xray_fastai.data.dicom.reader as dicom
 from xray_fastai.data import jpeg
 from xray_fastai.data.depth import eight_bits
 from xray_fastai.data.duplicates import FLAT
+from xray_fastai.data.metadata import without_metadata
 from xray_fastai.system.errors import ImageError
 
 SUFFIXES = {
@@ -88,7 +89,15 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
         elif isinstance(source, (str, Path, bytes)):
             if not isinstance(source, bytes):
                 check_file(source)
-            image = open_file(source)
+            try:
+                return _to_grey(open_file(source), size)
+            except ImageError:
+                raise
+            except Exception:  # Pillow's, also for faults in what the picture does not need
+                content = source if isinstance(source, bytes) else Path(source).read_bytes()
+                if (bare := without_metadata(content)) is None:
+                    raise
+                image = open_file(bare)
         else:
             image = _from_array(np.asarray(source))
         return _to_grey(image, size)
@@ -141,7 +150,13 @@ def size_of(path: Path | str) -> tuple[int, int]:
     if dicom.has_mark(path):
         return dicom.size_of(path)
     with open_file(path) as image:
-        return image.size[::-1] if orientation_of(image) >= 5 else image.size
+        return upright_size(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height in pixels of an image that is not decoded yet, as they are when it is upright."""
+    swapped = orientation_of(image) >= 5 and image.format != "TIFF"  # Pillow itself turns TIFFs
+    return image.size[::-1] if swapped else image.size
 
 
 def orientation_of(image: Image.Image) -> int:
