@@ -12,7 +12,15 @@ from PIL import Image
 from xray_fastai.data import jpeg
 from xray_fastai.data.dicom.reader import FORMAT as DICOM
 from xray_fastai.data.duplicates import perceptual_hash
-from xray_fastai.data.images import MAX_PIXELS, check_file, contrast_of, open_file, open_image, orientation_of
+from xray_fastai.data.images import (
+    MAX_PIXELS,
+    check_file,
+    contrast_of,
+    open_file,
+    open_image,
+    orientation_of,
+    upright_size,
+)
 from xray_fastai.data.metadata import without_metadata
 from xray_fastai.system.errors import ImageError
 from xray_fastai.system.parallel import map_in_threads
@@ -105,15 +113,14 @@ def _opened(content: bytes) -> tuple[Image.Image, dict[str, Any]]:
 
 
 def _header(image: Image.Image) -> dict[str, Any]:
-    orientation = orientation_of(image)
-    width, height = image.size[::-1] if orientation >= 5 else image.size
+    width, height = upright_size(image)
     return {
         "format": image.format,
         "mode": image.info["photometric"] if image.format == DICOM else image.mode,
         "width": width,
         "height": height,
         "quality": _quality(image),
-        "orientation": orientation,
+        "orientation": orientation_of(image),
         "transparent": image.has_transparency_data,
     }
 

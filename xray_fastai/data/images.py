@@ -150,7 +150,13 @@ def size_of(path: Path | str) -> tuple[int, int]:
     if dicom.has_mark(path):
         return dicom.size_of(path)
     with open_file(path) as image:
-        return image.size[::-1] if orientation_of(image) >= 5 else image.size
+        return upright_size(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height in pixels of an image that is not decoded yet, as they are when it is upright."""
+    swapped = orientation_of(image) >= 5 and image.format != "TIFF"  # Pillow itself turns TIFFs
+    return image.size[::-1] if swapped else image.size
 
 
 def orientation_of(image: Image.Image) -> int:

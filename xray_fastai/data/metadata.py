@@ -7,6 +7,7 @@ of them is needed here.
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 KEPT_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")
 """What makes the picture (PNG, third edition, 11.2 and 11.3.1.1), and what turns it upright (11.3.3.5)."""
+JFIF_BYTES = 16  # the least length of its segment (T.871, 10.1)
 KEPT_SEGMENTS = (0xE0, 0xE1, 0xEE)
 """APP0, JFIF; APP1, where EXIF has the orientation; and APP14, where Adobe has the colours (T.872, 6.5.3)."""
 
@@ -35,8 +36,10 @@ def _bare_png(content: bytes) -> bytes:
 def _bare_jpeg(content: bytes) -> bytes:
     kept, at = [JPEG], len(JPEG)
     while at + 4 <= len(content) and content[at] == 0xFF and content[at + 1] not in (0xD9, 0xDA):
-        end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-        if not 0xE0 <= content[at + 1] <= 0xEF or content[at + 1] in KEPT_SEGMENTS:
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
+        end = at + 2 + length
+        cut = marker == 0xE0 and length < JFIF_BYTES
+        if not 0xE0 <= marker <= 0xEF or (marker in KEPT_SEGMENTS and not cut):
             kept.append(content[at:end])
         at = end
     return b"".join([*kept, content[at:]])
