@@ -306,7 +306,7 @@ def refusals():
         "truncated in the pixels": (shipped["MR_truncated"], "truncated"),
         "cut in the header": (whole[:380], "DICOM file"),
         "32 bits": (shipped["rtdose_1frame"], "32 bits"),
-        "frames that are no number": (shipped["badVR"], "broken DICOM file"),
+        "frames that are no number": (shipped["badVR"], "its NumberOfFrames is no"),
         "high bit": (written(small, bits=12, HighBit=15), "HighBit 15"),
         "video": (written(small, syntax=uid.MPEG2MPML, PixelData=encapsulate([b"film"])), "MPEG2"),
         "unknown syntax": (
@@ -316,7 +316,10 @@ def refusals():
         "samples": (written(small, kind="RGB"), "neither grey nor colours"),
         "slope of 0": (written(small, RescaleSlope=0, RescaleIntercept=1), "slope"),
         "endless intercept": (written(small, RescaleSlope=1, RescaleIntercept="1e400"), "slope"),
-        "strange LUT": (written(small, VOILUTFunction="BENT", WindowCenter=5, WindowWidth=9), "broken DICOM file"),
+        "strange LUT": (
+            written(small, VOILUTFunction="BENT", WindowCenter=5, WindowWidth=9),
+            "VOILUTFunction",
+        ),
         "truncated JPEG": (written(RAMP.astype(np.uint8), PixelData=encapsulate([jpeg[:-200]]), **header), "truncated"),
         "JPEG bomb": (written(RAMP.astype(np.uint8), PixelData=encapsulate([bomb]), **header), "65535 x 65535"),
         "no JPEG": (written(RAMP.astype(np.uint8), PixelData=encapsulate([b"no JPEG"]), **header), "not JPEG"),

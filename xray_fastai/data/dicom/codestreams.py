@@ -5,11 +5,15 @@ part of a truncated JPEG or JPEG-LS with grey, without an error. Formats: JPEG, 
 C.2; JPEG 2000, ITU-T T.800, A.5; DICOM's RLE, PS3.5, annex G.
 """
 
+from random import Random
+
 from xray_fastai.system.errors import ImageError
 
 ALONE = {0x01, *range(0xD0, 0xD9)}  # JPEG's markers without a segment
 FRAMES = {0xF7, 0xDE, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that hold the size of a frame or of several
 TRUNCATED = "its pixel data are truncated"
+FILLERS = tuple(bytes(Random(seed).choices(range(255), k=64)) for seed in (0, 1))
+"""A decoder skips them after complete data, and decodes them where data are missing."""
 
 
 ITEM = b"\xfe\xff\0\xe0"
@@ -62,6 +66,15 @@ def without_trailer(stream: bytes) -> bytes:
     return stream if end < 0 else stream[: end + 2]
 
 
+def endings(stream: bytes) -> list[bytes]:
+    """Return a JPEG or JPEG-LS as often as it must be decoded to know that it is complete.
+
+    One with its end marker is decoded once. Without it, the data may be complete or not. They are if the picture is the
+    same with the marker, and with bytes of any value (`FILLERS`) before the marker.
+    """
+    return [stream] if stream.endswith(END) else [stream + filler + END for filler in (b"", *FILLERS)]
+
+
 def _frame(stream: bytes) -> tuple[int | None, int]:
     """Return the marker of a JPEG's frame, or None, and where its segment begins."""
     at = 2  # the position of the next marker
@@ -77,22 +90,20 @@ def _frame(stream: bytes) -> tuple[int | None, int]:
 
 
 def check_jpeg(stream: bytes, shape: tuple[int, int, int]) -> None:
-    """Check that a JPEG or JPEG-LS has the size in the header, and is complete.
+    """Check that a JPEG or JPEG-LS has the size in the header.
 
     Args:
-        stream: the whole stream; it may be padded with zeros and 0xFF.
+        stream: the whole stream.
         shape: height, width and samples a pixel, by the DICOM header.
 
     Raises:
-        ImageError: the size differs, or the stream is truncated. The message names no file.
+        ImageError: the size differs. The message names no file.
     """
     kind, at = _frame(stream) if stream[:2] == JPEG else (None, 0)
     if kind is None:
         raise ImageError("its pixel data are not JPEG, although the header says so")
     height, width = (int.from_bytes(stream[i : i + 2], "big") for i in (at + 5, at + 7))
     _check_shape((height, width, stream[at + 9]), shape)
-    if not stream.endswith(END):
-        raise ImageError(TRUNCATED)
 
 
 def check_jpeg2000(stream: bytes, shape: tuple[int, int, int]) -> None:

@@ -32,7 +32,7 @@ def as_colour(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
         full = 2 ** int(header.BitsStored) - 1
     if pixels.dtype.kind != "u":
         raise ImageError("its colours have signed values")
-    return pixels if full == 255 else np.rint(pixels.clip(0, full) * (255 / full)).astype(np.uint8)
+    return pixels.astype(np.uint8) if full == 255 else np.rint(pixels.clip(0, full) * (255 / full)).astype(np.uint8)
 
 
 def _from_palette(pixels: np.ndarray, header: "Dataset") -> tuple[np.ndarray, int]:

@@ -31,6 +31,7 @@ from xray_fastai.data.dicom.codestreams import (
     check_jpeg2000,
     check_rle,
     codestream,
+    endings,
     syntax_of,
     without_trailer,
 )
@@ -349,27 +350,37 @@ def _decode(header: "Dataset") -> tuple[np.ndarray, str]:
         raise ImageError(f"its transfer syntax is {syntax.name}, which is not supported") from None
     if not decoder.is_available:
         raise ImageError(f"its transfer syntax is {syntax.name}; to read it, {INSTALL}")
+    streams: list[bytes | None] = [None]
     if decoder.is_native:
         if len(data) < native:
             raise ImageError(f"{TRUNCATED} ({len(data):,} bytes of {native:,})")
+    elif stream is None:
+        raise ImageError(f"its pixel data are not encapsulated, as {syntax.name} needs")
     else:
-        if stream is None:
-            raise ImageError(f"its pixel data are not encapsulated, as {syntax.name} needs")
+        streams = [stream]
         if syntax in uid.JPEG2000TransferSyntaxes:
             check_jpeg2000(stream, shape)
         elif syntax == uid.RLELossless:
             check_rle(stream, shape)
         else:
-            stream = without_trailer(stream)
             check_jpeg(stream, shape)
-        header.PixelData = encapsulate([stream])  # in one fragment, whatever its offset table said
+            streams = endings(without_trailer(stream))
     # Pillow reports a truncated JPEG; pylibjpeg-rle panics on some broken streams, which no `except Exception` catches
     plugin = {uid.JPEGBaseline8Bit: "pillow", uid.RLELossless: "pydicom"}.get(syntax, "")
+    decoded: list[tuple[np.ndarray, dict]] = []
     try:
-        pixels, properties = decoder.as_array(header, index=0, decoding_plugin=plugin, number_of_frames=1)
+        for stream in streams:
+            if stream is not None:  # in one fragment, whatever the offset table said
+                header.PixelData = encapsulate([stream])
+            decoded.append(decoder.as_array(header, index=0, decoding_plugin=plugin, number_of_frames=1))
     except Exception as error:  # decoders raise errors of any class for a broken stream
         kind = type(error).__name__
+        if len(streams) > 1:  # without its end marker
+            raise ImageError(TRUNCATED) from None
         raise ImageError(f"its pixel data are broken, or not {syntax.name} as its header says ({kind})") from None
+    (pixels, properties), *filled = decoded
+    if any((pixels != other).any() for other, _ in filled):
+        raise ImageError(TRUNCATED)
     photometric = str(properties["photometric_interpretation"])
     if pixels.itemsize > 2 or (pixels.ndim == 3) != (photometric == "RGB"):
         raise ImageError(f"its pixel data are {photometric} of {8 * pixels.itemsize} bits, which is not supported")
