@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xray_fastai.data.depth import OUTER, limits
 from xray_fastai.data.dicom.luts import read_descriptor, read_lut
 from xray_fastai.system.errors import ImageError
 
@@ -72,8 +73,7 @@ def as_grey(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
     """
     low, high = int(pixels.min()), int(pixels.max())
     values, places = np.arange(low, high + 1), np.subtract(pixels, low, dtype=np.int32)
-    present = np.zeros(len(values), bool)
-    present[places] = True
+    counts = np.bincount(places.ravel(), minlength=len(values))
     padding = np.zeros(len(values), bool)
     if "PixelPaddingValue" in header:
         bits, signed = int(header.BitsAllocated), int(header.PixelRepresentation)
@@ -81,7 +81,7 @@ def as_grey(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
         half = signed << (bits - 1)  # some programs write it unsigned for signed pixels, or the other way round
         first, last = sorted((int(end) + half) % 2**bits - half for end in ends)
         padding = (values >= first) & (values <= last)
-    shades = _shades(values, present & ~padding, header)
+    shades = _shades(values, np.where(padding, 0, counts), header)
     if header.PhotometricInterpretation == "MONOCHROME1":
         shades = 1 - shades
     # rounding to 6 places first makes halves exact, so that an image and its inverse are rounded alike
@@ -90,8 +90,8 @@ def as_grey(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
     return table[places]
 
 
-def _shades(values: np.ndarray, present: np.ndarray, header: "Dataset") -> np.ndarray:
-    """Map stored values (N,) to shades from black, 0, to white, 1. The mask `present` marks those in the image."""
+def _shades(values: np.ndarray, counts: np.ndarray, header: "Dataset") -> np.ndarray:
+    """Map stored values (N,) to shades from black, 0, to white, 1. `counts` (N,) says how many pixels have each."""
     from pydicom.pixels.processing import apply_modality_lut, apply_windowing
 
     inputs = _stored_range(header)
@@ -110,8 +110,8 @@ def _shades(values: np.ndarray, present: np.ndarray, header: "Dataset") -> np.nd
             x, black, white = lut(x), 0, 2**lut.bits - 1
         elif _has_window(header):
             *x, black, white = apply_windowing(np.append(x, [-np.inf, np.inf]), header)
-        elif present.any():
-            black, white = x[present].min(), x[present].max()
+        elif counts.any():
+            black, white = _limits(x, counts, int(header.BitsStored))
         else:
             black = white = 0
         if black == white:
@@ -120,6 +120,21 @@ def _shades(values: np.ndarray, present: np.ndarray, header: "Dataset") -> np.nd
     if np.isnan(shades).any():
         raise ImageError("its window cannot be applied to its values")
     return shades
+
+
+def _limits(x: np.ndarray, counts: np.ndarray, bits: int) -> tuple[float, float]:
+    """Return black and white of an image without a window: as `depth.eight_bits` chooses them for other files.
+
+    Args:
+        x: (N,), the values after the modality LUT.
+        counts: (N,), how many pixels have each; not all zero.
+        bits: of the stored values; of 8 bits, the smallest and the largest are taken.
+    """
+    order = np.argsort(x, kind="stable")
+    order = order[counts[order] > 0]
+    x, below = x[order], np.cumsum(counts[order])
+    low, high = x[np.searchsorted(below, [OUTER * below[-1], (1 - OUTER) * below[-1]])] if bits > 8 else x[[0, -1]]
+    return limits(float(x[0]), float(low), float(high), float(x[-1]))
 
 
 def _stored_range(header: "Dataset") -> tuple[int, int]:
