@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 import typer.main
 
-from xray_fastai import FitConfig, fit, predict
+from xray_fastai import FitConfig, evaluate, fit, predict
 from xray_fastai.cli.main import app
 from xray_fastai.config import setting_of
 from xray_fastai.system.errors import UserError
@@ -78,12 +78,15 @@ def test_data_and_settings_are_taken_in_each_form(tmp_path):
         fit(FitConfig(data="x"), epochs=0)
 
 
-def test_the_home_folder_is_expanded(monkeypatch, tmp_path):
+def test_the_home_folder_is_expanded(monkeypatch, tmp_path, export):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = FitConfig(data="~/x", weights="~/w.pth", exports="~/e", name="a")
     assert [config.data, config.weights, config.exports] == [str(tmp_path / name) for name in ("x", "w.pth", "e")]
     with pytest.raises(UserError, match=f"^data {tmp_path}/x: no such folder"):
         fit("~/x")
+    with pytest.raises(UserError, match=f"^data {tmp_path}/x: no such folder"):
+        evaluate(export, "~/x")
+    assert predict(["~/a.png"], export).path.tolist() == [str(tmp_path / "a.png")]
 
 
 def test_an_error_has_the_names_of_the_place_where_it_is_read(export, run, refused, tmp_path):

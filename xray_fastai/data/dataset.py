@@ -136,7 +136,7 @@ def find_root(data: str | Path, split: str = "train") -> Path:
     Raises:
         UserError: `data` is missing or a file, or none of these folders has the split.
     """
-    data = Path(data)
+    data = Path(os.path.expanduser(data))
     try:
         return _find_root(data, split)
     except OSError as error:  # a name too long, or no permission

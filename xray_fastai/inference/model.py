@@ -191,8 +191,8 @@ def _check_unchanged(model: nn.Module, network: nn.Module, path: Path) -> None:
     Raises:
         UserError: it has others.
     """
-    state = model.state_dict()
-    if any(not torch.equal(state[name].cpu(), tensor) for name, tensor in network.state_dict().items()):
+    state, expected = model.state_dict(), network.state_dict()
+    if state.keys() != expected.keys() or any(not torch.equal(state[k].cpu().to(t), t) for k, t in expected.items()):
         raise UserError(
             f"the learner was trained after it was opened from {path}, whose threshold and calibration are of the "
             "weights before; save it as an export, and give that",

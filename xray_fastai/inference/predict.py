@@ -70,8 +70,8 @@ def predict(
 
 
 def _as_list(paths: Source | Iterable[Source]) -> list[Source]:
-    """Return one image or many as a list. An array of two or three dimensions is one image."""
+    """Return one image or many as a list, ~ in a path expanded. An array of two or three dimensions is one image."""
     is_array = isinstance(paths, np.ndarray) and paths.ndim in (2, 3)
     if is_array or isinstance(paths, (str, bytes, os.PathLike, Image.Image)):
-        return [paths]
-    return list(paths)
+        paths = [paths]
+    return [os.path.expanduser(path) if isinstance(path, (str, os.PathLike)) else path for path in paths]
