@@ -230,6 +230,7 @@ def rows_of(log, losses, seconds, monkeypatch, capsys, epoch=0):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock.now)
     recorder, opt = SimpleNamespace(values=[]), SimpleNamespace(hypers=[{"lr": 1e-3}])
+    log.learn = SimpleNamespace(n_epoch=10)
     log.before_fit()
     for loss, length in zip(losses, seconds, strict=True):
         log.learn = SimpleNamespace(epoch=epoch, n_epoch=10, recorder=recorder, opt=opt)

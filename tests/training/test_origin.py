@@ -1,6 +1,7 @@
 """`fit --weights EXPORT` continues from a model of one's own: weights, settings, lineage, learning rates."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from xray_fastai import FitConfig, fit, verify
 from xray_fastai.export.reader import export_in_weights
 from xray_fastai.export.schema import read_settings
 from xray_fastai.system.errors import UserError
+from xray_fastai.training import state
 
 SAME = {"train/NORMAL": 16, "train/PNEUMONIA": 24}
 OTHER = {"train/COVID": 12, "train/NORMAL": 12, "train/PNEUMONIA": 12}
@@ -83,6 +85,26 @@ def test_the_lineage_grows_by_each_fit(export, run, collection):
     assert [ancestor["name"] for ancestor in lineage] == ["third", "second", "small"]
     assert [ancestor["sha256"] for ancestor in lineage] == [*(sha_of(Path("exports") / n) for n in ("third", "second")),
                                                             sha_of(export)]  # fmt: skip
+
+
+def test_a_resumed_fit_needs_no_parent_and_keeps_the_lineage(export, collection, tmp_path, monkeypatch):
+    class Interrupt(Callback):
+        def before_epoch(self):
+            if self.epoch == 1 and len(self.opt.hypers) == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(state, "SECONDS", 0)
+    parent = Path(shutil.copytree(export, tmp_path / "parent"))
+    options = {"batch_size": 8, "workers": 0, "device": "cpu", "epochs": 2, "name": "first"}
+    with pytest.raises(KeyboardInterrupt) as stop:
+        fit(collection, weights=parent, **options, callbacks=[Interrupt()])
+    lineage = settings_of(stop.value.result.path)["lineage"]
+    assert [ancestor["sha256"] for ancestor in lineage] == [sha_of(export)]
+    shutil.rmtree(parent)
+    again = fit(resume=True)
+    model = settings_of(again.path)
+    assert again.status == "complete" and model["lineage"] == lineage
+    assert model["training"]["weights"] == "of the export parent"
 
 
 @pytest.mark.parametrize(

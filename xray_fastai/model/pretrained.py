@@ -3,6 +3,7 @@
 import pickle
 import re
 import socket
+import sys
 import urllib.parse
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.progress import on_terminal
 
 TIMEOUT = 20  # seconds without data after which a download counts as offline
 
@@ -85,7 +87,7 @@ def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
     socket.setdefaulttimeout(TIMEOUT)
     try:
         return enum.DEFAULT.get_state_dict(
-            progress=True, check_hash=True, weights_only=True
+            progress=on_terminal(sys.stderr), check_hash=True, weights_only=True
         ), f"{enum.DEFAULT} ({name})"
     except (OSError, RuntimeError) as error:
         reason = str(getattr(error, "reason", None) or error).splitlines()[0]

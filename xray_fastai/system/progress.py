@@ -1,11 +1,95 @@
-"""Show progress bars on standard error."""
+"""Show progress bars: on a terminal, or in a notebook with the bars that fastai shows there (fastprogress).
 
+Elsewhere nothing is shown. Libraries of bars are imported where one is shown.
+"""
+
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 Step = TypeVar("Step")
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook, whose pages show HTML and no terminal's codes."""
+    ipython = sys.modules.get("IPython")  # loaded by every kernel
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
+
+
+def on_terminal(stream: TextIO) -> bool:
+    """Return whether a stream goes to a terminal; not if a cell of a notebook runs this process (`!xray-fastai ...`).
+
+    IPython starts it on a pseudo-terminal, but shows what it writes on the page. Its kernel's children have the
+    variable `JPY_PARENT_PID` (`jupyter_client.launcher`).
+    """
+    return stream.isatty() and "JPY_PARENT_PID" not in os.environ
+
+
+class TerminalBar:
+    """Shows the batches of the current part of an epoch below the printed rows."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, transient=True)
+        self._task = self._bar.add_task("")
+        self._bar.start()
+
+    def begin(self, epoch: int, part: str, batches: int) -> None:
+        """Begin a part, "training" or "validation", of an epoch, which is counted from 0."""
+        self._bar.reset(self._task, total=batches, description=f"epoch {epoch + 1} {part}")
+
+    def advance(self) -> None:
+        """Count a batch."""
+        self._bar.advance(self._task)
+
+    def print(self, text: str) -> None:
+        """Print a row above the bar."""
+        self._bar.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+
+class NotebookBar:
+    """Shows the epochs and the batches as fastai's learners do, in one place of the page."""
+
+    def __init__(self, epochs: int) -> None:
+        from fastprogress.fastprogress import NBMasterBar
+
+        self._epochs = NBMasterBar(range(epochs))
+
+    def begin(self, epoch: int, part: str, batches: int) -> None:
+        """See `TerminalBar.begin`."""
+        self._epochs.update(epoch)
+        self._batches = self._epochs.pcls(range(batches), parent=self._epochs, comment=part)
+        self._done = 0
+        self._batches.update(0)
+
+    def advance(self) -> None:
+        """Count a batch."""
+        self._done += 1
+        self._batches.update(self._done)
+
+    def print(self, text: str) -> None:
+        """Print a row."""
+        print(text, flush=True)
+
+    def close(self) -> None:
+        """Remove the bars."""
+        self._epochs.on_iter_end()
+
+
+def epoch_bar(epochs: int) -> TerminalBar | NotebookBar | None:
+    """Return a bar for the batches of a fit, or None if standard output is neither a terminal nor a notebook."""
+    if in_notebook():
+        return NotebookBar(epochs)
+    return TerminalBar() if on_terminal(sys.stdout) else None
 
 
 @contextmanager
@@ -18,7 +102,7 @@ def progress_bar(total: Callable[[], int] | None) -> Iterator[Callable[[int], No
     Yields:
         A function that takes the number of images done so far.
     """
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         yield lambda done: None
         return
     from rich.console import Console
@@ -54,15 +138,20 @@ def transfer_bar(total: int | None, done: int) -> Iterator[Callable[[int], None]
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = [BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
-    hidden = not sys.stderr.isatty()
+    hidden = not on_terminal(sys.stderr)
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total, completed=done)
         yield lambda count: bar.advance(task, count)
 
 
 def track(steps: Iterable[Step], what: str, total: int) -> Iterator[Step]:
-    """Iterate over `steps`, with a bar if standard error is a terminal."""
-    if not sys.stderr.isatty():
+    """Iterate over `steps`, with a bar if standard error is a terminal, or on the page of a notebook."""
+    if in_notebook():
+        from fastprogress.fastprogress import NBProgressBar
+
+        yield from NBProgressBar(steps, total, comment=what, leave=False)
+        return
+    if not on_terminal(sys.stderr):
         yield from steps
         return
     from rich.console import Console

@@ -1,7 +1,6 @@
 """The callbacks that a fit adds to fastai's training loop; each has one purpose."""
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from fastai.vision.all import (
 from torch.nn.functional import cross_entropy
 
 from xray_fastai.export.schema import HISTORY_COLUMNS
+from xray_fastai.system.progress import epoch_bar
 from xray_fastai.training.stopping import EarlyStopping
 
 BACKBONE = "0."
@@ -231,7 +231,7 @@ def short_duration(seconds: float) -> str:
 
 
 class EpochLog(Callback):
-    """Record the history, and print one row an epoch, with a progress bar if standard output is a terminal.
+    """Record the history, and print one row an epoch, with a progress bar on a terminal or in a notebook.
 
     From the second epoch on, a row tells the time that the phase still takes, at the speed of the last epochs: at least
     (if no epoch improves on the lowest validation loss, early stopping ends it), and at most (all epochs). The first
@@ -254,20 +254,14 @@ class EpochLog(Callback):
         titles = f"{'phase':<9}{'epoch':>9}{'train loss':>12}{'valid loss':>12}{'accuracy':>10}{'AUC':>8}{'time':>8}"
         added = "".join(f"{name[:14]:>16}" for name in self.metrics[len(OWN_METRICS) :].attrgot("name"))
         print(f"\n{titles}{'left':>12}{added}")
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, transient=True)
-            self.task = self.bar.add_task("")
-            self.bar.start()
+        self.bar = epoch_bar(self.n_epoch)
 
     def before_epoch(self):
         self.start = time.perf_counter()
 
     def _start_bar(self, part: str):
         if self.bar is not None:
-            self.bar.reset(self.task, total=len(self.dl), description=f"epoch {self.epoch + 1} {part}")
+            self.bar.begin(self.epoch, part, len(self.dl))
 
     def before_train(self):
         self._start_bar("training")
@@ -277,7 +271,7 @@ class EpochLog(Callback):
 
     def after_batch(self):
         if self.bar is not None:
-            self.bar.advance(self.task)
+            self.bar.advance()
 
     def after_epoch(self):
         row = self.recorder.history[-1] | {"phase": self.phase, "epoch": self.epoch + 1}
@@ -293,7 +287,10 @@ class EpochLog(Callback):
         if added := [value for name, value in row.items() if name not in HISTORY_COLUMNS]:
             text = f"{text:<80}" + "".join(f"{value:>16.4f}" for value in added)
         self.logged = now
-        (self.bar.console.print if self.bar else print)(text, **({"highlight": False} if self.bar else {"flush": True}))
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.print(text)
 
     def left(self) -> str:
         "Return the least and the most time that the phase still takes, as `0:20-3:10`; one time if they are equal."
@@ -304,7 +301,7 @@ class EpochLog(Callback):
         return times[0] if least in (0, most) else "-".join(times)
 
     def close(self):
-        "Remove the progress bar from the terminal."
+        "Remove the progress bar."
         if self.bar is not None:
-            self.bar.stop()
+            self.bar.close()
             self.bar = None

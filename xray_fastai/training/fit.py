@@ -114,7 +114,7 @@ def _config(data: str | Path | FitConfig | None, settings: dict[str, Any]) -> Fi
         return replace(data, **settings)
     if data is not None and not isinstance(data, (str, os.PathLike)):
         raise UserError("give a folder, or a FitConfig", option="data", value=f"of type {type(data).__name__}")
-    return FitConfig(data=data, **settings)
+    return FitConfig(data=None if data is None else os.fspath(data), **settings)
 
 
 def _given(data: str | Path | FitConfig | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,11 +31,13 @@ from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS,
 from xray_fastai.model.learner import set_scaling
 from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
+from xray_fastai.system.text import data_uri, format_number
 from xray_fastai.training.calibration import Calibration, Validated, calibrate
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import conclude
 from xray_fastai.training.plan import Plan
 
+CURVES = "curves.png"
 LIBRARIES = ("torch", "torchvision", "fastai", "numpy", "pillow", "scikit-learn", "safetensors")
 
 
@@ -157,7 +160,7 @@ def write_export(run: Reservation, learn: Learner, model: dict[str, Any], histor
         text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
-        plot_curves(history, folder / "curves.png", model["best"])
+        plot_curves(history, folder / CURVES, model["best"])
         with contextlib.suppress(ImageError):  # the images may have been deleted; the export is written without them
             images, targets = learn.dls.one_batch()
             plot_batch(images, [learn.dls.vocab[i] for i in targets], folder / "batch.png")
@@ -191,9 +194,13 @@ def _move_to_cpu(learn: Learner) -> None:
         metric.reset()  # sums of the last epoch
 
 
+SHOWN = {"phase": "phase", "epoch": "epoch", "valid_loss": "validation loss", "accuracy": "accuracy", "roc_auc": "AUC"}
+"""The columns of the history that a notebook shows of the exported epoch, with their titles."""
+
+
 @dataclass
 class Result:
-    """Holds the result of a fit."""
+    """Holds the result of a fit. A notebook shows the exported epoch and the learning curves."""
 
     path: Path  # the export
     status: str  # complete, interrupted or diverged
@@ -201,6 +208,20 @@ class Result:
     config: FitConfig = field(repr=False)
     signal: int | None = None  # the signal that interrupted it
     error: str | None = None  # why it diverged, or None
+    best: dict | None = field(default=None, repr=False)  # the row of the history whose weights were exported
+
+    def _repr_html_(self) -> str:
+        facts = {"export": str(self.path), "fit": self.status if self.error is None else f"{self.status}: {self.error}"}
+        if self.best is not None:
+            values = {title: format_number(self.best[key]) for key, title in SHOWN.items()}
+            facts["best weights"] = ", ".join(f"{title} {value}" for title, value in values.items())
+            facts[""] = "chosen on the validation images, so these figures are too good: see evaluate"
+        rows = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts.items())
+        picture = ""
+        if (self.path / CURVES).is_file():
+            uri = data_uri((self.path / CURVES).read_bytes(), "image/png")
+            picture = f'<img src="{uri}" alt="losses and metrics by epoch" style="max-width: 100%">'
+        return f"<p>{DISCLAIMER}</p><dl>{rows}</dl>{picture}"
 
 
 class FitInterrupted(KeyboardInterrupt):
@@ -239,7 +260,7 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
         parameters=trainer.parameters,
     )
     path = export(trainer.learn, plan, outcome, judgement, run)
-    return Result(path, outcome.status, outcome.history, plan.config, received, trainer.error)
+    return Result(path, outcome.status, outcome.history, plan.config, received, trainer.error, best.row)
 
 
 def judge(plan: Plan, logits: np.ndarray, targets: np.ndarray) -> Judgement:
