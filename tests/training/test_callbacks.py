@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from fastai.vision.all import Callback, CancelFitException
+from fastai.vision.all import Callback, CancelFitException, L
 
 from tests.conftest import settings_of
 from tests.small_network import NAME as SMALL
 from xray_fastai import fit
+from xray_fastai.export.schema import HISTORY_COLUMNS
 from xray_fastai.training import callbacks
 from xray_fastai.training.callbacks import Autocast, CudaAutocast, EpochLog, Schedule, precision_callbacks
 from xray_fastai.training.frozen_features import NextView
@@ -229,14 +230,14 @@ def rows_of(log, losses, seconds, monkeypatch, capsys, epoch=0):
     """Let a log print one row for each validation loss; return what each says after the AUC."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock.now)
-    recorder, opt = SimpleNamespace(values=[]), SimpleNamespace(hypers=[{"lr": 1e-3}])
-    log.learn = SimpleNamespace(n_epoch=10)
+    recorder = SimpleNamespace(history=[])
+    log.learn = SimpleNamespace(n_epoch=10, metrics=L([None, None]))
     log.before_fit()
     for loss, length in zip(losses, seconds, strict=True):
-        log.learn = SimpleNamespace(epoch=epoch, n_epoch=10, recorder=recorder, opt=opt)
+        log.learn = SimpleNamespace(epoch=epoch, n_epoch=10, recorder=recorder)
         log.before_epoch()
         clock.now += length
-        recorder.values.append([1.0, loss, 0.5, 0.5])
+        recorder.history.append(dict.fromkeys(HISTORY_COLUMNS, 0.5) | {"valid_loss": loss})
         log.after_epoch()
         clock.now += 1  # a checkpoint is written
         epoch += 1

@@ -97,6 +97,8 @@ def test_a_learner_says_what_it_is(export, learn):
     words = f"small_resnet, 32 px, classes NORMAL, PNEUMONIA, PNEUMONIA from a probability of {threshold:.4g}, export "
     assert repr(open_learner(export)) == f"XrayLearner: {words}{export}"
     assert learn.xray.settings["architecture"] == SMALL and learn.xray.path == str(export)
+    learn.save("kept")
+    assert not learn.xray.changed and open_learner(export).load(Path("models/kept").absolute()).xray.changed
     with learn.no_bar():
         learn.fit(1)
     assert repr(learn) == f"XrayLearner: {words}{export}, trained since"

@@ -57,9 +57,13 @@ class XrayLearner(Learner):
     @wraps(Learner.fit)
     def fit(self, *args, **kwargs):
         self._check_training_images()
-        if self.xray is not None:
-            self.xray = replace(self.xray, changed=True)
+        self._mark_changed()
         return super().fit(*args, **kwargs)
+
+    @wraps(Learner.load)
+    def load(self, *args, **kwargs):
+        self._mark_changed()
+        return super().load(*args, **kwargs)
 
     @wraps(Learner.lr_find)
     def lr_find(self, *args, **kwargs):
@@ -88,6 +92,10 @@ class XrayLearner(Learner):
             return super().summary()
         finally:
             self.dls = images
+
+    def _mark_changed(self) -> None:
+        if self.xray is not None:
+            self.xray = replace(self.xray, changed=True)
 
     def _check_training_images(self) -> None:
         loader: DataLoader = self.dls.train

@@ -71,7 +71,7 @@ def dataloaders(data: str | Path | None = None, learn: Learner | None = None, **
         UserError: the folder is no such collection, or an image cannot be read; or the learner has other classes, or
             was not made by this package.
     """
-    config = FitConfig(data=data, **settings)
+    config = FitConfig(**settings | {"data": data})
     if learn is not None:
         config = _as_learner(config.with_choices(data=default_data()), learn)
     config, images = read_collection(config.with_recipe())

@@ -105,12 +105,12 @@ def _copied(learn: XrayLearner, dls: XrayDataLoaders, plan: Plan) -> XrayLearner
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError("its weights are not finite; train it with a lower rate", option="learn")
     with torch.device("meta"):  # as in `load_network`
-        copied = build_learner(dls, plan.config.arch, dropout=plan.config.dropout, class_weights=plan.class_weights)
+        copied = build_learner(dls, learn.arch, dropout=plan.config.dropout, class_weights=plan.class_weights)
     copied.model.to_empty(device="cpu")
     try:
         copied.model.load_state_dict(state)
     except RuntimeError:
-        raise UserError(f"its network is not the {plan.config.arch} that it was made with", option="learn") from None
+        raise UserError(f"its network is not the {learn.arch} that it was made with", option="learn") from None
     return copied
 
 
