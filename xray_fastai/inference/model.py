@@ -18,7 +18,7 @@ from xray_fastai.export.reader import find_export, path_of
 from xray_fastai.inference.cpu_fusion import fused_for_cpu
 from xray_fastai.inference.scaling import Scaling
 from xray_fastai.model.folding import fold_batch_norm
-from xray_fastai.model.preprocessing import Preprocessing
+from xray_fastai.model.preprocessing import Preprocessing, equalize
 from xray_fastai.system.device import choose_device, choose_precision
 from xray_fastai.system.errors import UserError
 
@@ -53,6 +53,11 @@ class Model:
     @property
     def size(self) -> int:
         return self.settings["preprocessing"]["size"]
+
+    @property
+    def contrast(self) -> str:
+        """The contrast of the network's input: equalize, or none."""
+        return self.settings["preprocessing"].get("contrast", "none")
 
     @property
     def threshold(self) -> float | None:
@@ -121,13 +126,17 @@ class Model:
             batch = self._prepared(images)
             return self._folded(batch.to(self._kind, memory_format=torch.channels_last)).float().cpu()
 
+    def seen(self, images: torch.Tensor) -> torch.Tensor:
+        """Return 8-bit images (B, 1, size, size) with the contrast that the network gets, before normalization."""
+        return equalize(images) if self.contrast == "equalize" else images
+
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
         """Turn 8-bit images (B, 1, size, size) into the network's input (B, 3, size, size), on its device."""
         return self._preprocessing(images.to(self.device))
 
     @cached_property
     def _preprocessing(self) -> Preprocessing:
-        return Preprocessing(self.settings["preprocessing"].get("contrast", "none")).to(self.device)
+        return Preprocessing(self.contrast).to(self.device)
 
     @property
     def _on_cpu(self) -> bool:

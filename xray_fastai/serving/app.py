@@ -97,7 +97,10 @@ def _true_or_false(text: str) -> bool:
 Heatmap = Annotated[
     bool,
     BeforeValidator(_true_or_false),
-    Query(description="Whether to add two pictures to each prediction: the image as it was read, and its heat map."),
+    Query(
+        description="Whether to add pictures to each prediction: the image as it was read, as the network sees it, and "
+        "its heat map."
+    ),
 ]
 
 

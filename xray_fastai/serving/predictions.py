@@ -25,6 +25,7 @@ class ModelFacts(BaseModel):
     name: str = Field(description="The name of the export's folder.", examples=["20260101-120000"])
     architecture: str = Field(description="The network's architecture.", examples=["resnet50"])
     size: int = Field(description="Images are resized to this side of a square, in pixels.", examples=[224])
+    contrast: str = Field(description="equalize: histogram equalization; or none.", examples=["equalize"])
     classes: list[str] = Field(description="The classes that the model knows.", examples=[["NORMAL", "PNEUMONIA"]])
     positive: str | None = Field(description="The class to detect; null if there is none.", examples=["PNEUMONIA"])
     threshold: float | None = Field(
@@ -52,6 +53,7 @@ class ModelFacts(BaseModel):
             name=model.path.resolve().name,
             architecture=settings["architecture"],
             size=model.size,
+            contrast=model.contrast,
             classes=model.classes,
             positive=model.positive,
             threshold=model.threshold_of(),
@@ -88,6 +90,11 @@ class Prediction(BaseModel):
         "as a data URI.",
     )
     note: str | None = Field(None, description="Why there is no heat map.")
+    seen: str | None = Field(
+        None,
+        description="What the network sees, as a data URI: the whole image squeezed to a square, and equalized if the "
+        "model has that contrast.",
+    )
     row: dict[str, str | float | None] = Field(
         description="The file's row of the table that `xray-fastai predict` writes: the value of each column.",
         examples=[{"path": "a.jpeg", "prediction": "PNEUMONIA", "p_NORMAL": 0.125, "p_PNEUMONIA": 0.875}],
@@ -147,6 +154,7 @@ def predict_file(model: Model, decoder: Decoder, name: str, content: bytes, heat
     prediction = _prediction(model, ImageResult(name, model.threshold_of(), model.classes[index], by_class))
     if picture is not None:
         prediction.image = _jpeg_uri(picture)
+        prediction.seen = _jpeg_uri(Image.fromarray(model.seen(batch.images)[0, 0].numpy()))
         (cam,) = grad_cam(model, batch.images, [index])  # (h, w)
         if cam.size == 1:
             prediction.note = f"No heat map: at {model.size} pixels it has one cell for the whole image"

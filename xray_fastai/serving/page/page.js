@@ -118,9 +118,8 @@ function show(job) {
   const positive = document.body.dataset.positive;
   const isPositive = result.prediction === positive;
   card.classList.toggle("positive", isPositive);
-  const button = make("button", "pictures", ...pictures(job));
+  const button = make("button", "pictures", ...pictures(job), make("span", "enlarge", "Enlarge"));
   button.type = "button";
-  button.setAttribute("aria-label", `Enlarge the image and the heat map of ${job.file.name}`);
   button.addEventListener("click", () => enlarge(job));
   card.replaceChildren(heading(job.file.name, result.prediction, isPositive ? "positive" : ""), button, score(result));
 }
@@ -130,30 +129,35 @@ const reason = (job) => {
   return text.charAt(0).toUpperCase() + text.slice(1);
 };
 
+function picture(source, alt, caption) {
+  const frame = make("span", "frame");
+  if (source) {
+    const image = make("img");
+    image.src = source;
+    image.alt = alt;
+    frame.append(image);
+  } else {
+    frame.classList.add("empty");
+    frame.textContent = alt;
+  }
+  return make("span", "picture", frame, make("span", "caption", caption));
+}
+
 function pictures(job) {
   const { result } = job;
-  const picture = (source, alt, caption) => {
-    const frame = make("span", "frame");
-    if (source) {
-      const image = make("img");
-      image.src = source;
-      image.alt = alt;
-      frame.append(image);
-    } else {
-      frame.classList.add("empty");
-      frame.textContent = alt;
-    }
-    return make("span", "picture", frame, make("span", "caption", caption));
-  };
   return [
     picture(result.image, `X-ray ${job.file.name}`, "As read"),
     picture(
       result.heatmap,
       result.heatmap ? `Heat map of ${job.file.name}: the regions that supported ${result.prediction}` : result.note,
-      `Heat map for ${result.prediction}`,
+      result.heatmap ? `Heat map: red speaks for ${result.prediction}` : `Heat map for ${result.prediction}`,
     ),
   ];
 }
+
+// what the network sees is squeezed to a square, and its grey values may be spread evenly
+const seen = ({ file, result }) =>
+  picture(result.seen, `What the network sees of ${file.name}`, "What the network sees");
 
 function score(result) {
   const parts = [];
@@ -185,7 +189,9 @@ function score(result) {
 
 function enlarge(job) {
   byId("large-title").textContent = `${job.file.name}: ${job.result.prediction}`;
-  byId("large").querySelector(".pictures").replaceChildren(...pictures(job));
+  byId("large").querySelector(".pictures").replaceChildren(...pictures(job), seen(job));
+  byId("large").classList.toggle("positive", job.result.prediction === document.body.dataset.positive);
+  byId("large-score").replaceChildren(score(job.result));
   byId("large").showModal();
 }
 
