@@ -57,6 +57,23 @@ def test_the_fraction_is_met(fraction):
     assert hold_out(frame, fraction, seed=0).mean() == pytest.approx(fraction, abs=0.02)
 
 
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("few", [2, 3, 5])
+def test_few_patients_of_one_class_do_not_change_the_fraction(few, fraction):
+    frame = table([f"a{i}" for i in range(400)] + [f"b{i}" for i in range(few)], ["A"] * 400 + ["B"] * few)
+    held_out = hold_out(frame, fraction, seed=0)
+    assert held_out.mean() == pytest.approx(fraction, abs=0.02)
+    assert set(frame.label[held_out]) == set(frame.label[~held_out]) == {"A", "B"}
+
+
+@pytest.mark.parametrize(("patients", "said"), [(2, "50% instead of 10%"), (12, "")])
+def test_another_fraction_is_said(patients, said):
+    labels = [label for label in "AB" for _ in range(20 * patients)]
+    frame = table([f"{label}{i // 20}" for i, label in enumerate(labels)], labels)
+    _, line, _ = assign_validation(frame, None, "0.1", 0)
+    assert ("instead of" in line) == bool(said) and said in line
+
+
 def test_identical_files_stay_on_one_side():
     images = [f"d{i // 2}" for i in range(80)]  # each image twice, as two patients
     frame = table([f"p{i}" for i in range(80)], ["A"] * 40 + ["B"] * 40, images)

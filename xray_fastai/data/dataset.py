@@ -170,8 +170,7 @@ def _find_files(folder: Path) -> list[str]:
     names = []
     for parent, files in walk(folder):
         inside = os.path.relpath(parent, folder)
-        if not any(is_hidden(part) for part in Path(inside).parts):
-            names += [Path(inside, name).as_posix() for name in files if not is_hidden(name)]
+        names += [Path(inside, name).as_posix() for name in files if not is_hidden(name)]
     return sorted(names)
 
 

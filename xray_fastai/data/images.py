@@ -192,27 +192,29 @@ def check_not_blank(contrast: float) -> None:
         raise ImageError("blank: of one tone, which shows nothing")
 
 
-def walk(folder: Path | str, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder in a folder, itself first, with its files' names; links to folders are followed.
+def walk(
+    folder: Path | str, onerror: Callable[[OSError], None] | None = None, hidden: bool = False
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder in a folder, itself first, with its files' names in order; links to folders are followed.
 
-    A folder is entered once, whatever links lead to it: a link to a parent would never end.
+    A folder is entered once, whatever links lead to it, and none that holds `folder`: a link to it would never end, and
+    from one class lead into the others.
 
     Args:
         folder: where to begin.
         onerror: takes the error of a folder that cannot be read; None passes over such a folder.
+        hidden: enter hidden folders, too.
     """
-    entered = set()
+    entered = set(map(str, Path(os.path.realpath(folder)).parents))
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=onerror):
-        entered.add(os.path.realpath(parent))
+        if (real := os.path.realpath(parent)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
         # a folder comes before the links to it, so that its files keep their own names
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in entered]
-        yield parent, files
-
-
-def may_be_image(name: str) -> bool:
-    """Return whether a name may be an image's: it has one of `EXTENSIONS`, or none, like many DICOM files."""
-    return name.lower().endswith(EXTENSIONS) or has_no_extension(name)
+        folders[:] = [name for name in folders if hidden or not is_hidden(name)]
+        yield parent, sorted(files)
 
 
 def has_no_extension(name: str) -> bool:

@@ -19,8 +19,8 @@ from xray_fastai.data.images import (
     contrast_of,
     is_hidden,
     is_image_file,
-    may_be_image,
     open_image,
+    walk,
 )
 from xray_fastai.inference.model import NO_NUMBER, Model
 from xray_fastai.inference.tta import mean_over_views
@@ -170,28 +170,16 @@ def check_folders(paths: Iterable[Source], recursive: bool = False) -> None:
             raise UserError(f"{path}: no image in this folder (looked for {' '.join(EXTENSIONS)}){advice}")
 
 
-def _images_in(
-    folder: str, recursive: bool, passed_over: Counter[str], parents: frozenset[str] = frozenset()
-) -> Iterator[str]:
-    images, subfolders = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if is_hidden(entry.name):
-                    continue
-                if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
-                    subfolders.append(entry.name)
-                elif may_be_image(entry.name) and is_image_file(entry.path):
-                    images.append(entry.name)
-                else:
-                    passed_over[folder] += 1
-    except OSError:
-        yield folder  # becomes a row: a file that cannot be read
-        return
-    for name in sorted(images):
-        yield os.path.join(folder, name)
-    parents |= {os.path.realpath(folder)}
-    for name in sorted(subfolders) if recursive else ():
-        subfolder = os.path.join(folder, name)
-        if os.path.realpath(subfolder) not in parents:  # a link to a parent folder would never end
-            yield from _images_in(subfolder, recursive, passed_over, parents)
+def _images_in(folder: str, recursive: bool, passed_over: Counter[str]) -> Iterator[str]:
+    unread: list[str] = []
+    for parent, files in walk(folder, lambda error: unread.append(error.filename)):
+        yield from unread  # becomes a row: a file that cannot be read
+        unread.clear()
+        names = [name for name in files if not is_hidden(name)]
+        images = [name for name in names if is_image_file(os.path.join(parent, name))]
+        passed_over[parent] = len(names) - len(images)
+        for name in images:
+            yield os.path.join(parent, name)
+        if not recursive:
+            return
+    yield from unread

@@ -6,6 +6,7 @@ says. A warning needs a look. A remark is good to know.
 
 import os
 import time
+from itertools import chain, islice
 from pathlib import Path
 
 import pandas as pd
@@ -134,11 +135,14 @@ def _listed(root: Path, split: str) -> pd.DataFrame:
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot be read ({error.strerror})", value=error.filename) from None
 
-    for parent, files in walk(base, refuse):
+    outside = islice(walk(base, refuse), 1)
+    folders = sorted(entry for entry in base.iterdir() if entry.is_dir())
+    # each by itself, as a fit reads them: a link to another class's folder gives its files a second class
+    for parent, files in chain(outside, *(walk(entry, refuse, hidden=True) for entry in folders)):
         inside = Path(parent).relative_to(base).parts
         if not split and not inside:  # files beside class folders are not part of the data set
             continue
-        for name in sorted(files):
+        for name in files:
             file = Path(parent, name).relative_to(root).as_posix()
             hidden = any(map(is_hidden, (*inside, name)))
             label = class_of(inside[0]) if inside else ""
