@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from xray_fastai.data.images import FLAT
+from xray_fastai.data.depth import FLAT
 
 SIDE, FREQUENCIES = 32, 16
 NEAR = 24

@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import xray_fastai.data.dicom.reader as dicom
 from xray_fastai.data import jpeg
-from xray_fastai.data.depth import eight_bits
+from xray_fastai.data.depth import FLAT, eight_bits
 from xray_fastai.data.metadata import without_metadata
 from xray_fastai.system.errors import ImageError
 
@@ -59,8 +59,6 @@ MAX_PIXELS, MAX_BYTES = 40_000_000, 500_000_000
 """Larger images are refused before memory is allocated. The largest X-ray detectors have about 20 million pixels. A
 file of 5 kB can hold 40 million pixels, which take up to 0.7 GB during the conversion to grey."""
 
-FLAT = 4.0
-"""An image with less contrast than this (standard deviation of grey values, 0 to 255) is blank; its hash is noise."""
 MAX_ASPECT = 8
 """A picture that is longer than this many times its width shows no chest. One of 1 x 39,000,000 took 12 s."""
 
