@@ -63,8 +63,7 @@ def test_floats_that_end_a_little_beyond():
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
 def test_white_is_zero(kind):
-    """TIFF 6.0, p. 37."""
-    # Pillow inverts 8 bits as it saves them
+    """TIFF 6.0, p. 37. Pillow itself turns 8 bits when it writes them."""
     turned = {np.uint8: EIGHT, np.uint16: 65535 - 16 * TWELVE, np.float32: (1 - WAVES).astype(np.float32)}[kind]
     check(encoded(turned, "TIFF", tiffinfo={262: 0}))
 
@@ -72,11 +71,10 @@ def test_white_is_zero(kind):
 def pages(*pictures, kinds):
     """A TIFF whose pages have these NewSubfileTypes."""
     stream = io.BytesIO()
-    with Image.new("L", (1, 1)) as _:
-        first, *others = [Image.fromarray(picture) for picture in pictures]
-        for picture, subfile in zip((first, *others), kinds, strict=True):
-            picture.encoderinfo = {"tiffinfo": {254: subfile}}
-        first.save(stream, "TIFF", save_all=True, append_images=others, tiffinfo={254: kinds[0]})
+    first, *others = [Image.fromarray(picture) for picture in pictures]
+    for picture, subfile in zip((first, *others), kinds, strict=True):
+        picture.encoderinfo = {"tiffinfo": {254: subfile}}
+    first.save(stream, "TIFF", save_all=True, append_images=others, tiffinfo={254: kinds[0]})
     return stream.getvalue()
 
 

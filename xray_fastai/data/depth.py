@@ -9,6 +9,8 @@ import numpy as np
 
 from xray_fastai.system.errors import ImageError
 
+FLAT = 4.0
+"""An image with less contrast than this (standard deviation of grey values, 0 to 255) is blank; its hash is noise."""
 OUTER = 0.01
 """The share of pixels at each end that may not stretch the range without bound: hot pixels, markers, burned-in text."""
 MARGIN = 0.5

@@ -22,12 +22,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from xray_fastai.data.depth import FLAT
+
 SIDE, FREQUENCIES = 32, 16
 NEAR = 24
 """Two hashes that differ in at most this many of 256 bits are of the same image. Different X-rays differ in at least 38
 bits in the Kaggle collection, and in at least 30 in the phantom's 510 drawings."""
-FLAT = 4.0
-"""An image with less contrast than this (standard deviation of grey values, 0 to 255) is blank; its hash is noise."""
 _COSINES = np.cos(np.pi * np.outer(np.arange(FREQUENCIES), 2 * np.arange(SIDE) + 1) / (2 * SIDE)).astype(np.float32)
 _COSINES[0] /= np.sqrt(2)  # the orthonormal DCT-II up to a factor, which changes no sign
 _BLOCK = 2**22  # pairs in one step: 32 MB, for any number of images

@@ -18,8 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import xray_fastai.data.dicom.reader as dicom
 from xray_fastai.data import jpeg
-from xray_fastai.data.depth import eight_bits
-from xray_fastai.data.duplicates import FLAT
+from xray_fastai.data.depth import FLAT, eight_bits
 from xray_fastai.data.metadata import without_metadata
 from xray_fastai.system.errors import ImageError
 

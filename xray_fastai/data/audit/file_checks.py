@@ -8,7 +8,7 @@ from PIL import Image
 
 import xray_fastai.data.dicom.reader as dicom
 from xray_fastai.data.audit.findings import File, Finding
-from xray_fastai.data.duplicates import FLAT
+from xray_fastai.data.depth import FLAT
 from xray_fastai.data.image_facts import Facts
 from xray_fastai.data.images import EXTENSIONS, FORMATS, SUFFIXES, check_file, has_no_extension
 from xray_fastai.system.errors import ImageError
