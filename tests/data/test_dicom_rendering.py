@@ -113,7 +113,7 @@ def test_functional_groups_apply(shared):
 def test_elements_that_contradict_are_both_named():
     for kind, shape in (("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")):
         ds = header_of(TWELVE, bits=12, kind=kind, PresentationLUTShape=shape)
-        refused(ds, f"PhotometricInterpretation {kind} and its PresentationLUTShape {shape}")
+        refused(ds, f"PhotometricInterpretation {kind} and PresentationLUTShape {shape}")
     check(header_of(TWELVE, bits=12, PresentationLUTShape="IDENTITY"))
     check(header_of(4095 - TWELVE, bits=12, kind="MONOCHROME1", PresentationLUTShape="INVERSE"))
 
@@ -190,7 +190,8 @@ def test_a_file_that_only_mentions_the_deflated_syntax():
 
 def test_elements_are_named_that_have_no_value_of_their_kind():
     window = written(TWELVE, bits=12, WindowCenter="1000.5", WindowWidth=4000)
-    check(window.replace(b"1000.5", b"1000,5"), least=100)  # a decimal comma
+    exact, comma = open_image(window), open_image(window.replace(b"1000.5", b"1000,5"))
+    assert comma.tobytes() == exact.tobytes()  # a decimal comma
     frames = written(TWELVE, bits=12, NumberOfFrames="1").replace(b"IS\x02\x001 ", b"IS\x02\x001A")
     refused(frames, "NumberOfFrames is no")
     ds = header_of(TWELVE, WindowCenter=5, WindowWidth=9, VOILUTFunction="FOO")
