@@ -36,8 +36,8 @@ DIFFERENCES = {
     "VOI LUT of 16 bits that are said to be 12": "dcmtk cuts the upper bits off, which scrambles the picture. "
     "C.11.2.1.1 allows no such entries; ours shows them.",
     "VOI LUT that is too short": "dcmtk repeats the last entry. C.11.2.1.1 allows no such LUT; ours names the element.",
-    "MONOCHROME1 and IDENTITY": "dcmtk follows PresentationLUTShape. C.8.11.3.1.2 forbids both together; ours names them.",
-    "MONOCHROME2 and INVERSE": "dcmtk follows PresentationLUTShape. C.8.11.3.1.2 forbids both together; ours names them.",
+    "MONOCHROME1 and IDENTITY": "dcmtk follows PresentationLUTShape. C.8.11.3.1.2 forbids both; ours names them.",
+    "MONOCHROME2 and INVERSE": "dcmtk follows PresentationLUTShape. C.8.11.3.1.2 forbids both; ours names them.",
     "functional groups": "dcmtk 3.6.7 does not find a window there. Ours is right: C.7.6.16.2.9 and C.7.6.16.2.10.",
 }
 """The cases in which the two differ, and who is right."""
