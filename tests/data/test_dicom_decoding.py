@@ -122,7 +122,7 @@ def test_a_missing_marker_at_the_end_does_not_matter_and_missing_data_do(kind):
     for missing in (20, 200, len(bare) // 2):
         for tail in (b"", b"\xff\xd9"):
             ds.PixelData = encapsulate([bare[:-missing] + tail])
-            with pytest.raises(ImageError, match=r"truncated|broken"):
+            with pytest.raises(ImageError, match="truncated" if kind == "JPEG 2000" else r"truncated|broken"):
                 open_image(content_of(ds))
 
 

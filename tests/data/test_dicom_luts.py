@@ -155,3 +155,12 @@ def test_the_range_of_a_voi_lut_is_the_descriptors_unless_its_entries_show_other
     data = np.linspace(low, high, 4096).round().astype(int)
     opened = grey(written(STORED, bits=12, VOILUTSequence=lut(4096, 0, bits, data.tolist())))
     assert np.abs(opened - data[STORED] * 255 / white).max() <= 0.5
+
+
+@pytest.mark.parametrize("slope", ["0", "0.01", "-1", "1e400"])
+def test_a_modality_lut_wins_over_slope_and_intercept(slope):
+    """PS3.3, C.11.1: one of the two is there. Some files have both, with values that mean nothing."""
+    options = {"ModalityLUTSequence": lut(4096, 0, 12, CURVE.tolist()), "WindowCenter": 2048, "WindowWidth": 4096}
+    expected = grey(written(STORED, bits=12, **options))
+    assert len(np.unique(expected)) > 50
+    assert (grey(written(STORED, bits=12, RescaleSlope=slope, RescaleIntercept=0, **options)) == expected).all()

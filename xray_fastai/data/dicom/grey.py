@@ -98,6 +98,8 @@ def _shades(values: np.ndarray, counts: np.ndarray, header: "Dataset") -> np.nda
     if header.get("ModalityLUTSequence"):
         lut = read_lut(header.ModalityLUTSequence[0], "LUT", "modality LUT", inputs, _order(header))
         x, inputs = lut(values), (0, 2**lut.bits - 1)
+        for keyword in ("RescaleSlope", "RescaleIntercept"):  # pydicom's window would look at them
+            header.pop(keyword, None)
     else:
         x = apply_modality_lut(values, header)
         first, last = apply_modality_lut(np.array(inputs), header)

@@ -85,10 +85,8 @@ def read_descriptor(item: "Dataset", keyword: str, name: str, inputs: tuple[floa
     count, first, bits = (int(value) for value in values)
     count = count % 2**16 or 2**16
     signed = (first + 2**15) % 2**16 - 2**15
-    written_so = (
-        first < 0 < first + count
-    )  # then it is no unsigned value in the wrong type: the table would end below 0
-    return count, signed if inputs[0] < 0 or written_so else first % 2**16, bits
+    reaches_zero = first < 0 < first + count  # otherwise it is an unsigned value that was written as signed
+    return count, signed if inputs[0] < 0 or reaches_zero else first % 2**16, bits
 
 
 def output_bits(entries: np.ndarray, bits: int) -> int:
