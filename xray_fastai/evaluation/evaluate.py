@@ -103,6 +103,13 @@ def evaluate(
 
     Raises:
         UserError: no export, no such images, an image that cannot be read, or a folder that cannot be written to.
+
+    Examples:
+        >>> result = evaluate("exports/rehearsal", data="chest_xray", split="train", output="results")
+        >>> list(result.metrics.columns)
+        ['value', 'low', 'high']
+        >>> "roc_auc" in result.metrics.index
+        True
     """
     if split not in SPLITS:
         raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)

@@ -156,6 +156,11 @@ def interpret(
     Raises:
         UserError: bad input, an image that cannot be read, or a folder that cannot be written to. Then nothing is
             written, and an earlier result stays.
+
+    Examples:
+        >>> result = interpret("exports/rehearsal", data="chest_xray", split="train", top=4, output="results")
+        >>> result.selection
+        'the 4 images with the largest loss'
     """
     selection = _Selection(top, label, only_errors, confident)
     _check(split, selection)

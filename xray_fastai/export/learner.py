@@ -27,6 +27,14 @@ def load_learner(path: str | Path) -> XrayLearner:
 
     Raises:
         UserError: the folder is no export, was written by a newer version, or is damaged.
+
+    Examples:
+        >>> learn = open_learner("exports/rehearsal")
+        >>> label, index, probabilities = learn.predict("image.jpeg")
+        >>> label == learn.dls.vocab[index]
+        True
+        >>> learn.xray.settings["positive"]
+        'PNEUMONIA'
     """
     folder = find_export(path_of(path))
     model = read(folder)

@@ -90,6 +90,10 @@ def verify(path: "str | Path | Model | Learner") -> Verification:
 
     Raises:
         UserError: the path does not exist, or is an archive that is not safe to unpack.
+
+    Examples:
+        >>> verify("exports/rehearsal").ok
+        True
     """
     path = Path(path_of(path))
     try:

@@ -54,6 +54,13 @@ def predict(
 
     Raises:
         UserError: no export, a damaged one, a folder without images, or an option outside its limits.
+
+    Examples:
+        >>> table = predict(["image.jpeg", "nowhere.jpeg"], "exports/rehearsal")
+        >>> list(table.columns)
+        ['path', 'prediction', 'p_NORMAL', 'p_PNEUMONIA', 'threshold', 'error']
+        >>> table.error[1]
+        'nowhere.jpeg: no such file'
     """
     config = PredictConfig(
         recursive=bool(recursive), threshold=threshold, uncalibrated=bool(uncalibrated), tta=bool(tta),

@@ -70,6 +70,13 @@ def dataloaders(data: str | Path | None = None, learn: Learner | None = None, **
     Raises:
         UserError: the folder is no such collection, or an image cannot be read; or the learner has other classes, or
             was not made by this package.
+
+    Examples:
+        >>> learn = open_learner("exports/rehearsal")
+        >>> learn.dls = dataloaders("chest_xray", learn, valid="0.25", batch_size=8)
+        >>> predicted, targets = learn.get_preds()
+        >>> predicted.shape == (len(targets), 2)
+        True
     """
     config = FitConfig(**settings | {"data": data})
     if learn is not None:
@@ -141,6 +148,12 @@ def learner(dls: DataLoaders, arch: str | None = None, **settings: Any) -> XrayL
 
     Raises:
         UserError: the loaders are others, or the weights are not available or not those of `arch`.
+
+    Examples:
+        >>> dls = dataloaders("chest_xray", size=32, valid="0.25", batch_size=8)
+        >>> learn = learner(dls, "resnet18", weights="none")
+        >>> learn.xray.settings["architecture"]
+        'resnet18'
     """
     plan = getattr(dls, "plan", None)
     if plan is None:

@@ -80,6 +80,13 @@ def fit(
         UserError: wrong input. Nothing is written, except a checkpoint that can be resumed.
         FitInterrupted: Ctrl-C, SIGTERM, or an interrupt of the notebook's kernel, after the export was written; a
             `KeyboardInterrupt`, whose `result` is what `fit` would have returned.
+
+    Examples:
+        >>> result = fit("chest_xray", arch="resnet18", size=32, weights="none", epochs=1, batch_size=8, name="quick")
+        >>> result.status
+        'complete'
+        >>> result.path.name
+        'quick'
     """
     started = time.perf_counter()
     added = Added(callbacks, metrics)

@@ -46,6 +46,13 @@ def save_export(learn: XrayLearner, folder: str | Path, *, data: str | Path | No
     Raises:
         UserError: the folder exists or cannot be written to, the images are not known, the network was replaced, or
             has weights that are not finite.
+
+    Examples:
+        >>> learn = open_learner("exports/rehearsal")
+        >>> learn.dls = dataloaders("chest_xray", learn, valid="0.25", batch_size=8)
+        >>> path = save_export(learn, "exports/mine")
+        >>> verify(path).ok
+        True
     """
     about, folder = about_of(learn), Path(os.path.expanduser(folder))
     FitConfig(name=folder.name)  # a wrong name is found before the images are read

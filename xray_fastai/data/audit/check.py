@@ -52,6 +52,11 @@ def check_data(
 
     Raises:
         UserError: the folder is missing, or holds nothing that could be a data set.
+
+    Examples:
+        >>> audit = check_data("chest_xray")
+        >>> [finding.text for finding in audit.of("error")]
+        []
     """
     started = time.perf_counter()
     if data is None:
