@@ -153,8 +153,6 @@ def test_links_to_folders_are_entered_once(data):
     for name in ("self", "again", "zzz"):
         os.symlink(".", folder / name)
     os.symlink("..", folder / "up")
-    assert find_images(folder)[: len(before)] == before and len(find_images(folder)) == len(before) + 20
-    (folder / "up").unlink()
     assert find_images(folder) == before
     assert len(check_data(data).images) == 40
 

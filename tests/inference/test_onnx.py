@@ -67,7 +67,6 @@ def files(an_image):
         "as-it-is.png": xray,
         "colour.png": Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8)),
         "dark.png": xray.point(lambda grey: grey // 4),
-        "black.png": Image.new("L", (32, 32)),
         "small.jpeg": xray,
         "large.jpeg": xray.resize((400, 500)),  # decoded at an eighth of its size
         "large.png": xray.resize((400, 500)),

@@ -55,7 +55,7 @@ def test_a_learner_that_was_trained_further_is_not_its_export(learn, an_image):
 
 
 def test_what_is_no_model(an_image):
-    with pytest.raises(UserError, match=r"^model: this learner did not come from an export"):
+    with pytest.raises(UserError, match=r"^model: this learner is no export; save it by"):
         predict(an_image, Learner(empty_loaders(["A", "B"], 32), torch.nn.Linear(1, 1), loss_func=torch.nn.MSELoss()))
     for function in (lambda: predict(an_image, 3), lambda: verify(3), lambda: load_learner(3)):
         with pytest.raises(UserError, match=r"^model of type int: give an export"):

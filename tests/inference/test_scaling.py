@@ -18,6 +18,7 @@ from xray_fastai.inference.model import open_model
 from xray_fastai.inference.onnx_export import export_onnx
 from xray_fastai.inference.predict import predict
 from xray_fastai.inference.scaling import Scaling
+from xray_fastai.serving.decoding import Decoder
 from xray_fastai.serving.predictions import ModelFacts, predict_file
 
 FITTED = {"temperature": 0.8, "intercepts": [0.7, -0.9], "threshold": 0.3, "calibration_kind": "validation"}
@@ -50,13 +51,15 @@ def test_all_ways_to_predict_give_the_probabilities_of_the_export(fitted, export
     assert table[["p_NORMAL", "p_PNEUMONIA"]].to_numpy() == pytest.approx(expected, abs=1e-5)
     assert evaluated.summary["intercepts"] == [0.7, -0.9] and evaluated.about["probabilities"] == WORDS
     learn, model = load_learner(fitted), open_model(fitted, "cpu", "fp32")
+    decoder = Decoder()
     session = onnxruntime.InferenceSession(export_onnx(fitted, tmp_path / "fitted.onnx").path)
     for file, wanted in zip(files, expected, strict=True):
         assert learn.predict(file)[2].numpy() == pytest.approx(wanted, abs=1e-4)
-        served = predict_file(model, file.name, file.read_bytes(), heatmap=False).probabilities
+        served = predict_file(model, decoder, file.name, file.read_bytes(), heatmap=False).probabilities
         assert list(served.values()) == pytest.approx(wanted, abs=1e-5)
         pixels = np.asarray(open_image(file, model.size))[None, None]
         assert session.run(None, {"images": pixels})[0][0] == pytest.approx(wanted, abs=1e-5)
+    decoder.close()
 
 
 def test_the_ways_to_predict_say_how_the_probabilities_were_calibrated(fitted, export, run, an_image):

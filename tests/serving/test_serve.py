@@ -88,8 +88,8 @@ def send(server, *files, heatmap=False, **kwargs):
 
 
 def noise(width, height, kind="PNG"):
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width), np.uint8)).save(stream, kind)
+    stream, ramp = io.BytesIO(), np.linspace(0, 155, width).astype(np.uint8)  # noise alone has no contrast: it is blank
+    Image.fromarray(ramp + np.random.default_rng(0).integers(0, 100, (height, width), np.uint8)).save(stream, kind)
     return stream.getvalue()
 
 
