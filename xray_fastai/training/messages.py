@@ -129,13 +129,15 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
             + f"; ended by {phase['end']}"
         )
     if best:
+        what = "weights" if model["by_hand"] else "best weights"
         print(
-            f"{'' if model['by_hand'] else 'best '}weights: {best['phase']} epoch {best['epoch']}, validation loss {best['valid_loss']:.4f}, "
+            f"{what}: {best['phase']} epoch {best['epoch']}, validation loss {best['valid_loss']:.4f}, "
             f"accuracy {best['accuracy']:.3f}, AUC {best['roc_auc']:.3f}"
         )
+        phases_best = [phase["best_epoch"] for phase in phases if phase["name"] == best["phase"]]
         if model["by_hand"]:
             print("  those of the last epoch, as they are")
-        elif best["epoch"] not in [phase["best_epoch"] for phase in phases if phase["name"] == best["phase"]]:
+        elif best["epoch"] not in phases_best:
             print("  the last epoch whose loss is within a standard error of the lowest")
         print("  chosen on these images, so the figures are too good: see evaluate for those of the test images")
     elif model["by_hand"]:
