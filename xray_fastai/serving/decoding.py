@@ -116,9 +116,11 @@ def _decoded(content: bytes, size: int, side: int | None) -> list[Image.Image]:
         ImageError: as `open_image`; or the format is one of `REFUSED`.
     """
     if not has_mark(content):
+        kind = None
         with suppress(Exception), Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.format in REFUSED:
-                raise ImageError(f"{image.format}; send a JPEG, PNG, TIFF, BMP, WebP or DICOM file", value="image")
+            kind = image.format
+        if kind in REFUSED:
+            raise ImageError(f"{kind}; send a JPEG, PNG, TIFF, BMP, WebP or DICOM file", value="image")
     pictures = [open_image(content, size)]
     if side is not None:
         pictures.append(open_image(content))
