@@ -208,7 +208,7 @@ def test_one_class_only(evaluated, export, tmp_path):
 def sign_anew(folder):
     """Write an export's weights as those of its changed `model.json`."""
     settings, weights = settings_of(folder), folder / WEIGHTS
-    save_file(load_file(weights), weights, metadata={"format": "pt", FACTS: facts_hash(settings)})
+    save_file(load_file(weights), weights, metadata={FACTS: facts_hash(settings)})
     settings["weights"]["sha256"] = sha256(weights)
     (folder / SETTINGS).write_text(json.dumps(settings))
 

@@ -18,6 +18,7 @@ from xray_fastai import evaluate, fit, interpret, predict
 from xray_fastai.inference.gradcam import grad_cam
 from xray_fastai.inference.model import open_model
 from xray_fastai.model import decoded
+from xray_fastai.serving.decoding import Decoder
 from xray_fastai.serving.predictions import predict_file
 from xray_fastai.training import calibration, frozen_features
 
@@ -197,5 +198,7 @@ def test_evaluation_interpretation_and_prediction_agree_with_the_cpus(root, devi
     models = [open_model(export, name) for name in ("cpu", "lazy")]
     batch = torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8)
     np.testing.assert_allclose(*(grad_cam(model, batch, [0, 1, 1]) for model in models), atol=1e-4)
-    answers = [predict_file(model, "a.jpeg", images[0].read_bytes()) for model in models]
+    decoder = Decoder()
+    answers = [predict_file(model, decoder, "a.jpeg", images[0].read_bytes()) for model in models]
+    decoder.close()
     assert answers[0].probabilities == pytest.approx(answers[1].probabilities, abs=1e-5)

@@ -25,6 +25,9 @@ ROW = {
 }
 
 
+FACTS = {"architecture": SMALL, "classes": ["NORMAL", "PNEUMONIA"], "preprocessing": {"size": 32}}
+
+
 @pytest.fixture
 def write(monkeypatch):
     """Write an export in which the function of this name raises an error."""
@@ -38,7 +41,7 @@ def write(monkeypatch):
         learn.dls.one_batch = lambda: (np.zeros((0, 1, 32, 32)), [])
         with reserve("exports", "run") as run:
             run.resumable = True  # keeps the folder after an error
-            write_export(run, learn, {"status": "complete", "best": ROW}, [ROW])
+            write_export(run, learn, FACTS | {"status": "complete", "best": ROW}, [ROW])
 
     return write
 

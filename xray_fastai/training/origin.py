@@ -45,10 +45,7 @@ class Parent:
         Raises:
             UserError: the file is damaged.
         """
-        model = self.settings
-        tensors = read_weights(
-            self.folder, WEIGHTS, model["weights"]["sha256"], model["architecture"], len(model["classes"])
-        )
+        tensors = read_weights(self.folder, WEIGHTS, self.settings)
         keeps_head = self._has(classes)
         return {k: torch.from_numpy(t) for k, t in tensors.items() if keeps_head or not k.startswith(HEAD)}
 

@@ -156,7 +156,9 @@ def write_export(run: Reservation, learn: Learner, model: dict[str, Any], histor
         _move_to_cpu(learn)
         state = {name: tensor.detach().contiguous() for name, tensor in learn.model.state_dict().items()}
         # `save_file` would make the file readable by its owner only
-        (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt", FACTS: facts_hash(model)}))
+        (folder / WEIGHTS).write_bytes(
+            save(state, metadata={FACTS: facts_hash(model)})
+        )  # one key: safetensors writes several in any order
         weights = {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS), "tensors": len(state)}
         text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
