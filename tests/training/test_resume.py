@@ -214,7 +214,7 @@ def test_out_of_memory_while_features_are_computed_the_batch_is_halved(fits):
 def test_out_of_memory_with_one_image_is_an_error(fits):
     at = {"do": "starve", "at": f"{LOSS}@1"}
     output = fits(**{"do": at} | SETTINGS, code=1, name="starved-out")
-    assert "out of memory on cpu (1 thread) even with one image in a batch; try a --size below 32" in output
+    assert "out of memory on cpu (1 thread) even with one image in a batch; try a size= below 32" in output
     assert not list(fits.exports.glob(".starved*"))
 
 
