@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from xray_fastai.export.reader import find_export, read
 from xray_fastai.export.schema import WEIGHTS
-from xray_fastai.export.weights_file import read_weights
+from xray_fastai.export.weights_file import network_part, read_weights
 from xray_fastai.model.architectures import build_network
 
 
@@ -20,20 +21,34 @@ def load_network(path: str | Path) -> tuple[dict[str, Any], nn.Sequential]:
     Raises:
         UserError: the folder is no export, was written by a newer version, or is damaged.
     """
+    model, network, _ = load_export(path)
+    return model, network
+
+
+def load_export(path: str | Path) -> tuple[dict[str, Any], nn.Sequential, dict[str, np.ndarray]]:
+    """Return what `load_network` returns, and all tensors of the export: the gate's are among them.
+
+    Raises:
+        UserError: as `load_network`.
+    """
     folder = find_export(path)
     model = read(folder)
     with torch.device("meta"):  # takes no memory and makes no random weights: ResNet50 loads in 0.2 s instead of 0.3 s
         network = build_network(model["architecture"], len(model["classes"]), model["dropout"])
-    load_weights(network, folder, model)
-    return model, network.eval()
+    tensors = load_weights(network, folder, model)
+    return model, network.eval(), tensors
 
 
-def load_weights(network: nn.Module, folder: Path, model: dict[str, Any]) -> None:
+def load_weights(network: nn.Module, folder: Path, model: dict[str, Any]) -> dict[str, np.ndarray]:
     """Load the weights in `folder` into a network on the device "meta", which moves to the CPU.
+
+    Returns:
+        All tensors of the file.
 
     Raises:
         UserError: the weights are damaged, or not those of `model`, the settings.
     """
-    weights = read_weights(folder, WEIGHTS, model)
+    tensors = read_weights(folder, WEIGHTS, model)
     network.to_empty(device="cpu")
-    network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in weights.items()})
+    network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in network_part(tensors).items()})
+    return tensors

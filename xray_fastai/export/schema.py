@@ -179,6 +179,19 @@ class Weights(Part):
     tensors: Count
 
 
+class GateSpace(Part):
+    dimensions: Annotated[int, Field(ge=1, le=256)]
+    rest: Annotated[float, Field(gt=0)]
+    distances: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=101, max_length=101, fail_fast=True)]
+
+
+class Gate(Part):
+    limit: Annotated[float, Field(ge=0, le=100)]
+    images: Count
+    pictures: GateSpace
+    features: GateSpace
+
+
 class Ancestor(Part):
     name: Text  # the export's folder
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of its weights
@@ -240,6 +253,8 @@ class Export(Part):
     lineage: Annotated[list[Ancestor], Field(max_length=ENTRIES, fail_fast=True)] | None = None
     # trained by fastai's methods on a learner, and written by `save_export`: `settings` does not repeat it
     by_hand: bool | None = None  # earlier exports have no such key
+    # `inference.gate`, with tensors `gate.*` among the weights; earlier exports have no such key
+    gate: Gate | None = None
     called: Counts | None = None  # validation images by the class predicted; earlier exports have no such key
     versions: Annotated[dict[Text, Text], BeforeValidator(_small_table)]
     weights: Weights

@@ -5,7 +5,7 @@ import json
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -29,8 +29,16 @@ FACTS = "facts"
 BYTES = {"F32": 4, "I64": 8}
 """The types of an export's tensors as safetensors names them, and the bytes of a value."""
 
+GATE = "gate."
+"""How the names of the tensors begin that the network does not have: those of `inference.gate`."""
+
+GATE_SIDE = 16
+"""Side in pixels of the pictures that the gate compares."""
+
 Layout = dict[str, tuple[str, list[int]]]
 """Type and shape of each tensor by its name."""
+
+Tensor = TypeVar("Tensor")
 
 
 @cache
@@ -49,6 +57,28 @@ def layout_of(architecture: str, classes: int) -> Layout:
     shapes = _backbones()[architecture] | {"1.3.weight": [classes, features], "1.3.bias": [classes]}
     counters = "num_batches_tracked"  # of batch norm: the only integers
     return {name: ("I64" if name.endswith(counters) else "F32", shape) for name, shape in shapes.items()}
+
+
+def gate_layout_of(model: dict[str, Any]) -> Layout:
+    """Return the tensors of an export's gate (`inference.gate`); none for one without a gate.
+
+    Args:
+        model: the settings, as `schema.parse` returns them.
+    """
+    if model.get("gate") is None:
+        return {}
+    layout, classes = {}, len(model["classes"])
+    lengths = {"pictures": GATE_SIDE**2, "features": ARCHITECTURES[model["architecture"]].features}
+    for name, length in lengths.items():
+        k = model["gate"][name]["dimensions"]
+        shapes = {"mean": [length], "directions": [k, length], "centres": [classes, k]}
+        layout |= {f"{GATE}{name}.{part}": ("F32", shape) for part, shape in shapes.items()}
+    return layout
+
+
+def network_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of an export's tensors that are the network's."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(GATE)}
 
 
 def size_of(layout: Layout) -> int:
@@ -79,14 +109,14 @@ def read_weights(folder: Path, name: str, model: dict[str, Any]) -> dict[str, np
         model: the settings, as `schema.parse` returns them.
 
     Returns:
-        The tensors by the names of `layout_of`.
+        The tensors by the names of `layout_of` and `gate_layout_of`.
 
     Raises:
         UserError: the file is damaged, has another hash, belongs to another network or other settings, or has values
             that are not finite.
     """
     architecture, classes = model["architecture"], len(model["classes"])
-    file, layout = folder / name, layout_of(architecture, classes)
+    file, layout = folder / name, layout_of(architecture, classes) | gate_layout_of(model)
     expected = size_of(layout)
     with open_received(folder, name) as (stream, size):
         start = stream.read(8)

@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import fx, nn
 
-from xray_fastai.model.folding import fold_batch_norm
+from xray_fastai.model.folding import fold_batch_norm, with_features
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "swish"}
 """Modules that oneDNN can apply within a convolution, and oneDNN's names for them."""
@@ -50,14 +50,14 @@ class Fused(nn.Module):
         super().__init__()
         self.fused, self.plain = fused, plain  # they share their tensors
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images (B, 3, height, width) to logits (B, classes), both in the network's precision."""
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map images (B, 3, height, width) to logits (B, classes) and features (B, F), all in one precision."""
         if self.fused is not None:
             try:
-                return torch.cat([self.fused(part) for part in images.split(PART)])
+                return _in_parts(self.fused, images)
             except Exception as error:  # of what class is not documented
                 self.take_plain(f"raises {type(error).__name__}: {error}")
-        return torch.cat([self.plain(part) for part in images.split(PART)])
+        return _in_parts(self.plain, images)
 
     def take_plain(self, reason: str) -> None:
         """Compute with the plain network from now on, and warn why: the predictions stay right, but take longer."""
@@ -76,7 +76,7 @@ class Fused(nn.Module):
             tolerance: see `TOLERANCE`.
         """
         with torch.inference_mode():
-            found = torch.cat([self(images), self(images[:1])]).float()  # (3, classes)
+            found = torch.cat([self(images)[0], self(images[:1])[0]]).float()  # (3, classes)
         difference = float((found - expected[[0, 1, 0]]).abs().max() / expected.abs().max().clamp_min(1))
         if self.fused is not None and not difference <= tolerance:  # NaN is not accepted either
             self.take_plain(f"gives logits that differ by {difference:.2g} of the largest")
@@ -85,6 +85,8 @@ class Fused(nn.Module):
 def fused_for_cpu(model: nn.Module, precision: torch.dtype, images: torch.Tensor, expected: torch.Tensor) -> Fused:
     """Return a fused copy of a network in eval mode, in `precision` and channels_last.
 
+    It gives logits and features (`folding.with_features`).
+
     Args:
         model: the network.
         precision: torch.float32 or torch.bfloat16.
@@ -92,10 +94,15 @@ def fused_for_cpu(model: nn.Module, precision: torch.dtype, images: torch.Tensor
         expected: the logits (2, classes) that the network gives for them in fp32. Where the fused copy's differ by more
             than `TOLERANCE`, or it raises, the copy returned computes without undocumented operators.
     """
-    plain = fold_batch_norm(model).to(precision, memory_format=torch.channels_last)
+    plain = with_features(fold_batch_norm(model)).to(precision, memory_format=torch.channels_last)
     network = Fused(_fused(plain), plain)
     network.check(images.to(precision, memory_format=torch.channels_last), expected, TOLERANCE[precision])
     return network
+
+
+def _in_parts(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, features = zip(*(network(part) for part in images.split(PART)), strict=True)
+    return torch.cat(logits), torch.cat(features)
 
 
 def _fused(folded: fx.GraphModule) -> fx.GraphModule:

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from xray_fastai.config import INFERENCE_PRECISIONS
-from xray_fastai.export.network import load_network
+from xray_fastai.export.network import load_export
 from xray_fastai.export.reader import find_export, path_of
 from xray_fastai.inference.cpu_fusion import fused_for_cpu
+from xray_fastai.inference.gate import Gate
 from xray_fastai.inference.scaling import Scaling
-from xray_fastai.model.folding import fold_batch_norm
+from xray_fastai.model.folding import fold_batch_norm, with_features
 from xray_fastai.model.preprocessing import Preprocessing, equalize
 from xray_fastai.system.device import choose_device, choose_precision
 from xray_fastai.system.errors import UserError
@@ -37,6 +38,7 @@ class Model:
     settings: dict[str, Any]  # model.json
     network: nn.Sequential  # backbone and head, in evaluation mode: (B, 3, size, size) -> (B, classes)
     precision: str = "fp32"  # of `outputs`: fp32 or bf16
+    gate: Gate | None = None  # None in exports without one
 
     @property
     def device(self) -> torch.device:
@@ -112,19 +114,35 @@ class Model:
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Compute the logits (B, classes) of 8-bit images (B, 1, size, size) in fp32; they come back on the CPU."""
-        with torch.inference_mode(), _full_precision():
-            return self.network(self._prepared(images)).float().cpu()
+        return self.logits_and_features(images, exact=True)[0]
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
         """Compute the logits in the model's `precision`, faster than `logits`.
 
         In fp32 the two agree to some 1e-6 of the largest logit.
         """
-        if self.precision == "fp32" and not self._on_cpu:
-            return self.logits(images)
-        with torch.inference_mode():
-            batch = self._prepared(images)
-            return self._folded(batch.to(self._kind, memory_format=torch.channels_last)).float().cpu()
+        return self.logits_and_features(images)[0]
+
+    def logits_and_features(self, images: torch.Tensor, exact: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the logits (B, classes), and the pooled features (B, F) that the last layer makes them of.
+
+        Args:
+            images: (B, 1, size, size), 8-bit.
+            exact: compute as `logits` does; else as `outputs`.
+
+        Returns:
+            Both in fp32, on the CPU.
+        """
+        if exact or (self.precision == "fp32" and not self._on_cpu):
+            backbone, head = self.network
+            with torch.inference_mode(), _full_precision():
+                features = head[:-1](backbone(self._prepared(images)))
+                logits = head[-1](features)
+        else:
+            with torch.inference_mode():
+                batch = self._prepared(images).to(self._kind, memory_format=torch.channels_last)
+                logits, features = self._folded(batch)
+        return logits.float().cpu(), features.float().cpu()
 
     def seen(self, images: torch.Tensor) -> torch.Tensor:
         """Return 8-bit images (B, 1, size, size) with the contrast that the network gets, before normalization."""
@@ -150,6 +168,8 @@ class Model:
     def _folded(self) -> torch.nn.Module:
         """A copy of the network in its precision, with batch norm folded into the convolutions before it.
 
+        It gives logits and features (`folding.with_features`).
+
         Raises:
             UserError: an output is not a number, which oneDNN's ReLU would turn into zero.
         """
@@ -160,7 +180,7 @@ class Model:
             raise UserError(f"{self.path}: {NO_NUMBER}")
         if self._on_cpu:
             return fused_for_cpu(self.network, self._kind, self._prepared(images), logits)
-        return fold_batch_norm(self.network).to(self._kind, memory_format=torch.channels_last)
+        return with_features(fold_batch_norm(self.network)).to(self._kind, memory_format=torch.channels_last)
 
 
 def open_model(
@@ -183,7 +203,7 @@ def open_model(
     if precision not in INFERENCE_PRECISIONS:
         raise UserError(f"choose one of {', '.join(INFERENCE_PRECISIONS)}", option="precision", value=precision)
     path = find_export(None if source is None else path_of(source))
-    settings, network = load_network(path)
+    settings, network, tensors = load_export(path)
     if hasattr(source, "dls"):
         _check_unchanged(source.model, network, path)
     chosen = choose_device(device)
@@ -191,7 +211,7 @@ def open_model(
     if precision == "auto":
         trained_in_bf16 = settings["training"]["precision"] == "bf16"
         precision = "bf16" if trained_in_bf16 and choose_precision("auto", chosen) == "bf16" else "fp32"
-    return Model(path, settings, network, choose_precision(precision, chosen))
+    return Model(path, settings, network, choose_precision(precision, chosen), Gate.of(settings, tensors))
 
 
 def _check_unchanged(model: nn.Module, network: nn.Module, path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Folds batch norm into the convolutions before it, by torch's documented `torch.fx` and `fuse_conv_bn_eval`."""
+"""Folds batch norm into the convolutions before it, by torch's documented `torch.fx` and `fuse_conv_bn_eval`.
+
+A folded network can give its last layer's input besides its output.
+"""
 
 import copy
 
@@ -25,3 +28,12 @@ def fold_batch_norm(model: nn.Module) -> fx.GraphModule:
     folded.delete_all_unused_submodules()
     folded.recompile()
     return folded
+
+
+def with_features(network: fx.GraphModule) -> fx.GraphModule:
+    """Let a network that ends with a layer return its output (B, classes) and that layer's input (B, features)."""
+    (end,) = (node for node in network.graph.nodes if node.op == "output")
+    (logits,) = end.args
+    end.args = ((logits, logits.args[0]),)
+    network.recompile()
+    return network

@@ -10,7 +10,7 @@ import torch
 from xray_fastai.config import FitConfig
 from xray_fastai.export.reader import export_in_weights, lineage_of, read
 from xray_fastai.export.schema import WEIGHTS, read_settings
-from xray_fastai.export.weights_file import read_weights
+from xray_fastai.export.weights_file import network_part, read_weights
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown
 
@@ -45,7 +45,7 @@ class Parent:
         Raises:
             UserError: the file is damaged.
         """
-        tensors = read_weights(self.folder, WEIGHTS, self.settings)
+        tensors = network_part(read_weights(self.folder, WEIGHTS, self.settings))
         keeps_head = self._has(classes)
         return {k: torch.from_numpy(t) for k, t in tensors.items() if keeps_head or not k.startswith(HEAD)}
 
