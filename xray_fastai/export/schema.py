@@ -83,6 +83,8 @@ Count = Annotated[int, Field(ge=0, le=10**12)]
 Counts = Annotated[dict[Class, Count], BeforeValidator(_small_table)]
 Packed = Annotated[str, Field(pattern="^([0-9A-Za-z+/]{8})*$")]
 """Keys of 6 bytes each, in base64."""
+Positive = Annotated[float, Field(gt=0)]
+Dimensions = Annotated[int, Field(ge=1, le=256)]
 FileKey = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
 
 
@@ -179,17 +181,26 @@ class Weights(Part):
     tensors: Count
 
 
-class GateSpace(Part):
-    dimensions: Annotated[int, Field(ge=1, le=256)]
-    rest: Annotated[float, Field(gt=0)]
-    distances: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=101, max_length=101, fail_fast=True)]
+class GateDimensions(Part):
+    statistics: Dimensions
+    pictures: Dimensions
+    features: Dimensions
+
+
+class GateRest(Part):
+    statistics: Positive
+    pictures: Positive
+    features: Positive
 
 
 class Gate(Part):
     limit: Annotated[float, Field(ge=0, le=100)]
     images: Count
-    pictures: GateSpace
-    features: GateSpace
+    medians: Annotated[list[float], Field(min_length=4, max_length=4, fail_fast=True)]
+    spreads: Annotated[list[Positive], Field(min_length=4, max_length=4, fail_fast=True)]
+    quantiles: Annotated[list[float], Field(min_length=101, max_length=101, fail_fast=True)]
+    dimensions: GateDimensions
+    rest: GateRest
 
 
 class Ancestor(Part):
@@ -274,6 +285,8 @@ class Export(Part):
             raise ValueError(f"class_weights: {len(self.class_weights)} for {len(self.classes)} classes")
         if self.intercepts is not None and len(self.intercepts) != len(self.classes):
             raise ValueError(f"intercepts: {len(self.intercepts)} for {len(self.classes)} classes")
+        if self.gate is not None and self.gate.quantiles != sorted(self.gate.quantiles):
+            raise ValueError("gate.quantiles: they fall")
         for split in ("train", "valid"):
             if not getattr(self.data, split).keys() <= known:
                 raise ValueError(f"data.{split}: counts a class that is none of the classes")

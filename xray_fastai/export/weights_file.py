@@ -35,6 +35,9 @@ GATE = "gate."
 GATE_SIDE = 16
 """Side in pixels of the pictures that the gate compares."""
 
+GATE_SPACES = {"statistics": 14, "pictures": GATE_SIDE**2, "features": None}
+"""What the gate compares, and the length of the vectors; that of the features is the architecture's."""
+
 Layout = dict[str, tuple[str, list[int]]]
 """Type and shape of each tensor by its name."""
 
@@ -67,13 +70,13 @@ def gate_layout_of(model: dict[str, Any]) -> Layout:
     """
     if model.get("gate") is None:
         return {}
-    layout, classes = {}, len(model["classes"])
-    lengths = {"pictures": GATE_SIDE**2, "features": ARCHITECTURES[model["architecture"]].features}
-    for name, length in lengths.items():
-        k = model["gate"][name]["dimensions"]
-        shapes = {"mean": [length], "directions": [k, length], "centres": [classes, k]}
-        layout |= {f"{GATE}{name}.{part}": ("F32", shape) for part, shape in shapes.items()}
-    return layout
+    shapes, classes = {"upright": [GATE_SIDE**2]}, len(model["classes"])
+    for name, length in GATE_SPACES.items():
+        length = length or ARCHITECTURES[model["architecture"]].features
+        k = model["gate"]["dimensions"][name]
+        parts = {"mean": [length], "directions": [k, length], "centres": [classes, k]}
+        shapes |= {f"{name}.{part}": shape for part, shape in parts.items()}
+    return {f"{GATE}{name}": ("F32", shape) for name, shape in shapes.items()}
 
 
 def network_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ class Batch:
     errors: list[ImageError | None]  # for each source: why it cannot be read, or None
     images: torch.Tensor  # (readable, 1, size, size), 8-bit
     logits: np.ndarray  # (readable, classes), fp32
+    unlike: np.ndarray | None = None  # (readable,), see `Gate.unlike`; None where the export has no gate
 
     def outputs(self) -> Iterator[tuple[Source, np.ndarray | None, ImageError | None]]:
         """Yield each source with its logits (classes,) or None, and its error or None."""
@@ -87,17 +88,24 @@ def predict_batches(
         first = True
         while batch := list(islice(decoded, batch_size)):
             only_few = first and len(batch) < min(FEW, batch_size) and model.precision == "fp32"
-            compute, first = model.logits if only_few else model.outputs, False
+            first = False
             readable = [image for _, image in batch if isinstance(image, np.ndarray)]
             images = torch.empty(0, 1, model.size, model.size, dtype=torch.uint8)
             logits = np.empty((0, len(model.classes)), np.float32)
+            unlike = None if model.gate is None else np.empty(0)
             if readable:
                 images = torch.from_numpy(np.stack(readable))[:, None]  # (readable, 1, size, size)
                 explain = f'not enough memory on {model.device} for a batch size of {batch_size}; try device="cpu"'
                 with out_of_memory_means(explain):
-                    logits = (mean_over_views(compute, images) if tta else compute(images)).numpy()
+                    outputs, features = model.logits_and_features(images, exact=only_few)
+                    if tta:
+                        compute = model.logits if only_few else model.outputs
+                        outputs = mean_over_views(compute, images, outputs)
+                logits = outputs.numpy()
+                if model.gate is not None:
+                    unlike = model.gate.unlike(images, features)
             errors = [image if isinstance(image, ImageError) else None for _, image in batch]
-            yield Batch([source for source, _ in batch], errors, images, logits)
+            yield Batch([source for source, _ in batch], errors, images, logits, unlike)
 
 
 def predict_stream(

@@ -20,14 +20,17 @@ def view(images: torch.Tensor, degrees: float, zoom: float) -> torch.Tensor:
     return moved.round().to(torch.uint8)
 
 
-def mean_over_views(outputs: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+def mean_over_views(
+    outputs: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, unchanged: torch.Tensor | None = None
+) -> torch.Tensor:
     """Average a network's outputs over `VIEWS`.
 
     Args:
         outputs: gives the logits (B, classes) of 8-bit images, on the CPU.
         images: (B, 1, S, S), 8-bit.
+        unchanged: their outputs; None computes them.
     """
-    total = outputs(images)
+    total = outputs(images) if unchanged is None else unchanged
     for degrees, zoom in VIEWS[1:]:
         total = total + outputs(view(images, degrees, zoom))
     return total / len(VIEWS)

@@ -161,6 +161,10 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
             print("  images taken in another way may do as badly: test on some before you trust the model")
     threshold = "" if model["threshold"] is None else f", decision threshold {model['threshold']:.3f}"
     print(f"temperature {model['temperature']:.3f}{_intercepts(model)}{threshold} ({model['calibration']})")
+    if (gate := model["gate"]) is not None:
+        print(f"gate: images unlike the training images are not called (settled by {gate['images']:,} of them)")
+    else:
+        print("no gate, which needs 100 training images: pictures that are no X-rays will be called, too")
     print(f"export: {path}")
     print(f"report: {path / 'report.html'}")
     if model["status"] == "interrupted":

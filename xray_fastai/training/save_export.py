@@ -65,7 +65,7 @@ def save_export(learn: XrayLearner, folder: str | Path, *, data: str | Path | No
     device, copied = dls.device, _copied(learn, dls, plan)
     logits, targets, measured = _validated(copied)
     outcome = _outcome(learn, copied, measured)
-    judgement = judge(plan, logits, targets)
+    judgement = judge(plan, logits, targets, copied.model)
     try:
         with reserve(folder.parent, folder.name) as run:
             path = export(copied, plan, outcome, judgement, run)

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from fastai.vision.all import Learner
 from safetensors.torch import save
+from torch import nn
 
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.config import FitConfig
@@ -29,11 +30,13 @@ from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
 from xray_fastai.export.run_folder import Reservation
 from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
 from xray_fastai.export.weights_file import FACTS, facts_hash
+from xray_fastai.inference.gate import Gate
 from xray_fastai.model.learner import set_scaling
 from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
 from xray_fastai.system.text import data_uri, format_number
 from xray_fastai.training.calibration import Calibration, Validated, calibrate
+from xray_fastai.training.gate import settle_gate
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import conclude
 from xray_fastai.training.plan import Plan
@@ -74,6 +77,7 @@ class Judgement:
     calibration: Calibration
     worst: Group | None = None  # the group of images with the lowest ROC AUC
     called: dict[str, int] | None = None  # images by the class that is predicted
+    gate: Gate | None = None  # settled by the training images, too
 
 
 def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str, Any]:
@@ -103,6 +107,7 @@ def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str
         "best": best and {name: best[name] for name in HISTORY_COLUMNS},
         "worst_group": None if judgement.worst is None else asdict(judgement.worst),
         "called": judgement.called,
+        "gate": judgement.gate and judgement.gate.numbers(),
         "by_hand": outcome.by_hand,
         "versions": {"xray-fastai": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -136,7 +141,9 @@ def _summary(data: Collection) -> dict:
     }
 
 
-def write_export(run: Reservation, learn: Learner, model: dict[str, Any], history: list[dict]) -> Path:
+def write_export(
+    run: Reservation, learn: Learner, model: dict[str, Any], history: list[dict], gate: Gate | None = None
+) -> Path:
     """Write all files of an export, then rename the folder to its final name.
 
     Args:
@@ -144,6 +151,7 @@ def write_export(run: Reservation, learn: Learner, model: dict[str, Any], histor
         learn: on any device; it is moved to the CPU.
         model: the content of `model.json`; format and weights are added here.
         history: one row an epoch.
+        gate: its tensors stand beside the network's; `model` has its numbers.
 
     Returns:
         The export's folder.
@@ -155,6 +163,7 @@ def write_export(run: Reservation, learn: Learner, model: dict[str, Any], histor
     try:
         _move_to_cpu(learn)
         state = {name: tensor.detach().contiguous() for name, tensor in learn.model.state_dict().items()}
+        state |= {name: torch.from_numpy(tensor) for name, tensor in (gate.tensors() if gate else {}).items()}
         # `save_file` would make the file readable by its owner only
         (folder / WEIGHTS).write_bytes(
             save(state, metadata={FACTS: facts_hash(model)})
@@ -252,7 +261,7 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
         )
     judgement = Judgement(Calibration(threshold=None if _positive(plan.data) is None else 0.5))
     if best.row is not None:
-        judgement = judge(plan, best.logits.float().cpu().numpy(), best.targets.cpu().numpy())
+        judgement = judge(plan, best.logits.float().cpu().numpy(), best.targets.cpu().numpy(), trainer.learn.model)
     received = trainer.stop.received
     outcome = Outcome(
         status="diverged" if trainer.error else "interrupted" if received is not None else "complete",
@@ -266,13 +275,14 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
     return Result(path, outcome.status, outcome.history, plan.config, received, trainer.error, best.row)
 
 
-def judge(plan: Plan, logits: np.ndarray, targets: np.ndarray) -> Judgement:
-    """Choose calibration and threshold on the validation images, and find what they say of the model.
+def judge(plan: Plan, logits: np.ndarray, targets: np.ndarray, model: nn.Sequential) -> Judgement:
+    """Choose calibration and threshold on the validation images, find what they say of the model, and settle its gate.
 
     Args:
         plan: the fit.
         logits: (N, classes), the network's outputs on `plan.data.valid`.
         targets: (N,), indices of classes.
+        model: backbone and head, which gave the outputs.
     """
     config, data, classes = plan.config, plan.data, plan.data.classes
     images = Validated(
@@ -284,9 +294,11 @@ def judge(plan: Plan, logits: np.ndarray, targets: np.ndarray) -> Judgement:
     )
     calibration = calibrate(images, config.calibration, _positive(data), config.target_sensitivity)
     probabilities = calibration.probabilities(logits)
-    return Judgement(
-        calibration, _worst_group(data, probabilities), _called(data, probabilities, calibration.threshold)
-    )
+    called = _called(data, probabilities, calibration.threshold)
+    gate = None
+    with contextlib.suppress(ImageError):  # as in `_worst_group`
+        gate = settle_gate(model, plan)
+    return Judgement(calibration, _worst_group(data, probabilities), called, gate)
 
 
 def export(learn: Learner, plan: Plan, outcome: Outcome, judgement: Judgement, run: Reservation) -> Path:
@@ -298,7 +310,7 @@ def export(learn: Learner, plan: Plan, outcome: Outcome, judgement: Judgement, r
     scaling = judgement.calibration.scaling
     set_scaling(learn, scaling.temperature, scaling.intercepts)
     model = model_record(plan, outcome, judgement)
-    path = write_export(run, learn, model, outcome.history)
+    path = write_export(run, learn, model, outcome.history, judgement.gate)
     conclude(path, model, run)
     return path
 
