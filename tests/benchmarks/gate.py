@@ -228,7 +228,7 @@ def withheld(model: Model, pictures: Sequence) -> float:
 
 
 def cost(model: Model, pictures: Sequence) -> float:
-    """Return the CPU time of the gate as a share of that of `predict`; medians of runs in turns, of `CALLS` pictures."""
+    """Return the CPU time of the gate as a share of that of `predict`: medians of runs in turns."""
     files, seconds = list(pictures)[:CALLS], {True: [], False: []}
     for gated in [True, False] * RUNS:
         chosen, start = model if gated else replace(model, gate=None), time.process_time()

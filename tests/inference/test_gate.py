@@ -1,4 +1,4 @@
-"""The gate lets drawn X-rays pass and withholds other pictures. It travels with the weights and is checked with them."""
+"""The gate lets drawn X-rays pass and withholds other pictures. It travels and is checked with the weights."""
 
 import json
 import shutil
