@@ -18,7 +18,7 @@ from xray_fastai.inference.gate import Gate, Measures
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.stream import Batch, predict_batches
 from xray_fastai.system.errors import UserError
-from xray_fastai.training.gate import FEATURES, LEAST, gate_of
+from xray_fastai.training.gate import FEATURES, LEAST, _space, gate_of
 from xray_fastai.training.origin import Parent
 
 
@@ -184,6 +184,16 @@ def test_new_images_raise_the_limit():
     new[:10] += 20
     gate = gate_of(Measures({}, np.zeros(256, np.float32)), drawn(2000, 0), new)
     assert (gate.percentages(new) > gate.limit).sum() <= 6
+
+
+def test_features_may_all_be_the_same():
+    vectors, targets = {"features": np.ones((200, 64), np.float32)}, np.arange(200) % 2
+    space = _space(vectors["features"], targets, 2, 32)
+    own = drawn(200, 0)
+    own[:, FEATURES] = space.distances(vectors["features"])
+    gate = gate_of(Measures({"features": space}, np.zeros(256, np.float32)), own, own.copy())
+    json.dumps(gate.numbers(), allow_nan=False)
+    assert (gate.spreads > 0).all() and all(np.isfinite(part).all() for part in gate.tensors().values())
 
 
 def test_features_are_what_the_last_layer_gets(model, folder):

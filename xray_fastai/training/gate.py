@@ -34,12 +34,14 @@ ABOVE = 0.007
 (`tests/benchmarks/README.md`)."""
 WITHHELD = 0.01
 """Share of the validation images that may lie above it, plus one standard error."""
+LEAST_SPREAD = 1e-3
+"""Of a measure, for networks that give all images the same features."""
 FEATURES = 2
 """The column of the features in the measures."""
 
 
 def settle_gate(model: nn.Sequential, plan: Plan) -> Gate | None:
-    """Compare training images with each other; return None if there are fewer than `LEAST`.
+    """Compare training images with each other; None if there are fewer than `LEAST`, or the features are not finite.
 
     Images of a patient are compared with those of others: the images are split five times, by patient. Features of
     training images lie closer together than those of new ones, so median and spread of the features' distances are
@@ -56,6 +58,8 @@ def settle_gate(model: nn.Sequential, plan: Plan) -> Gate | None:
     if len(train) < LEAST or train.patient.nunique() < FOLDS:
         return None
     vectors = _vectors(model, plan, list(train.path))
+    if not np.isfinite(vectors["features"]).all():
+        return None
     targets = pd.Categorical(train.label, plan.data.classes).codes.astype(int)
     classes = len(plan.data.classes)
     own = np.empty((len(train), 4))  # measures of each image by the others
@@ -76,19 +80,19 @@ def gate_of(measures: Measures, own: np.ndarray, new: np.ndarray | None) -> Gate
         new: (M, 4), the measures of the validation images; None where they are few.
     """
     medians = np.median(own, axis=0)
-    spreads = np.quantile(own, 0.99, axis=0) - medians
+    spreads = np.maximum(np.quantile(own, 0.99, axis=0) - medians, LEAST_SPREAD)
     scores, seen = ((own - medians) / spreads).max(axis=1), None
     if new is not None:
         before, after = (np.quantile(part[:, FEATURES], [0.5, 0.9]) for part in (own, new))
         medians[FEATURES] = after[0]
-        spreads[FEATURES] *= np.ptp(after) / np.ptp(before)
+        spreads[FEATURES] *= max(np.ptp(after), LEAST_SPREAD) / max(np.ptp(before), LEAST_SPREAD)
         seen = ((new - medians) / spreads).max(axis=1)
     within = np.quantile(scores, WITHIN / 100)
     limit = float(np.quantile(scores, 1 - ABOVE))
     if seen is not None:
         above = math.floor(len(seen) * WITHHELD + math.sqrt(len(seen) * WITHHELD))
         limit = max(limit, float(np.sort(seen)[-1 - above]))
-    end = within[-1] + 2 * (max(limit, scores.max()) - within[-1])
+    end = within[-1] + 2 * max(limit - within[-1], scores.max() - within[-1], LEAST_SPREAD)
     quantiles = np.append(within, end)
     return Gate(measures, medians, spreads, quantiles, float(np.interp(limit, quantiles, [*WITHIN, 100])), len(own))
 
@@ -128,7 +132,7 @@ def _space(vectors: np.ndarray, targets: np.ndarray, classes: int, dimensions: i
     # a class without images has its centre at that of all
     centres = np.stack([along[targets == c].mean(0) if (targets == c).any() else np.zeros(k) for c in range(classes)])
     deviations = (along - centres[targets]).std(axis=0)
-    deviations = np.maximum(deviations, 1e-3 * deviations.max())
+    deviations = np.maximum(deviations, max(1e-3 * deviations.max(), 1e-6))
     rest = (vectors.var(axis=0).sum() - along.var(axis=0).sum()) / (length - k)
     return Space(
         mean=pca.mean_.astype(np.float32),
