@@ -434,6 +434,14 @@ class PredictConfig:
     threshold: float | None = _setting(
         None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
     )
+    gate: bool = _setting(True, "Predict uncertain for an image that is unlike the training images.")
+    abstain: float = _setting(
+        0.0,
+        "Predict uncertain within this distance of the threshold; for two classes.",
+        metavar="WIDTH",
+        min=0,
+        below=0.5,
+    )
     uncalibrated: bool = _setting(False, "Give the softmax of the network's outputs, without fit's calibration=.")
     tta: bool = _setting(False, "Test-time augmentation: the mean over five views of an image.")
     batch_size: int = _setting(32, "Batch size.", min=1)
@@ -450,6 +458,8 @@ class PredictConfig:
             raise UserError("give the file to continue by output=", option="resume")
 
 
+UNCERTAIN = "uncertain"
+"""The prediction of an image whose call is withheld."""
 INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u2060-\u2064\ufeff]|^[\u200c\u200d]|[\u200c\u200d]$")
 """Characters that make two names of one look. Persian and Indian scripts need U+200C and U+200D between letters."""
 
@@ -467,10 +477,14 @@ def check_classes(classes: Sequence[str]) -> None:
     """Check the classes of a data set.
 
     Raises:
-        UserError: there are too many classes, or an export cannot hold the name of one.
+        UserError: there are too many classes, an export cannot hold the name of one, or one is named `uncertain`.
     """
     if len(classes) > MAX_CLASSES:
         raise UserError(f"{len(classes):,} classes; the maximum is {MAX_CLASSES:,}", option="data")
     for name in classes:
         if fault := class_fault(name):
             raise UserError(f"the class folder {shown(name)} {fault}; rename it", option="data")
+        if name == UNCERTAIN:
+            raise UserError(
+                f"the class folder {name} has the word for an image that is not called; rename it", option="data"
+            )

@@ -1,6 +1,7 @@
 """`predict` gives one row an image: for unreadable files too, for any number of images, and after an interruption."""
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -30,7 +31,7 @@ from xray_fastai.inference.stream import predict_stream
 from xray_fastai.system.device import cpu_has_bf16
 from xray_fastai.system.errors import UserError
 
-COLUMNS = ["path", "prediction", "p_NORMAL", "p_PNEUMONIA", "threshold", "error"]
+COLUMNS = ["path", "prediction", "p_NORMAL", "p_PNEUMONIA", "threshold", "unlike", "error"]
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +108,69 @@ def test_an_image_is_called_at_the_threshold(model, files):
     assert (table.threshold == at).all()
     assert ((table.prediction == "PNEUMONIA") == (scores >= at)).all() and table.prediction.nunique() == 2
     assert (predict(files, model).threshold == settings_of(model.path)["threshold"]).all()
+
+
+class LikeBrightness:
+    """A gate that finds bright images unlike the training images."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def unlike(self, images, features):
+        return images.float().mean((1, 2, 3)).numpy() / 2.55
+
+
+@pytest.fixture
+def gated(model, files):
+    """The small model with a gate that withholds about half of the images."""
+    open_gate = dataclasses.replace(model, gate=LikeBrightness(100.0))
+    return dataclasses.replace(model, gate=LikeBrightness(float(predict(files, open_gate).unlike.median())))
+
+
+def test_a_gate_withholds_what_is_unlike(gated, model, files):
+    table, called = predict(files, gated), predict(files, gated, gate=False)
+    withheld = table.unlike > gated.gate.limit
+    assert 0 < withheld.sum() < len(files) and table.unlike.notna().all()
+    assert ((table.prediction == "uncertain") == withheld).all()
+    assert (called.prediction != "uncertain").all() and (called.unlike == table.unlike).all()
+    assert (table.prediction[~withheld] == called.prediction[~withheld]).all()
+    assert (table.p_PNEUMONIA == called.p_PNEUMONIA).all() and predict(files, model).unlike.isna().all()
+
+
+def test_a_band_around_the_threshold_is_uncertain(model, files):
+    scores = predict(files, model).p_PNEUMONIA
+    at = float(np.quantile(scores, 0.5, method="nearest"))
+    distances = (scores - at).abs().round(7)
+    width = float(distances.sort_values().iloc[3])  # that of an image, which lies on the edge
+    table = predict(files, model, threshold=at, abstain=width)
+    within = distances <= width
+    assert 1 < within.sum() < len(files)
+    assert ((table.prediction == "uncertain") == within).all()
+
+
+def test_uncertain_rows_are_counted_with_their_reasons_and_continued(gated, files, says, refused, monkeypatch):
+    monkeypatch.setattr(predict_files, "open_model", lambda *args: gated)
+    options = ["--output", "out.csv", "--abstain", 0.49, "--threshold", 0.5]
+    result = says(*files, *options)
+    rows = read(Path("out.csv"))
+    unlike, close = rows.unlike > gated.gate.limit, (rows.p_PNEUMONIA - 0.5).abs().round(7) <= 0.49
+    summary = f"{(unlike | close).sum()} uncertain: {unlike.sum()} unlike the training images"
+    summary += f", {(close & ~unlike).sum()} within 0.49 of the threshold"
+    assert result.exit_code == 0 and summary in result.output and (close & ~unlike).any()
+    whole = Path("out.csv").read_bytes()
+    Path("out.csv").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    without = says(*files, "--output", "out.csv", "--threshold", 0.5, "--resume")
+    refused(without, "--resume: ", "is uncertain, and would not be now")
+    result = says(*files, *options, "--resume")
+    assert result.exit_code == 0 and summary in result.output and Path("out.csv").read_bytes() == whole
+
+
+def test_the_map_of_an_uncertain_image_is_of_the_class_that_it_would_get(gated, files, says, monkeypatch):
+    monkeypatch.setattr(predict_files, "open_model", lambda *args: gated)
+    says(*files[:8], "--no-gate", "--heatmaps", "called")
+    says(*files[:8], "--heatmaps", "uncertain")
+    called, uncertain = ({p.name: p.read_bytes() for p in Path(name).iterdir()} for name in ("called", "uncertain"))
+    assert called == uncertain and len(called) == 8
 
 
 HOT = {"temperature": 3.0, "intercepts": [0.25, -0.5], "threshold": 0.55, "calibration_kind": "validation"}

@@ -25,6 +25,8 @@ def predict(
     *,
     recursive: bool = False,
     threshold: float | None = None,
+    gate: bool = True,
+    abstain: float = 0.0,
     uncalibrated: bool = False,
     tta: bool = False,
     batch_size: int = 32,
@@ -40,6 +42,10 @@ def predict(
         recursive: search the subfolders of folders, too.
         threshold: the probability of the class to detect from which an image is called positive; None takes the
             export's own.
+        gate: predict `uncertain` for an image that is unlike the training images, if the export has a gate. The column
+            `unlike` is the percentage of training images that are more like the others than the image is.
+        abstain: predict `uncertain` where the probability of the class to detect is within this distance of the
+            threshold, from 0 to below 0.5; for two classes.
         uncalibrated: give the softmax of the network's outputs, without temperature and intercepts. The export's own
             threshold is moved accordingly, so that the decisions stay the same.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image. Temperature,
@@ -58,12 +64,13 @@ def predict(
     Examples:
         >>> table = predict(["image.jpeg", "nowhere.jpeg"], "exports/rehearsal")
         >>> list(table.columns)
-        ['path', 'prediction', 'p_NORMAL', 'p_PNEUMONIA', 'threshold', 'error']
+        ['path', 'prediction', 'p_NORMAL', 'p_PNEUMONIA', 'threshold', 'unlike', 'error']
         >>> table.error[1]
         'nowhere.jpeg: no such file'
     """
     config = PredictConfig(
-        recursive=bool(recursive), threshold=threshold, uncalibrated=bool(uncalibrated), tta=bool(tta),
+        recursive=bool(recursive), threshold=threshold, gate=bool(gate), abstain=abstain,
+        uncalibrated=bool(uncalibrated), tta=bool(tta),
         batch_size=batch_size, device=device, precision=precision,
     )  # fmt: skip
     sources = _as_list(paths)

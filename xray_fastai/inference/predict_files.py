@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.config import PredictConfig
+from xray_fastai.config import UNCERTAIN, PredictConfig
 from xray_fastai.data.images import has_no_extension, open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.row_file import Row, RowFile
-from xray_fastai.inference.rows import RowBuilder, probability_column
+from xray_fastai.inference.rows import RowBuilder, Withheld, probability_column
 from xray_fastai.inference.sharding import follow, predict_sharded
 from xray_fastai.inference.stream import Batch, Source, check_folders, image_sources, predict_batches
 from xray_fastai.inference.tta import describe as describe_tta
@@ -70,7 +70,10 @@ class Table:
     def _cells(self, row: Row) -> list[str]:
         if row["error"] is not None:
             return [row["path"], row["error"].removeprefix(f"{row['path']}: ")]
-        names = self.classes if self.all_classes else [row["prediction"]]
+        names = self.classes
+        if not self.all_classes:  # of an uncertain image the most probable class's
+            called = row["prediction"]
+            names = [max(names, key=lambda name: row[probability_column(name)]) if called == UNCERTAIN else called]
         return [row["path"], row["prediction"], *(f"{row[probability_column(name)]:.4f}" for name in names)]
 
     def _line(self, cells: list[str]) -> str:
@@ -157,7 +160,8 @@ def _run(
     """Predict all sources and print a summary.
 
     Returns:
-        The number of rows by predicted class, including those of a continued file; the errors are under None.
+        The number of rows by predicted class, including those of a continued file; the errors are under None, and
+        the uncertain ones under their reasons.
     """
     model, config, counts = builder.model, builder.config, Counter()
     if file is None:
@@ -176,7 +180,7 @@ def _run(
             rows = builder.rows(batch, counts.total())
             with nullcontext() if maps is None else maps.written(batch, rows):
                 (table if file is None else file).write(rows)
-            counts.update(row["prediction"] for row in rows)
+            counts.update(builder.withheld(row) or row["prediction"] for row in rows)
             if file is not None or counts.total() > MAX_ROWS:
                 advance(counts.total())
     seconds, new = time.perf_counter() - start, counts.total() - before
@@ -185,6 +189,9 @@ def _run(
         print(f"{'tta':<14}{describe_tta(seconds)}")
     by_class = ", ".join(f"{counts[name]:,} {name}" for name in model.classes)
     print(f"{'predictions':<14}{by_class}; errors: {counts[None]:,}")
+    if reasons := {reason: counts[reason] for reason in Withheld if counts[reason]}:
+        listed = ", ".join(f"{number:,} {builder.why(reason)}" for reason, number in reasons.items())
+        print(f"{UNCERTAIN:<14}{sum(reasons.values()):,} {UNCERTAIN}: {listed}")
     if file is not None:
         print(f"{'written':<14}{file.path}, {count_of(file.rows, 'row')}")
     sys.stdout.flush()
@@ -245,11 +252,18 @@ class _HeatMaps:
         predicted = [(source, row) for source, row in zip(batch.sources, rows, strict=True) if row["error"] is None]
         if len(predicted) < len(batch.images) or not predicted:  # an output is not a number: no maps either
             return
-        targets = [self.model.classes.index(row["prediction"]) for _, row in predicted]
+        targets = [self.model.classes.index(self._class_of(row)) for _, row in predicted]
         maps = grad_cam(self.model, batch.images, targets=np.array(targets))  # (readable, h, w)
         with closing(map_in_threads(open_image, [source for source, _ in predicted])) as pictures:
             for picture, (_, row), cam in zip(pictures, predicted, maps, strict=True):
                 self._save(overlay(picture, cam), _stem(row["path"]))
+
+    def _class_of(self, row: Row) -> str:
+        """Return the class that a row predicts, or would predict if its image were called."""
+        if row["prediction"] != UNCERTAIN:
+            return row["prediction"]
+        probabilities = np.array([[row[probability_column(name)] for name in self.model.classes]])
+        return self.model.classes[int(self.model.decide(probabilities, row["threshold"])[0])]
 
     def _save(self, picture: Image.Image, stem: str) -> None:
         for number in count(self.numbers.get(stem, 0) + 1):
@@ -286,10 +300,10 @@ def _skip_done(file: RowFile, sources: Iterator[Source], builder: RowBuilder) ->
     """Take the inputs off `sources` that have a row in `file`.
 
     Returns:
-        The number of rows by predicted class; the errors are under None.
+        The number of rows by predicted class; the errors are under None, and the uncertain ones under their reasons.
 
     Raises:
-        UserError: the rows belong to other inputs or to another model.
+        UserError: the rows belong to other inputs, to another model, or other ones would be uncertain.
     """
     counts, last = Counter(), None
     for number, row in enumerate(file.done(), 1):
@@ -305,7 +319,14 @@ def _skip_done(file: RowFile, sources: Iterator[Source], builder: RowBuilder) ->
                 "model= and threshold=",
                 option="resume",
             )
-        counts[row["prediction"]] += 1
+        reason = builder.withheld(row)
+        if (row["prediction"] == UNCERTAIN) != (reason is not None):
+            raise UserError(
+                f"row {number} of {file.path} is {row['prediction']}, and would not be now; give the same gate= and "
+                "abstain=",
+                option="resume",
+            )
+        counts[reason or row["prediction"]] += 1
         last = (source, row) if row["error"] is None else last
     if last is not None:
         _check_same_model(file, *last, builder)

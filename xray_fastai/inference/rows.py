@@ -7,13 +7,14 @@ line's output file (`row_file`) and its `--resume` follow from it.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from operator import attrgetter
 
 import numpy as np
 from PIL import Image
 
-from xray_fastai.config import PredictConfig
+from xray_fastai.config import UNCERTAIN, PredictConfig
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.row_file import Row
 from xray_fastai.inference.stream import Batch, Source
@@ -21,6 +22,15 @@ from xray_fastai.system.errors import ImageError, UserError
 
 DIGITS = 7
 """Decimal places of a probability in a row."""
+UNLIKE_DIGITS = 4
+"""Decimal places of `unlike` in a row. Both are compared as they are written, so that a row explains itself."""
+
+
+class Withheld(Enum):
+    """Says why an image is not called."""
+
+    UNLIKE = "unlike the training images"
+    CLOSE = "near the threshold"
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,9 @@ class ImageResult:
 
     path: str  # the file, or `image N` for a picture without a file name
     threshold: float | None  # of the class to detect; None for more than two classes
-    prediction: str | None = None  # a class; None if there is an error
+    prediction: str | None = None  # a class, or `uncertain`; None if there is an error
     probabilities: dict[str, float] = field(default_factory=dict)  # by class; empty if there is an error
+    unlike: float | None = None  # see `Gate.unlike`; None without a gate, or if there is an error
     error: str | None = None  # why there is no prediction
 
 
@@ -50,6 +61,7 @@ def columns_of(classes: Sequence[str]) -> list[Column]:
         Column("prediction", str, attrgetter("prediction")),
         *(Column(probability_column(name), float, partial(_probability, name)) for name in classes),
         Column("threshold", float, attrgetter("threshold")),
+        Column("unlike", float, attrgetter("unlike")),
         Column("error", str, attrgetter("error")),
     ]
 
@@ -67,7 +79,7 @@ class RowBuilder:
     """Turns batches of logits into rows: probabilities, and the decision at the threshold.
 
     Raises:
-        UserError: a threshold was given for a model of more than two classes.
+        UserError: a threshold or a band around it was given for a model of more than two classes.
     """
 
     def __init__(self, model: Model, config: PredictConfig):
@@ -80,16 +92,39 @@ class RowBuilder:
                 option="threshold",
                 value=f"{config.threshold:g}",
             )
+        if config.abstain and len(model.classes) != 2:
+            raise UserError(
+                f"a model of {len(model.classes)} classes has no threshold; leave it out",
+                option="abstain",
+                value=f"{config.abstain:g}",
+            )
+        self.limit = model.gate.limit if config.gate and model.gate is not None else None
         self.threshold = model.threshold_of(self.calibrated) if config.threshold is None else config.threshold
 
     def rows(self, batch: Batch, first: int = 0) -> list[Row]:
         """Return the rows of a batch; `first` is the position of its first source among all."""
+        unlike = iter([None] * len(batch.logits) if batch.unlike is None else batch.unlike.tolist())
         return [
-            self._row(_name_of(source, number), logits, error)
+            self._row(_name_of(source, number), logits, next(unlike) if error is None else None, error)
             for number, (source, logits, error) in enumerate(batch.outputs(), first)
         ]
 
-    def _row(self, path: str, logits: np.ndarray | None, error: ImageError | None) -> Row:
+    def withheld(self, row: Row) -> Withheld | None:
+        """Return why the image of a row is not called; None if it is called, or cannot be read."""
+        if row["error"] is not None:
+            return None
+        if self.limit is not None and row["unlike"] is not None and row["unlike"] > self.limit:
+            return Withheld.UNLIKE
+        if self.config.abstain:
+            distance = abs(row[probability_column(self.model.positive)] - self.threshold)
+            return Withheld.CLOSE if round(distance, DIGITS) <= self.config.abstain else None
+        return None
+
+    def why(self, reason: Withheld) -> str:
+        """Return the reason in words."""
+        return f"within {self.config.abstain:g} of the threshold" if reason is Withheld.CLOSE else reason.value
+
+    def _row(self, path: str, logits: np.ndarray | None, unlike: float | None, error: ImageError | None) -> Row:
         result = ImageResult(path, self.threshold, error=None if error is None else f"{path}: {error.message}")
         if logits is not None and not np.isfinite(logits).all():
             result = ImageResult(path, self.threshold, error=f"{path}: the network's output is not a number")
@@ -99,8 +134,10 @@ class RowBuilder:
             by_class = {
                 label: round(float(p), DIGITS) for label, p in zip(self.model.classes, probabilities[0], strict=True)
             }
-            result = ImageResult(path, self.threshold, prediction, by_class)
-        return {column.name: column.value(result) for column in self.columns}
+            rounded = None if unlike is None else round(unlike, UNLIKE_DIGITS)
+            result = ImageResult(path, self.threshold, prediction, by_class, rounded)
+        row = {column.name: column.value(result) for column in self.columns}
+        return row if self.withheld(row) is None else row | {"prediction": UNCERTAIN}
 
     def __str__(self) -> str:
         rule = "the most probable class is predicted"
@@ -108,6 +145,10 @@ class RowBuilder:
             rule = f"{self.model.positive} from a probability of {self.threshold:.4g}"
         text = f"{'classes':<14}{', '.join(self.model.classes)}; {rule}"
         text += f"\n{'probabilities':<14}{self.model.describe_probabilities(self.calibrated, self.config.tta)}"
+        reasons = [] if self.limit is None else [f"{Withheld.UNLIKE.value} (column unlike above {self.limit:.4g})"]
+        reasons += [self.why(Withheld.CLOSE)] if self.config.abstain else []
+        if reasons:
+            text += f"\n{UNCERTAIN:<14}{', or '.join(reasons)}"
         if self.model.settings["data"]["rehearsal"]:
             text += f"\n{'trained on':<14}synthetic X-rays: the model knows nothing of patients"
         return text
