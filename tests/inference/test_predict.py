@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -491,6 +492,29 @@ def test_ctrl_c_leaves_whole_rows(start, says, export, files):
     process.stdin.detach()
     assert says("-", "--output", "out.csv", "--resume", stdin="\n".join(files)).exit_code == 0
     assert read(Path("out.csv")).path.tolist() == files
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_slow_pictures(start, export, tmp_path):
+    """Progressive JPEGs of 25 megapixels take about a second each to decode."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600), dtype=np.uint8)
+    Image.fromarray(noise).resize((5000, 5000), Image.Resampling.NEAREST).save(
+        tmp_path / "0.jpeg", progressive=True, quality=50
+    )
+    files = [tmp_path / f"{i}.jpeg" for i in range(60)]
+    for file in files[1:]:
+        file.symlink_to(files[0])
+    process = start(
+        "predict", *files, "--model", export, "--device", "cpu",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while not process.stdout.readline().startswith("probabilities"):
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    assert process.wait(timeout=30) == 130
+    assert time.monotonic() - sent < 8  # all of them take some 12 s on two cores
 
 
 @pytest.mark.slow
