@@ -16,7 +16,7 @@ from xray_fastai.config import INFERENCE_PRECISIONS
 from xray_fastai.export.network import load_network
 from xray_fastai.export.reader import find_export, path_of
 from xray_fastai.inference.cpu_fusion import fused_for_cpu
-from xray_fastai.inference.scaling import Scaling
+from xray_fastai.inference.scaling import Scaling, softmax
 from xray_fastai.model.folding import fold_batch_norm
 from xray_fastai.model.preprocessing import Preprocessing, equalize
 from xray_fastai.system.device import choose_device, choose_precision
@@ -91,13 +91,8 @@ class Model:
         return float(expit(self.scaling.temperature * (logit(self.threshold) - intercept)))
 
     def probabilities(self, logits: np.ndarray, calibrated: bool = True) -> np.ndarray:
-        """Return the softmax of logits (N, classes), scaled as the export says (`scaling`) if `calibrated`.
-
-        It is `scipy.special.softmax` to the last digit, without the import; torch's differs in the last digit.
-        """
-        scaled = (self.scaling if calibrated else Scaling())(logits)
-        powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-        return powers / powers.sum(axis=-1, keepdims=True)
+        """Return the softmax of logits (N, classes), scaled as the export says (`scaling`) if `calibrated`."""
+        return softmax((self.scaling if calibrated else Scaling())(logits))
 
     def decide(self, probabilities: np.ndarray, threshold: float | None = None) -> np.ndarray:
         """Return the predicted class of each row (N, classes) as an index (N,).
