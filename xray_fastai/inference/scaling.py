@@ -5,7 +5,7 @@ intercept on the log odds (Platt scaling).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,12 @@ class Scaling:
         if self.kind == "validation":
             return validated / validated.sum()
         return softmax(self(np.log(weights * trained)))
+
+    def moved(self, ratios: np.ndarray) -> "Scaling":
+        """Return the scaling that multiplies the probability of each class by its ratio (classes,), before they are
+        divided by their sum."""
+        own = np.zeros(len(ratios)) if self.intercepts is None else np.asarray(self.intercepts)
+        return replace(self, intercepts=(own + np.log(ratios)).tolist())
 
     def intercept_of(self, positive: int) -> float:
         """Return the intercept on the log odds of one of two classes."""
