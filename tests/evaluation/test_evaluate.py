@@ -23,6 +23,7 @@ from xray_fastai.system.files import sha256
 
 TEST = {"test/NORMAL": 9, "test/PNEUMONIA": 7}
 FILES = {"confusion.png", "metrics.json", "precision_recall.png", "predictions.csv", "reliability.png", "roc.png"}
+FILES_OF_TWO = FILES | {"predictive_values.png"}  # classes
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def evaluated(run, data, tmp_path):
         result = run("evaluate", "--model", export, "--data", data, "--output", tmp_path / "out", *options)
         assert result.exit_code == 0, result.output
         (folder,) = (tmp_path / "out").glob("evaluation-*")
-        assert {path.name for path in folder.iterdir()} == FILES
         summary = json.loads((folder / "metrics.json").read_text())
+        assert {path.name for path in folder.iterdir()} == (FILES if summary["positive"] is None else FILES_OF_TWO)
         return result.stdout, summary, pd.read_csv(folder / "predictions.csv")
 
     return evaluated
@@ -147,7 +148,7 @@ def test_python_and_an_earlier_evaluation(run, changed, data):
     assert first.path == Path("exports/run/evaluation-test")
     (first.path / "stale.png").write_text("")
     second = evaluate(data=str(data), threshold=0.5)
-    assert {path.name for path in first.path.iterdir()} == FILES
+    assert {path.name for path in first.path.iterdir()} == FILES_OF_TWO
     assert not list(Path("exports/run").glob(".*"))
     pd.testing.assert_frame_equal(first.metrics, second.metrics)  # the same resamples each time
     assert second.metrics.columns.tolist() == ["value", "low", "high"]
@@ -155,7 +156,7 @@ def test_python_and_an_earlier_evaluation(run, changed, data):
     assert second.confusion.to_numpy().sum() == len(second.predictions) == 23
     assert second.confusion.loc["PNEUMONIA"].sum() == 11
     html = second._repr_html_()
-    assert html.count("data:image/png;base64") == 4 and "ROC AUC" in html
+    assert html.count("data:image/png;base64") == 5 and "ROC AUC" in html
 
 
 def test_a_failure_leaves_the_earlier_evaluation(run, refused, export, data, tmp_path):

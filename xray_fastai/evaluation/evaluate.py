@@ -26,11 +26,12 @@ from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.inference.tta import describe as describe_tta
 from xray_fastai.metrics.intervals import Interval, Measured, measure
+from xray_fastai.metrics.predictive_values import predictive_values
 from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import replaced
-from xray_fastai.system.text import count_of
+from xray_fastai.system.text import count_of, percent
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -220,6 +221,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
                 "threshold": threshold,
                 "metrics": _plain(measured.points[name]),
                 "confusion": confusion_matrix(scored.y_true, y_pred[name], labels=classes).tolist(),
+                "at_prevalence": _at_prevalence(model, scored, y_pred[name]),
             }
             for name, threshold in request.operating_points.items()
         },
@@ -233,10 +235,23 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
     }
 
 
+def _at_prevalence(model: Model, scored: Scored, y_pred: np.ndarray) -> dict[str, dict] | None:
+    """Return PPV and NPV at the model's prevalence; None where none was given."""
+    if model.prevalence is None:
+        return None
+    return _plain(predictive_values(scored, y_pred, model.prevalence)._asdict())
+
+
 def _notes(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray]) -> list[str]:
     """Return what the reader of the figures has to know, a line each."""
     notes = [SPLITS[request.split], *request.labelled.notes, note_on(request.images)]
     notes.append(_one_class_note(request, scored, y_pred))
+    if request.model.prevalence is not None:
+        share = (scored.y_true == scored.positive).mean()
+        notes.append(
+            f"the probabilities are for a prevalence of {percent(request.model.prevalence)}, the images have "
+            f"{percent(share)}: Brier score, likelihood and calibration on them say nothing about it"
+        )
     if request.split == "test" and request.model.settings["data"]["rehearsal"]:
         notes.append("a rehearsal: trained on synthetic images")
     return [note for note in notes if note]

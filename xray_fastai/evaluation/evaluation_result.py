@@ -10,7 +10,7 @@ import pandas as pd
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.evaluation.plots import FILES
-from xray_fastai.metrics.table import title_of
+from xray_fastai.metrics.table import title_at_prevalence, title_of
 from xray_fastai.system.text import WIDTH, csv_text, data_uri, format_interval, shorten, wrap
 
 
@@ -103,6 +103,9 @@ class Evaluation:
             return format_interval(**interval)
 
         rows = [(name, [cell(name, point["metrics"][name]) for point in points]) for name in points[0]["metrics"]]
+        for name in points[0]["at_prevalence"] or ():
+            title = title_at_prevalence(name, self.summary["prevalence"])
+            rows.append((title, [cell(name, point["at_prevalence"][name]) for point in points]))
         return columns, rows + [(name, [cell(name, i)]) for name, i in self.summary["metrics"].items()]
 
     def _confusion_lines(self) -> list[str]:
