@@ -7,7 +7,7 @@ evaluation-<split>/metrics.json      the metrics, and what they were computed on
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from xray_fastai.data.patients import note_on, unknown
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
 from xray_fastai.evaluation.report import write_report
+from xray_fastai.evaluation.subgroups import worst_group_of
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.inference.tta import describe as describe_tta
@@ -189,6 +190,7 @@ def _predictions(request: _Request, scored: Scored, y_pred: np.ndarray) -> pd.Da
 def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], measured: Measured) -> dict[str, Any]:
     """Return the content of `metrics.json`."""
     model, classes = request.model, range(scored.classes)
+    worst = worst_group_of(list(request.images.path), scored)
     images, patients = len(scored.y_true), int(scored.patients.max()) + 1
     over = count_of(patients, "patient") + ("" if patients < images else ", an image each")
     missing = int(unknown(request.images).sum())
@@ -230,6 +232,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
             {"images": of_bin.images, "probability": of_bin.probability, "share": _plain({"": of_bin.share})[""]}
             for of_bin in measured.reliability
         ],
+        "worst_group": None if worst is None else asdict(worst),
         "tta": request.tta,
         "notes": _notes(request, scored, y_pred),
     }

@@ -177,6 +177,7 @@ def _evaluation(summary: dict) -> dict[str, Any]:
         **{key: summary[key] for key in copied},
         "tta": summary.get("tta", False),
         "notes": summary.get("notes", []),
+        "worst_group": summary.get("worst_group"),
         "of_patients": _of_patients(summary),
         "probabilities": summary.get("probabilities") or _earlier_words(summary),
         "points": [
