@@ -72,7 +72,8 @@ def test_the_decision_is_made_on_the_number_that_is_written(fitted):
     model = open_model(fitted, "cpu").at_prevalence(1e-6)
     threshold = 3.2e-7
     at = np.log(threshold / (1 - threshold))
-    for margin in np.concatenate([np.linspace(-1, 1, 41), np.linspace(-1e-5, 1e-5, 41)]):
+    steps = np.geomspace(1e-12, 1, 121)  # some of them below half a unit of the last place, whatever it is
+    for margin in (*-steps, *steps):
         logits = np.array([0.0, 0.8 * (at + margin - model.scaling.intercept_of(1))])
         result = call(model, "a.jpeg", logits, threshold)
         assert (result.probabilities["PNEUMONIA"] >= threshold) == (result.prediction == "PNEUMONIA")
