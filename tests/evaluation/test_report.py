@@ -303,7 +303,7 @@ def test_more_than_two_classes(bare, change):
     add(bare, "evaluation-test", content)
     counts = dict.fromkeys(classes, 7)
     data = settings_of(bare)["data"] | {"train": counts, "valid": counts}
-    page = change(classes=classes, positive=None, threshold=None, class_weights=None, data=data)
+    page = change(classes=classes, positive=None, threshold=None, prior=None, class_weights=None, data=data)
     assert "The most probable class is predicted" in page.text and "most probable class" in page.text
     assert "A or B or C" in page.text and page.text.count("22") >= 1
 

@@ -265,7 +265,7 @@ def test_each_key_is_needed(copy, run, refused):
     later = [("preprocessing", "contrast"), ("worst_group",), ("calibrated",), ("augmentation",)]
     tables = ("settings", "versions", "train", "valid", "augmentation", "called")
     later += [("data", "patients", "images_without"), ("data", "contents"), ("called",)]
-    later += [("intercepts",), ("calibration_kind",), ("lineage",), ("by_hand",)]
+    later += [("intercepts",), ("prior",), ("calibration_kind",), ("lineage",), ("by_hand",)]
     later += [("worst_group", "groups"), ("worst_group", "expected")]
 
     def paths(node, above=()):

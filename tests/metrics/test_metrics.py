@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 from tests.metrics.drawn import draw
-from xray_fastai.metrics import calibration, influence, intervals, table
+from xray_fastai.metrics import calibration, influence, intervals, predictive_values, table
 from xray_fastai.metrics.calibration import MAX_BINS, calibration_error, reliability_bins
 from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.metrics.table import METRICS, title_of, values
@@ -18,7 +18,7 @@ from xray_fastai.metrics.table import METRICS, title_of, values
 SHARES = [name for name, metric in METRICS.items() if metric.scale == "share"]
 
 
-@pytest.mark.parametrize("module", [intervals, table, calibration])
+@pytest.mark.parametrize("module", [intervals, table, calibration, predictive_values])
 def test_the_examples(module):
     failed, tried = doctest.testmod(module, extraglobs={"np": np})
     assert tried and not failed

@@ -64,6 +64,7 @@ Data = Annotated[
 Device = Annotated[str, option_of(PredictConfig, "device")]
 Precision = Annotated[str, option_of(PredictConfig, "precision")]
 Uncalibrated = Annotated[bool, option_of(PredictConfig, "uncalibrated")]
+Prevalence = Annotated[float | None, option_of(PredictConfig, "prevalence")]
 Tta = Annotated[bool, option_of(PredictConfig, "tta")]
 Exclude = Annotated[str | None, option_of(FitConfig, "exclude")]
 Patients = Annotated[
@@ -159,6 +160,7 @@ def evaluate(
         str, typer.Option(metavar="auto|T", help="Decision threshold; auto is the one that fit chose.")
     ] = "auto",
     uncalibrated: Uncalibrated = PredictConfig.uncalibrated,
+    prevalence: Prevalence = PredictConfig.prevalence,
     tta: Tta = PredictConfig.tta,
     exclude: Exclude = None,
     patients: Patients = None,
@@ -173,8 +175,8 @@ def evaluate(
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
-        model, data, split, threshold, uncalibrated=uncalibrated, tta=tta, exclude=exclude, patients=patients,
-        output=output, device=device, precision=precision,
+        model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, tta=tta, exclude=exclude,
+        patients=patients, output=output, device=device, precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:
@@ -244,6 +246,7 @@ def serve(
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 admits other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
+    prevalence: Prevalence = PredictConfig.prevalence,
     device: Device = PredictConfig.device,
     open: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
@@ -254,7 +257,7 @@ def serve(
     _check_export(model)
     from xray_fastai.serving.server import serve as run
 
-    run(model, host, port, device=device, open=open)
+    run(model, host, port, prevalence=prevalence, device=device, open=open)
 
 
 @app.command(cls=Command)

@@ -10,17 +10,21 @@ from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from xray_fastai.metrics.intervals import FALSE_POSITIVE_RATES, Curve, Measured
+from xray_fastai.metrics.predictive_values import predictive_values
 from xray_fastai.metrics.scored import Scored
-from xray_fastai.system.text import count_of, format_interval, shorten
+from xray_fastai.system.text import count_of, format_interval, percent, shorten
 
 FILES = {
     "confusion.png": "Confusion matrix",
     "roc.png": "ROC curve",
     "precision_recall.png": "Precision-recall curve",
     "reliability.png": "Reliability diagram",
+    "predictive_values.png": "PPV and NPV by prevalence",
 }
-"""The files, each with its alternative text."""
+"""The files, each with its alternative text; the last one is for two classes only."""
 
+PREVALENCES = (0.001, 0.9)
+"""The ends of the axis of prevalences."""
 _COLOURS = ("#0b6e99", "#c8102e", "#d98200", "#4b8b3b", "#7a4f9a", "#7a8794")
 
 
@@ -33,13 +37,15 @@ def plot_evaluation(folder: Path, summary: dict[str, Any], scored: Scored, measu
         scored: the images.
         measured: their metrics.
     """
-    figures = (
+    figures = [
         _confusion(summary),
         _roc(summary, scored, measured),
         _precision_recall(summary, scored, measured),
         _reliability(summary, scored, measured),
-    )
-    for name, figure in zip(FILES, figures, strict=True):
+    ]
+    if scored.positive is not None:
+        figures.append(_predictive_values(summary, scored, measured))
+    for name, figure in zip(FILES, figures, strict=False):
         figure.savefig(folder / name, dpi=130)
 
 
@@ -131,6 +137,35 @@ def _reliability(summary: dict[str, Any], scored: Scored, measured: Measured) ->
         part.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="best", fontsize=8, framealpha=0.9, edgecolor="none")
     _title(axes, f"Reliability: calibration error {measured.free['expected_calibration_error'].value:.3f}", summary)
+    return figure
+
+
+def _predictive_values(summary: dict[str, Any], scored: Scored, measured: Measured) -> Figure:
+    """Draw PPV and NPV at the chosen threshold against the prevalence, from 0.1 % to 90 %."""
+    figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+    axes = figure.add_subplot()
+    threshold, prevalence = summary["operating_points"]["chosen"]["threshold"], summary.get("prevalence")
+    y_pred = np.where(scored.y_prob[:, scored.positive] >= threshold, scored.positive, 1 - scored.positive)
+    share = (scored.y_true == scored.positive).mean()
+    limits = [limit for limit in (*PREVALENCES, share, prevalence) if limit and limit < 1]
+    shares = np.geomspace(min(limits), max(limits), 201)
+    for name, values, colour in zip(
+        ("PPV", "NPV"), predictive_values(scored, y_pred, shares), (_COLOURS[0], _COLOURS[2]), strict=True
+    ):
+        if not np.isnan(values.value).all():
+            axes.plot(shares, values.value, color=colour, linewidth=1.8, label=f"{name}, with its 95 % interval")
+            axes.fill_between(shares, values.low, values.high, color=colour, alpha=0.15, linewidth=0)
+    axes.axvline(share, color="#666", linestyle=":", linewidth=1.2, label=f"these images: {percent(share)}")
+    if prevalence is not None:
+        axes.axvline(prevalence, color="#c8102e", linewidth=1.2, label=f"prevalence: {percent(prevalence)}")
+    axes.set(xscale="log", ylim=(-0.02, 1.02), ylabel="PPV, NPV")
+    ticks = [tick for tick in (1e-6, 1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9) if tick >= min(limits)]
+    axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(f"prevalence of {_short(summary['positive'])}, log scale")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _finish(axes, f"Predictive values at threshold {threshold:.4g}", summary, measured, "center left")
     return figure
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from xray_fastai.evaluation.learning_curves import svg_curves
 from xray_fastai.export.schema import read_settings
-from xray_fastai.metrics.table import METRICS, title_of
+from xray_fastai.metrics.table import METRICS, title_at_prevalence, title_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import atomic_write
 from xray_fastai.system.text import count_of, data_uri, format_number, shorten
@@ -44,6 +44,7 @@ PLOTS = {
     "roc.png": "ROC curve: sensitivity against the false positive rate",
     "precision_recall.png": "Precision-recall curve: precision (PPV) against recall (sensitivity)",
     "reliability.png": "Reliability diagram: predicted probability against the share of images with the class",
+    "predictive_values.png": "PPV and NPV against the prevalence of the class to detect",
 }
 WRONG_SHAPE = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 """The errors that a damaged or foreign JSON file causes."""
@@ -167,18 +168,23 @@ def _evaluation(summary: dict) -> dict[str, Any]:
     copied = ("split", "data", "images", "patients", "counts", "positive", "intervals")
     cells = {name: [_cell(point["metrics"].get(name)) for point in points.values()] for name in names}
     free = {name: _cell(metric) for name, metric in summary["metrics"].items()}
+    at_prevalence = [
+        (title_at_prevalence(name, summary["prevalence"]), [_cell(p["at_prevalence"][name]) for p in points.values()])
+        for name in points["chosen"].get("at_prevalence") or ()
+    ]
     last = {name: row[-1] for name, row in cells.items()} | free
     return {
         **{key: summary[key] for key in copied},
         "tta": summary.get("tta", False),
         "notes": summary.get("notes", []),
+        "worst_group": summary.get("worst_group"),
         "of_patients": _of_patients(summary),
         "probabilities": summary.get("probabilities") or _earlier_words(summary),
         "points": [
             {"label": _point(key, point["threshold"]), "confusion": point["confusion"]} for key, point in points.items()
         ],
         "key_metrics": [(title_of(name), last[name]) for name in KEY_METRICS if name in last],
-        "table": [(title_of(name), row) for name, row in cells.items()],
+        "table": [(title_of(name), row) for name, row in cells.items()] + at_prevalence,
         "free": [(title_of(name), cell) for name, cell in free.items()],
     }
 

@@ -227,6 +227,8 @@ class Export(Part):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)]
     # `scaling.Scaling`; earlier exports have none
     intercepts: Annotated[list[Annotated[float, Field(ge=-1e3, le=1e3)]], Field(max_length=MAX_CLASSES)] | None = None
+    # by class, what an image that says nothing gets (`scaling.prior_of`); earlier exports have no such key
+    prior: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=MAX_CLASSES)] | None = None
     threshold: Annotated[float, Field(ge=0, le=1)] | None
     calibration: Text  # how temperature, intercepts and threshold were chosen
     calibrated: bool | None = None  # by validation images; 0.1.0 wrote no such key: `_completed`
@@ -259,6 +261,8 @@ class Export(Part):
             raise ValueError(f"class_weights: {len(self.class_weights)} for {len(self.classes)} classes")
         if self.intercepts is not None and len(self.intercepts) != len(self.classes):
             raise ValueError(f"intercepts: {len(self.intercepts)} for {len(self.classes)} classes")
+        if self.prior is not None and (len(self.prior) != len(self.classes) or abs(sum(self.prior) - 1) > 1e-6):
+            raise ValueError(f"prior: not the probabilities of {len(self.classes)} classes, whose sum is 1")
         for split in ("train", "valid"):
             if not getattr(self.data, split).keys() <= known:
                 raise ValueError(f"data.{split}: counts a class that is none of the classes")

@@ -5,10 +5,21 @@ intercept on the log odds (Platt scaling).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities (N, classes). It is `scipy.special.softmax` to the last digit, without the import; torch's
+    differs in the last digit."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+PARTS = ("train", "valid")
+"""The images that `model.json` counts by class."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,28 @@ class Scaling:
         """Return outputs / temperature + intercepts (N, classes), in float64."""
         scaled = np.asarray(outputs, dtype=np.float64) / self.temperature
         return scaled if self.intercepts is None else scaled + np.asarray(self.intercepts)
+
+    def prior(self, weights: np.ndarray, trained: np.ndarray, validated: np.ndarray) -> np.ndarray:
+        """Return the probabilities (classes,) of an image that says nothing about its class.
+
+        A loss with weights w trains a network for the prior w * n / sum(w * n), with n training images of a class;
+        balanced weights make it equal for all classes. Slope and intercepts of `validation` make it the share of each
+        class in the validation images.
+
+        Args:
+            weights: (classes,), of the loss.
+            trained: (classes,), numbers of training images.
+            validated: (classes,), numbers of validation images.
+        """
+        if self.kind == "validation":
+            return validated / validated.sum()
+        return softmax(self(np.log(weights * trained)))
+
+    def moved(self, ratios: np.ndarray) -> "Scaling":
+        """Return the scaling that multiplies the probability of each class by its ratio (classes,), before they are
+        divided by their sum."""
+        own = np.zeros(len(ratios)) if self.intercepts is None else np.asarray(self.intercepts)
+        return replace(self, intercepts=(own + np.log(ratios)).tolist())
 
     def intercept_of(self, positive: int) -> float:
         """Return the intercept on the log odds of one of two classes."""
@@ -53,3 +86,24 @@ class Scaling:
             return f"temperature {self.temperature:.3g} and an intercept of each class fitted to validation images"
         name = "cautious temperature" if self.kind == "cautious" else "temperature"
         return f"{name} {self.temperature:.3g} from validation images"
+
+
+def prior_of(settings: dict[str, Any]) -> np.ndarray | None:
+    """Return the probabilities (classes,) of an image that says nothing, which an export's probabilities are set for.
+
+    Args:
+        settings: the content of its `model.json`. Without the key `prior`, which earlier versions did not write, it
+            follows from the class weights and the numbers of images.
+
+    Returns:
+        None where a class has no image, so that nothing follows.
+    """
+    if settings.get("prior") is not None:
+        return np.array(settings["prior"])
+    classes = settings["classes"]
+    weights = np.array(settings["class_weights"] or [1.0] * len(classes))
+    trained, validated = (np.array([settings["data"][part].get(name, 0) for name in classes]) for part in PARTS)
+    scaling = Scaling.of(settings)
+    if not (validated if scaling.kind == "validation" else trained).all():
+        return None
+    return scaling.prior(weights, trained, validated)

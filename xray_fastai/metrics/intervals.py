@@ -127,8 +127,8 @@ def share_interval(shares: Shares, patients: np.ndarray) -> tuple[float, float]:
         shares: of N images.
         patients: (N,), the number of each image's patient, from 0 on.
     """
-    of_patient = _sums(shares.influence, patients)  # (patients, K)
-    counts = (_sums(shares.weights, patients) > 0).sum(axis=0)  # (K,): patients with images that count
+    of_patient = patient_sums(shares.influence, patients)  # (patients, K)
+    counts = (patient_sums(shares.weights, patients) > 0).sum(axis=0)  # (K,): patients with images that count
     if counts.min() < 2:
         return _NONE
     p, quantile = shares.values, t.ppf(0.975, counts - 1)
@@ -161,7 +161,7 @@ def student_interval(
         scale: the logit of a metric from 0 to 1, the logarithm of a positive one, or the metric itself.
         level: the share of intervals that hold the truth.
     """
-    of_patient = _sums(influence, patients)
+    of_patient = patient_sums(influence, patients)
     m, squares = len(of_patient), (of_patient**2).sum()
     if m < 2 or np.sqrt(squares) < _ZERO:
         return _NONE
@@ -299,7 +299,7 @@ def _wilson(p: np.ndarray, error: np.ndarray, fewest: np.ndarray, most: np.ndarr
     return np.minimum(center - half, p), np.maximum(center + half, p)
 
 
-def _sums(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
+def patient_sums(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
     """Return the sums (patients, ...) of values (N, ...) over the images of each patient."""
     sums = np.zeros((patients.max() + 1, *values.shape[1:]))
     np.add.at(sums, patients, values)

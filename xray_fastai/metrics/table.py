@@ -28,6 +28,7 @@ from sklearn.metrics import (
 from xray_fastai.metrics import calibration, influence
 from xray_fastai.metrics.influence import Shares
 from xray_fastai.metrics.scored import Scored, losses
+from xray_fastai.system.text import percent
 
 Scale = Literal["share", "unit", "positive", "real"]
 """What values a metric can have: a mean of shares of images, from 0 to 1, from 0 on, or any."""
@@ -233,6 +234,15 @@ METRICS = {
 def title_of(name: str) -> str:
     """Return a metric's title, or the name itself where a newer version wrote a metric that this one does not know."""
     return METRICS[name].title if name in METRICS else name
+
+
+def title_at_prevalence(name: str, prevalence: float) -> str:
+    """Return the title of a predictive value at a prevalence.
+
+    >>> title_at_prevalence("ppv", 0.03)
+    'PPV at a prevalence of 3 %'
+    """
+    return f"{name.upper()} at a prevalence of {percent(prevalence)}"
 
 
 def values(scored: Scored, y_pred: np.ndarray | None = None) -> dict[str, float]:

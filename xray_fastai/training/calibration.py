@@ -94,15 +94,8 @@ def calibrate(
 
 
 def prior_of(images: Validated, scaling: Scaling) -> np.ndarray:
-    """Return the probabilities (classes,) of an image that says nothing about its class.
-
-    A loss with weights w trains a network for the prior w * n / sum(w * n), with n training images of a class; balanced
-    weights make it equal for all classes. Slope and intercepts of `validation` make it the share of each class in the
-    validation images.
-    """
-    if scaling.kind == "validation":
-        return images.counts / images.counts.sum()
-    return softmax(scaling(np.log(images.weights * images.trained)))
+    """Return the probabilities (classes,) of an image that says nothing about its class (`Scaling.prior`)."""
+    return scaling.prior(images.weights, images.trained, images.counts)
 
 
 def _none(images: Validated) -> tuple[Scaling, str]:
