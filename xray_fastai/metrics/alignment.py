@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import kstwobign
 
+LEVEL = 0.05
+"""A distance that chance exceeds less often than this counts as a difference."""
+
 
 def log_odds(outputs: np.ndarray, positive: int) -> np.ndarray:
     """Return the log odds (N,) of one of two classes, of a network's outputs (N, 2)."""
@@ -56,6 +59,35 @@ def matched(scores: np.ndarray, share: float) -> float:
     return float((ordered[below - 1] + ordered[below]) / 2)
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """Holds the operating point on local images that stands for one of validation's."""
+
+    threshold: float  # the score from which a local image is called positive
+    prevalence: float  # the share of positive images that this supposes
+    distance: float  # that is left between the distributions after the move (`distance`)
+
+
+def align(scores: np.ndarray, reference: Reference, threshold: float, prevalence: float | None = None) -> Alignment:
+    """Move a threshold so that the share called positive is validation's at the prevalence of the local images.
+
+    The scores are supposed to have moved as a whole. The share called positive at validation's threshold is
+    P * sensitivity + (1 - P) * (1 - specificity), of the sensitivity and the specificity on validation. An unknown
+    prevalence P is estimated: of 0.01, 0.02, ... 0.99 it is the one after whose move the distributions are nearest.
+
+    Args:
+        scores: (N,), of local images.
+        reference: validation's scores.
+        threshold: the score from which an image of validation's kind is called positive.
+        prevalence: the share of positive local images; None estimates it.
+    """
+    if prevalence is None:
+        found = (align(scores, reference, threshold, percent / 100) for percent in range(1, 100))
+        return min(found, key=lambda alignment: alignment.distance)
+    moved = matched(scores, reference.share_called(threshold, prevalence))
+    return Alignment(moved, prevalence, distance(scores - (moved - threshold), reference, prevalence))
+
+
 def distance(scores: np.ndarray, reference: Reference, prevalence: float) -> float:
     """Return the largest difference between the distributions of scores (N,) and of the reference at a prevalence.
 
@@ -78,3 +110,41 @@ def p_value(largest: float, independent: float, reference: Reference) -> float:
     """
     number = independent * reference.independent / (independent + reference.independent)
     return float(kstwobign.sf(np.sqrt(number) * largest))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Holds how likely the scores of local images are by chance, under three suppositions."""
+
+    as_validation: float  # they are distributed as validation's
+    mixed: float  # they are validation's, at another prevalence
+    prevalence: float  # that prevalence, the one that fits best
+    moved: float  # they are validation's at the prevalence of an alignment, after its move
+
+    @property
+    def kind(self) -> str:
+        """What the scores tell: none, prevalence, images (how they are taken), or unknown (another shape)."""
+        if self.as_validation >= LEVEL:
+            return "none"
+        if self.mixed >= LEVEL:
+            return "prevalence"
+        return "images" if self.moved >= LEVEL else "unknown"
+
+
+def shift_of(scores: np.ndarray, independent: float, reference: Reference, alignment: Alignment) -> Shift:
+    """Tell a prevalence shift from a change in how images are taken, by the scores alone.
+
+    If only the prevalence differs, some mixture of validation's two distributions fits: the scores are tested against
+    the one that fits best, which corrects for the label shift. That the best is taken makes the test cautious.
+
+    Args:
+        scores: (N,), of local images.
+        independent: see `p_value`.
+        reference: validation's scores.
+        alignment: of these scores.
+    """
+    found = [(distance(scores, reference, percent / 100), percent / 100) for percent in range(100)]
+    mixed, prevalence = min(found)
+    distances = distance(scores, reference, reference.prevalence), mixed, alignment.distance
+    same, mixed, moved = (p_value(largest, independent, reference) for largest in distances)
+    return Shift(same, mixed, prevalence, moved)
