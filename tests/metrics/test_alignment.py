@@ -12,10 +12,7 @@ from xray_fastai.metrics.alignment import (
     matched,
     p_value,
     quantiles,
-    shift_of,
 )
-
-ENOUGH = 300
 
 
 def draw(images: int, prevalence: float, moved: float = 0, spread: float = 1, seed: int = 0) -> np.ndarray:
@@ -58,20 +55,18 @@ def test_the_p_value_is_of_two_samples(reference):
     assert p_value(0.1, 300, reference) == pytest.approx(kstwobign.sf(np.sqrt(200) * 0.1))
 
 
-@pytest.mark.parametrize("moved", [-2, 0, 1.5])
+@pytest.mark.parametrize("moved", [-2, 1.5])
 @pytest.mark.parametrize("prevalence", [0.7, 0.3])
-def test_a_move_of_all_scores_is_found_at_a_stated_prevalence(prevalence, moved, reference):
+def test_a_move_of_all_scores_is_found(prevalence, moved, reference):
     """What balances sensitivity and specificity at validation does so again."""
-    found = [align(draw(ENOUGH, prevalence, moved, seed=s), reference, 0.0, prevalence).threshold for s in range(8)]
-    assert np.mean(found) == pytest.approx(moved, abs=0.25)
+    found = [align(draw(300, prevalence, moved, seed=s), 300, reference, 0.0, prevalence) for s in range(8)]
+    assert np.mean([alignment.threshold for alignment in found]) == pytest.approx(moved, abs=0.25)
 
 
-@pytest.mark.parametrize("moved", [-2, 0, 1.5])
-@pytest.mark.parametrize("prevalence", [0.7, 0.3])
-def test_move_and_prevalence_are_found_together(prevalence, moved, reference):
-    found = [align(draw(ENOUGH, prevalence, moved, seed=seed), reference, 0.0) for seed in range(8)]
-    assert np.mean([alignment.prevalence for alignment in found]) == pytest.approx(prevalence, abs=0.04)
-    assert np.mean([alignment.threshold for alignment in found]) == pytest.approx(moved, abs=0.35)
+def test_scores_that_fit_as_they_are_stay(reference):
+    """Chance alone would move the threshold by some 0.5."""
+    found = align(draw(300, 0.3), 300, reference, 0.1, 0.3)
+    assert found.threshold == 0.1 and found.kind == "none"
 
 
 @pytest.mark.parametrize(
@@ -80,22 +75,20 @@ def test_move_and_prevalence_are_found_together(prevalence, moved, reference):
         (0.7, 0, 1, "none"),
         (0.3, 0, 1, "prevalence"),
         (0.7, 2, 1, "images"),
-        (0.3, -2, 1, "images"),
+        (0.7, -2, 1, "images"),
         (0.7, 0, 0.4, "unknown"),
     ],
 )
 def test_a_shift_of_the_prevalence_is_told_from_one_of_the_images(prevalence, moved, spread, kind, reference):
+    """The prevalence is said to be 0.7."""
     for seed in range(5):
-        scores = draw(ENOUGH, prevalence, moved, spread, seed)
-        assert shift_of(scores, ENOUGH, reference, align(scores, reference, 0.0)).kind == kind
+        found = align(draw(300, prevalence, moved, spread, seed), 300, reference, 0.0, 0.7)
+        assert found.kind == kind
+        assert kind != "prevalence" or found.prevalence == pytest.approx(prevalence, abs=0.06)
 
 
 def test_without_a_shift_the_test_is_wrong_as_seldom_as_it_says(reference):
-    """At most one in twenty, and with another prevalence less often."""
-    wrong = {"none": 0, "prevalence": 0}
-    for kind, prevalence in (("none", 0.7), ("prevalence", 0.3)):
-        for seed in range(200):
-            scores = draw(150, prevalence, seed=seed)
-            shift = shift_of(scores, 150, reference, align(scores, reference, 0.0, prevalence))
-            wrong[kind] += (shift.as_validation if kind == "none" else shift.mixed) < 0.05
-    assert wrong["none"] <= 18 and wrong["prevalence"] <= wrong["none"]  # 10 are expected, and 18 in one run of 100
+    """At most one in twenty; with the prevalence that fits best less often."""
+    found = [align(draw(150, 0.3, seed=seed), 150, reference, 0.0, 0.3) for seed in range(200)]
+    wrong = sum(alignment.unmoved < 0.05 for alignment in found), sum(alignment.mixed < 0.05 for alignment in found)
+    assert wrong[1] <= wrong[0] <= 18  # 10 are expected, and more than 18 in one run of 100

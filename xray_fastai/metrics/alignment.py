@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import kstwobign
 
+LEVELS = np.linspace(0.01, 0.99, 99)
+"""Shares of images at whose quantiles a move of all scores is looked for."""
 LEVEL = 0.05
 """A distance that chance exceeds less often than this counts as a difference."""
 
@@ -45,6 +47,11 @@ class Reference:
         low, high = (np.interp(scores, known, levels) for known in (self.negatives, self.positives))
         return (1 - prevalence) * low + prevalence * high
 
+    def quantiles(self, levels: np.ndarray, prevalence: float) -> np.ndarray:
+        """Return the scores (L,) below which these shares (L,) of images are, if this share were positive."""
+        scores = np.sort(np.concatenate([self.negatives, self.positives]))
+        return np.interp(levels, self.below(scores, prevalence), scores)
+
     def share_called(self, threshold: float, prevalence: float) -> float:
         """Return the share of images whose score is at least `threshold`, if this share were positive."""
         return float(1 - self.below(np.array([threshold]), prevalence)[0])
@@ -57,35 +64,6 @@ def matched(scores: np.ndarray, share: float) -> float:
     if below in (0, len(ordered)):  # none, or all: beyond the last one
         return float(np.nextafter(ordered[-1], np.inf) if below else ordered[0])
     return float((ordered[below - 1] + ordered[below]) / 2)
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """Holds the operating point on local images that stands for one of validation's."""
-
-    threshold: float  # the score from which a local image is called positive
-    prevalence: float  # the share of positive images that this supposes
-    distance: float  # that is left between the distributions after the move (`distance`)
-
-
-def align(scores: np.ndarray, reference: Reference, threshold: float, prevalence: float | None = None) -> Alignment:
-    """Move a threshold so that the share called positive is validation's at the prevalence of the local images.
-
-    The scores are supposed to have moved as a whole. The share called positive at validation's threshold is
-    P * sensitivity + (1 - P) * (1 - specificity), of the sensitivity and the specificity on validation. An unknown
-    prevalence P is estimated: of 0.01, 0.02, ... 0.99 it is the one after whose move the distributions are nearest.
-
-    Args:
-        scores: (N,), of local images.
-        reference: validation's scores.
-        threshold: the score from which an image of validation's kind is called positive.
-        prevalence: the share of positive local images; None estimates it.
-    """
-    if prevalence is None:
-        found = (align(scores, reference, threshold, percent / 100) for percent in range(1, 100))
-        return min(found, key=lambda alignment: alignment.distance)
-    moved = matched(scores, reference.share_called(threshold, prevalence))
-    return Alignment(moved, prevalence, distance(scores - (moved - threshold), reference, prevalence))
 
 
 def distance(scores: np.ndarray, reference: Reference, prevalence: float) -> float:
@@ -113,38 +91,53 @@ def p_value(largest: float, independent: float, reference: Reference) -> float:
 
 
 @dataclass(frozen=True)
-class Shift:
-    """Holds how likely the scores of local images are by chance, under three suppositions."""
+class Alignment:
+    """Holds the operating point on local images that stands for one of validation's, and what the scores say of it.
 
-    as_validation: float  # they are distributed as validation's
-    mixed: float  # they are validation's, at another prevalence
-    prevalence: float  # that prevalence, the one that fits best
-    moved: float  # they are validation's at the prevalence of an alignment, after its move
+    Each p is the probability of scores as far from a distribution as these are, if they came from it.
+    """
+
+    threshold: float  # the score from which a local image is called positive
+    unmoved: float  # p of validation's distribution at the prevalence that was given
+    moved: float  # p of the same, after the move of all scores by which they fit best
+    mixed: float  # p of validation's distribution at the prevalence that fits best, without a move
+    prevalence: float  # that prevalence
 
     @property
     def kind(self) -> str:
-        """What the scores tell: none, prevalence, images (how they are taken), or unknown (another shape)."""
-        if self.as_validation >= LEVEL:
+        """What explains the scores best: none (nothing moved them), prevalence (another one alone), images (they are
+        taken otherwise, which moved all scores), or unknown (neither)."""
+        if self.unmoved >= LEVEL:
             return "none"
-        if self.mixed >= LEVEL:
-            return "prevalence"
-        return "images" if self.moved >= LEVEL else "unknown"
+        if max(self.mixed, self.moved) < LEVEL:
+            return "unknown"
+        return "prevalence" if self.mixed >= self.moved else "images"
 
 
-def shift_of(scores: np.ndarray, independent: float, reference: Reference, alignment: Alignment) -> Shift:
-    """Tell a prevalence shift from a change in how images are taken, by the scores alone.
+def align(
+    scores: np.ndarray, independent: float, reference: Reference, threshold: float, prevalence: float
+) -> Alignment:
+    """Move a threshold so that the share called positive is validation's at the prevalence of the local images.
 
-    If only the prevalence differs, some mixture of validation's two distributions fits: the scores are tested against
-    the one that fits best, which corrects for the label shift. That the best is taken makes the test cautious.
+    That share is P * sensitivity + (1 - P) * (1 - specificity), of the sensitivity and the specificity on validation.
+    The prevalence P has to be known: an estimate of it from the same scores supposes that nothing else moved them, and
+    then nothing is left to move. Where the scores fit validation's at P as they are, the threshold stays.
+
+    Whether another prevalence explains the scores is tested against the mixture of validation's classes that fits best,
+    which corrects for the label shift. That the best is taken makes the test cautious.
 
     Args:
         scores: (N,), of local images.
         independent: see `p_value`.
         reference: validation's scores.
-        alignment: of these scores.
+        threshold: the score from which an image of validation's kind is called positive.
+        prevalence: the share of positive local images.
     """
-    found = [(distance(scores, reference, percent / 100), percent / 100) for percent in range(100)]
-    mixed, prevalence = min(found)
-    distances = distance(scores, reference, reference.prevalence), mixed, alignment.distance
-    same, mixed, moved = (p_value(largest, independent, reference) for largest in distances)
-    return Shift(same, mixed, prevalence, moved)
+    mixed, best = min((distance(scores, reference, percent / 100), percent / 100) for percent in range(101))
+    moves = np.quantile(scores, LEVELS) - reference.quantiles(LEVELS, prevalence)
+    moved = min(distance(scores - move, reference, prevalence) for move in moves)
+    distances = distance(scores, reference, prevalence), moved, mixed
+    p_unmoved, p_moved, p_mixed = (p_value(largest, independent, reference) for largest in distances)
+    if p_unmoved < LEVEL:
+        threshold = matched(scores, reference.share_called(threshold, prevalence))
+    return Alignment(threshold, p_unmoved, p_moved, p_mixed, best)

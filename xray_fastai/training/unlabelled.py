@@ -19,7 +19,7 @@ from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.patients import PatientRule, numbered, patients_in
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.stream import predict_all, predict_batches
-from xray_fastai.metrics.alignment import Alignment, Reference, Shift, align, log_odds, quantiles, shift_of
+from xray_fastai.metrics.alignment import Alignment, Reference, align, log_odds, quantiles
 from xray_fastai.model.batch_norm import adapting, layers_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
@@ -95,40 +95,34 @@ class Match:
     """Holds how the operating point was moved, and what speaks against it."""
 
     alignment: Alignment
-    shift: Shift
-    stated: bool  # whether the prevalence was stated
+    prevalence: float  # the share of positive images that it is for
     called: float  # the share of the images called positive, now
     called_before: float
     intercepts: list[float]  # of the classes: the threshold on probabilities stays
 
     def describe(self, positive: str) -> list[str]:
-        """Return lines for people; one that begins with WARNING says that the supposition looks broken."""
-        prevalence = f"{self.alignment.prevalence:.2f} {'as stated' if self.stated else 'estimated from the scores'}"
-        lines = [
-            f"{positive} called {self.called:.1%} of them, before {self.called_before:.1%}; prevalence {prevalence}",
-            SHIFTS[self.shift.kind].format(shift=self.shift),
-        ]
-        if self.shift.kind == "unknown":
-            lines.append(UNKNOWN)
-        if self.shift.kind == "prevalence":
-            lines.append(PREVALENCE)
-        return lines
+        """Return lines for people; one that begins with WARNING says that the supposition looks broken.
+
+        Args:
+            positive: the class to detect.
+        """
+        moved = f"{self.called:.1%} called {positive} ({self.called_before:.1%} before), for a share of "
+        lines = [moved + f"{self.prevalence:.3g}", SHIFTS[self.alignment.kind].format(self.alignment)]
+        return lines + WARNINGS.get(self.alignment.kind, [])
 
 
 SHIFTS = {
-    "none": "scores: distributed as validation's (p {shift.as_validation:.2g}); there was little to move",
-    "prevalence": "scores: another prevalence alone explains them, {shift.prevalence:.2f} (p {shift.mixed:.2g})",
-    "images": "scores: no prevalence explains them (p {shift.mixed:.2g}), so the images are taken otherwise; after the "
-    "move they fit (p {shift.moved:.2g})",
-    "unknown": "scores: no prevalence explains them (p {shift.mixed:.2g}), and no move (p {shift.moved:.2g})",
+    "none": "the scores are distributed as validation's at this share (p {0.unmoved:.2g}): nothing was moved",
+    "prevalence": "the scores are validation's at a share of {0.prevalence:.2f} (p {0.mixed:.2g}), without any move",
+    "images": "no share explains the scores (p {0.mixed:.2g}), so the images are taken otherwise; moved, they fit "
+    "(p {0.moved:.2g})",
+    "unknown": "no share explains the scores (p {0.mixed:.2g}), and no move (p {0.moved:.2g})",
 }
-"""What the scores tell, by `Shift.kind`."""
-UNKNOWN = (
-    "WARNING: the scores have another shape than validation's, so the new operating point may be wrong: label some"
-)
-PREVALENCE = (
-    "WARNING: if only the prevalence differs, the old operating point was right: compare both on labelled images"
-)
+"""What the scores tell, by `Alignment.kind`."""
+WARNINGS = {
+    "prevalence": ["WARNING: if that is the share, the move is wrong: check the share, or label some images"],
+    "unknown": ["WARNING: the classes overlap otherwise than on validation: the share fits, sensitivity may not"],
+}
 
 
 def reference_of(model: Model) -> Reference:
@@ -161,14 +155,14 @@ def reference_of(model: Model) -> Reference:
     return Reference(np.array(known[negative]), np.array(known[positive]), share, patients)
 
 
-def match(model: Model, images: Unlabelled, reference: Reference, prevalence: float | None = None) -> Match:
+def match(model: Model, images: Unlabelled, reference: Reference, prevalence: float) -> Match:
     """Move the intercept so that the share of images called positive fits validation's.
 
     Args:
         model: an export, its batch norm adapted or not.
         images: local ones.
         reference: of the export (`reference_of`).
-        prevalence: the share of positive images; None estimates it.
+        prevalence: the share of positive images.
 
     Raises:
         UserError: an image cannot be read.
@@ -176,12 +170,11 @@ def match(model: Model, images: Unlabelled, reference: Reference, prevalence: fl
     positive, scaling = model.classes.index(model.positive), model.scaling
     scores = log_odds(predict_all(model, images.paths), positive)
     threshold = (logit(model.threshold) - scaling.intercept_of(positive)) * scaling.temperature
-    alignment = align(scores, reference, threshold, prevalence)
+    alignment = align(scores, images.patient_count, reference, threshold, prevalence)
     intercepts = list(scaling.intercepts or [0.0] * len(model.classes))
     intercepts[positive] -= (alignment.threshold - threshold) / scaling.temperature
     called, before = (float((scores >= t).mean()) for t in (alignment.threshold, threshold))
-    shift = shift_of(scores, images.patient_count, reference, alignment)
-    return Match(alignment, shift, prevalence is not None, called, before, intercepts)
+    return Match(alignment, prevalence, called, before, intercepts)
 
 
 def effect_on_validation(before: Model, after: Model) -> dict[str, dict[str, float]] | None:
