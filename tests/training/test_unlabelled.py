@@ -13,7 +13,15 @@ from xray_fastai.inference.stream import predict_all
 from xray_fastai.model.batch_norm import layers_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.training import unlabelled
-from xray_fastai.training.unlabelled import adapt, effect_on_validation, find_unlabelled, match, reference_of
+from xray_fastai.training.unlabelled import (
+    Request,
+    adapt,
+    effect_on_validation,
+    find_unlabelled,
+    match,
+    reference_of,
+    without_labels,
+)
 
 
 def draw_elsewhere(folder, images: int, positives: int):
@@ -115,3 +123,20 @@ def test_what_it_does_to_the_validation_images_is_measured_where_they_are(model,
     effect = effect_on_validation(model, adapt(model, images))
     assert effect["before"].keys() == {"roc_auc", "sensitivity", "specificity"}
     assert 0 <= effect["after"]["roc_auc"] <= 1
+
+
+def test_a_model_is_adapted_and_matched_in_one_step(model, local):
+    found = without_labels(model, Request(local, match_scores=True, prevalence=0.75))
+    settings = found.model.settings
+    assert found.images == 120 and settings["scores"] is None and model.settings["scores"] is not None
+    assert settings["calibration"].startswith(model.settings["calibration"])
+    assert "batch norm adapted to 120 images without labels; intercept moved to fit" in settings["calibration"]
+    first, second, *_, last = found.lines
+    assert first.endswith("120 images without labels, of 60 patients") and second.startswith("batch norm: ")
+    assert last == "trained-on images: the validation images are not here, so what it does to them is not known"
+
+
+def test_without_batch_norm_the_scores_can_be_matched_alone(model, local, monkeypatch):
+    monkeypatch.setattr(unlabelled, "layers_of", lambda network: [])
+    found = without_labels(model, Request(local, match_scores=True, prevalence=0.75))
+    assert found.model.network is model.network and "batch norm" not in found.model.settings["calibration"]

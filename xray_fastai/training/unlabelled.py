@@ -14,9 +14,9 @@ import pandas as pd
 from scipy.special import logit
 from sklearn.metrics import recall_score, roc_auc_score
 
+from xray_fastai.data import labelled
 from xray_fastai.data.dataset import find_images
-from xray_fastai.data.labelled import Request, labelled_images
-from xray_fastai.data.patients import PatientRule, numbered, patients_in
+from xray_fastai.data.patients import PatientRule, numbered, patient_rule, patients_in
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.stream import predict_all, predict_batches
 from xray_fastai.metrics.alignment import Alignment, Reference, align, log_odds, quantiles
@@ -42,6 +42,68 @@ class Unlabelled:
     @property
     def patient_count(self) -> int:
         return len(np.unique(self.patients))
+
+
+@dataclass(frozen=True)
+class Request:
+    """Says which images have no labels, and what is done with them."""
+
+    folder: str | Path
+    match_scores: bool = False
+    prevalence: float | None = None  # of `match_scores`: the share of positive images; None is validation's
+    patients: str | None = None  # a list of patients (`patients.patient_rule`)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Holds a model after its adaptation, and what was done."""
+
+    model: Model  # its settings have no `scores` any more: those are of the network before
+    images: int
+    lines: list[str]  # for people
+
+
+def without_labels(model: Model, request: Request) -> Adapted:
+    """Adapt a model to local images without labels.
+
+    Batch norm is adapted where the network has one; the intercept is moved if scores are to be matched.
+
+    Raises:
+        UserError: see `find_unlabelled`, `adapt`, `reference_of` and `match`.
+    """
+    settings = model.settings
+    images = find_unlabelled(
+        request.folder, patient_rule(settings["settings"]["patient_pattern"], request.patients), request.match_scores
+    )
+    number = count_of(len(images.paths), "image")
+    lines = [f"{request.folder}: {number} without labels, of {count_of(images.patient_count, 'patient')}"]
+    reference = reference_of(model) if request.match_scores else None
+    adapted, notes = model, [settings["calibration"]]
+    if layers_of(model.network) or not request.match_scores:
+        adapted = adapt(model, images)
+        share = len(images.paths) / (STRENGTH + len(images.paths))
+        notes.append(f"batch norm adapted to {number} without labels")
+        lines.append(f"batch norm: {share:.0%} of its statistics are now of these images")
+    if reference is not None:
+        share = reference.prevalence if request.prevalence is None else request.prevalence
+        found = match(adapted, images, reference, share)
+        notes.append(f"intercept moved to fit validation's share of {model.positive} on {number} without labels")
+        lines += found.describe(model.positive)
+        settings = settings | {"intercepts": found.intercepts}
+    changed = replace(adapted, settings=settings | {"calibration": "; ".join(notes), "scores": None, "called": None})
+    return Adapted(changed, len(images.paths), [*lines, *_effect(model, changed)])
+
+
+def _effect(before: Model, after: Model) -> list[str]:
+    """Return what the adaptation does to the images that the export was validated on, for people."""
+    effect = effect_on_validation(before, after)
+    if effect is None:
+        return ["trained-on images: the validation images are not here, so what it does to them is not known"]
+    return [
+        f"validation images {when}: AUC {values['roc_auc']:.3f}, sensitivity {values['sensitivity']:.3f}, "
+        f"specificity {values['specificity']:.3f}"
+        for when, values in effect.items()
+    ]
 
 
 def find_unlabelled(folder: str | Path, rule: PatientRule, match: bool) -> Unlabelled:
@@ -141,7 +203,7 @@ def reference_of(model: Model) -> Reference:
     known = settings.get("scores")
     if known is None:
         try:
-            table = labelled_images(settings, Request(None, "valid")).table
+            table = labelled.labelled_images(settings, labelled.Request(None, "valid")).table
         except UserError:
             raise UserError(
                 f"{model.path} holds no validation scores (it is of an earlier version, or was recalibrated), and its "
@@ -180,7 +242,7 @@ def match(model: Model, images: Unlabelled, reference: Reference, prevalence: fl
 def effect_on_validation(before: Model, after: Model) -> dict[str, dict[str, float]] | None:
     """Measure two models on the images that the export was validated on; None where they are not here."""
     try:
-        table = labelled_images(before.settings, Request(None, "valid")).table
+        table = labelled.labelled_images(before.settings, labelled.Request(None, "valid")).table
     except UserError:
         return None
     truth = (table.label == before.positive).to_numpy()
