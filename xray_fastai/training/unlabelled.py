@@ -25,8 +25,8 @@ from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of
 
-STRENGTH = 16
-"""Images that the trained statistics of batch norm count as."""
+SHARE = 0.1
+"""The share of local statistics in those of batch norm."""
 FEWEST_TO_ADAPT = 16
 FEWEST_TO_MATCH = 100
 BATCH = 64
@@ -81,9 +81,8 @@ def without_labels(model: Model, request: Request) -> Adapted:
     adapted, notes = model, [settings["calibration"]]
     if layers_of(model.network) or not request.match_scores:
         adapted = adapt(model, images)
-        share = len(images.paths) / (STRENGTH + len(images.paths))
         notes.append(f"batch norm adapted to {number} without labels")
-        lines.append(f"batch norm: {share:.0%} of its statistics are now of these images")
+        lines.append(f"batch norm: {SHARE:.0%} of its statistics are now of these images")
     if reference is not None:
         share = reference.prevalence if request.prevalence is None else request.prevalence
         found = match(adapted, images, reference, share)
@@ -130,7 +129,7 @@ def find_unlabelled(folder: str | Path, rule: PatientRule, match: bool) -> Unlab
     return Unlabelled(list(table.path), table.patient.to_numpy())
 
 
-def adapt(model: Model, images: Unlabelled, strength: float = STRENGTH) -> Model:
+def adapt(model: Model, images: Unlabelled, share: float = SHARE) -> Model:
     """Return a copy of a model whose batch norm is adapted to images.
 
     Raises:
@@ -143,7 +142,7 @@ def adapt(model: Model, images: Unlabelled, strength: float = STRENGTH) -> Model
             option="unlabelled",
         )
     adapted = replace(model, network=copy.deepcopy(model.network))
-    with adapting(adapted.network, strength):
+    with adapting(adapted.network, share):
         batches = predict_batches(model, track(images.paths, "adapting", len(images.paths)), BATCH)
         for batch in batches:
             for error in filter(None, batch.errors):
