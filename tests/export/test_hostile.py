@@ -238,6 +238,11 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "best.valid_loss": [("low", "number")],
     "versions": [({"torch": 2}, "versions.torch"), ({f"v{i}": "1" for i in range(2000)}, "2,000 entries")],
     "weights.file": [("../sent/model.safetensors", "'model.safetensors'"), ("/etc/passwd", "'model.safetensors'")],
+    "scores": [
+        ({"NORMAL": [0.0] * 101}, "not of two classes"),
+        ({"NORMAL": [0.0], "PNEUMONIA": [0.0]}, "at least 101"),
+    ],
+    "scores.PNEUMONIA": [([float(-i) for i in range(101)], "quantiles that fall"), ([0.0] * 102, "at most 101")],
     "weights.sha256": [("0", "pattern"), (None, "string")],
 }
 
@@ -263,8 +268,8 @@ def test_each_key_is_needed(copy, run, refused):
     """Except those that exports of earlier versions lack."""
     model = settings_of(copy)
     later = [("preprocessing", "contrast"), ("worst_group",), ("calibrated",), ("augmentation",)]
-    tables = ("settings", "versions", "train", "valid", "augmentation", "called")
-    later += [("data", "patients", "images_without"), ("data", "contents"), ("called",)]
+    tables = ("settings", "versions", "train", "valid", "augmentation", "called", "scores")
+    later += [("data", "patients", "images_without"), ("data", "contents"), ("called",), ("scores",)]
     later += [("intercepts",), ("calibration_kind",), ("lineage",), ("by_hand",)]
     later += [("worst_group", "groups"), ("worst_group", "expected")]
 

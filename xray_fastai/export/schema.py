@@ -51,6 +51,8 @@ NODES = 10_000
 memory."""
 ENTRIES = 1_000
 """The largest number of entries of a table of names, and of each list but that of the validation files."""
+QUANTILES = 101
+"""How many values describe the scores of a class."""
 
 
 def _text(text: str) -> str:
@@ -81,6 +83,7 @@ Class = Annotated[str, AfterValidator(_class)]
 Date = Annotated[str, Field(max_length=40), AfterValidator(_date)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Counts = Annotated[dict[Class, Count], BeforeValidator(_small_table)]
+Quantiles = Annotated[list[float], Field(min_length=QUANTILES, max_length=QUANTILES, fail_fast=True)]
 Packed = Annotated[str, Field(pattern="^([0-9A-Za-z+/]{8})*$")]
 """Keys of 6 bytes each, in base64."""
 FileKey = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
@@ -243,6 +246,8 @@ class Export(Part):
     # trained by fastai's methods on a learner, and written by `save_export`: `settings` does not repeat it
     by_hand: bool | None = None  # earlier exports have no such key
     called: Counts | None = None  # validation images by the class predicted; earlier exports have no such key
+    # by class, quantiles 0, 0.01, ... 1 of the log odds of `positive` by the network's outputs on the validation images
+    scores: dict[Class, Quantiles] | None = None  # of two classes; earlier exports have no such key
     versions: Annotated[dict[Text, Text], BeforeValidator(_small_table)]
     weights: Weights
 
@@ -263,6 +268,11 @@ class Export(Part):
             raise ValueError(f"intercepts: {len(self.intercepts)} for {len(self.classes)} classes")
         if self.prior is not None and (len(self.prior) != len(self.classes) or abs(sum(self.prior) - 1) > 1e-6):
             raise ValueError(f"prior: not the probabilities of {len(self.classes)} classes, whose sum is 1")
+        if self.scores is not None and (self.scores.keys() != known or not two):
+            raise ValueError("scores: not of two classes, the classes of the model")
+        for name, values in (self.scores or {}).items():
+            if values != sorted(values):
+                raise ValueError(f"scores.{shown(name)}: quantiles that fall")
         for split in ("train", "valid"):
             if not getattr(self.data, split).keys() <= known:
                 raise ValueError(f"data.{split}: counts a class that is none of the classes")
