@@ -39,9 +39,9 @@ PICKLE = "learner.pkl"
 HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
 """The columns of `history.csv`."""
 
-CALIBRATION_KINDS = ("cautious", "validation", "earlier", "none")
-"""How temperature and intercepts were chosen: the first two by `fit --calibration` (`training.calibration`), `earlier`
-by the rule of exports without the key, `none` not at all."""
+CALIBRATION_KINDS = ("cautious", "validation", "local", "earlier", "none")
+"""How temperature and intercepts were chosen: the first two by `fit --calibration` (`training.calibration`), `local` by
+`recalibrate`, `earlier` by the rule of exports without the key, `none` not at all."""
 
 LIMIT = 8_000_000
 """The largest accepted file, in bytes. A fit of 750,000 images takes as much: 8 bytes for the content of each, and 23
@@ -188,6 +188,21 @@ class Ancestor(Part):
     created: Date
 
 
+class Compared(Part):
+    before: Annotated[list[float | None], Field(min_length=3, max_length=3)]  # value and interval
+    after: Annotated[list[float | None], Field(min_length=3, max_length=3)]
+
+
+class Recalibrated(Part):
+    created: Date
+    method: Text
+    images: Count  # with a label
+    patients: Count
+    counts: Counts  # of the images, by class
+    unlabelled: Count  # images
+    metrics: dict[Text, Compared]
+
+
 class _Settings(Part):
     @model_validator(mode="after")
     def _as_a_fit(self) -> "_Settings":
@@ -243,6 +258,7 @@ class Export(Part):
     worst_group: WorstGroup | None = None
     # the exports that training continued from, the nearest first; earlier exports have no such key
     lineage: Annotated[list[Ancestor], Field(max_length=ENTRIES, fail_fast=True)] | None = None
+    recalibrated: Recalibrated | None = None  # by `recalibrate`; earlier exports have no such key
     # trained by fastai's methods on a learner, and written by `save_export`: `settings` does not repeat it
     by_hand: bool | None = None  # earlier exports have no such key
     called: Counts | None = None  # validation images by the class predicted; earlier exports have no such key
