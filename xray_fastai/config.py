@@ -435,6 +435,14 @@ class PredictConfig:
         None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
     )
     uncalibrated: bool = _setting(False, "Give the softmax of the network's outputs, without fit's calibration=.")
+    prevalence: float | None = _setting(
+        None,
+        "Share of the class to detect where the images come from, such as 0.03: the probabilities are moved to it. "
+        "[default: the one that the export's are set for]",
+        metavar="P",
+        above=0,
+        below=1,
+    )
     tta: bool = _setting(False, "Test-time augmentation: the mean over five views of an image.")
     batch_size: int = _setting(32, "Batch size.", min=1)
     device: str = _setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
@@ -448,6 +456,12 @@ class PredictConfig:
         _check_fields(self)
         if self.resume and self.output is None:
             raise UserError("give the file to continue by output=", option="resume")
+        if self.prevalence is not None and self.uncalibrated:
+            raise UserError(
+                "moves the export's probabilities, which uncalibrated= leaves out; leave out one of them",
+                option="prevalence",
+                value=f"{self.prevalence:g}",
+            )
 
 
 INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u2060-\u2064\ufeff]|^[\u200c\u200d]|[\u200c\u200d]$")

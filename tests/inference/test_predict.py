@@ -178,12 +178,14 @@ def test_more_than_two_classes(run, tmp_path):
     assert "the most probable class is predicted" in result.stdout and pd.read_csv("out.csv").threshold.isna().all()
     with pytest.raises(UserError, match=r"^threshold 0\.3: a model of 3 classes"):
         predict(data / "train" / "A", three, threshold=0.3)
+    with pytest.raises(UserError, match=r"^prevalence 0\.3: a model of 3 classes has no class to detect; leave it out"):
+        predict(data / "train" / "A", three, prevalence=0.3)
 
 
 def test_a_column_is_added_in_one_place(model, says, files, monkeypatch):
     """Text stays text and numbers stay numbers, in the data frame, in both files, and when they are continued."""
 
-    def columns_of(classes):
+    def columns_of(classes, at_prevalence=False):
         extra = [
             Column("folder", str, lambda result: result.path.split("/")[-2]),
             Column("seven", float, lambda _: 7.0),

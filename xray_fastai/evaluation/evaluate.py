@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
+from xray_fastai.config import PredictConfig
 from xray_fastai.data.labelled import Labelled, Request, labelled_images
 from xray_fastai.data.patients import note_on, unknown
 from xray_fastai.evaluation import plots
@@ -77,6 +78,7 @@ def evaluate(
     threshold: str | float = "auto",
     *,
     uncalibrated: bool = False,
+    prevalence: float | None = None,
     tta: bool = False,
     exclude: str | None = None,
     patients: str | None = None,
@@ -94,6 +96,8 @@ def evaluate(
         threshold: an image is predicted positive from this probability on; auto is the one that `fit` chose.
         uncalibrated: leave out temperature and intercepts. The threshold that `fit` chose is then converted, so that
             it decides the same.
+        prevalence: the share of the class to detect where the model is to be used. The probabilities are moved to it,
+            and the threshold that `fit` chose with them, so that it decides the same; and PPV and NPV are given for it.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
         exclude: a list of files to leave out, as `data check --fix` writes it.
         patients: a .csv file with the columns file and patient; None is the one of `fit`, if `data` is None.
@@ -114,7 +118,8 @@ def evaluate(
     if split not in SPLITS:
         raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
     given = _threshold(threshold)
-    opened = open_model(model, device, precision)
+    PredictConfig(uncalibrated=uncalibrated, prevalence=prevalence)  # checks them
+    opened = open_model(model, device, precision).at_prevalence(prevalence)
     labelled = labelled_images(opened.settings, Request(data, split, exclude, patients))
     if given is not None and len(opened.classes) != 2:
         message = f"the export has {len(opened.classes)} classes and predicts the most probable one; leave it out"
@@ -205,6 +210,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         "calibrated": model.scaling.kind != "none" and request.calibrated,
         "calibration": model.scaling.kind if request.calibrated else "none",
         "probabilities": model.describe_probabilities(request.calibrated, request.tta),
+        "prevalence": model.prevalence,  # that the probabilities were moved to; null: as the export's are
         "temperature": model.scaling.temperature,
         "intercepts": model.scaling.intercepts,
         "positive": None if scored.positive is None else model.positive,
@@ -267,8 +273,9 @@ def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:
     else:
         threshold, given = summary["operating_points"]["chosen"]["threshold"], request.threshold is not None
         about["threshold"] = f"{threshold:.4g}, " + ("given" if given else model.settings["calibration"])
-        if not given and threshold != model.threshold:
-            about["threshold"] += f" ({model.threshold:.4g} on the export's own probabilities)"
+        own = model.settings["threshold"]
+        if not given and threshold != own:
+            about["threshold"] += f" ({own:.4g} on the export's own probabilities)"
     return about
 
 

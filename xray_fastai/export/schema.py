@@ -39,9 +39,9 @@ PICKLE = "learner.pkl"
 HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
 """The columns of `history.csv`."""
 
-CALIBRATION_KINDS = ("cautious", "validation", "earlier", "none")
-"""How temperature and intercepts were chosen: the first two by `fit --calibration` (`training.calibration`), `earlier`
-by the rule of exports without the key, `none` not at all."""
+CALIBRATION_KINDS = ("cautious", "validation", "local", "earlier", "none")
+"""How temperature and intercepts were chosen: the first two by `fit --calibration` (`training.calibration`), `local` by
+`recalibrate`, `earlier` by the rule of exports without the key, `none` not at all."""
 
 LIMIT = 8_000_000
 """The largest accepted file, in bytes. A fit of 750,000 images takes as much: 8 bytes for the content of each, and 23
@@ -188,6 +188,21 @@ class Ancestor(Part):
     created: Date
 
 
+class Compared(Part):
+    before: Annotated[list[float | None], Field(min_length=3, max_length=3)]  # value and interval
+    after: Annotated[list[float | None], Field(min_length=3, max_length=3)]
+
+
+class Recalibrated(Part):
+    created: Date
+    method: Text
+    images: Count  # with a label
+    patients: Count
+    counts: Counts  # of the images, by class
+    unlabelled: Count  # images
+    metrics: dict[Text, Compared]
+
+
 class _Settings(Part):
     @model_validator(mode="after")
     def _as_a_fit(self) -> "_Settings":
@@ -230,6 +245,8 @@ class Export(Part):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)]
     # `scaling.Scaling`; earlier exports have none
     intercepts: Annotated[list[Annotated[float, Field(ge=-1e3, le=1e3)]], Field(max_length=MAX_CLASSES)] | None = None
+    # by class, what an image that says nothing gets (`scaling.prior_of`); earlier exports have no such key
+    prior: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=MAX_CLASSES)] | None = None
     threshold: Annotated[float, Field(ge=0, le=1)] | None
     calibration: Text  # how temperature, intercepts and threshold were chosen
     calibrated: bool | None = None  # by validation images; 0.1.0 wrote no such key: `_completed`
@@ -241,6 +258,7 @@ class Export(Part):
     worst_group: WorstGroup | None = None
     # the exports that training continued from, the nearest first; earlier exports have no such key
     lineage: Annotated[list[Ancestor], Field(max_length=ENTRIES, fail_fast=True)] | None = None
+    recalibrated: Recalibrated | None = None  # by `recalibrate`; earlier exports have no such key
     # trained by fastai's methods on a learner, and written by `save_export`: `settings` does not repeat it
     by_hand: bool | None = None  # earlier exports have no such key
     called: Counts | None = None  # validation images by the class predicted; earlier exports have no such key
@@ -264,6 +282,8 @@ class Export(Part):
             raise ValueError(f"class_weights: {len(self.class_weights)} for {len(self.classes)} classes")
         if self.intercepts is not None and len(self.intercepts) != len(self.classes):
             raise ValueError(f"intercepts: {len(self.intercepts)} for {len(self.classes)} classes")
+        if self.prior is not None and (len(self.prior) != len(self.classes) or abs(sum(self.prior) - 1) > 1e-6):
+            raise ValueError(f"prior: not the probabilities of {len(self.classes)} classes, whose sum is 1")
         if self.scores is not None and (self.scores.keys() != known or not two):
             raise ValueError("scores: not of two classes, the classes of the model")
         for name, values in (self.scores or {}).items():

@@ -34,7 +34,7 @@ from xray_fastai.model.learner import set_scaling
 from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
 from xray_fastai.system.text import data_uri, format_number
-from xray_fastai.training.calibration import Calibration, Validated, calibrate
+from xray_fastai.training.calibration import Calibration, Validated, calibrate, prior_of
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import conclude
 from xray_fastai.training.plan import Plan
@@ -73,6 +73,7 @@ class Judgement:
     """Holds what the validation images say of the exported weights."""
 
     calibration: Calibration
+    prior: list[float] | None = None  # by class, the probabilities of an image that says nothing
     worst: Group | None = None  # the group of images with the lowest ROC AUC
     called: dict[str, int] | None = None  # images by the class that is predicted
     scores: dict[str, list[float]] | None = None  # by class, quantiles of the log odds of the class to detect
@@ -89,6 +90,7 @@ def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str
         **plan.record(),
         "temperature": calibration.scaling.temperature,
         "intercepts": calibration.scaling.intercepts,
+        "prior": judgement.prior,
         "threshold": calibration.threshold,
         "calibration": calibration.note,
         "calibrated": calibration.scaling.kind != "none",
@@ -289,6 +291,7 @@ def judge(plan: Plan, logits: np.ndarray, targets: np.ndarray) -> Judgement:
     probabilities = calibration.probabilities(logits)
     return Judgement(
         calibration,
+        prior_of(images, calibration.scaling).tolist(),
         _worst_group(data, probabilities),
         _called(data, probabilities, calibration.threshold),
         _scores(data, logits, targets),
