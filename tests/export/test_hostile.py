@@ -232,7 +232,10 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "training.phases": [([{}], "training.phases[0].name: field required"), (["a"], "object")],
     "training.seconds": [(-1, "equal to 0")],
     "calibrated": [("yes", "boolean"), (1, "boolean")],
-    "calibration_kind": [("best", "'cautious', 'validation', 'earlier' or 'none'"), (1, "'cautious'")],
+    "calibration_kind": [
+        ("best", "'cautious', 'validation', 'local', 'matched', 'earlier' or 'none'"),
+        (1, "'cautious'"),
+    ],
     "intercepts": [([1.0], "1 for 2 classes"), ([0.5, "1"], "number"), ([1e4, 0.0], "1000"), ({"NORMAL": 1}, "a list")],
     "augmentation": [([15], "an object"), ({"max_rotate": "15"}, "number"), ({"max_rotate": 10**400}, "")],
     "best.valid_loss": [("low", "number")],

@@ -1,5 +1,6 @@
 """A model is adapted to images of another place that have no labels."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 from PIL import Image
 
 from tests.conftest import settings_of
-from xray_fastai.data.patients import ANY
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.model.batch_norm import layers_of
@@ -16,7 +16,6 @@ from xray_fastai.training import unlabelled
 from xray_fastai.training.unlabelled import (
     Request,
     adapt,
-    effect_on_validation,
     find_unlabelled,
     match,
     reference_of,
@@ -48,7 +47,7 @@ def model(export):
 
 @pytest.fixture(scope="module")
 def images(local):
-    return find_unlabelled(local, ANY, match=True)
+    return find_unlabelled(Request(local), None)
 
 
 def test_a_fit_writes_the_scores_of_validation_by_class(export):
@@ -66,9 +65,9 @@ def test_images_are_found_at_any_depth_with_their_patients(images):
 def test_too_few_images_are_refused(few, matched, fewest, tmp_path):
     draw_elsewhere(tmp_path / "few", few, few // 2)
     with pytest.raises(UserError, match=f"unlabelled .*few: {few} images; .* needs {fewest} or more"):
-        find_unlabelled(tmp_path / "few", ANY, matched)
+        find_unlabelled(Request(tmp_path / "few", matched), None)
     with pytest.raises(UserError, match="no such folder"):
-        find_unlabelled(tmp_path / "none", ANY, matched)
+        find_unlabelled(Request(tmp_path / "none", matched), None)
 
 
 def test_batch_norm_is_adapted_in_a_copy_and_the_same_way_again(model, images):
@@ -89,7 +88,7 @@ def test_an_image_that_cannot_be_read_is_named(model, local, tmp_path):
     folder = draw_elsewhere(tmp_path / "images", 20, 10)
     (folder / "a.jpeg").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"a\.jpeg: not an image"):
-        adapt(model, find_unlabelled(folder, ANY, match=False))
+        adapt(model, find_unlabelled(Request(folder), None))
 
 
 def test_the_intercept_moves_so_that_the_share_called_is_validations(model, images):
@@ -107,7 +106,7 @@ def test_the_intercept_moves_so_that_the_share_called_is_validations(model, imag
 
 def test_without_its_scores_an_export_needs_its_validation_images(model, export, monkeypatch):
     monkeypatch.setitem(model.settings, "scores", None)
-    with pytest.raises(UserError, match=r"holds no validation scores .* its validation images are not here"):
+    with pytest.raises(UserError, match=r"holds no validation scores, and its validation images are not here"):
         reference_of(model)
     monkeypatch.setitem(model.settings["settings"], "data", str(export.parent / "moved"))
     found = reference_of(model)
@@ -117,26 +116,46 @@ def test_without_its_scores_an_export_needs_its_validation_images(model, export,
     assert np.allclose(found.negatives, stored.negatives, atol=1e-3)
 
 
-def test_what_it_does_to_the_validation_images_is_measured_where_they_are(model, export, images, monkeypatch):
-    assert effect_on_validation(model, model) is None
+def test_a_recalibrated_export_is_not_matched_again(model, monkeypatch):
+    monkeypatch.setitem(model.settings, "recalibrated", {"images": 30})
+    with pytest.raises(UserError, match="was recalibrated before; give the export that it comes from"):
+        reference_of(model)
+
+
+def test_the_share_of_positive_images_must_be_stated(model, local):
+    with pytest.raises(UserError, match=r"state it by prevalence=, which was 0\.\d\d on validation"):
+        without_labels(model, Request(local, match_scores=True))
+
+
+def test_batch_norm_or_the_intercept_is_adapted(model, local):
+    adapted = without_labels(model, Request(local))
+    matched = without_labels(model, Request(local, match_scores=True, prevalence=0.75))
+    assert adapted.model.network is not model.network and matched.model.network is model.network
+    assert adapted.model.settings["intercepts"] == model.settings["intercepts"]
+    assert adapted.model.settings["calibration"].endswith("; batch norm adapted to 120 images without labels")
+    assert matched.model.settings["calibration_kind"] == "matched"
+    assert matched.model.settings["prior"] == model.settings["prior"]
+    for found in (adapted, matched):
+        assert found.images == 120 and found.model.settings["scores"] is None
+        assert found.lines[0].endswith("120 images without labels, of 60 patients")
+        assert found.lines[-1].startswith("validation's images are not here")
+
+
+def test_what_it_does_to_the_validation_images_is_said_where_they_are(model, export, local, monkeypatch):
     monkeypatch.setitem(model.settings["settings"], "data", str(export.parent / "moved"))
-    effect = effect_on_validation(model, adapt(model, images))
-    assert effect["before"].keys() == {"roc_auc", "sensitivity", "specificity"}
-    assert 0 <= effect["after"]["roc_auc"] <= 1
+    *_, before, after = without_labels(model, Request(local)).lines
+    assert re.fullmatch(r"validation's images before: AUC \S+, recall of NORMAL \S+, of PNEUMONIA \S+", before)
+    assert after.startswith("validation's images after: AUC ")
 
 
-def test_a_model_is_adapted_and_matched_in_one_step(model, local):
-    found = without_labels(model, Request(local, match_scores=True, prevalence=0.75))
-    settings = found.model.settings
-    assert found.images == 120 and settings["scores"] is None and model.settings["scores"] is not None
-    assert settings["calibration"].startswith(model.settings["calibration"])
-    assert "batch norm adapted to 120 images without labels; intercept moved to fit" in settings["calibration"]
-    first, second, *_, last = found.lines
-    assert first.endswith("120 images without labels, of 60 patients") and second.startswith("batch norm: ")
-    assert last == "trained-on images: the validation images are not here, so what it does to them is not known"
-
-
-def test_without_batch_norm_the_scores_can_be_matched_alone(model, local, monkeypatch):
-    monkeypatch.setattr(unlabelled, "layers_of", lambda network: [])
-    found = without_labels(model, Request(local, match_scores=True, prevalence=0.75))
-    assert found.model.network is model.network and "batch norm" not in found.model.settings["calibration"]
+def test_the_command_writes_an_export_that_every_command_takes(export, local, run, refused, tmp_path):
+    new = tmp_path / "new"
+    result = run("recalibrate", export, "--unlabelled", local, "--output", new)
+    assert result.exit_code == 0, result.output
+    assert "120 images without labels" in result.output
+    assert run("verify", new).exit_code == 0 and run("predict", local, "--model", new).exit_code == 0
+    assert settings_of(new)["recalibrated"]["unlabelled"] == 120
+    again = run("recalibrate", new, "--unlabelled", local, "--match-scores", "--prevalence", 0.5)
+    refused(again, "was recalibrated before")
+    matched = run("recalibrate", export, "--unlabelled", local, "--match-scores", "--prevalence", 0.75)
+    assert matched.exit_code == 0 and "called PNEUMONIA" in matched.output

@@ -238,14 +238,12 @@ def recalibrate(
         bool,
         typer.Option(
             "--match-scores",
-            help="Move the operating point so that the share of --unlabelled called positive fits validation's.",
+            help="Instead, move the operating point so that the share of them called positive fits validation's.",
         ),
     ] = False,
     prevalence: Annotated[
         float | None,
-        typer.Option(
-            metavar="P", help="Share of positive images in --unlabelled, for --match-scores. [default: validation's]"
-        ),
+        typer.Option(metavar="P", help="Share of positive images in --unlabelled, which --match-scores needs."),
     ] = None,
     target_sensitivity: Annotated[
         float | None,

@@ -39,7 +39,7 @@ PICKLE = "learner.pkl"
 HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
 """The columns of `history.csv`."""
 
-CALIBRATION_KINDS = ("cautious", "validation", "local", "earlier", "none")
+CALIBRATION_KINDS = ("cautious", "validation", "local", "matched", "earlier", "none")
 """How temperature and intercepts were chosen: the first two by `fit --calibration` (`training.calibration`), `local` by
 `recalibrate`, `earlier` by the rule of exports without the key, `none` not at all."""
 

@@ -127,12 +127,13 @@ def recalibrate(
         data: a folder of labelled local images, whose subfolders are the model's classes.
         split: the subfolder of `data` that holds the folders of the classes, such as test; None: `data` itself.
         unlabelled: a folder of local images without labels, which batch norm is adapted to.
-        match_scores: move the operating point so that the share of `unlabelled` called positive fits validation's.
-        prevalence: the share of positive images in `unlabelled`; None supposes validation's.
+        match_scores: instead of that, move the operating point so that the share of `unlabelled` called positive fits
+            validation's at `prevalence`.
+        prevalence: the share of positive images in `unlabelled`, which `match_scores` needs.
         target_sensitivity: choose the threshold for this sensitivity.
         cost_ratio: choose it for this many false alarms being as bad as one missed image of the class to detect.
         exclude: a list of files in `data` to leave out, as `data check --fix` writes it.
-        patients: a .csv file with the columns file and patient, of the images in `data`.
+        patients: a .csv file with the columns file and patient, of the images in `data`, or else in `unlabelled`.
         output: the new export; None is the folder of the model with "-recalibrated" after its name.
         device: auto, cpu, cuda or mps.
 
@@ -157,7 +158,8 @@ def recalibrate(
         raise UserError("it already exists; give another folder", option="output", value=target)
     about, adapted, images = [("model", f"{opened.path}: {opened.settings['architecture']}")], opened, 0
     if unlabelled is not None:
-        done = without.without_labels(opened, without.Request(unlabelled, match_scores, prevalence))
+        listed = patients if data is None else None
+        done = without.without_labels(opened, without.Request(unlabelled, match_scores, prevalence, listed))
         adapted, images = done.model, done.images
         about += [("unlabelled", line) for line in done.lines]
     record = _record(adapted, unlabelled=images)

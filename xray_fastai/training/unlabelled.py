@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.special import logit
-from sklearn.metrics import recall_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from xray_fastai.data import labelled
 from xray_fastai.data.dataset import find_images
-from xray_fastai.data.patients import PatientRule, numbered, patient_rule, patients_in
+from xray_fastai.data.patients import check_listed, numbered, patient_rule, patients_in
+from xray_fastai.export.schema import QUANTILES
 from xray_fastai.inference.model import Model
+from xray_fastai.inference.scaling import prior_of
 from xray_fastai.inference.stream import predict_all, predict_batches
 from xray_fastai.metrics.alignment import Alignment, Reference, align, log_odds, quantiles
 from xray_fastai.model.batch_norm import adapting, layers_of
@@ -50,7 +52,7 @@ class Request:
 
     folder: str | Path
     match_scores: bool = False
-    prevalence: float | None = None  # of `match_scores`: the share of positive images; None is validation's
+    prevalence: float | None = None  # the share of positive images, which `match_scores` needs
     patients: str | None = None  # a list of patients (`patients.patient_rule`)
 
 
@@ -64,68 +66,91 @@ class Adapted:
 
 
 def without_labels(model: Model, request: Request) -> Adapted:
-    """Adapt a model to local images without labels.
+    """Adapt a model to local images without labels: its batch norm, or, to match scores, its intercept alone.
 
-    Batch norm is adapted where the network has one; the intercept is moved if scores are to be matched.
+    Both together were measured, and were worse than the intercept alone.
 
     Raises:
         UserError: see `find_unlabelled`, `adapt`, `reference_of` and `match`.
     """
-    settings = model.settings
-    images = find_unlabelled(
-        request.folder, patient_rule(settings["settings"]["patient_pattern"], request.patients), request.match_scores
-    )
+    settings, reference = model.settings, None
+    if request.match_scores:
+        reference = reference_of(model)
+        if request.prevalence is None:
+            raise UserError(
+                "the scores cannot tell the share of positive images; state it by prevalence=, which was "
+                f"{reference.prevalence:.2f} on validation",
+                option="match_scores",
+            )
+    images = find_unlabelled(request, settings["settings"]["patient_pattern"])
     number = count_of(len(images.paths), "image")
     lines = [f"{request.folder}: {number} without labels, of {count_of(images.patient_count, 'patient')}"]
-    reference = reference_of(model) if request.match_scores else None
     adapted, notes = model, [settings["calibration"]]
-    if layers_of(model.network) or not request.match_scores:
+    if reference is None:
         adapted = adapt(model, images)
         notes.append(f"batch norm adapted to {number} without labels")
         lines.append(f"batch norm: {SHARE:.0%} of its statistics are now of these images")
-    if reference is not None:
-        share = reference.prevalence if request.prevalence is None else request.prevalence
-        found = match(adapted, images, reference, share)
-        notes.append(f"intercept moved to fit validation's share of {model.positive} on {number} without labels")
+    else:
+        found = match(model, images, reference, request.prevalence)
         lines += found.describe(model.positive)
-        settings = settings | {"intercepts": found.intercepts}
+        notes.append(f"intercept moved to fit validation's share of {model.positive} on {number} without labels")
+        prior = prior_of(settings)
+        settings = settings | {
+            "intercepts": found.intercepts,
+            "prior": None if prior is None else prior.tolist(),  # an intercept that was moved says nothing of it
+            "calibration_kind": "matched",
+        }
     changed = replace(adapted, settings=settings | {"calibration": "; ".join(notes), "scores": None, "called": None})
     return Adapted(changed, len(images.paths), [*lines, *_effect(model, changed)])
 
 
 def _effect(before: Model, after: Model) -> list[str]:
     """Return what the adaptation does to the images that the export was validated on, for people."""
-    effect = effect_on_validation(before, after)
-    if effect is None:
-        return ["trained-on images: the validation images are not here, so what it does to them is not known"]
+    try:
+        table = labelled.labelled_images(before.settings, labelled.Request(None, "valid")).table
+    except UserError:
+        return ["validation's images are not here: what it does to images like those of the training is not known"]
     return [
-        f"validation images {when}: AUC {values['roc_auc']:.3f}, sensitivity {values['sensitivity']:.3f}, "
-        f"specificity {values['specificity']:.3f}"
-        for when, values in effect.items()
+        f"validation's images {when}: {_measured(model, table)}"
+        for when, model in (("before", before), ("after", after))
     ]
 
 
-def find_unlabelled(folder: str | Path, rule: PatientRule, match: bool) -> Unlabelled:
-    """List the images in a folder, at any depth.
+def _measured(model: Model, table: pd.DataFrame) -> str:
+    """Return figures of a model on labelled images: the AUC of two classes, and how many of each class it finds."""
+    probabilities = model.probabilities(predict_all(model, list(table.path)))
+    called = np.array(model.classes)[model.decide(probabilities)]
+    found = [f"{name} {(called == name)[table.label == name].mean():.3f}" for name in sorted(table.label.unique())]
+    auc = ""
+    if len(model.classes) == 2 and len(found) == 2:
+        scores = probabilities[:, model.classes.index(model.positive)]
+        auc = f"AUC {roc_auc_score(table.label == model.positive, scores):.3f}, "
+    return f"{auc}recall of {', of '.join(found)}"
+
+
+def find_unlabelled(request: Request, pattern: str | None) -> Unlabelled:
+    """List the images in a folder, at any depth; names of folders in it are not read as labels.
 
     Args:
-        folder: names of folders in it are not read as labels.
-        rule: how their patients are found.
-        match: whether scores are to be matched, which needs more images.
+        request: which images. To match scores needs more of them.
+        pattern: finds the patient in a file name (`patients.PatientRule`).
 
     Raises:
-        UserError: there is no such folder, or there are too few images.
+        UserError: there is no such folder, there are too few images, or the list of patients names none of them.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(request.folder).expanduser()
     if not folder.is_dir():
         raise UserError("no such folder; give a folder of images", option="unlabelled", value=folder)
     files = find_images(folder)
-    fewest, purpose = (FEWEST_TO_MATCH, "match_scores=True") if match else (FEWEST_TO_ADAPT, "batch norm")
+    fewest, purpose = (
+        (FEWEST_TO_MATCH, "match_scores=True") if request.match_scores else (FEWEST_TO_ADAPT, "batch norm")
+    )
     if len(files) < fewest:
         message = f"{count_of(len(files), 'image')}; {purpose} needs {fewest} or more"
         raise UserError(message, option="unlabelled", value=folder)
     table = pd.DataFrame({"path": [str(folder / file) for file in files], "file": files, "split": "", "label": ""})
-    table = numbered(table.assign(patient=patients_in(table, rule)))
+    table = numbered(table.assign(patient=patients_in(table, patient_rule(pattern, request.patients))))
+    check_listed(table, request.patients)
     return Unlabelled(list(table.path), table.patient.to_numpy())
 
 
@@ -138,7 +163,7 @@ def adapt(model: Model, images: Unlabelled, share: float = SHARE) -> Model:
     if not layers_of(model.network):
         raise UserError(
             f"{model.settings['architecture']} has no batch norm that images without labels could adapt; give "
-            "match_scores=True or data=",
+            "match_scores=True, or labelled images by data=",
             option="unlabelled",
         )
     adapted = replace(model, network=copy.deepcopy(model.network))
@@ -192,12 +217,14 @@ def reference_of(model: Model) -> Reference:
     An export of an earlier version does not hold that; then its validation images are predicted.
 
     Raises:
-        UserError: it has more than two classes, or was matched before, or is an earlier one whose validation images are
+        UserError: it has more than two classes, or was recalibrated, or is an earlier one whose validation images are
             not here.
     """
     settings, positive = model.settings, model.positive
     if len(model.classes) != 2 or positive is None or model.threshold in (None, 0, 1):
-        raise UserError("needs two classes, and a threshold between 0 and 1", option="match_scores")
+        raise UserError("needs two classes, and a threshold between 0 and 1; leave it out", option="match_scores")
+    if settings.get("recalibrated") is not None:
+        raise UserError(f"{model.path} was recalibrated before; give the export that it comes from", option="model")
     (negative,) = set(model.classes) - {positive}
     known = settings.get("scores")
     if known is None:
@@ -205,12 +232,12 @@ def reference_of(model: Model) -> Reference:
             table = labelled.labelled_images(settings, labelled.Request(None, "valid")).table
         except UserError:
             raise UserError(
-                f"{model.path} holds no validation scores (it is of an earlier version, or was recalibrated), and its "
-                "validation images are not here; give an export of fit, or labelled images by data=",
+                f"{model.path} is of an earlier version and holds no validation scores, and its validation images are "
+                "not here; fit again, or give labelled images by data=",
                 option="match_scores",
             ) from None
         odds = log_odds(predict_all(model, list(table.path)), model.classes.index(positive))
-        known = {name: quantiles(odds[(table.label == name).to_numpy()], 101) for name in model.classes}
+        known = {name: quantiles(odds[(table.label == name).to_numpy()], QUANTILES) for name in model.classes}
     counts, patients = settings["data"]["valid"], settings["data"]["patients"]["valid"]
     share = counts[positive] / sum(counts.values())
     return Reference(np.array(known[negative]), np.array(known[positive]), share, patients)
@@ -236,24 +263,3 @@ def match(model: Model, images: Unlabelled, reference: Reference, prevalence: fl
     intercepts[positive] -= (alignment.threshold - threshold) / scaling.temperature
     called, before = (float((scores >= t).mean()) for t in (alignment.threshold, threshold))
     return Match(alignment, prevalence, called, before, intercepts)
-
-
-def effect_on_validation(before: Model, after: Model) -> dict[str, dict[str, float]] | None:
-    """Measure two models on the images that the export was validated on; None where they are not here."""
-    try:
-        table = labelled.labelled_images(before.settings, labelled.Request(None, "valid")).table
-    except UserError:
-        return None
-    truth = (table.label == before.positive).to_numpy()
-    return {name: _measured(model, list(table.path), truth) for name, model in (("before", before), ("after", after))}
-
-
-def _measured(model: Model, paths: list[str], truth: np.ndarray) -> dict[str, float]:
-    """Return figures of two classes, at the model's threshold."""
-    probabilities, positive = model.probabilities(predict_all(model, paths)), model.classes.index(model.positive)
-    called = model.decide(probabilities) == positive
-    return {
-        "roc_auc": float(roc_auc_score(truth, probabilities[:, positive])),
-        "sensitivity": float(recall_score(truth, called)),
-        "specificity": float(recall_score(~truth, ~called)),
-    }
