@@ -15,7 +15,7 @@ from xray_fastai import open_learner, predict, recalibrate
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.training.calibration import Validated
-from xray_fastai.training.recalibrate import FEWEST_FOR_SLOPE, Rule, fit_locally
+from xray_fastai.training.local_fit import FEWEST_FOR_SLOPE, Rule, fit_locally
 
 
 def draw_local(folder, normal: int, pneumonia: int):

@@ -184,14 +184,17 @@ def _evaluation(summary: dict) -> dict[str, Any]:
     }
 
 
-def _recalibrated(model: dict) -> list[tuple[str, tuple[str, str], tuple[str, str]]]:
-    """Return the metrics before and after `recalibrate`, as titles and cells."""
+def _recalibrated(model: dict) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the metrics before and after `recalibrate`, and the differences, as titles and cells."""
 
     def cell(numbers: list[float | None]) -> tuple[str, str]:
         return _cell(dict(zip(("value", "low", "high"), numbers, strict=True)))
 
-    pairs = (model.get("recalibrated") or {}).get("metrics", {})
-    return [(title_of(name), cell(pair["before"]), cell(pair["after"])) for name, pair in pairs.items()]
+    metrics = (model.get("recalibrated") or {}).get("metrics", {})
+    return [
+        (title_of(name), [cell(found[part]) for part in ("before", "after", "difference")])
+        for name, found in metrics.items()
+    ]
 
 
 def _of_patients(summary: dict) -> str:

@@ -188,9 +188,14 @@ class Ancestor(Part):
     created: Date
 
 
+Estimate = Annotated[list[float | None], Field(min_length=3, max_length=3)]
+"""A value and its interval."""
+
+
 class Compared(Part):
-    before: Annotated[list[float | None], Field(min_length=3, max_length=3)]  # value and interval
-    after: Annotated[list[float | None], Field(min_length=3, max_length=3)]
+    before: Estimate
+    after: Estimate
+    difference: Estimate  # paired
 
 
 class Recalibrated(Part):

@@ -5,7 +5,6 @@ The network stays as it is. Slope and intercepts of its probabilities, and the d
 `training.unlabelled` adapts a model to images without labels. The README of this folder says what was measured.
 """
 
-import math
 import os
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -15,57 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import softmax
-from sklearn.model_selection import StratifiedGroupKFold
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.data.labelled import Labelled, Request, labelled_images
 from xray_fastai.data.patients import note_on
 from xray_fastai.inference.model import Model, open_model
-from xray_fastai.inference.scaling import Scaling
 from xray_fastai.inference.stream import predict_all
-from xray_fastai.metrics.intervals import Interval, measure
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.metrics.table import title_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, format_interval, wrap
 from xray_fastai.training import unlabelled as without
-from xray_fastai.training.calibration import Calibration, Validated, fit_slope_and_intercepts
+from xray_fastai.training.calibration import Validated
 from xray_fastai.training.derive_export import derive_export
-from xray_fastai.training.threshold import CONFIDENCE, by_sensitivity, by_youden
+from xray_fastai.training.gain import PARTS, Called, compared
+from xray_fastai.training.local_fit import Rule, fit_locally
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
 
 FEWEST = 10
 """With fewer labelled images nothing is fitted."""
-FEWEST_FOR_SLOPE = 20
-"""With fewer the intercepts alone are fitted."""
-SPREAD = 1.0
-"""Standard deviation that the logarithm of the slope, and each intercept, have before the local images are seen."""
-FOLDS = 10
-SHOWN = (
-    "roc_auc", "balanced_accuracy", "sensitivity", "specificity", "accuracy", "nll", "brier_score",
-    "calibration_intercept", "calibration_slope",
-)  # fmt: skip
-"""The metrics before and after."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Says how the threshold is chosen; without anything by Youden's J."""
-
-    target_sensitivity: float | None = None
-    cost_ratio: float | None = None  # how many false alarms one missed image of the class to detect is worth
-
-    def __post_init__(self) -> None:
-        if self.target_sensitivity is not None and not 0 < self.target_sensitivity < 1:
-            message = "give a share above 0 and below 1"
-            raise UserError(message, option="target_sensitivity", value=f"{self.target_sensitivity:g}")
-        if self.cost_ratio is not None and not 0 < self.cost_ratio < math.inf:
-            raise UserError("give a number above 0", option="cost_ratio", value=f"{self.cost_ratio:g}")
-        if None not in (self.target_sensitivity, self.cost_ratio):
-            raise UserError("target_sensitivity= is given, too; leave one of them out", option="cost_ratio")
 
 
 @dataclass(frozen=True)
@@ -78,9 +47,9 @@ class Recalibration:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """A row for each metric: value, low and high, each before and after."""
-        columns = pd.MultiIndex.from_product([["before", "after"], ["value", "low", "high"]])
-        rows = {name: [*pair["before"], *pair["after"]] for name, pair in self.record["metrics"].items()}
+        """A row for each metric: value, low and high, before, after, and of the difference."""
+        columns = pd.MultiIndex.from_product([PARTS, ["value", "low", "high"]])
+        rows = {name: np.concatenate([found[part] for part in PARTS]) for name, found in self.record["metrics"].items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float).rename_axis("metric")
 
     def __str__(self) -> str:
@@ -88,10 +57,10 @@ class Recalibration:
         for name, text in self.about:
             lines += wrap(text, f"{name:<15}")
         if self.record["metrics"]:
-            lines += ["", f"{'':<28}{'before':<26}after"]
-        for name, pair in self.record["metrics"].items():
-            cells = [_cell(pair[when]) for when in ("before", "after")]
-            lines.append(f"{title_of(name):<28}{cells[0]:<24}  {cells[1]}")
+            lines += ["", f"{'':<28}{'before':<26}{'after':<26}difference"]
+        for name, found in self.record["metrics"].items():
+            cells = "  ".join(f"{_cell(found[part]):<24}" for part in PARTS)
+            lines.append(f"{title_of(name):<28}{cells.rstrip()}")
         return "\n".join([*lines, "", *wrap(str(self.path), f"{'written':<15}"), DISCLAIMER])
 
     def _repr_html_(self) -> str:
@@ -144,7 +113,7 @@ def recalibrate(
     Examples:
         >>> result = recalibrate("exports/rehearsal", "chest_xray/train", output="exports/local")
         >>> result.record["counts"]
-        {'NORMAL': 20, 'PNEUMONIA': 20}
+        {'NORMAL': 16, 'PNEUMONIA': 24}
         >>> verify(result.path).ok
         True
     """
@@ -280,7 +249,8 @@ def _fitted(
     first, scaling = model.scaling, fitted.scaling
     own = np.zeros(classes) if first.intercepts is None else np.asarray(first.intercepts)
     intercepts = np.asarray(scaling.intercepts) + own / scaling.temperature
-    outputs_before = logits if before is model else predict_all(before, list(table.path))
+    y_prob = before.probabilities(logits if before is model else predict_all(before, list(table.path)))
+    old = Called(Scored(images.targets, y_prob, images.patients, positive), before.decide(y_prob))
     record = _record(
         model,
         unlabelled,
@@ -288,7 +258,7 @@ def _fitted(
         images=len(table),
         patients=int(table.patient.nunique()),
         counts={name: int(number) for name, number in table.label.value_counts().sort_index().items()},
-        metrics=_compared(before, before.probabilities(outputs_before), images, fitted, positive, rule),
+        metrics=compared(old, images, fitted, rule),
     )
     notes = [model.settings["calibration"]] if before is not model else []
     return model.settings | {
@@ -302,94 +272,6 @@ def _fitted(
         "scores": None,
         "called": None,
     }, record
-
-
-def fit_locally(images: Validated, positive: int | None, rule: Rule, spread: float = SPREAD) -> Calibration:
-    """Fit slope and intercepts to images, and choose the threshold on the probabilities that they give.
-
-    Args:
-        images: whose `logits` are the logarithms of the export's probabilities, up to a constant.
-        positive: the index of the class to detect, or None.
-        rule: of the threshold.
-        spread: see `SPREAD`.
-    """
-    number = len(images.targets)
-    with_slope = number >= FEWEST_FOR_SLOPE
-    temperature, intercepts = fit_slope_and_intercepts(images, spread, with_slope)
-    scaling = Scaling("local", temperature, tuple(intercepts.tolist()))
-    note = f"{'slope and intercept' if with_slope else 'intercept'} fitted to {number} local images"
-    if positive is None:
-        return Calibration(scaling, None, note)
-    scores = softmax(scaling(images.logits), axis=1)[:, positive]
-    truth = images.targets == positive
-    if rule.cost_ratio is not None:
-        words = f"threshold for {rule.cost_ratio:g} false alarms as bad as one missed"
-        return Calibration(scaling, 1 / (1 + rule.cost_ratio), f"{note}; {words}")
-    if rule.target_sensitivity is None:
-        prior = float(images.counts[positive] / number)
-        threshold = by_youden(scores, truth, images.patients, prior)
-        return Calibration(scaling, threshold, f"{note}; threshold by Youden's J")
-    threshold, probability = by_sensitivity(scores, truth, images.patients, rule.target_sensitivity)
-    reached = f"probability of at least {CONFIDENCE:g}"
-    if probability < CONFIDENCE:
-        reached = f"probability of {probability:.2f} only: {truth.sum()} positive images show no more"
-    words = f"threshold by sensitivity {rule.target_sensitivity:g}, on images like these reached with a {reached}"
-    return Calibration(scaling, threshold, f"{note}; {words}")
-
-
-def _compared(
-    model: Model, y_prob: np.ndarray, images: Validated, fitted: Calibration, positive: int | None, rule: Rule
-) -> dict[str, dict[str, list[float | None]]]:
-    """Return each metric before and after, by cross-validation; nothing where a class has one patient only.
-
-    Args:
-        model: the export as it was.
-        y_prob: (N, classes), its probabilities.
-        images: see `fit_locally`.
-        fitted: to all images.
-        positive: see `fit_locally`.
-        rule: of the threshold.
-    """
-    after = _cross_validated(images, positive, rule)
-    if after is None:
-        return {}
-    probabilities, called = after
-    old = _measured(Scored(images.targets, y_prob, images.patients, positive), model.decide(y_prob))
-    new = _measured(Scored(images.targets, probabilities, images.patients, positive), called)
-    # one scaling keeps the order, those of the folds mix it
-    whole = Scored(images.targets, fitted.probabilities(images.logits), images.patients, positive)
-    new["roc_auc"] = _measured(whole, called)["roc_auc"]
-    return {name: {"before": _plain(old[name]), "after": _plain(new[name])} for name in SHOWN}
-
-
-def _measured(scored: Scored, called: np.ndarray) -> dict[str, Interval]:
-    measured = measure(scored, {"chosen": called}, resamples=1)
-    return measured.free | measured.points["chosen"]
-
-
-def _cross_validated(images: Validated, positive: int | None, rule: Rule) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the probabilities (N, classes) and the predicted classes (N,), each image's by a fit to other patients."""
-    fewest = min(len(np.unique(images.patients[images.targets == k])) for k in np.unique(images.targets))
-    if fewest < 2:
-        return None
-    folds = StratifiedGroupKFold(min(FOLDS, fewest), shuffle=True, random_state=0)
-    probabilities, called = np.empty(images.logits.shape), np.empty(len(images.targets), int)
-    for train, test in folds.split(images.logits, images.targets, images.patients):
-        if len(np.unique(images.targets[train])) < images.logits.shape[1]:
-            return None
-        part = replace(
-            images, logits=images.logits[train], targets=images.targets[train], patients=images.patients[train]
-        )
-        fold = fit_locally(part, positive, rule)
-        probabilities[test] = fold.probabilities(images.logits[test])
-        called[test] = probabilities[test].argmax(axis=1)
-        if positive is not None:
-            called[test] = np.where(probabilities[test, positive] >= fold.threshold, positive, 1 - positive)
-    return probabilities, called
-
-
-def _plain(interval: Interval) -> list[float | None]:
-    return [None if math.isnan(number) else float(number) for number in interval]
 
 
 def _cell(interval: list[float | None]) -> str:
