@@ -124,6 +124,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
         "model": model,
         "created": datetime.fromisoformat(model["created"]).strftime("%d %B %Y, %H:%M %Z").lstrip("0"),
         "bars": _bars(model["data"], evaluations),
+        "recalibrated": _recalibrated(model),
         "history": history,
         "curves": curves,
         "evaluations": evaluations,
@@ -181,6 +182,16 @@ def _evaluation(summary: dict) -> dict[str, Any]:
         "table": [(title_of(name), row) for name, row in cells.items()],
         "free": [(title_of(name), cell) for name, cell in free.items()],
     }
+
+
+def _recalibrated(model: dict) -> list[tuple[str, tuple[str, str], tuple[str, str]]]:
+    """Return the metrics before and after `recalibrate`, as titles and cells."""
+
+    def cell(numbers: list[float | None]) -> tuple[str, str]:
+        return _cell(dict(zip(("value", "low", "high"), numbers, strict=True)))
+
+    pairs = (model.get("recalibrated") or {}).get("metrics", {})
+    return [(title_of(name), cell(pair["before"]), cell(pair["after"])) for name, pair in pairs.items()]
 
 
 def _of_patients(summary: dict) -> str:

@@ -60,9 +60,10 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.target_sensitivity is not None and not 0 < self.target_sensitivity < 1:
-            raise UserError("give a share above 0 and below 1", "target_sensitivity", f"{self.target_sensitivity:g}")
+            message = "give a share above 0 and below 1"
+            raise UserError(message, option="target_sensitivity", value=f"{self.target_sensitivity:g}")
         if self.cost_ratio is not None and not 0 < self.cost_ratio < math.inf:
-            raise UserError("give a number above 0", "cost_ratio", f"{self.cost_ratio:g}")
+            raise UserError("give a number above 0", option="cost_ratio", value=f"{self.cost_ratio:g}")
         if None not in (self.target_sensitivity, self.cost_ratio):
             raise UserError("target_sensitivity= is given, too; leave one of them out", option="cost_ratio")
 
