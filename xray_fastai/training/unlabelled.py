@@ -1,8 +1,8 @@
 """Adapts a model to images of another place that have no labels: `recalibrate --unlabelled`.
 
-Batch norm gets statistics of the local images (`model.batch_norm`). With `--match-scores` the intercept is moved, too,
-so that the share called positive fits validation's (`metrics.alignment`). The README of this folder holds what was
-measured (`tests.benchmarks.unlabelled`).
+Batch norm gets statistics of the local images (`model.batch_norm`). Or, with `--match-scores`, the intercept is moved so
+that the share called positive fits validation's (`metrics.alignment`). The README of this folder holds what was measured
+(`tests.benchmarks.unlabelled`).
 """
 
 import copy
@@ -111,10 +111,8 @@ def _effect(before: Model, after: Model) -> list[str]:
         table = labelled.labelled_images(before.settings, labelled.Request(None, "valid")).table
     except UserError:
         return ["validation's images are not here: what it does to images like those of the training is not known"]
-    return [
-        f"validation's images {when}: {_measured(model, table)}"
-        for when, model in (("before", before), ("after", after))
-    ]
+    models = {"before": before, "after": after}
+    return [f"validation's images {when}: {_measured(model, table)}" for when, model in models.items()]
 
 
 def _measured(model: Model, table: pd.DataFrame) -> str:
@@ -143,10 +141,9 @@ def find_unlabelled(request: Request, pattern: str | None) -> Unlabelled:
     if not folder.is_dir():
         raise UserError("no such folder; give a folder of images", option="unlabelled", value=folder)
     files = find_images(folder)
-    fewest, purpose = (
-        (FEWEST_TO_MATCH, "match_scores=True") if request.match_scores else (FEWEST_TO_ADAPT, "batch norm")
-    )
+    fewest = FEWEST_TO_MATCH if request.match_scores else FEWEST_TO_ADAPT
     if len(files) < fewest:
+        purpose = "match_scores=True" if request.match_scores else "batch norm"
         message = f"{count_of(len(files), 'image')}; {purpose} needs {fewest} or more"
         raise UserError(message, option="unlabelled", value=folder)
     table = pd.DataFrame({"path": [str(folder / file) for file in files], "file": files, "split": "", "label": ""})
@@ -221,9 +218,10 @@ def reference_of(model: Model) -> Reference:
         UserError: it has more than two classes, or was recalibrated, or is an earlier one whose validation images are
             not here.
     """
-    settings, positive = model.settings, model.positive
-    if len(model.classes) != 2 or positive is None or model.threshold in (None, 0, 1):
-        raise UserError("needs two classes, and a threshold between 0 and 1; leave it out", option="match_scores")
+    settings, positive, counts = model.settings, model.positive, model.settings["data"]["valid"]
+    if len(model.classes) != 2 or len(counts) != 2 or model.threshold in (None, 0, 1):
+        message = "needs two classes, validated on both, and a threshold between 0 and 1; leave it out"
+        raise UserError(message, option="match_scores")
     if settings.get("recalibrated") is not None:
         raise UserError(f"{model.path} was recalibrated before; give the export that it comes from", option="model")
     (negative,) = set(model.classes) - {positive}
@@ -239,8 +237,7 @@ def reference_of(model: Model) -> Reference:
             ) from None
         odds = log_odds(predict_all(model, list(table.path)), model.classes.index(positive))
         known = {name: quantiles(odds[(table.label == name).to_numpy()], QUANTILES) for name in model.classes}
-    counts, patients = settings["data"]["valid"], settings["data"]["patients"]["valid"]
-    share = counts[positive] / sum(counts.values())
+    share, patients = counts[positive] / sum(counts.values()), settings["data"]["patients"]["valid"]
     return Reference(np.array(known[negative]), np.array(known[positive]), share, patients)
 
 
@@ -248,7 +245,7 @@ def match(model: Model, images: Unlabelled, reference: Reference, prevalence: fl
     """Move the intercept so that the share of images called positive fits validation's.
 
     Args:
-        model: an export, its batch norm adapted or not.
+        model: an export.
         images: local ones.
         reference: of the export (`reference_of`).
         prevalence: the share of positive images.
