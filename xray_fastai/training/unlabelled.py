@@ -1,8 +1,8 @@
 """Adapts a model to images of another place that have no labels: `recalibrate --unlabelled`.
 
-Batch norm gets statistics of the local images (`model.batch_norm`). Or, with `--match-scores`, the intercept is moved so
-that the share called positive fits validation's (`metrics.alignment`). The README of this folder holds what was measured
-(`tests.benchmarks.unlabelled`).
+Batch norm gets statistics of the local images (`model.batch_norm`). Or, with `--match-scores`, the intercept moves, so
+that the share called positive fits validation's (`metrics.alignment`). What was measured stands in the README of this
+folder (`tests.benchmarks.unlabelled`).
 """
 
 import copy
