@@ -78,6 +78,8 @@ class Scaling:
         'slope 2 and intercept 0.2 fitted to validation images'
         >>> Scaling("cautious", 1.25).describe()
         'cautious temperature 1.25 from validation images'
+        >>> Scaling("matched", 0.5, (-0.1, 0.1)).describe(1)
+        'slope 2 of the fit, intercept 0.2 by images without labels'
         """
         if self.kind == "none":
             return "not calibrated"
