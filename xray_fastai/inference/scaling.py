@@ -90,9 +90,7 @@ class Scaling:
             return f"temperature {self.temperature:.3g} and an intercept of each class fitted to {self.kind} images"
         if self.kind == "matched":  # of two classes
             intercept = 0.0 if positive is None else self.intercept_of(positive)
-            return (
-                f"slope {1 / self.temperature:.3g} of the fit, intercept {intercept:.3g} moved by images without labels"
-            )
+            return f"slope {1 / self.temperature:.3g} of the fit, intercept {intercept:.3g} by images without labels"
         name = "cautious temperature" if self.kind == "cautious" else "temperature"
         return f"{name} {self.temperature:.3g} from validation images"
 
