@@ -5,10 +5,12 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import expit, logit
 
 from tests.conftest import settings_of
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.stream import predict_all
+from xray_fastai.metrics import alignment
 from xray_fastai.model.batch_norm import layers_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.training import unlabelled
@@ -97,10 +99,8 @@ def test_the_intercept_moves_so_that_the_share_called_is_validations(model, imag
     found = match(model, images, reference, 0.75)
     intercepts = np.array(found.intercepts)
     logits = predict_all(model, images.paths) / model.scaling.temperature + intercepts
-    called = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1])) >= model.threshold
-    expected = reference.share_called(
-        (np.log(model.threshold / (1 - model.threshold))) * model.scaling.temperature, 0.75
-    )
+    called = expit(logits[:, 1] - logits[:, 0]) >= model.threshold
+    expected = reference.share_called(logit(model.threshold) * model.scaling.temperature, 0.75)
     assert called.mean() == pytest.approx(found.called) == pytest.approx(expected, abs=0.01)
 
 
