@@ -78,6 +78,8 @@ class Scaling:
         'slope 2 and intercept 0.2 fitted to validation images'
         >>> Scaling("cautious", 1.25).describe()
         'cautious temperature 1.25 from validation images'
+        >>> Scaling("matched", 0.5, (-0.1, 0.1)).describe(1)
+        'slope 2 of the fit, intercept 0.2 by images without labels'
         """
         if self.kind == "none":
             return "not calibrated"
@@ -88,9 +90,7 @@ class Scaling:
             return f"temperature {self.temperature:.3g} and an intercept of each class fitted to {self.kind} images"
         if self.kind == "matched":  # of two classes
             intercept = 0.0 if positive is None else self.intercept_of(positive)
-            return (
-                f"slope {1 / self.temperature:.3g} of the fit, intercept {intercept:.3g} moved by images without labels"
-            )
+            return f"slope {1 / self.temperature:.3g} of the fit, intercept {intercept:.3g} by images without labels"
         name = "cautious temperature" if self.kind == "cautious" else "temperature"
         return f"{name} {self.temperature:.3g} from validation images"
 

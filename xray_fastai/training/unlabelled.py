@@ -1,8 +1,8 @@
 """Adapts a model to images of another place that have no labels: `recalibrate --unlabelled`.
 
-Batch norm gets statistics of the local images (`model.batch_norm`). With `--match-scores` the intercept is moved, too,
-so that the share called positive fits validation's (`metrics.alignment`). The README of this folder holds what was
-measured (`tests/benchmarks/elsewhere.py`).
+Batch norm gets statistics of the local images (`model.batch_norm`). Or, with `--match-scores`, the intercept moves, so
+that the share called positive fits validation's (`metrics.alignment`). What was measured stands in the README of this
+folder (`tests.benchmarks.unlabelled`).
 """
 
 import copy
@@ -28,7 +28,8 @@ from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of
 
 SHARE = 0.1
-"""The share of local statistics in those of batch norm."""
+"""The share of local statistics in those of batch norm. Larger ones helped where images were degraded, but cost AUC and
+calibration where they only differed, the more the rarer one class was (`tests.benchmarks.unlabelled`)."""
 FEWEST_TO_ADAPT = 16
 FEWEST_TO_MATCH = 100
 BATCH = 64
@@ -90,6 +91,9 @@ def without_labels(model: Model, request: Request) -> Adapted:
         adapted = adapt(model, images)
         notes.append(f"batch norm adapted to {number} without labels")
         lines.append(f"batch norm: {SHARE:.0%} of its statistics are now of these images")
+        if settings.get("gate") is not None:  # its distances are of the features before
+            settings = settings | {"gate": None}
+            lines.append("gate: left out, as it is of the network before")
     else:
         found = match(model, images, reference, request.prevalence)
         lines += found.describe(model.positive)
@@ -110,10 +114,8 @@ def _effect(before: Model, after: Model) -> list[str]:
         table = labelled.labelled_images(before.settings, labelled.Request(None, "valid")).table
     except UserError:
         return ["validation's images are not here: what it does to images like those of the training is not known"]
-    return [
-        f"validation's images {when}: {_measured(model, table)}"
-        for when, model in (("before", before), ("after", after))
-    ]
+    models = {"before": before, "after": after}
+    return [f"validation's images {when}: {_measured(model, table)}" for when, model in models.items()]
 
 
 def _measured(model: Model, table: pd.DataFrame) -> str:
@@ -142,10 +144,9 @@ def find_unlabelled(request: Request, pattern: str | None) -> Unlabelled:
     if not folder.is_dir():
         raise UserError("no such folder; give a folder of images", option="unlabelled", value=folder)
     files = find_images(folder)
-    fewest, purpose = (
-        (FEWEST_TO_MATCH, "match_scores=True") if request.match_scores else (FEWEST_TO_ADAPT, "batch norm")
-    )
+    fewest = FEWEST_TO_MATCH if request.match_scores else FEWEST_TO_ADAPT
     if len(files) < fewest:
+        purpose = "match_scores=True" if request.match_scores else "batch norm"
         message = f"{count_of(len(files), 'image')}; {purpose} needs {fewest} or more"
         raise UserError(message, option="unlabelled", value=folder)
     table = pd.DataFrame({"path": [str(folder / file) for file in files], "file": files, "split": "", "label": ""})
@@ -220,9 +221,10 @@ def reference_of(model: Model) -> Reference:
         UserError: it has more than two classes, or was recalibrated, or is an earlier one whose validation images are
             not here.
     """
-    settings, positive = model.settings, model.positive
-    if len(model.classes) != 2 or positive is None or model.threshold in (None, 0, 1):
-        raise UserError("needs two classes, and a threshold between 0 and 1; leave it out", option="match_scores")
+    settings, positive, counts = model.settings, model.positive, model.settings["data"]["valid"]
+    if len(model.classes) != 2 or len(counts) != 2 or model.threshold in (None, 0, 1):
+        message = "needs two classes, validated on both, and a threshold between 0 and 1; leave it out"
+        raise UserError(message, option="match_scores")
     if settings.get("recalibrated") is not None:
         raise UserError(f"{model.path} was recalibrated before; give the export that it comes from", option="model")
     (negative,) = set(model.classes) - {positive}
@@ -238,8 +240,7 @@ def reference_of(model: Model) -> Reference:
             ) from None
         odds = log_odds(predict_all(model, list(table.path)), model.classes.index(positive))
         known = {name: quantiles(odds[(table.label == name).to_numpy()], QUANTILES) for name in model.classes}
-    counts, patients = settings["data"]["valid"], settings["data"]["patients"]["valid"]
-    share = counts[positive] / sum(counts.values())
+    share, patients = counts[positive] / sum(counts.values()), settings["data"]["patients"]["valid"]
     return Reference(np.array(known[negative]), np.array(known[positive]), share, patients)
 
 
@@ -247,7 +248,7 @@ def match(model: Model, images: Unlabelled, reference: Reference, prevalence: fl
     """Move the intercept so that the share of images called positive fits validation's.
 
     Args:
-        model: an export, its batch norm adapted or not.
+        model: an export.
         images: local ones.
         reference: of the export (`reference_of`).
         prevalence: the share of positive images.
