@@ -16,13 +16,14 @@ if TYPE_CHECKING:  # type checkers and editors read these imports; `__getattr__`
     from xray_fastai.inference.predict import predict
     from xray_fastai.training.dataloaders import dataloaders, learner
     from xray_fastai.training.fit import fit
+    from xray_fastai.training.recalibrate import recalibrate
     from xray_fastai.training.save_export import save_export
 
 __version__ = "0.2.0"
 DISCLAIMER = "For research and teaching. It is no medical device; never diagnose by it."
 __all__ = [
     "FitConfig", "__version__", "check_data", "dataloaders", "evaluate", "fit", "interpret", "learner",
-    "load_learner", "open_learner", "predict", "save_export", "verify",
+    "load_learner", "open_learner", "predict", "recalibrate", "save_export", "verify",
 ]  # fmt: skip
 
 _MODULES = {
@@ -36,6 +37,7 @@ _MODULES = {
     "load_learner": "export.learner",
     "open_learner": "export.learner",
     "predict": "inference.predict",
+    "recalibrate": "training.recalibrate",
     "save_export": "training.save_export",
     "verify": "export.verification",
 }

@@ -218,6 +218,70 @@ def interpret(
 
 
 @app.command(cls=Command)
+def recalibrate(
+    export: Annotated[
+        Path | None, typer.Argument(metavar="EXPORT", help="Export to fit. [default: the newest in ./exports]")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Labelled local images, in folders named as the model's classes."),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Folder in --data that holds these folders. [default: --data itself]"),
+    ] = None,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option("--unlabelled", metavar="DIR", help="Local images without labels: batch norm is adapted to them."),
+    ] = None,
+    match_scores: Annotated[
+        bool,
+        typer.Option(
+            "--match-scores",
+            help="Instead, move the operating point so that the share of them called positive fits validation's.",
+        ),
+    ] = False,
+    prevalence: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="Share of positive images in --unlabelled, which --match-scores needs."),
+    ] = None,
+    target_sensitivity: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Choose the threshold for this sensitivity. [default: by Youden's J]"),
+    ] = None,
+    cost_ratio: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="Choose it for R false alarms being as bad as one missed positive image."),
+    ] = None,
+    exclude: Exclude = None,
+    patients: Annotated[
+        str | None,
+        typer.Option(
+            "--patients",
+            metavar="LIST.csv",
+            help="List of the patients: a .csv file with the columns file and patient.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="New export. [default: EXPORT-recalibrated, beside EXPORT]"),
+    ] = None,
+    device: Device = PredictConfig.device,
+) -> None:
+    """Fit an export's probabilities and threshold to another place's images, and write a new export."""
+    _check_export(export)
+    from xray_fastai.training.recalibrate import recalibrate as run
+
+    print(
+        run(
+            export, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
+            target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
+            output=output, device=device,
+        )
+    )  # fmt: skip
+
+
+@app.command(cls=Command)
 @settings_from(PredictConfig)
 def predict(
     paths: Annotated[

@@ -125,6 +125,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
         "model": model,
         "created": datetime.fromisoformat(model["created"]).strftime("%d %B %Y, %H:%M %Z").lstrip("0"),
         "bars": _bars(model["data"], evaluations),
+        "recalibrated": _recalibrated(model),
         "history": history,
         "curves": curves,
         "evaluations": evaluations,
@@ -187,6 +188,19 @@ def _evaluation(summary: dict) -> dict[str, Any]:
         "table": [(title_of(name), row) for name, row in cells.items()] + at_prevalence,
         "free": [(title_of(name), cell) for name, cell in free.items()],
     }
+
+
+def _recalibrated(model: dict) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the metrics before and after `recalibrate`, and the differences, as titles and cells."""
+
+    def cell(numbers: list[float | None]) -> tuple[str, str]:
+        return _cell(dict(zip(("value", "low", "high"), numbers, strict=True)))
+
+    metrics = (model.get("recalibrated") or {}).get("metrics", {})
+    return [
+        (title_of(name), [cell(found[part]) for part in ("before", "after", "difference")])
+        for name, found in metrics.items()
+    ]
 
 
 def _of_patients(summary: dict) -> str:

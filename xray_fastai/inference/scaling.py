@@ -18,6 +18,8 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
+FITTED = ("validation", "local")
+"""The kinds with slope and intercepts fitted to images: of the validation split, or of the place of use."""
 PARTS = ("train", "valid")
 """The images that `model.json` counts by class."""
 
@@ -45,14 +47,14 @@ class Scaling:
 
         A loss with weights w trains a network for the prior w * n / sum(w * n), with n training images of a class;
         balanced weights make it equal for all classes. Slope and intercepts of `validation` make it the share of each
-        class in the validation images.
+        class in the images that they were fitted to.
 
         Args:
             weights: (classes,), of the loss.
             trained: (classes,), numbers of training images.
             validated: (classes,), numbers of validation images.
         """
-        if self.kind == "validation":
+        if self.kind in FITTED:
             return validated / validated.sum()
         return softmax(self(np.log(weights * trained)))
 
@@ -76,14 +78,19 @@ class Scaling:
         'slope 2 and intercept 0.2 fitted to validation images'
         >>> Scaling("cautious", 1.25).describe()
         'cautious temperature 1.25 from validation images'
+        >>> Scaling("matched", 0.5, (-0.1, 0.1)).describe(1)
+        'slope 2 of the fit, intercept 0.2 by images without labels'
         """
         if self.kind == "none":
             return "not calibrated"
-        if self.kind == "validation" and positive is not None:
+        if self.kind in FITTED and positive is not None:
             values = f"slope {1 / self.temperature:.3g} and intercept {self.intercept_of(positive):.3g}"
-            return f"{values} fitted to validation images"
-        if self.kind == "validation":
-            return f"temperature {self.temperature:.3g} and an intercept of each class fitted to validation images"
+            return f"{values} fitted to {self.kind} images"
+        if self.kind in FITTED:
+            return f"temperature {self.temperature:.3g} and an intercept of each class fitted to {self.kind} images"
+        if self.kind == "matched":  # of two classes
+            intercept = 0.0 if positive is None else self.intercept_of(positive)
+            return f"slope {1 / self.temperature:.3g} of the fit, intercept {intercept:.3g} by images without labels"
         name = "cautious temperature" if self.kind == "cautious" else "temperature"
         return f"{name} {self.temperature:.3g} from validation images"
 
@@ -104,6 +111,6 @@ def prior_of(settings: dict[str, Any]) -> np.ndarray | None:
     weights = np.array(settings["class_weights"] or [1.0] * len(classes))
     trained, validated = (np.array([settings["data"][part].get(name, 0) for name in classes]) for part in PARTS)
     scaling = Scaling.of(settings)
-    if not (validated if scaling.kind == "validation" else trained).all():
+    if not (validated if scaling.kind in FITTED else trained).all():
         return None
     return scaling.prior(weights, trained, validated)

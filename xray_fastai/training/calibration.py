@@ -154,7 +154,9 @@ def choose_temperature(images: Validated) -> float:
     return float(max([best, *filter(is_within, warmer)]))
 
 
-def fit_slope_and_intercepts(images: Validated, spread: float = SPREAD) -> tuple[float, np.ndarray]:
+def fit_slope_and_intercepts(
+    images: Validated, spread: float = SPREAD, with_slope: bool = True
+) -> tuple[float, np.ndarray]:
     """Fit one slope and an intercept of each class to the validation images, by penalised maximum likelihood.
 
     A loss with weights w makes a network's posterior proportional to w p(class | image), which no slope undoes; so
@@ -166,6 +168,7 @@ def fit_slope_and_intercepts(images: Validated, spread: float = SPREAD) -> tuple
     Args:
         images: the validation split.
         spread: standard deviation of the prior.
+        with_slope: False keeps the slope at 1.
 
     Returns:
         The temperature, 1 / slope, and the intercepts (classes,), log(w) included.
@@ -181,7 +184,7 @@ def fit_slope_and_intercepts(images: Validated, spread: float = SPREAD) -> tuple
         gradient = np.array([slope * (residuals * z).sum(), *residuals.sum(axis=0)])
         return (values**2).sum() / (2 * spread**2) - log_p[truth].sum(), gradient + values / spread**2
 
-    bound = np.log(MAX_TEMPERATURE)
+    bound = np.log(MAX_TEMPERATURE) if with_slope else 0.0
     bounds = [(-bound, bound), *[(None, None)] * z.shape[1]]
     log_slope, *intercepts = minimize(loss, np.zeros(1 + z.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds).x
     slope = np.exp(log_slope)

@@ -27,8 +27,9 @@ from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
 from xray_fastai.export.run_folder import Reservation
-from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
+from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, QUANTILES, SETTINGS, WEIGHTS
 from xray_fastai.export.weights_file import FACTS, facts_hash
+from xray_fastai.metrics.alignment import log_odds, quantiles
 from xray_fastai.model.learner import set_scaling
 from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
@@ -75,6 +76,7 @@ class Judgement:
     prior: list[float] | None = None  # by class, the probabilities of an image that says nothing
     worst: Group | None = None  # the group of images with the lowest ROC AUC
     called: dict[str, int] | None = None  # images by the class that is predicted
+    scores: dict[str, list[float]] | None = None  # by class, quantiles of the log odds of the class to detect
 
 
 def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str, Any]:
@@ -105,6 +107,7 @@ def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str
         "best": best and {name: best[name] for name in HISTORY_COLUMNS},
         "worst_group": None if judgement.worst is None else asdict(judgement.worst),
         "called": judgement.called,
+        "scores": judgement.scores,
         "by_hand": outcome.by_hand,
         "versions": {"xray-fastai": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -291,6 +294,7 @@ def judge(plan: Plan, logits: np.ndarray, targets: np.ndarray) -> Judgement:
         prior_of(images, calibration.scaling).tolist(),
         _worst_group(data, probabilities),
         _called(data, probabilities, calibration.threshold),
+        _scores(data, logits, targets),
     )
 
 
@@ -319,6 +323,18 @@ def _called(data: Collection, probabilities: np.ndarray, threshold: float | None
     if positive is not None:
         predicted = np.where(probabilities[:, positive] >= threshold, positive, 1 - positive)
     return dict(zip(data.classes, np.bincount(predicted, minlength=len(data.classes)).tolist(), strict=True))
+
+
+def _scores(data: Collection, logits: np.ndarray, targets: np.ndarray) -> dict[str, list[float]] | None:
+    """Return the quantiles of the log odds of the class to detect, by the class of the validation images.
+
+    `recalibrate --match-scores` compares the images of another place with them. They are not known of one class alone.
+    """
+    positive = _positive(data)
+    if positive is None or len(np.unique(targets)) < 2:
+        return None
+    odds = log_odds(logits, positive)
+    return {name: quantiles(odds[targets == index], QUANTILES) for index, name in enumerate(data.classes)}
 
 
 def _worst_group(data: Collection, probabilities: np.ndarray) -> Group | None:
