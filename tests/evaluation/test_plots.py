@@ -83,5 +83,5 @@ def test_the_confusion_matrix_is_that_of_the_chosen_threshold(drawn):
 
 
 def test_a_name_is_no_formula(drawn):
-    assert plots._short("$x_1$") == r"\$x_1\$"
-    assert len(plots._short("long" * 20)) == 30
+    assert plots.short("$x_1$") == r"\$x_1\$"
+    assert len(plots.short("long" * 20)) == 30

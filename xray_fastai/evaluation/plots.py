@@ -21,7 +21,7 @@ FILES = {
 }
 """The files, each with its alternative text."""
 
-_COLOURS = ("#0b6e99", "#c8102e", "#d98200", "#4b8b3b", "#7a4f9a", "#7a8794")
+COLOURS = ("#0b6e99", "#c8102e", "#d98200", "#4b8b3b", "#7a4f9a", "#7a8794")
 
 
 def plot_evaluation(folder: Path, summary: dict[str, Any], scored: Scored, measured: Measured) -> None:
@@ -77,7 +77,7 @@ def _roc(summary: dict[str, Any], scored: Scored, measured: Measured) -> Figure:
     for curve, style, name in _curves(summary, scored, measured):
         false_positive_rate, sensitivity, _ = roc_curve(curve.positives, curve.scores, drop_intermediate=True)
         axes.plot(false_positive_rate, sensitivity, **style, label=f"{name or 'AUC'} {format_interval(*curve.auc)}")
-        if len(measured.curves) <= len(_COLOURS):
+        if len(measured.curves) <= len(COLOURS):
             band = None if scored.positive is None else "95 % intervals, pointwise"
             axes.fill_between(
                 FALSE_POSITIVE_RATES, *curve.band, color=style["color"], alpha=0.15, linewidth=0, label=band
@@ -117,12 +117,12 @@ def _reliability(summary: dict[str, Any], scored: Scored, measured: Measured) ->
     mean = np.array([of_bin.probability for of_bin in measured.reliability])
     share, low, high = np.array([of_bin.share for of_bin in measured.reliability]).T
     axes.plot([0, 1], [0, 1], color="#999", linestyle=":", linewidth=1, label="perfectly calibrated")
-    axes.vlines(mean, low, high, color=_COLOURS[0], alpha=0.45, linewidth=2, label="95 % interval of a share")
+    axes.vlines(mean, low, high, color=COLOURS[0], alpha=0.45, linewidth=2, label="95 % interval of a share")
     images = f"{scored.y_true.size / mean.size:,.0f}" if mean.size > 1 else "all"
-    axes.plot(mean, share, "o-", color=_COLOURS[0], linewidth=1, label=f"bins of about {images} images")
+    axes.plot(mean, share, "o-", color=COLOURS[0], linewidth=1, label=f"bins of about {images} images")
     counts, edges = np.histogram(scored.confidence[0], bins=20, range=(0, 1))
-    below.bar(edges[:-1], counts, np.diff(edges) * 0.92, align="edge", color=_COLOURS[0], alpha=0.75)
-    of = "the predicted class" if scored.positive is None else _short(summary["positive"])
+    below.bar(edges[:-1], counts, np.diff(edges) * 0.92, align="edge", color=COLOURS[0], alpha=0.75)
+    of = "the predicted class" if scored.positive is None else short(summary["positive"])
     axes.set(ylabel="share predicted correctly" if scored.positive is None else f"share that is {of}")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     below.set(xlabel=f"predicted probability of {of}", ylabel="images")
@@ -136,7 +136,7 @@ def _reliability(summary: dict[str, Any], scored: Scored, measured: Measured) ->
 
 def _square(measured: Measured) -> tuple[Figure, Axes]:
     """Return axes from 0 to 1, with room beside them for the legend of many curves."""
-    figure = Figure(figsize=(5.4 if len(measured.curves) <= len(_COLOURS) else 9.4, 5.4), layout="constrained")
+    figure = Figure(figsize=(5.4 if len(measured.curves) <= len(COLOURS) else 9.4, 5.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     axes.grid(alpha=0.25)
@@ -149,8 +149,8 @@ def _curves(summary: dict[str, Any], scored: Scored, measured: Measured) -> Iter
     names = _names(summary)
     for i, curve in enumerate(measured.curves):
         if not np.isnan(curve.auc.value):
-            dashes = ("-", "--", ":")[i // len(_COLOURS) % 3]
-            style = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": dashes, "linewidth": 1.8}
+            dashes = ("-", "--", ":")[i // len(COLOURS) % 3]
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes, "linewidth": 1.8}
             yield curve, style, names[curve.label] if scored.positive is None else ""
 
 
@@ -167,31 +167,31 @@ def _points(summary: dict[str, Any], measured: Measured) -> Iterator[tuple[dict[
         yield {**style, **line, "label": label}, point["metrics"]
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     r"""Return a name that fits into a title, with `\$` for `$`, which begins a formula in matplotlib."""
     return shorten(name, 30).replace("$", r"\$")
 
 
 def _names(summary: dict[str, Any]) -> list[str]:
-    return [_short(name) for name in summary["counts"]]
+    return [short(name) for name in summary["counts"]]
 
 
 def _finish(axes: Axes, title: str, summary: dict[str, Any], measured: Measured, corner: str) -> None:
     if all(np.isnan(curve.auc.value) for curve in measured.curves):
         around = {"facecolor": "white", "edgecolor": "none"}
         axes.text(0.5, 0.5, "undefined: the split has one class only", ha="center", va="center", bbox=around)
-    elif len(measured.curves) <= len(_COLOURS):
+    elif len(measured.curves) <= len(COLOURS):
         axes.legend(frameon=False, loc=corner, fontsize=8)
     else:
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     positive = summary["positive"]
-    subject = "each class against the rest" if positive is None else f"detection of {_short(positive)}"
+    subject = "each class against the rest" if positive is None else f"detection of {short(positive)}"
     _title(axes, f"{title}: {subject}", summary)
 
 
 def _title(axes: Axes, title: str, summary: dict[str, Any]) -> None:
     axes.set_title(title, fontsize=11, loc="left", pad=22)
-    source = f"{_short(summary['model'])} on {summary['split']}: {count_of(summary['images'], 'image')}"
+    source = f"{short(summary['model'])} on {summary['split']}: {count_of(summary['images'], 'image')}"
     if summary.get("images_without_patient") != summary["images"]:
         source += f", {count_of(summary['patients'], 'patient')}"
     source += "" if summary["calibrated"] else "; not calibrated"

@@ -1,0 +1,71 @@
+"""`compare` measures two models on the same images, each at its own threshold, and refuses what cannot be compared."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.conftest import draw_collection, settings_of
+from xray_fastai import compare, evaluate
+
+
+@pytest.fixture
+def data(tmp_path):
+    return draw_collection(tmp_path / "data", {"test/NORMAL": 9, "test/PNEUMONIA": 7}, seed=1)
+
+
+@pytest.fixture
+def other(export, tmp_path):
+    """Copy the export with other values in its `model.json`."""
+
+    def other(**settings):
+        shutil.copytree(export, tmp_path / "other", copy_function=os.link)
+        (tmp_path / "other" / "model.json").unlink()
+        (tmp_path / "other" / "model.json").write_text(json.dumps(settings_of(export) | settings))
+        return tmp_path / "other"
+
+    return other
+
+
+def test_each_model_decides_at_its_own_threshold(run, export, other, data, tmp_path):
+    """The figures of each are those of `evaluate`."""
+    second = other(threshold=0.9)
+    result = run("compare", export, second, "--data", data, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "out" / "comparison-small-other"
+    assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.png"}
+    summary = json.loads((folder / "comparison.json").read_text())
+    for key, model in (("a", export), ("b", second)):
+        expected = evaluate(model, data, output=tmp_path / key).metrics.value
+        for name, metric in summary["metrics"].items():
+            found = np.nan if metric[key] is None else metric[key]
+            assert found == pytest.approx(expected[name], nan_ok=True), name
+    assert summary["metrics"]["roc_auc"]["difference"] == 0 and summary["images"] == 16
+    assert "no medical device" in result.stdout and "B - A" in result.stdout and "McNemar" in result.stdout
+    assert all(len(line) <= 80 or "/" in line for line in result.stdout.splitlines())
+
+
+def test_json_goes_to_standard_output(run, export, data, tmp_path):
+    result = run("compare", export, export, "--data", data, "--output", tmp_path, "--json")
+    assert json.loads(result.stdout)["a"] == json.loads(result.stdout)["b"]
+
+
+def test_the_classes_may_stand_in_another_order(export, other, data, tmp_path):
+    """With the names in another order, the same outputs mean the other class: all calls of b are turned around."""
+    settings = settings_of(export)
+    turned = other(classes=settings["classes"][::-1])
+    sensitivity, specificity = (
+        compare(export, turned, data, output=tmp_path).differences.loc[name] for name in ("sensitivity", "specificity")
+    )
+    auc = compare(export, turned, data, output=tmp_path).differences.loc["roc_auc"]
+    assert auc.b == pytest.approx(1 - auc.a)
+    assert 0 <= sensitivity.b <= 1 and 0 <= specificity.b <= 1
+
+
+def test_what_cannot_be_compared_is_refused(run, refused, export, other, data, tmp_path):
+    renamed = other(classes=["HEALTHY", "PNEUMONIA"])
+    refused(run("compare", export, renamed, "--data", data, "--output", tmp_path), "HEALTHY", "classes")
+    refused(run("compare", export, export, "--data", data, "--split", "all"), "--split", "choose one of")
+    refused(run("compare", export, tmp_path / "none", "--data", data), "none")
