@@ -24,6 +24,7 @@ from xray_fastai.evaluation.report import write_report
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.inference.tta import describe as describe_tta
+from xray_fastai.metrics.decision import THRESHOLDS, decision_curve
 from xray_fastai.metrics.intervals import Interval, Measured, measure
 from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.system.device import describe
@@ -222,9 +223,19 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
             {"images": of_bin.images, "probability": of_bin.probability, "share": _plain({"": of_bin.share})[""]}
             for of_bin in measured.reliability
         ],
+        "decision_curve": None if scored.positive is None else _decision_curve(scored, scored.positive),
         "tta": request.tta,
         "notes": _notes(request, scored, y_pred),
     }
+
+
+def _decision_curve(scored: Scored, positive: int) -> list[dict[str, float | None]]:
+    """Return the net benefit of the model at 0.05, 0.10, ... and that of acting on all images; on none it is 0."""
+    curve = decision_curve(scored, positive)
+    return [
+        {"threshold": float(THRESHOLDS[i]), **_plain({"": curve.model[i]})[""], "all": float(curve.all[i])}
+        for i in range(4, len(THRESHOLDS), 5)
+    ]
 
 
 def _notes(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Draw the plots of an evaluation: confusion matrix, ROC curve, precision-recall curve, reliability diagram."""
+"""Draw the plots of an evaluation: confusion matrix, ROC, precision-recall and decision curve, reliability, scores."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from xray_fastai.metrics.decision import THRESHOLDS, decision_curve
 from xray_fastai.metrics.intervals import FALSE_POSITIVE_RATES, Curve, Measured
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.system.text import count_of, format_interval, shorten
@@ -18,6 +19,8 @@ FILES = {
     "roc.png": "ROC curve",
     "precision_recall.png": "Precision-recall curve",
     "reliability.png": "Reliability diagram",
+    "decision_curve.png": "Decision curve",
+    "scores.png": "Distribution of the probabilities by outcome",
 }
 """The files, each with its alternative text."""
 
@@ -38,6 +41,8 @@ def plot_evaluation(folder: Path, summary: dict[str, Any], scored: Scored, measu
         _roc(summary, scored, measured),
         _precision_recall(summary, scored, measured),
         _reliability(summary, scored, measured),
+        _decision_curve(summary, scored, measured),
+        _scores(summary, scored),
     )
     for name, figure in zip(FILES, figures, strict=True):
         figure.savefig(folder / name, dpi=130)
@@ -131,6 +136,62 @@ def _reliability(summary: dict[str, Any], scored: Scored, measured: Measured) ->
         part.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="best", fontsize=8, framealpha=0.9, edgecolor="none")
     _title(axes, f"Reliability: calibration error {measured.free['expected_calibration_error'].value:.3f}", summary)
+    return figure
+
+
+def _decision_curve(summary: dict[str, Any], scored: Scored, measured: Measured) -> Figure:
+    figure = Figure(figsize=(5.4 if len(measured.curves) <= len(COLOURS) else 9.4, 5.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color="#444", linewidth=1.2, label="act on none")
+    highest = 0.0
+    for curve, style, name in _curves(summary, scored, measured):
+        found = decision_curve(scored, curve.label)
+        value, low, high = np.array(found.model).T
+        highest = max(highest, 1.2 * curve.positives.mean())
+        axes.plot(THRESHOLDS, value, **style, label=name or "the model")
+        of_all = {"color": "#666" if scored.positive is not None else style["color"], "linewidth": 1, "linestyle": ":"}
+        axes.plot(THRESHOLDS, found.all, **of_all, label=None if name else "act on all")
+        if scored.positive is not None:
+            axes.fill_between(
+                THRESHOLDS, low, high, color=style["color"], alpha=0.15, linewidth=0, label="95 % intervals, pointwise"
+            )
+            chosen = summary["operating_points"]["chosen"]["threshold"]
+            axes.axvline(chosen, color="#c8102e", linewidth=1, linestyle="--", label=f"threshold {chosen:.4g}")
+    highest = highest or 1.0
+    axes.set(xlim=(0, 1), ylim=(-0.25 * highest, 1.08 * highest))
+    axes.set(xlabel="threshold probability", ylabel="net benefit, in true positives an image")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _finish(axes, "Net benefit", summary, measured, "best")
+    return figure
+
+
+def _scores(summary: dict[str, Any], scored: Scored) -> Figure:
+    figure = Figure(figsize=(5.4, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    probability, _, outcome = scored.confidence
+    if scored.positive is None:
+        names, of = ("predicted wrongly", "predicted correctly"), "the predicted class"
+    else:
+        of = short(summary["positive"])
+        names = (next(name for name in _names(summary) if name != of), of)
+    for side, name, colour in zip((False, True), names, COLOURS, strict=False):
+        within = probability[outcome == side]
+        if len(within):
+            weights = np.full(len(within), 1 / len(within))
+            style = {"bins": 25, "range": (0, 1), "color": colour}
+            axes.hist(within, **style, weights=weights, alpha=0.3)
+            axes.hist(
+                within, **style, weights=weights, histtype="step", linewidth=1.6, label=f"{name}: {len(within):,}"
+            )
+    chosen = summary["operating_points"]["chosen"]["threshold"]
+    if chosen is not None:
+        axes.axvline(chosen, color="#444", linewidth=1, linestyle="--", label=f"threshold {chosen:.4g}")
+    axes.set(xlim=(-0.02, 1.02), xlabel=f"predicted probability of {of}", ylabel="share of the images of the outcome")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="best", fontsize=8, framealpha=0.9, edgecolor="none")
+    _title(axes, "Probabilities by outcome", summary)
     return figure
 
 
