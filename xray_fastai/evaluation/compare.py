@@ -142,7 +142,7 @@ def _images_of_both(models: list[Model], wanted: Request) -> Labelled:
     if wanted.data is None and names[0] != names[1]:
         raise UserError(f"the fits used {names[0]} and {names[1]}; say which images to compare on", option="data")
     listed = [labelled_images(model.settings, wanted) for model in models]
-    if listed[0].table.path.tolist() != listed[1].table.path.tolist():
+    if set(listed[0].table.path) != set(listed[1].table.path):
         message = "the fits used other images for it; compare on the test split"
         raise UserError(message, option="split", value=wanted.split)
     notes = [f"{name}: {note}" for name, images in zip("AB", listed, strict=True) for note in images.notes]
