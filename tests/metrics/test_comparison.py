@@ -110,7 +110,7 @@ def test_copies_of_an_image_add_no_certainty():
     for name in ("roc_auc", "accuracy", "nll", "sensitivity"):
         assert thrice[name][:5] == pytest.approx(once[name][:5])
     assert once["roc_auc"].test == "DeLong's test" and once["accuracy"].test == "McNemar's exact test"
-    assert thrice["roc_auc"].p == pytest.approx(once["roc_auc"].p, rel=0.2)
+    assert thrice["roc_auc"].p == pytest.approx(once["roc_auc"].p, rel=0.3)  # Student's t for the normal law
 
 
 def test_the_models_can_be_swapped():
