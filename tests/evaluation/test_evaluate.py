@@ -23,7 +23,8 @@ from xray_fastai.metrics.table import METRICS
 from xray_fastai.system.files import sha256
 
 TEST = {"test/NORMAL": 9, "test/PNEUMONIA": 7}
-FILES = {"confusion.png", "metrics.json", "precision_recall.png", "predictions.csv", "reliability.png", "roc.png"}
+FILES = {"confusion.png", "decision_curve.png", "metrics.json", "precision_recall.png", "predictions.csv"}
+FILES |= {"reliability.png", "roc.png", "scores.png"}
 FILES_OF_TWO = FILES | {"predictive_values.png"}  # classes
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.curves
 
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "img", "br", "hr", "input", "link"}
-PLOTS = ("confusion.png", "roc.png", "precision_recall.png", "reliability.png")
+PLOTS = ("confusion.png", "roc.png", "precision_recall.png", "reliability.png", "decision_curve.png", "scores.png")
 
 
 class Page(HTMLParser):

@@ -184,6 +184,36 @@ def evaluate(
 
 
 @app.command(cls=Command)
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The first export.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The second, of the same classes.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="Folder of the images. [default: that of both fits]")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Split: test, valid (the images that both validated on) or train.")
+    ] = "test",
+    exclude: Exclude = None,
+    patients: Patients = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to. [default: this folder]")
+    ] = None,
+    device: Device = PredictConfig.device,
+    precision: Precision = PredictConfig.precision,
+    json: Json = False,
+) -> None:
+    """Compare two models on the same images: paired differences of all metrics, with intervals by patient."""
+    for model in (a, b):
+        _check_export(model)
+    from xray_fastai.evaluation.compare import compare as run
+
+    result = run(
+        a, b, data, split, exclude=exclude, patients=patients, output=output, device=device, precision=precision
+    )
+    print(result.to_json() if json else result)
+
+
+@app.command(cls=Command)
 def interpret(
     model: Export = None,
     data: Data = None,

@@ -26,6 +26,7 @@ from xray_fastai.evaluation.subgroups import worst_group_of
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.inference.tta import describe as describe_tta
+from xray_fastai.metrics.decision import THRESHOLDS, decision_curve
 from xray_fastai.metrics.intervals import Interval, Measured, measure
 from xray_fastai.metrics.predictive_values import predictive_values
 from xray_fastai.metrics.scored import Scored, losses
@@ -233,6 +234,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
             for of_bin in measured.reliability
         ],
         "worst_group": None if worst is None else asdict(worst),
+        "decision_curve": None if scored.positive is None else _decision_curve(scored, scored.positive),
         "tta": request.tta,
         "notes": _notes(request, scored, y_pred),
     }
@@ -243,6 +245,15 @@ def _at_prevalence(model: Model, scored: Scored, y_pred: np.ndarray) -> dict[str
     if model.prevalence is None:
         return None
     return _plain(predictive_values(scored, y_pred, model.prevalence)._asdict())
+
+
+def _decision_curve(scored: Scored, positive: int) -> list[dict[str, float | None]]:
+    """Return the net benefit of the model at 0.05, 0.10, ... and that of acting on all images; on none it is 0."""
+    curve = decision_curve(scored, positive)
+    return [
+        {"threshold": float(THRESHOLDS[i]), **_plain({"": curve.model[i]})[""], "all": float(curve.all[i])}
+        for i in range(4, len(THRESHOLDS), 5)
+    ]
 
 
 def _notes(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray]) -> list[str]:

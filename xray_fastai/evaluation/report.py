@@ -45,11 +45,14 @@ PLOTS = {
     "precision_recall.png": "Precision-recall curve: precision (PPV) against recall (sensitivity)",
     "reliability.png": "Reliability diagram: predicted probability against the share of images with the class",
     "predictive_values.png": "PPV and NPV against the prevalence of the class to detect",
+    "decision_curve.png": "Decision curve: net benefit of acting on the model against the threshold probability",
+    "scores.png": "Distribution of the predicted probabilities by outcome",
 }
 WRONG_SHAPE = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 """The errors that a damaged or foreign JSON file causes."""
-KEY_METRICS = ("roc_auc", "accuracy", "sensitivity", "specificity")
-"""The metrics at the top of the report."""
+KEY_METRICS = ("roc_auc", "accuracy", "sensitivity", "specificity", "calibration_slope", "observed_expected")
+"""The metrics at the top of the report: discrimination, decisions and calibration. F1 mixes them, so it is left
+out (Van Calster et al., Lancet Digital Health 2025)."""
 
 
 def write_report(export: str | Path, output: str | Path | None = None, name: str | None = None) -> Path:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xray_fastai.metrics.influence import Shares
-from xray_fastai.metrics.intervals import Interval, patient_sums, share_interval
+from xray_fastai.metrics.intervals import Interval, share_interval, sums_by_patient
 from xray_fastai.metrics.scored import Scored
 
 
@@ -77,7 +77,7 @@ def _ratio(hits: np.ndarray, members: np.ndarray, patients: np.ndarray) -> Inter
     (top_low, top_high), (below_low, below_high) = (
         share_interval(Shares(hits[:, None], groups[:, [k]]), patients) for k in (0, 1)
     )
-    of_patient = patient_sums(shares.influence, patients)  # (patients, 2)
+    of_patient = sums_by_patient(shares.influence, patients)  # (patients, 2)
     scale = np.sqrt((of_patient**2).sum(axis=0).prod())
     correlation = of_patient.prod(axis=1).sum() / scale if scale > 0 else 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
