@@ -38,7 +38,7 @@ IMAGES = whole_number("IMAGES", 200)
 FEW = whole_number("FEW", 32)
 PREVALENCES = [float(p) for p in os.environ.get("PREVALENCES", "0.743,0.5,0.2").split(",")]
 SEEDS = range(whole_number("SEEDS", 3))
-BLUR = whole_number("BLUR", 0)
+BLUR = float(os.environ.get("BLUR", "0"))
 # -----------------------------------------------------------------------------
 
 
