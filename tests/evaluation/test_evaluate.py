@@ -147,7 +147,7 @@ def test_python_and_an_earlier_evaluation(run, changed, data):
     Path("exports").mkdir()
     shutil.move(changed(), "exports/run")
     first = evaluate(data=data)
-    assert first.path == Path("exports/run/evaluation-test")
+    assert first.path == Path("exports/run/evaluation-test-data")
     (first.path / "stale.png").write_text("")
     second = evaluate(data=str(data), threshold=0.5)
     assert {path.name for path in first.path.iterdir()} == FILES_OF_TWO
@@ -159,6 +159,32 @@ def test_python_and_an_earlier_evaluation(run, changed, data):
     assert second.confusion.loc["PNEUMONIA"].sum() == 11
     html = second._repr_html_()
     assert html.count("data:image/png;base64") == 5 and "ROC AUC" in html
+
+
+@pytest.mark.slow
+def test_two_data_sets_are_kept_apart(run, changed, data, tmp_path):
+    """`evaluate` and `interpret` of a second hospital leave those of the fit's own data, and the report names both."""
+    own, other, same_name = data, tmp_path / "hospital b", tmp_path / "deep" / "hospital b"
+    copy = changed()
+    change_settings = json.loads((copy / SETTINGS).read_text())
+    change_settings["settings"]["data"] = change_settings["data"]["name"] = str(own)
+    (copy / SETTINGS).write_text(json.dumps(change_settings))
+    draw_collection(other, {"test/NORMAL": 3, "test/PNEUMONIA": 2})
+    draw_collection(same_name, {"test/NORMAL": 2, "test/PNEUMONIA": 2})
+    for command, option in (("evaluate", "--json"), ("interpret", "--top=1")):
+        for folder in (["--data", os.path.relpath(own)], [], ["--data", other]):
+            result = run(command, "--model", copy, "--split", "test", *folder, option)
+            assert result.exit_code == 0 and "replaces" not in result.output, result.output
+    kept = [f"{kind}-test{of}" for kind in ("evaluation", "interpretation") for of in ("", "-hospital-b")]
+    assert sorted(path.name for path in copy.glob("*-test*")) == kept
+    page = (copy / "report.html").read_text()
+    assert page.index(f"The test split of {own}: 23 images") < page.index(f"The test split of {other}: 5 images")
+    assert f'of the test split of <span class="path">{own}</span>' in page
+    assert f"of {other}: " in page[page.index("Where it errs") :]
+    assert "test (evaluated)" in page and "test-hospital-b (evaluated)" in page
+    for command, kind in (("evaluate", "evaluation"), ("interpret", "interpretation")):
+        text = " ".join(run(command, "--model", copy, "--split", "test", "--data", same_name).stdout.split())
+        assert f"replaces {kind}-test-hospital-b of {other}" in text
 
 
 def test_a_failure_leaves_the_earlier_evaluation(run, refused, export, data, tmp_path):

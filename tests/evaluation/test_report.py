@@ -148,7 +148,8 @@ def test_whole(whole):
     pictures = page.all("img")
     assert len(pictures) == 1 + 2 * 4 + 1
     assert all(picture["alt"] and picture["src"].startswith("data:image/png;base64,") for picture in pictures)
-    assert page.text.index("The test split: 624 images") < page.text.index("The valid split: 624 images")
+    first, second = (page.text.index(f"The {split} split of data: 624 images") for split in ("test", "valid"))
+    assert first < second
     for words in ("threshold 0.4375 (chosen)", "0.955", "0.905 to 0.975", "undefined", "bootstrap over 310 patients"):
         assert words in page.text
     assert page.text.count("was trained or chosen on these images") == 1
@@ -260,7 +261,7 @@ def test_what_cannot_be_shown_is_named(whole):
     for part in ("evaluation-valid/metrics.json", "evaluation-test/roc.png", "interpretation-test", "history.csv"):
         assert part in named
     assert "evaluation-train/metrics.json: not readable (ValueError: written by a newer version, format 2)" in named
-    assert "The test split: 624 images" in page.text and len(page.all("img")) == 1 + 3 + 1
+    assert "The test split of data: 624 images" in page.text and len(page.all("img")) == 1 + 3 + 1
 
 
 @pytest.mark.parametrize("status", ["interrupted", "diverged"])
@@ -316,7 +317,7 @@ def test_written_elsewhere_in_one_step(whole, tmp_path):
     assert path == output / "report.html" and not (whole / "report.html").exists()
     page = Page(path)
     assert ("h1", "run-1") in page.headings
-    assert "77 images" in page.text and "The valid split: 624 images" in page.text
+    assert "77 images" in page.text and "The valid split of data: 624 images" in page.text
     assert sorted(file.name for file in output.iterdir()) == ["evaluation-test", "report.html"]
 
 

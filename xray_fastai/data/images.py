@@ -119,7 +119,8 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
             raise ImageError(
                 "not a DICOM file (the mark DICM is missing after the first 128 bytes)", value=name
             ) from None
-        raise ImageError(f"not an image (supported: {', '.join(EXTENSIONS)})", value=name) from None
+        message = f"not an image: its content, whatever its name, is none of {', '.join(EXTENSIONS)}"
+        raise ImageError(message, value=name) from None
     except Image.DecompressionBombError:
         raise ImageError(f"more than {MAX_PIXELS:,} pixels; no X-ray is that large", value=name) from None
     except Exception as error:  # Pillow's decoders raise whatever a broken stream leads them to

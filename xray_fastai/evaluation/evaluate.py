@@ -22,6 +22,7 @@ from xray_fastai.data.patients import note_on, unknown
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
 from xray_fastai.evaluation.report import write_report
+from xray_fastai.evaluation.result_folder import replaced_data, result_folder
 from xray_fastai.evaluation.subgroups import worst_group_of
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
@@ -91,6 +92,8 @@ def evaluate(
 ) -> Evaluation:
     """Compute metrics with 95 % intervals, and write them with predictions and plots to `evaluation-<split>/`.
 
+    Images of another folder than that of the fit get `evaluation-<split>-<folder>/`, beside it.
+
     Args:
         model: the export's folder, an open model, or a learner that `load_learner` opened; None is the newest in
             ./exports.
@@ -104,7 +107,7 @@ def evaluate(
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
         exclude: a list of files to leave out, as `data check --fix` writes it.
         patients: a .csv file with the columns file and patient; None is the one of `fit`, if `data` is None.
-        output: the folder to write `evaluation-<split>/` into, instead of the export.
+        output: the folder to write `evaluation-<split>/` into, instead of the export, for images of any folder.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 (`inference.model.open_model`).
 
@@ -123,13 +126,16 @@ def evaluate(
     given = _threshold(threshold)
     PredictConfig(uncalibrated=uncalibrated, prevalence=prevalence)  # checks them
     opened = open_model(model, device, precision).at_prevalence(prevalence)
-    labelled = labelled_images(opened.settings, Request(data, split, exclude, patients))
+    wanted = Request(data, split, exclude, patients)
+    labelled = labelled_images(opened.settings, wanted)
     if given is not None and len(opened.classes) != 2:
         message = f"the export has {len(opened.classes)} classes and predicts the most probable one; leave it out"
         raise UserError(message, option="threshold", value=f"{given:g}")
     source = opened.settings["data"]["name"] if data is None else str(data)
+    folder = result_folder("evaluation", opened.path, opened.settings, wanted, output)
+    if (note := replaced_data(folder, METRICS_FILE, opened.settings, wanted)) is not None:
+        labelled.notes.append(note)
     request = _Request(opened, source, split, labelled, not uncalibrated, given, tta)
-    folder = Path(opened.path if output is None else output) / f"evaluation-{split}"
     with replaced(folder, METRICS_FILE) as partial:
         result = _evaluate(request, folder, partial)
     write_report(opened.path, output)

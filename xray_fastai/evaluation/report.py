@@ -148,9 +148,9 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
 def _read_parts(
     parts: dict[str, Path], kind: str, file: str, read: Callable[[dict], dict], problems: list[str]
 ) -> list[dict]:
-    """Read the evaluations or the interpretations that exist, those of the test split first."""
+    """Read the evaluations or the interpretations that exist, those of the test split of the fit's data first."""
     contents = []
-    for name in sorted(parts, key=lambda name: (not name.endswith("-test"), name)):
+    for name in sorted(parts, key=lambda name: (name != f"{kind}-test", name)):
         if not name.startswith(f"{kind}-"):
             continue
         try:
@@ -230,7 +230,8 @@ def _interpretation(summary: dict) -> dict[str, Any]:
         }
         for row in summary["worst"]
     ]
-    return {**{key: summary[key] for key in ("split", "images", "errors", "causes", "selection")}, "worst": worst}
+    copied = ("split", "images", "errors", "causes", "selection")
+    return {**{key: summary[key] for key in copied}, "data": summary.get("data"), "worst": worst}
 
 
 def _point(key: str, threshold: float | None) -> str:
@@ -259,7 +260,8 @@ def _value(text: str) -> int | float | str | None:
 def _bars(data: dict, evaluations: list[dict]) -> list[dict]:
     """Count images by split and class; `share` is relative to the longest bar."""
     groups = {"training": data["train"], "validation": data["valid"]}
-    groups |= {f"{e['split']} (evaluated)": e["counts"] for e in evaluations if e["split"] not in ("train", "valid")}
+    others = [e for e in evaluations if e["split"] not in ("train", "valid")]
+    groups |= {f"{e['name'].removeprefix('evaluation-')} (evaluated)": e["counts"] for e in others}
     max_count = max([count for counts in groups.values() for count in counts.values()], default=0) or 1
     labels = list(data["train"])
     return [
