@@ -158,7 +158,7 @@ def test_python_and_an_earlier_evaluation(run, changed, data):
     assert second.confusion.to_numpy().sum() == len(second.predictions) == 23
     assert second.confusion.loc["PNEUMONIA"].sum() == 11
     html = second._repr_html_()
-    assert html.count("data:image/png;base64") == 5 and "ROC AUC" in html
+    assert html.count("data:image/png;base64") == 7 and "ROC AUC" in html
 
 
 @pytest.mark.slow
