@@ -102,7 +102,8 @@ def test_the_command_shows_what_it_gained(recalibrated, export):
     for pair in figures.values():
         for value, low, high in pair.values():
             assert low is None or low <= value <= high
-    assert f"{figures['nll']['after'][0]:.3f} (" in printed
+    numbers = [f"{figures['nll'][part][0]:.3f}" for part in ("before", "after", "difference")]
+    assert f"negative log-likelihood {' '.join(numbers)} (" in printed
 
 
 def test_nothing_of_the_local_images_is_in_the_export(recalibrated, local):

@@ -57,10 +57,10 @@ class Recalibration:
         for name, text in self.about:
             lines += wrap(text, f"{name:<15}")
         if self.record["metrics"]:
-            lines += ["", f"{'':<28}{'before':<26}{'after':<26}difference"]
+            lines += ["", f"{'':<28}{'before':<10}{'after':<10}difference"]
         for name, found in self.record["metrics"].items():
-            cells = "  ".join(f"{_cell(found[part]):<24}" for part in PARTS)
-            lines.append(f"{title_of(name):<28}{cells.rstrip()}")
+            before, after = (f"{_cell([found[part][0], None, None]):<10}" for part in PARTS[:2])
+            lines.append(f"{title_of(name):<28}{before}{after}{_cell(found[PARTS[2]])}")
         return "\n".join([*lines, "", *wrap(str(self.path), f"{'written':<15}"), DISCLAIMER])
 
     def _repr_html_(self) -> str:
@@ -149,8 +149,8 @@ def recalibrate(
 
 
 AFTER = (
-    "before: the export as it was; after: each image by a fit to the other patients, cross-validated; 95 % intervals "
-    "by patient. The order of the images, and so the AUC, needs no label"
+    "before: the export as it was; after: each image by a fit to the other patients, cross-validated; the difference "
+    "with its 95 % interval by patient. The order of the images, and so the AUC, needs no label"
 )
 
 

@@ -91,9 +91,6 @@ def without_labels(model: Model, request: Request) -> Adapted:
         adapted = adapt(model, images)
         notes.append(f"batch norm adapted to {number} without labels")
         lines.append(f"batch norm: {SHARE:.0%} of its statistics are now of these images")
-        if settings.get("gate") is not None:  # its distances are of the features before
-            settings = settings | {"gate": None}
-            lines.append("gate: left out, as it is of the network before")
     else:
         found = match(model, images, reference, request.prevalence)
         lines += found.describe(model.positive)
