@@ -16,7 +16,7 @@ from xray_fastai.system.untrusted import read_received
 def result_folder(
     kind: str, export: Path, settings: dict[str, Any], wanted: Request, output: str | Path | None
 ) -> Path:
-    """Return `<kind>-<split>` for the data of the fit, and `<kind>-<split>-<folder>` for images of another folder.
+    """Return `<kind>-<split>` for the data of the fit, and `<kind>-test-<folder>` for the test images of another.
 
     Args:
         kind: evaluation or interpretation.
@@ -28,27 +28,35 @@ def result_folder(
     name = f"{kind}-{wanted.split}"
     if output is not None:
         return Path(output) / name
-    if wanted.data is None or _of_fit(settings, wanted.data):
+    if _of_fit(settings, wanted):
         return export / name
     return export / f"{name}-{_plain_name(wanted.data)}"
 
 
 def replaced_data(folder: Path, file: str, settings: dict[str, Any], wanted: Request) -> str | None:
     """Return a note if `folder` holds, by its `file`, the result of other data, which the new one replaces."""
+    if wanted.split != "test":
+        return None
     try:
         earlier = json.loads(read_received(folder, file, FILE_BYTES))["data"]
     except (UserError, *WRONG_SHAPE):  # none yet, or not one that names its data
         return None
     names: list[str | Path | None] = [wanted.data]
-    if wanted.data is None or _of_fit(settings, wanted.data):
+    if _of_fit(settings, wanted):
         names += [settings["data"]["name"], settings["settings"]["data"]]
     same = isinstance(earlier, str) and _absolute(earlier) in {_absolute(name) for name in names if name is not None}
     return None if same else f"replaces {folder.name} of {shown(earlier, 200)}"
 
 
-def _of_fit(settings: dict[str, Any], data: str | Path) -> bool:
+def _of_fit(settings: dict[str, Any], wanted: Request) -> bool:
+    """Return whether images are of the data of the fit.
+
+    Those of `valid` and `train` are, wherever the folder lies now: they are found by what the export knows of them.
+    """
     fitted = settings["settings"]["data"]
-    return fitted is not None and _absolute(fitted) == _absolute(data)
+    if wanted.data is None or wanted.split != "test":
+        return True
+    return fitted is not None and _absolute(fitted) == _absolute(wanted.data)
 
 
 def _absolute(folder: str | Path) -> Path:
