@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # type checkers and editors read these imports; `__getattr__` makes the same ones
     from xray_fastai.config import FitConfig
     from xray_fastai.data.audit.check import check_data
+    from xray_fastai.evaluation.compare import compare
     from xray_fastai.evaluation.evaluate import evaluate
     from xray_fastai.evaluation.interpret import interpret
     from xray_fastai.export.learner import load_learner, open_learner
@@ -16,18 +17,20 @@ if TYPE_CHECKING:  # type checkers and editors read these imports; `__getattr__`
     from xray_fastai.inference.predict import predict
     from xray_fastai.training.dataloaders import dataloaders, learner
     from xray_fastai.training.fit import fit
+    from xray_fastai.training.recalibrate import recalibrate
     from xray_fastai.training.save_export import save_export
 
 __version__ = "0.2.0"
 DISCLAIMER = "For research and teaching. It is no medical device; never diagnose by it."
 __all__ = [
-    "FitConfig", "__version__", "check_data", "dataloaders", "evaluate", "fit", "interpret", "learner",
-    "load_learner", "open_learner", "predict", "save_export", "verify",
+    "FitConfig", "__version__", "check_data", "compare", "dataloaders", "evaluate", "fit", "interpret", "learner",
+    "load_learner", "open_learner", "predict", "recalibrate", "save_export", "verify",
 ]  # fmt: skip
 
 _MODULES = {
     "FitConfig": "config",
     "check_data": "data.audit.check",
+    "compare": "evaluation.compare",
     "dataloaders": "training.dataloaders",
     "evaluate": "evaluation.evaluate",
     "fit": "training.fit",
@@ -36,6 +39,7 @@ _MODULES = {
     "load_learner": "export.learner",
     "open_learner": "export.learner",
     "predict": "inference.predict",
+    "recalibrate": "training.recalibrate",
     "save_export": "training.save_export",
     "verify": "export.verification",
 }

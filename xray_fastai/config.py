@@ -443,6 +443,14 @@ class PredictConfig:
         below=0.5,
     )
     uncalibrated: bool = _setting(False, "Give the softmax of the network's outputs, without fit's calibration=.")
+    prevalence: float | None = _setting(
+        None,
+        "Share of the class to detect where the images come from, such as 0.03: the probabilities are moved to it. "
+        "[default: the one that the export's are set for]",
+        metavar="P",
+        above=0,
+        below=1,
+    )
     tta: bool = _setting(False, "Test-time augmentation: the mean over five views of an image.")
     batch_size: int = _setting(32, "Batch size.", min=1)
     device: str = _setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
@@ -456,6 +464,12 @@ class PredictConfig:
         _check_fields(self)
         if self.resume and self.output is None:
             raise UserError("give the file to continue by output=", option="resume")
+        if self.prevalence is not None and self.uncalibrated:
+            raise UserError(
+                "moves the export's probabilities, which uncalibrated= leaves out; leave out one of them",
+                option="prevalence",
+                value=f"{self.prevalence:g}",
+            )
 
 
 UNCERTAIN = "uncertain"

@@ -106,6 +106,35 @@ def test_weights_that_are_not_weights(name, refuse, collection, tmp_path):
     refuse(collection, name, options=["--weights", tmp_path / name])
 
 
+def test_a_web_page_for_weights(refuse, collection, tmp_path):
+    """torch looks its letters up as steps of a pickle."""
+    for letter in "e}":
+        (tmp_path / "page.pth").write_text(letter * 50)
+        options = ["--weights", tmp_path / "page.pth"]
+        refuse(collection, "page.pth: not a readable weights file", "get it again", options=options)
+        refuse(collection, "(it is damaged, or holds something else)", options=options)
+
+
+def test_a_folder_without_its_option(run, collection, tmp_path):
+    result = run("fit", collection)
+    assert result.exit_code == 2 and f"did you mean --data {collection}?" in " ".join(result.stderr.split())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.json").write_text("{}")
+    result = run("evaluate", tmp_path / "run")
+    assert result.exit_code == 2 and f"did you mean --model {tmp_path / 'run'}?" in " ".join(result.stderr.split())
+    result = run("fit", "nowhere")
+    assert result.exit_code == 2 and "(nowhere)" in result.stderr and "did you mean" not in result.stderr
+
+
+def test_a_class_in_other_letters(refuse, collection):
+    refuse(collection, "--positive pneumonia", "did you mean PNEUMONIA?", options=["--positive", "pneumonia"])
+
+
+def test_a_text_named_as_an_image(refuse, collection):
+    next((collection / "train" / "NORMAL").iterdir()).write_text("hello")
+    refuse(collection, "not an image: its content, whatever its name, is none of .jpeg")
+
+
 def test_a_weights_file_that_contains_code(refuse, collection, tmp_path):
     trace = tmp_path / "trace"
 

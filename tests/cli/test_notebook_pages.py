@@ -63,7 +63,7 @@ def test_a_fit(collection, tmp_path):
 def test_an_evaluation(export, data, tmp_path):
     page = Page(evaluate(export, data, output=tmp_path)._repr_html_())
     page.check()
-    assert len(page.pictures) == 4 and "ensitivity" in page.text and str(data) in page.text
+    assert len(page.pictures) == 7 and "ensitivity" in page.text and str(data) in page.text
 
 
 def test_an_interpretation(export, data, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 import typer.main
 
-from xray_fastai import FitConfig, evaluate, fit, predict
+from xray_fastai import FitConfig, check_data, evaluate, fit, interpret, predict, verify
 from xray_fastai.cli.main import app
 from xray_fastai.config import setting_of
 from xray_fastai.system.errors import UserError
@@ -33,6 +33,30 @@ def test_help_says_what_each_option_does():
     for field in fields(FitConfig)[1:]:
         assert f" {field.name}: {' '.join(setting_of(field).help.split())}" in text
     assert "--" not in text.replace("data check --fix", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "of_the_command", "of_python"),
+    [
+        ("fit", fit, {"open"}, {"callbacks", "metrics"}),
+        ("evaluate", evaluate, {"json", "open"}, set()),
+        ("interpret", interpret, {"open"}, set()),
+        ("predict", predict, {"output", "resume", "heatmaps"}, set()),
+        ("verify", verify, {"export"}, {"path"}),
+        ("check", check_data, {"folder", "fix", "json"}, {"data"}),
+    ],
+)
+def test_names_and_defaults_are_those_of_the_command(name, function, of_the_command, of_python):
+    """The README lists the exceptions."""
+    commands = typer.main.get_command(app).commands
+    commands |= commands["data"].commands
+    options = {param.name: param for param in commands[name].params}
+    arguments = inspect.signature(function).parameters
+    assert options.keys() - arguments.keys() == of_the_command and arguments.keys() - options.keys() == of_python
+    for key in (options.keys() & arguments.keys()) - {"resume", "paths"}:
+        assert options[key].default == arguments[key].default, key
+        typed = "class" if key == "label" else key.replace("_", "-")
+        assert options[key].opts[0] == f"--{typed}"
 
 
 @pytest.mark.parametrize(

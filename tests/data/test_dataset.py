@@ -1,11 +1,12 @@
 """Folders become a table, and a table a training and a validation side that share no patient and no file."""
 
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from tests.conftest import draw_collection
+from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai.data.dataset import check_files, find_root, read_split
 from xray_fastai.data.patients import PatientRule
 from xray_fastai.data.splits import assign_validation, hold_out
@@ -108,6 +109,20 @@ def test_auto_uses_a_large_val_as_it_stands_and_leaves_out_what_leaks(with_val):
     assert frame.is_valid.sum() == 100 and (~frame.is_valid).sum() == 98
     for column in ("patient", "image"):
         assert not set(frame[column][frame.is_valid]) & set(frame[column][~frame.is_valid])
+
+
+@pytest.mark.slow
+def test_a_class_validated_on_one_patient_is_said(run, tmp_path):
+    counts = {"train/NORMAL": 8, "train/PNEUMONIA": 8, "val/NORMAL": 3, "val/PNEUMONIA": 3}
+    root = draw_collection(tmp_path / "data", counts)
+    for i, path in enumerate(sorted((root / "val/PNEUMONIA").iterdir())):
+        path.rename(path.with_name(f"person7_virus_{i}.jpeg"))
+    options = ["--valid", "folder", *QUICK, "--weights", "none", "--epochs", 1, "--name", "one"]
+    result = run("fit", "--data", root, *options)
+    assert result.exit_code == 0, result.output
+    said = "WARNING: the 3 validation images of PNEUMONIA are all of one patient"
+    assert said in " ".join(result.output.split()) and "images of NORMAL are all" not in result.output
+    assert any(note.startswith(said) for note in settings_of(Path("exports/one"))["data"]["notes"])
 
 
 def test_auto_looks_at_the_smallest_class_of_val(with_val):

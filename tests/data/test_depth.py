@@ -1,12 +1,15 @@
 """Pictures of more than 8 bits keep their greys, whatever file or array they come in."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from xray_fastai.data.depth import eight_bits
+from xray_fastai.data.image_facts import examine
 from xray_fastai.data.images import open_image
 from xray_fastai.data.sources.phantom import draw
 from xray_fastai.system.errors import ImageError
@@ -87,6 +90,46 @@ def test_one_pixel_costs_at_most_a_third_of_the_greys(value):
     array = with_pixel(as_integers(4095), value)
     for source in (array, png(array), tiff(array), np.stack([array] * 3, -1), array / 4095.0):
         check_same_picture(source, greys=GREYS * 2 // 3)
+
+
+def png_of_colours(array):
+    """Save (H, W, 3) of 16 bits as PNG, which Pillow does not write (PNG, 11.2.2: depth 16, colour type 2)."""
+    height, width = array.shape[:2]
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff_of_colours(array, order, deflated):
+    """Save (H, W, 3) of 16 bits as TIFF, in this order of bytes: < or >."""
+    height, width = array.shape[:2]
+    data = array.astype(f"{order}u2").tobytes()
+    data = zlib.compress(data) if deflated else data
+    data += bytes(len(data) % 2)
+    bits = 8 + len(data)
+    values = {256: width, 257: height, 259: 8 if deflated else 1, 262: 2, 273: 8, 277: 3, 278: height, 279: len(data)}
+    entries = {tag: struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in values.items()}
+    entries[258] = struct.pack(f"{order}HHII", 258, 3, 3, bits)
+    directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries)) + bytes(4)
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return mark + struct.pack(f"{order}I", bits + 6) + data + struct.pack(f"{order}3H", 16, 16, 16) + directory
+
+
+@pytest.mark.parametrize("largest", [255, 4095, 65535])
+def test_colours_of_16_bits_keep_all_of_them(largest, tmp_path):
+    array = np.stack([as_integers(largest)] * 3, -1)
+    tiffs = [tiff_of_colours(array, order, deflated) for order in "<>" for deflated in (False, True)]
+    for content in (png_of_colours(array), *tiffs):
+        (tmp_path / "picture").write_bytes(content)
+        for source in (content, tmp_path / "picture"):
+            check_same_picture(source)
+            found, expected = (np.asarray(open_image(given)).astype(int) for given in (source, as_integers(largest)))
+            assert np.abs(found - expected).max() <= 1
+        assert examine(tmp_path / "picture").contrast > 30
 
 
 def test_brightness_has_no_steps():

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from xray_fastai.data.images import open_image
+from xray_fastai.data.jpeg import MAX_SCANS
 from xray_fastai.system.errors import ImageError
 
 pydicom = pytest.importorskip("pydicom", reason='pip install "xray-fastai[test]" brings pydicom')
@@ -189,3 +190,11 @@ def test_a_file_that_only_mentions_the_deflated_syntax_is_read():
     assert (grey(content_of(ds)) == grey(plain)).all()
     ds.file_meta.TransferSyntaxUID = EXPLICIT
     assert (grey(content_of(ds)) == grey(plain)).all()
+
+
+def test_too_many_scans_are_not_decoded():
+    ds, stream = coded("JPEG")
+    scan = stream[stream.rindex(b"\xff\xda") : -2]
+    ds.PixelData = encapsulate([stream[:-2] + MAX_SCANS * scan + stream[-2:]])
+    with pytest.raises(ImageError, match=f"more than {MAX_SCANS} scans"):
+        grey(content_of(ds))

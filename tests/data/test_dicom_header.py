@@ -111,13 +111,15 @@ def test_an_element_with_several_values_is_named():
         open_image(content_of(ds))
 
 
-def test_an_unknown_function_of_the_window_is_linear_and_said():
+def test_an_unknown_function_of_the_window_is_linear_and_said(tmp_path, capsys):
     expected = grey(written(STORED, bits=12, **WINDOW))
-    with pytest.warns(UserWarning, match="VOILUTFunction that the standard does not know; read as LINEAR"):
-        assert (grey(written(STORED, bits=12, VOILUTFunction="FOO", **WINDOW)) == expected).all()
+    path = tmp_path / "foo.dcm"
+    path.write_bytes(written(STORED, bits=12, VOILUTFunction="FOO", **WINDOW))
+    assert (grey(path) == expected).all()
+    assert capsys.readouterr().err == f"Warning: {path}: its VOILUTFunction is not of the standard; read as LINEAR\n"
     several = grey(written(STORED, bits=12, VOILUTFunction=["SIGMOID", "LINEAR"], **WINDOW))
     assert (several == grey(written(STORED, bits=12, VOILUTFunction="SIGMOID", **WINDOW))).all()
-    assert (several != expected).any()
+    assert (several != expected).any() and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")])

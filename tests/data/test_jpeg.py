@@ -73,6 +73,28 @@ def test_too_many_scans_are_not_decoded():
     assert time.process_time() - start < 1
 
 
+def test_too_many_scans_in_a_tiff_are_not_decoded():
+    picture = np.full((1000, 1000), 90, np.uint8)
+    content = jpeg(picture, progressive=True)
+    last = content[content.rindex(b"\xff\xda") : -2]
+    for scans, outcome in ((0, (1000, 1000)), (2 * MAX_SCANS, None)):
+        data = content[:-2] + scans * last + content[-2:]
+        stream = io.BytesIO()
+        Image.fromarray(picture).save(stream, "TIFF", compression="jpeg", strip_size=10**6)
+        opened = Image.open(stream)
+        held, tags = stream.getvalue(), opened.tag_v2
+        assert len(tags[273]) == 1
+        tiff = bytearray(held + data)
+        for tag, value in ((273, len(held)), (279, len(data))):
+            at = tiff.index(tag.to_bytes(2, "little") + b"\4\0\1\0\0\0")
+            tiff[at + 8 : at + 12] = value.to_bytes(4, "little")
+        if outcome is None:
+            with pytest.raises(ImageError, match=f"more than {MAX_SCANS} scans"):
+                open_image(bytes(tiff))
+        else:
+            assert open_image(bytes(tiff)).size == outcome
+
+
 def test_a_long_and_narrow_picture_is_not_decoded():
     stream = io.BytesIO()
     Image.new("L", (1, 5_000_000)).save(stream, "PNG")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sklearn import metrics as sk
 
 from tests.conftest import QUICK, draw_collection, settings_of
+from xray_fastai.evaluation import subgroups
 from xray_fastai.evaluation.evaluate import evaluate
 from xray_fastai.export.schema import SETTINGS, WEIGHTS
 from xray_fastai.export.weights_file import FACTS, facts_hash
@@ -22,7 +23,9 @@ from xray_fastai.metrics.table import METRICS
 from xray_fastai.system.files import sha256
 
 TEST = {"test/NORMAL": 9, "test/PNEUMONIA": 7}
-FILES = {"confusion.png", "metrics.json", "precision_recall.png", "predictions.csv", "reliability.png", "roc.png"}
+FILES = {"confusion.png", "decision_curve.png", "metrics.json", "precision_recall.png", "predictions.csv"}
+FILES |= {"reliability.png", "roc.png", "scores.png"}
+FILES_OF_TWO = FILES | {"predictive_values.png"}  # classes
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +62,8 @@ def evaluated(run, data, tmp_path):
         result = run("evaluate", "--model", export, "--data", data, "--output", tmp_path / "out", *options)
         assert result.exit_code == 0, result.output
         (folder,) = (tmp_path / "out").glob("evaluation-*")
-        assert {path.name for path in folder.iterdir()} == FILES
         summary = json.loads((folder / "metrics.json").read_text())
+        assert {path.name for path in folder.iterdir()} == (FILES if summary["positive"] is None else FILES_OF_TWO)
         return result.stdout, summary, pd.read_csv(folder / "predictions.csv")
 
     return evaluated
@@ -144,10 +147,10 @@ def test_python_and_an_earlier_evaluation(run, changed, data):
     Path("exports").mkdir()
     shutil.move(changed(), "exports/run")
     first = evaluate(data=data)
-    assert first.path == Path("exports/run/evaluation-test")
+    assert first.path == Path("exports/run/evaluation-test-data")
     (first.path / "stale.png").write_text("")
     second = evaluate(data=str(data), threshold=0.5)
-    assert {path.name for path in first.path.iterdir()} == FILES
+    assert {path.name for path in first.path.iterdir()} == FILES_OF_TWO
     assert not list(Path("exports/run").glob(".*"))
     pd.testing.assert_frame_equal(first.metrics, second.metrics)  # the same resamples each time
     assert second.metrics.columns.tolist() == ["value", "low", "high"]
@@ -155,7 +158,33 @@ def test_python_and_an_earlier_evaluation(run, changed, data):
     assert second.confusion.to_numpy().sum() == len(second.predictions) == 23
     assert second.confusion.loc["PNEUMONIA"].sum() == 11
     html = second._repr_html_()
-    assert html.count("data:image/png;base64") == 4 and "ROC AUC" in html
+    assert html.count("data:image/png;base64") == 7 and "ROC AUC" in html
+
+
+@pytest.mark.slow
+def test_two_data_sets_are_kept_apart(run, changed, data, tmp_path):
+    """`evaluate` and `interpret` of a second hospital leave those of the fit's own data, and the report names both."""
+    own, other, same_name = data, tmp_path / "hospital b", tmp_path / "deep" / "hospital b"
+    copy = changed()
+    change_settings = json.loads((copy / SETTINGS).read_text())
+    change_settings["settings"]["data"] = change_settings["data"]["name"] = str(own)
+    (copy / SETTINGS).write_text(json.dumps(change_settings))
+    draw_collection(other, {"test/NORMAL": 3, "test/PNEUMONIA": 2})
+    draw_collection(same_name, {"test/NORMAL": 2, "test/PNEUMONIA": 2})
+    for command, option in (("evaluate", "--json"), ("interpret", "--top=1")):
+        for folder in (["--data", os.path.relpath(own)], [], ["--data", other]):
+            result = run(command, "--model", copy, "--split", "test", *folder, option)
+            assert result.exit_code == 0 and "replaces" not in result.output, result.output
+    kept = [f"{kind}-test{of}" for kind in ("evaluation", "interpretation") for of in ("", "-hospital-b")]
+    assert sorted(path.name for path in copy.glob("*-test*")) == kept
+    page = (copy / "report.html").read_text()
+    assert page.index(f"The test split of {own}: 23 images") < page.index(f"The test split of {other}: 5 images")
+    assert f'of the test split of <span class="path">{own}</span>' in page
+    assert f"of {other}: " in page[page.index("Where it errs") :]
+    assert "test (evaluated)" in page and "test-hospital-b (evaluated)" in page
+    for command, kind in (("evaluate", "evaluation"), ("interpret", "interpretation")):
+        text = " ".join(run(command, "--model", copy, "--split", "test", "--data", same_name).stdout.split())
+        assert f"replaces {kind}-test-hospital-b of {other}" in text
 
 
 def test_a_failure_leaves_the_earlier_evaluation(run, refused, export, data, tmp_path):
@@ -313,3 +342,31 @@ def test_the_validation_split_is_the_one_of_fit(run, export, tmp_path):
     assert "fit chose its epoch, temperature and threshold on this split" in " ".join(result.stdout.split())
     summary = json.loads((tmp_path / "evaluation-valid" / "metrics.json").read_text())
     assert summary["counts"] == settings_of(export)["data"]["valid"]
+
+
+@pytest.mark.slow
+def test_the_worst_group_of_a_split(run, export, tmp_path, monkeypatch):
+    """The sharpest images of each class are those that the model mistakes: they are drawn as the other class."""
+    root = draw_collection(tmp_path / "data", {"test/NORMAL": 40, "test/PNEUMONIA": 40}, seed=3)
+    folders = [root / "test" / label for label in ("NORMAL", "PNEUMONIA")]
+    for own, other in zip(folders, reversed(folders), strict=True):
+        for i, path in enumerate(sorted(other.iterdir())[10:14]):
+            noise = np.random.default_rng(i).integers(-60, 60, (48, 40))
+            pixels = np.asarray(Image.open(path)).astype(int) + noise
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(own / f"noisy{i}.png")
+    options = ["evaluate", "--model", export, "--data", root, "--output", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(subgroups, "MIN_IMAGES", 3)
+        said = run(*options)
+    assert said.exit_code == 0, said.output
+    summary = json.loads((tmp_path / "out/evaluation-test/metrics.json").read_text())
+    worst, auc = summary["worst_group"], summary["metrics"]["roc_auc"]["value"]
+    assert worst["name"] in ("sharpest", "most contrasty", "least typical") and worst["images"] == 8
+    assert worst["roc_auc"] < 0.5 < auc
+    text = " ".join(said.stdout.split())
+    assert f"the {worst['name']} tenth of each class, 8 images: AUC {worst['roc_auc']:.3f}" in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"worst on the {worst['name']} tenth of each class (8 images)" in page
+    said = run(*options)  # too few images now: neither refused nor reported
+    assert said.exit_code == 0 and "worst group" not in said.stdout
+    assert json.loads((tmp_path / "out/evaluation-test/metrics.json").read_text())["worst_group"] is None

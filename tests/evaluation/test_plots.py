@@ -74,6 +74,28 @@ def test_the_reliability_diagram_counts_all_images(drawn):
         assert low <= y <= high and high - low > 0.1
 
 
+def test_the_decision_curve_is_the_net_benefit(drawn):
+    """Written out at 0.3: true positives less false ones at 0.3 / 0.7, an image."""
+    _, scored, _ = drawn
+    (axes,) = plots._decision_curve(*drawn).axes
+    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+    predicted, true = scored.y_prob[:, 1] >= 0.3, scored.y_true == 1
+    expected = (predicted & true).mean() - (predicted & ~true).mean() * 0.3 / 0.7
+    assert lines["the model"][29] == pytest.approx((0.3, expected))
+    assert lines["act on all"][29, 1] == pytest.approx(true.mean() - (~true).mean() * 0.3 / 0.7)
+    assert lines["threshold 0.3"][0, 0] == 0.3
+
+
+def test_the_scores_are_shares_of_each_outcome(drawn):
+    summary, scored, _ = drawn
+    (axes,) = plots._scores(summary, scored).axes
+    assert sorted(text.get_text() for text in axes.get_legend().get_texts()) == [
+        f"NORMAL: {(scored.y_true == 0).sum()}", f"PNEUMONIA: {(scored.y_true == 1).sum()}", "threshold 0.3",
+    ]  # fmt: skip
+    heights = [patch.get_height() for patch in axes.patches if hasattr(patch, "get_height")]
+    assert sum(heights) == pytest.approx(2)
+
+
 def test_the_confusion_matrix_is_that_of_the_chosen_threshold(drawn):
     summary, _, _ = drawn
     axes = plots._confusion(summary).axes[0]
@@ -83,5 +105,5 @@ def test_the_confusion_matrix_is_that_of_the_chosen_threshold(drawn):
 
 
 def test_a_name_is_no_formula(drawn):
-    assert plots._short("$x_1$") == r"\$x_1\$"
-    assert len(plots._short("long" * 20)) == 30
+    assert plots.short("$x_1$") == r"\$x_1\$"
+    assert len(plots.short("long" * 20)) == 30

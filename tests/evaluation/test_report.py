@@ -19,7 +19,7 @@ pytestmark = pytest.mark.curves
 
 EVIL = "<script>alert(1)</script>"
 VOID = {"meta", "img", "br", "hr", "input", "link"}
-PLOTS = ("confusion.png", "roc.png", "precision_recall.png", "reliability.png")
+PLOTS = ("confusion.png", "roc.png", "precision_recall.png", "reliability.png", "decision_curve.png", "scores.png")
 
 
 class Page(HTMLParser):
@@ -146,9 +146,10 @@ def test_whole(whole):
     page = Page(path)
     assert path.stat().st_size < 6e6
     pictures = page.all("img")
-    assert len(pictures) == 1 + 2 * 4 + 1
+    assert len(pictures) == 1 + 2 * len(PLOTS) + 1
     assert all(picture["alt"] and picture["src"].startswith("data:image/png;base64,") for picture in pictures)
-    assert page.text.index("The test split: 624 images") < page.text.index("The valid split: 624 images")
+    first, second = (page.text.index(f"The {split} split of data: 624 images") for split in ("test", "valid"))
+    assert first < second
     for words in ("threshold 0.4375 (chosen)", "0.955", "0.905 to 0.975", "undefined", "bootstrap over 310 patients"):
         assert words in page.text
     assert page.text.count("was trained or chosen on these images") == 1
@@ -216,7 +217,7 @@ def test_names_from_the_data_are_text(bare, change):
         ["top_losses.png"])  # fmt: skip
     with (bare / "history.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([["phase", "epoch", "train_loss", "valid_loss"], [EVIL, 1, 0.5, 0.25]])
-    page = change(data=data, classes=[label, "B"], positive="B", disclaimer=EVIL, calibration=EVIL)
+    page = change(data=data, classes=[label, "B"], scores=None, positive="B", disclaimer=EVIL, calibration=EVIL)
     assert not page.all("script")
     assert "<script" not in page.source and page.source.count("&lt;script&gt;alert(1)") > 15
     assert f"{EVIL}.jpeg" in page.text.replace("d/", "")
@@ -260,7 +261,7 @@ def test_what_cannot_be_shown_is_named(whole):
     for part in ("evaluation-valid/metrics.json", "evaluation-test/roc.png", "interpretation-test", "history.csv"):
         assert part in named
     assert "evaluation-train/metrics.json: not readable (ValueError: written by a newer version, format 2)" in named
-    assert "The test split: 624 images" in page.text and len(page.all("img")) == 1 + 3 + 1
+    assert "The test split of data: 624 images" in page.text and len(page.all("img")) == 1 + len(PLOTS) - 1 + 1
 
 
 @pytest.mark.parametrize("status", ["interrupted", "diverged"])
@@ -303,7 +304,9 @@ def test_more_than_two_classes(bare, change):
     add(bare, "evaluation-test", content)
     counts = dict.fromkeys(classes, 7)
     data = settings_of(bare)["data"] | {"train": counts, "valid": counts}
-    page = change(classes=classes, positive=None, threshold=None, class_weights=None, data=data)
+    page = change(
+        classes=classes, positive=None, threshold=None, prior=None, scores=None, class_weights=None, data=data
+    )
     assert "The most probable class is predicted" in page.text and "most probable class" in page.text
     assert "A or B or C" in page.text and page.text.count("22") >= 1
 
@@ -316,7 +319,7 @@ def test_written_elsewhere_in_one_step(whole, tmp_path):
     assert path == output / "report.html" and not (whole / "report.html").exists()
     page = Page(path)
     assert ("h1", "run-1") in page.headings
-    assert "77 images" in page.text and "The valid split: 624 images" in page.text
+    assert "77 images" in page.text and "The valid split of data: 624 images" in page.text
     assert sorted(file.name for file in output.iterdir()) == ["evaluation-test", "report.html"]
 
 

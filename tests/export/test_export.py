@@ -108,6 +108,9 @@ def test_a_changed_export_is_refused(export, tmp_path):
         (lambda model: {}, "damaged"),
         (lambda model: [], "damaged"),
         (lambda model: model | {"weights": 3}, "damaged"),
+        (lambda model: model | {"prior": [0.5]}, "damaged: prior: not the probabilities of 2 classes"),
+        (lambda model: model | {"prior": [0.5, 0.6]}, "damaged: prior: not the probabilities of 2 classes"),
+        (lambda model: model | {"prior": [0.0, 1.0]}, "damaged: prior"),
     ],
 )
 def test_a_model_json_of_another_kind_is_refused(change, words, export, tmp_path):

@@ -58,7 +58,13 @@ values = st.recursive(
 def models(export):
     """Three files as fits write them: two classes; three classes, a rehearsal; interrupted before the first epoch."""
     model = settings_of(export)
-    three = copy.deepcopy(model) | {"classes": ["A", "B", "C"], "positive": None, "threshold": None}
+    three = copy.deepcopy(model) | {
+        "classes": ["A", "B", "C"],
+        "positive": None,
+        "threshold": None,
+        "prior": None,
+        "scores": None,
+    }
     three["class_weights"] = None
     three["data"] |= {"rehearsal": True, "train": {"A": 1, "B": 2, "C": 3}, "valid": {"A": 1, "B": 1, "C": 1}}
     three["settings"] |= {"data": None}

@@ -232,12 +232,20 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "training.phases": [([{}], "training.phases[0].name: field required"), (["a"], "object")],
     "training.seconds": [(-1, "equal to 0")],
     "calibrated": [("yes", "boolean"), (1, "boolean")],
-    "calibration_kind": [("best", "'cautious', 'validation', 'earlier' or 'none'"), (1, "'cautious'")],
+    "calibration_kind": [
+        ("best", "'cautious', 'validation', 'local', 'matched', 'earlier' or 'none'"),
+        (1, "'cautious'"),
+    ],
     "intercepts": [([1.0], "1 for 2 classes"), ([0.5, "1"], "number"), ([1e4, 0.0], "1000"), ({"NORMAL": 1}, "a list")],
     "augmentation": [([15], "an object"), ({"max_rotate": "15"}, "number"), ({"max_rotate": 10**400}, "")],
     "best.valid_loss": [("low", "number")],
     "versions": [({"torch": 2}, "versions.torch"), ({f"v{i}": "1" for i in range(2000)}, "2,000 entries")],
     "weights.file": [("../sent/model.safetensors", "'model.safetensors'"), ("/etc/passwd", "'model.safetensors'")],
+    "scores": [
+        ({"NORMAL": [0.0] * 101}, "not of two classes"),
+        ({"NORMAL": [0.0], "PNEUMONIA": [0.0]}, "at least 101"),
+    ],
+    "scores.PNEUMONIA": [([float(-i) for i in range(101)], "quantiles that fall"), ([0.0] * 102, "at most 101")],
     "weights.sha256": [("0", "pattern"), (None, "string")],
 }
 
@@ -263,9 +271,9 @@ def test_each_key_is_needed(copy, run, refused):
     """Except those that exports of earlier versions lack."""
     model = settings_of(copy)
     later = [("preprocessing", "contrast"), ("worst_group",), ("calibrated",), ("augmentation",)]
-    tables = ("settings", "versions", "train", "valid", "augmentation", "called")
-    later += [("data", "patients", "images_without"), ("data", "contents"), ("called",)]
-    later += [("intercepts",), ("calibration_kind",), ("lineage",), ("by_hand",), ("gate",)]
+    tables = ("settings", "versions", "train", "valid", "augmentation", "called", "scores")
+    later += [("data", "patients", "images_without"), ("data", "contents"), ("called",), ("scores",)]
+    later += [("intercepts",), ("prior",), ("calibration_kind",), ("lineage",), ("by_hand",), ("gate",)]
     later += [("worst_group", "groups"), ("worst_group", "expected")]
 
     def paths(node, above=()):

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -242,12 +243,14 @@ def test_more_than_two_classes(run, tmp_path):
     assert "the most probable class is predicted" in result.stdout and pd.read_csv("out.csv").threshold.isna().all()
     with pytest.raises(UserError, match=r"^threshold 0\.3: a model of 3 classes"):
         predict(data / "train" / "A", three, threshold=0.3)
+    with pytest.raises(UserError, match=r"^prevalence 0\.3: a model of 3 classes has no class to detect; leave it out"):
+        predict(data / "train" / "A", three, prevalence=0.3)
 
 
 def test_a_column_is_added_in_one_place(model, says, files, monkeypatch):
     """Text stays text and numbers stay numbers, in the data frame, in both files, and when they are continued."""
 
-    def columns_of(classes):
+    def columns_of(classes, at_prevalence=False):
         extra = [
             Column("folder", str, lambda result: result.path.split("/")[-2]),
             Column("seven", float, lambda _: 7.0),
@@ -555,6 +558,29 @@ def test_ctrl_c_leaves_whole_rows(start, says, export, files):
     process.stdin.detach()
     assert says("-", "--output", "out.csv", "--resume", stdin="\n".join(files)).exit_code == 0
     assert read(Path("out.csv")).path.tolist() == files
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_slow_pictures(start, export, tmp_path):
+    """Progressive JPEGs of 25 megapixels take about a second each to decode."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600), dtype=np.uint8)
+    Image.fromarray(noise).resize((5000, 5000), Image.Resampling.NEAREST).save(
+        tmp_path / "0.jpeg", progressive=True, quality=50
+    )
+    files = [tmp_path / f"{i}.jpeg" for i in range(60)]
+    for file in files[1:]:
+        file.symlink_to(files[0])
+    process = start(
+        "predict", *files, "--model", export, "--device", "cpu",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while not process.stdout.readline().startswith("probabilities"):
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    assert process.wait(timeout=30) == 130
+    assert time.monotonic() - sent < 8  # all of them take some 12 s on two cores
 
 
 @pytest.mark.slow

@@ -10,14 +10,14 @@ import onnxruntime
 import pytest
 from scipy.special import softmax
 
-from tests.conftest import draw_collection, settings_of
+from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import load_learner
 from xray_fastai.data.images import open_image
 from xray_fastai.evaluation.evaluate import evaluate
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.onnx_export import export_onnx
 from xray_fastai.inference.predict import predict
-from xray_fastai.inference.scaling import Scaling
+from xray_fastai.inference.scaling import Scaling, prior_of
 from xray_fastai.serving.decoding import Decoder
 from xray_fastai.serving.predictions import ModelFacts, predict_file
 
@@ -73,6 +73,30 @@ def test_the_ways_to_predict_say_how_the_probabilities_were_calibrated(fitted, e
         in run("predict", an_image, "--model", fitted, "--uncalibrated").stdout
     )
     assert "probabilities not calibrated\n" in run("predict", an_image, "--model", export).stdout
+
+
+@pytest.mark.parametrize("kind", ["none", "cautious", "validation"])
+def test_the_prior_is_written_and_follows_from_the_rest(kind, run, tmp_path):
+    """A loss weighted 3:1 trains for 3 * 16 to 44 images; slope and intercept bring the share of validation images."""
+    counts = {"train/NORMAL": 16, "train/PNEUMONIA": 44, "val/NORMAL": 20, "val/PNEUMONIA": 30}
+    data = draw_collection(tmp_path / "data", counts)
+    weights = ["--class-weights", "3:1", "--calibration", kind, "--weights", "none", "--epochs", 1, "--lr", "1e-4"]
+    fitted = run("fit", "--data", data, *QUICK, *weights, "--valid", "folder", "--exports", tmp_path, "--name", "new")
+    assert fitted.exit_code == 0, fitted.output
+    settings = settings_of(tmp_path / "new")
+    assert settings["calibration_kind"] == kind
+    trained = np.log(np.array([3 * 16, 44])) / settings["temperature"]
+    expected = [20 / 50, 30 / 50] if kind == "validation" else softmax(trained)
+    assert settings["prior"] == pytest.approx(expected)
+    assert prior_of(settings).tolist() == settings.pop("prior")
+    assert prior_of(settings) == pytest.approx(expected)
+
+
+def test_an_export_that_counts_no_image_of_a_class_tells_no_prior(export):
+    settings = settings_of(export) | {"prior": None}
+    assert prior_of(settings) is not None
+    settings["data"]["train"]["NORMAL"] = 0
+    assert prior_of(settings) is None
 
 
 @pytest.mark.parametrize(

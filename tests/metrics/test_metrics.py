@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 from tests.metrics.drawn import draw
-from xray_fastai.metrics import calibration, influence, intervals, table
+from xray_fastai.metrics import calibration, influence, intervals, predictive_values, table
 from xray_fastai.metrics.calibration import MAX_BINS, calibration_error, reliability_bins
 from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.metrics.table import METRICS, title_of, values
@@ -18,7 +18,7 @@ from xray_fastai.metrics.table import METRICS, title_of, values
 SHARES = [name for name, metric in METRICS.items() if metric.scale == "share"]
 
 
-@pytest.mark.parametrize("module", [intervals, table, calibration])
+@pytest.mark.parametrize("module", [intervals, table, calibration, predictive_values])
 def test_the_examples(module):
     failed, tried = doctest.testmod(module, extraglobs={"np": np})
     assert tried and not failed
@@ -93,6 +93,10 @@ def of_slope(scored, weights):
         ("brier_score", lambda s, w: sk.brier_score_loss(s.y_true, s.y_prob[:, 1], sample_weight=w)),
         ("nll", lambda s, w: sk.log_loss(s.y_true, s.y_prob, sample_weight=w)),
         ("calibration_slope", of_slope),
+        (
+            "observed_expected",
+            lambda s, w: np.average(s.y_true == 1, weights=w) / np.average(s.y_prob[:, 1], weights=w),
+        ),
     ],
 )
 def test_the_influence_is_the_derivative_of_scikit_learns_metric(name, weighted):
@@ -122,6 +126,20 @@ def test_slope_and_intercept_are_those_of_the_likelihood():
     shifted = expit(logit + computed["calibration_intercept"])
     assert shifted.mean() == pytest.approx(outcome.mean())
     assert computed["calibration_in_the_large"] == pytest.approx(outcome.mean() - scored.y_prob[:, 1].mean())
+
+
+def test_the_sensitivity_at_a_specificity_is_read_off_the_curve():
+    """From 0.4 on, one of ten negative images is called positive, and each positive one."""
+    positive = np.array([0.1] * 9 + [0.5] + [0.4] + [0.6, 0.7, 0.8, 0.9])
+    scored = Scored(np.repeat([0, 1], [10, 5]), np.stack([1 - positive, positive], axis=1), np.arange(15), 1)
+    measured = intervals.measure(scored, {}, 50)
+    value, low, high = measured.free["sensitivity_at_90_specificity"]
+    assert value == 1 and (low, high) == tuple(measured.curves[0].band[:, 10])
+
+
+def test_the_ratio_is_undefined_without_an_image_of_the_class():
+    scored = Scored(np.zeros(4, int), np.full((4, 2), 0.5), np.arange(4), 1)
+    assert np.isnan(intervals.measure(scored, {}, 10).free["observed_expected"]).all()
 
 
 def test_the_intercept_has_the_influence_of_a_mean():
@@ -196,7 +214,7 @@ def test_what_is_undefined_with_images_of_one_class_only(label):
     computed = values(scored, np.array([0, 1, 0, 1])) | values(scored)
     defined = {name for name, value in computed.items() if not np.isnan(value)}
     always = {"accuracy", "brier_score", "nll", "expected_calibration_error", "calibration_in_the_large"}
-    assert defined == always | {"sensitivity" if label else "specificity"}
+    assert defined == always | ({"sensitivity", "observed_expected"} if label else {"specificity"})
 
 
 def test_the_influence_of_images_of_equal_scores():

@@ -27,7 +27,6 @@ from xray_fastai import DISCLAIMER
 from xray_fastai.data.images import open_image
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
-from xray_fastai.inference.stream import predict_batches
 from xray_fastai.serving import connections, decoding, uploads
 from xray_fastai.serving.app import MAX_OF_CLIENT, MAX_REQUESTS, Predictor, create_app
 from xray_fastai.serving.connections import client_of
@@ -124,11 +123,13 @@ def test_a_bad_file_has_its_error_and_the_others_their_prediction(server, photos
 def test_the_class_to_detect_from_the_threshold_on(export, photos, decoder):
     """An image whose probability is exactly the threshold is positive."""
     model, content = open_model(export, "cpu"), photos[0].read_bytes()
-    (batch,) = predict_batches(model, [content], 1)
-    p = float(model.probabilities(batch.logits)[0, model.classes.index("PNEUMONIA")])
-    for threshold, expected in ((p, "PNEUMONIA"), (np.nextafter(p, 1), "NORMAL")):
+
+    def at(threshold):
         same = dataclasses.replace(model, settings={**model.settings, "threshold": float(threshold)})
-        assert predict_file(same, decoder, "a.jpeg", content, heatmap=False).prediction == expected
+        return predict_file(same, decoder, "a.jpeg", content, heatmap=False)
+
+    p = at(at(0.5).probabilities["PNEUMONIA"]).probabilities["PNEUMONIA"]  # a small threshold has more decimal places
+    assert [at(threshold).prediction for threshold in (p, np.nextafter(p, 1))] == ["PNEUMONIA", "NORMAL"]
 
 
 def test_the_largest_file_that_is_read(server):
@@ -516,7 +517,8 @@ def test_open_to_other_machines_until_sigterm(run, export, photos):
 
     asking = threading.Thread(target=ask)
     asking.start()
-    result = run("serve", "--model", export, "--host", "0.0.0.0", "--port", port, "--device", "cpu")
+    options = ["--host", "0.0.0.0", "--port", port, "--device", "cpu", "--prevalence", "0.03"]
+    result = run("serve", "--model", export, *options)
     ended.set()
     asking.join()
     assert found == {"own name": 200, "other": 421, "end": b""}
@@ -524,6 +526,7 @@ def test_open_to_other_machines_until_sigterm(run, export, photos):
     lines = {line[:14].strip(): line[14:] for line in result.stdout.splitlines()}
     assert lines["warning"].startswith("other machines can reach this server; it has no login")
     assert lines["model"] == str(export) and lines["device"].startswith("cpu (") and "fp32" in lines["device"]
+    assert lines["probabilities"] == "for a prevalence of 3 %, moved from 50 %; not calibrated"
     assert result.stdout.startswith(DISCLAIMER)
 
 

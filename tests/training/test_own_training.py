@@ -221,6 +221,8 @@ def test_every_command_takes_a_saved_learner(hospital, export, learn, an_image, 
     assert model["by_hand"] and model["lineage"] == [lineage] and model["training"]["weights"] == "of the export small"
     assert not settings_of(export)["by_hand"]
     assert model["calibration_kind"] == "validation" and model["temperature"] != parent["temperature"]
+    held_out = [model["data"]["valid"][label] for label in model["classes"]]
+    assert model["prior"] == pytest.approx(np.divide(held_out, sum(held_out)))
     assert model["settings"]["data"] == str(hospital)
     assert [(p["name"], p["epochs"]) for p in model["training"]["phases"]] == [("frozen", 1), ("unfrozen", 2)]
     assert model["best"]["phase"] == "unfrozen" and model["best"]["roc_auc"] > 0.5

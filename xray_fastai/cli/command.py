@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import shlex
 import sys
 import warnings
 from itertools import pairwise
@@ -47,8 +48,18 @@ class Command(typer.core.TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments, where ~ is the home folder, also in `--data=~/x`, which a shell does not know."""
-        return super().parse_args(ctx, [_HOME.sub(lambda m: m[1] + os.path.expanduser(m[2]), arg) for arg in args])
+        """Parse the arguments, where ~ is the home folder, also in `--data=~/x`, which a shell does not know.
+
+        A folder without its option is refused with the option that it belongs to.
+        """
+        ctx.allow_extra_args = True  # refused here, where the option that was meant is known
+        extra = super().parse_args(ctx, [_HOME.sub(lambda m: m[1] + os.path.expanduser(m[2]), arg) for arg in args])
+        if extra:
+            kind = "model" if os.path.isfile(os.path.join(extra[0], "model.json")) else "data"
+            option = self.option_names().get(kind)
+            meant = f"; did you mean {option} {shlex.quote(extra[0])}?" if option and os.path.isdir(extra[0]) else ""
+            ctx.fail(f"Got unexpected extra argument{'s' * (len(extra) > 1)} ({' '.join(extra)}){meant}")
+        return extra
 
     def invoke(self, ctx: Any) -> Any:
         if DEBUG not in os.environ:

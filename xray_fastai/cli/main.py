@@ -64,6 +64,7 @@ Data = Annotated[
 Device = Annotated[str, option_of(PredictConfig, "device")]
 Precision = Annotated[str, option_of(PredictConfig, "precision")]
 Uncalibrated = Annotated[bool, option_of(PredictConfig, "uncalibrated")]
+Prevalence = Annotated[float | None, option_of(PredictConfig, "prevalence")]
 Tta = Annotated[bool, option_of(PredictConfig, "tta")]
 Exclude = Annotated[str | None, option_of(FitConfig, "exclude")]
 Patients = Annotated[
@@ -159,6 +160,7 @@ def evaluate(
         str, typer.Option(metavar="auto|T", help="Decision threshold; auto is the one that fit chose.")
     ] = "auto",
     uncalibrated: Uncalibrated = PredictConfig.uncalibrated,
+    prevalence: Prevalence = PredictConfig.prevalence,
     tta: Tta = PredictConfig.tta,
     exclude: Exclude = None,
     patients: Patients = None,
@@ -173,12 +175,42 @@ def evaluate(
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
-        model, data, split, threshold, uncalibrated=uncalibrated, tta=tta, exclude=exclude, patients=patients,
-        output=output, device=device, precision=precision,
+        model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, tta=tta, exclude=exclude,
+        patients=patients, output=output, device=device, precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:
         _open(result.path.parent / "report.html")
+
+
+@app.command(cls=Command)
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The first export.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The second, of the same classes.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="Folder of the images. [default: that of both fits]")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Split: test, valid (the images that both validated on) or train.")
+    ] = "test",
+    exclude: Exclude = None,
+    patients: Patients = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to. [default: this folder]")
+    ] = None,
+    device: Device = PredictConfig.device,
+    precision: Precision = PredictConfig.precision,
+    json: Json = False,
+) -> None:
+    """Compare two models on the same images: paired differences of all metrics, with intervals by patient."""
+    for model in (a, b):
+        _check_export(model)
+    from xray_fastai.evaluation.compare import compare as run
+
+    result = run(
+        a, b, data, split, exclude=exclude, patients=patients, output=output, device=device, precision=precision
+    )
+    print(result.to_json() if json else result)
 
 
 @app.command(cls=Command)
@@ -216,6 +248,70 @@ def interpret(
 
 
 @app.command(cls=Command)
+def recalibrate(
+    export: Annotated[
+        Path | None, typer.Argument(metavar="EXPORT", help="Export to fit. [default: the newest in ./exports]")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Labelled local images, in folders named as the model's classes."),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Folder in --data that holds these folders. [default: --data itself]"),
+    ] = None,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option("--unlabelled", metavar="DIR", help="Local images without labels: batch norm is adapted to them."),
+    ] = None,
+    match_scores: Annotated[
+        bool,
+        typer.Option(
+            "--match-scores",
+            help="Instead, move the operating point so that the share of them called positive fits validation's.",
+        ),
+    ] = False,
+    prevalence: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="Share of positive images in --unlabelled, which --match-scores needs."),
+    ] = None,
+    target_sensitivity: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Choose the threshold for this sensitivity. [default: by Youden's J]"),
+    ] = None,
+    cost_ratio: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="Choose it for R false alarms being as bad as one missed positive image."),
+    ] = None,
+    exclude: Exclude = None,
+    patients: Annotated[
+        str | None,
+        typer.Option(
+            "--patients",
+            metavar="LIST.csv",
+            help="List of the patients: a .csv file with the columns file and patient.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="New export. [default: EXPORT-recalibrated, beside EXPORT]"),
+    ] = None,
+    device: Device = PredictConfig.device,
+) -> None:
+    """Fit an export's probabilities and threshold to another place's images, and write a new export."""
+    _check_export(export)
+    from xray_fastai.training.recalibrate import recalibrate as run
+
+    print(
+        run(
+            export, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
+            target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
+            output=output, device=device,
+        )
+    )  # fmt: skip
+
+
+@app.command(cls=Command)
 @settings_from(PredictConfig)
 def predict(
     paths: Annotated[
@@ -244,6 +340,7 @@ def serve(
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 admits other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
+    prevalence: Prevalence = PredictConfig.prevalence,
     device: Device = PredictConfig.device,
     open: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
@@ -254,7 +351,7 @@ def serve(
     _check_export(model)
     from xray_fastai.serving.server import serve as run
 
-    run(model, host, port, device=device, open=open)
+    run(model, host, port, prevalence=prevalence, device=device, open=open)
 
 
 @app.command(cls=Command)

@@ -61,7 +61,9 @@ def positive_class(classes: Sequence[str], wanted: str | None = None) -> str | N
     """
     if wanted is not None:
         if wanted not in classes:
-            raise UserError(f"no such class; the classes are {', '.join(classes)}", option="positive", value=wanted)
+            near = next((f"; did you mean {name}?" for name in classes if name.lower() == wanted.lower()), "")
+            message = f"no such class; the classes are {', '.join(classes)}{near}"
+            raise UserError(message, option="positive", value=wanted)
         return wanted
     for name in classes:
         if name.upper() == "PNEUMONIA":

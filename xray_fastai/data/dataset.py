@@ -21,7 +21,7 @@ from xray_fastai.data.image_facts import Facts, examine_all
 from xray_fastai.data.images import EXTENSIONS, check_not_blank, is_hidden, is_image_file, walk
 from xray_fastai.data.patients import ANY, PatientRule, check_listed, note_on, numbered, patient_rule, patients_in
 from xray_fastai.data.sources.phantom import cached
-from xray_fastai.data.splits import assign_validation
+from xray_fastai.data.splits import assign_validation, of_one_patient
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of
@@ -111,7 +111,7 @@ def _read_collection(config: FitConfig) -> Collection:
     table, skipped = check_files(table, skip_bad=config.skip_bad)
     parts = {split: rows.reset_index(drop=True) for split, rows in table.groupby("split")}
     table, line, leaking = assign_validation(parts["train"], parts.get("val"), config.valid, config.seed)
-    notes = [line, *filter(None, [note_on(table)]), *exclusions]
+    notes = [line, *of_one_patient(table), *filter(None, [note_on(table)]), *exclusions]
     if others := count_other_files(root, sorted(parts)):
         notes.append(f"not read, as their names are no images': {count_of(others, 'file')}; data check names them")
     if leaking:

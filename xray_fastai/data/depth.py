@@ -5,7 +5,12 @@ The type of a file says little about its range: detectors store 10, 12 or 14 bit
 leave 16 greys of the picture.
 """
 
+import io
+import sys
+from typing import Any
+
 import numpy as np
+from PIL import Image
 
 from xray_fastai.system.errors import ImageError
 
@@ -18,6 +23,9 @@ MARGIN = 0.5
 value by it; by 0.25, 6 % of them did. An outlier, whatever its value, costs at most a third of the greys."""
 ROUNDING = 0.01
 """Negative values down to this share of the largest are rounding errors of a filter (bicubic resizing overshoots)."""
+
+SWAPPED = {";16L": ";16B", ";16B": ";16L", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
+"""The other order of the bytes of a 16-bit value, by the end of Pillow's raw mode (N: the computer's own)."""
 
 
 def limits(smallest: float, low: float, high: float, largest: float) -> tuple[float, float]:
@@ -56,3 +64,45 @@ def eight_bits(array: np.ndarray) -> np.ndarray:
     scaled = np.subtract(array, black, dtype=np.float32 if array.itemsize <= 2 else np.float64)
     scaled *= 255 / (white - black)
     return np.rint(scaled, out=scaled).clip(0, 255, out=scaled).astype(np.uint8)
+
+
+def has_deep_colours(image: Image.Image) -> bool:
+    """Return whether a PNG or TIFF that is not decoded yet has 16 bits a colour, and no transparency."""
+    tiles = getattr(image, "tile", None)
+    return (
+        bool(tiles) and image.mode == "RGB" and "transparency" not in image.info and _raw_mode(tiles[0])[-4:] in SWAPPED
+    )
+
+
+def grey_of_colours(image: Image.Image) -> np.ndarray | None:
+    """Return the grey values (H, W), 0 to 65535, of an image that `has_deep_colours`; None for another.
+
+    Pillow keeps the upper byte of each colour. In the other order of bytes it takes the lower one for the upper.
+    """
+    stream: Any = getattr(image, "fp", None)
+    if stream is None or not has_deep_colours(image):
+        return None
+    position = stream.tell()
+    stream.seek(0)
+    content = stream.read()
+    stream.seek(position)
+    upper, lower = (_one_byte(content, image, swapped) for swapped in (False, True))
+    return 256 * upper + lower
+
+
+def _one_byte(content: bytes, image: Image.Image, swapped: bool) -> np.ndarray:
+    with Image.open(io.BytesIO(content), formats=[str(image.format)]) as half:
+        half.seek(image.tell())
+        if swapped:
+            half.tile = [_in_other_order(tile) for tile in half.tile]
+        return np.asarray(half.convert("F"))  # weighted as for mode "L", and not rounded
+
+
+def _raw_mode(tile: Any) -> str:
+    return tile.args if isinstance(tile.args, str) else str(tile.args[0])
+
+
+def _in_other_order(tile: Any) -> Any:
+    raw = _raw_mode(tile)
+    raw = raw[:-4] + SWAPPED[raw[-4:]]
+    return type(tile)(*tile[:3], raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from xray_fastai.data import jpeg
+from xray_fastai.data.depth import has_deep_colours
 from xray_fastai.data.dicom.reader import FORMAT as DICOM
 from xray_fastai.data.duplicates import perceptual_hash
 from xray_fastai.data.images import (
@@ -19,6 +20,7 @@ from xray_fastai.data.images import (
     open_file,
     open_image,
     orientation_of,
+    tell_note,
     upright_size,
 )
 from xray_fastai.data.metadata import without_metadata
@@ -67,16 +69,17 @@ def examine(path: Path | str) -> Facts:
         raise ImageError("the file is empty (0 bytes)", value=path)
     try:
         try:
-            image, header = _opened(content)
+            image, header, source = _opened(content)
         except ImageError:
             raise
         except Exception:
             open_image(content, SIZE)  # raises an error that says what is wrong
             try:
-                image, header = _opened(without_metadata(content) or content)
+                image, header, source = _opened(without_metadata(content) or content)
             except Exception as error:
                 raise ImageError(f"broken header ({type(error).__name__})") from None
-        grey = open_image(image, SIZE)
+        tell_note(image, str(path))
+        grey = open_image(source, SIZE)
     except ImageError as error:
         raise ImageError(error.message, value=path) from None
     small = grey.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)
@@ -105,11 +108,13 @@ def examine_all(paths: Iterable[str]) -> Iterator[Facts | ImageError]:
     yield from map_in_threads(examined, paths)
 
 
-def _opened(content: bytes) -> tuple[Image.Image, dict[str, Any]]:
+def _opened(content: bytes) -> tuple[Image.Image, dict[str, Any], Image.Image | bytes]:
+    """Return the image, decoded or not, what its header says, and from what its grey values are to be read."""
     image = open_file(content)
+    source = content if has_deep_colours(image) else image  # reading the header may decode it with 8 bits
     header = _header(image)
     _decode_in_colour(image)
-    return image, header
+    return image, header, source
 
 
 def _header(image: Image.Image) -> dict[str, Any]:

@@ -8,6 +8,7 @@ decoded at the smallest of libjpeg's scales (1, 1/2, 1/4, 1/8) that still covers
 import io
 import os
 import stat
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import xray_fastai.data.dicom.reader as dicom
 from xray_fastai.data import jpeg
-from xray_fastai.data.depth import FLAT, eight_bits
+from xray_fastai.data.depth import FLAT, eight_bits, grey_of_colours
 from xray_fastai.data.metadata import without_metadata
 from xray_fastai.system.errors import ImageError
+from xray_fastai.system.text import printable
 
 SUFFIXES = {
     "JPEG": (".jpeg", ".jpg", ".jfif", ".jpe"),
@@ -89,7 +91,9 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
             if not isinstance(source, bytes):
                 check_file(source)
             try:
-                return _to_grey(open_file(source), size)
+                image = open_file(source)
+                tell_note(image, name)
+                return _to_grey(image, size)
             except ImageError:
                 raise
             except Exception:  # Pillow's, also for faults in what the picture does not need
@@ -115,7 +119,8 @@ def open_image(source: Path | str | bytes | Image.Image | np.ndarray, size: int 
             raise ImageError(
                 "not a DICOM file (the mark DICM is missing after the first 128 bytes)", value=name
             ) from None
-        raise ImageError(f"not an image (supported: {', '.join(EXTENSIONS)})", value=name) from None
+        message = f"not an image: its content, whatever its name, is none of {', '.join(EXTENSIONS)}"
+        raise ImageError(message, value=name) from None
     except Image.DecompressionBombError:
         raise ImageError(f"more than {MAX_PIXELS:,} pixels; no X-ray is that large", value=name) from None
     except Exception as error:  # Pillow's decoders raise whatever a broken stream leads them to
@@ -142,6 +147,12 @@ def open_file(source: Path | str | bytes) -> Image.Image:
     if image.format == "TIFF":
         _seek_primary(image)
     return image
+
+
+def tell_note(image: Image.Image, name: str) -> None:
+    """Print on standard error what was read in another way than the file says."""
+    if image.format == dicom.FORMAT and "note" in image.info:
+        print(f"Warning: {printable(name)}: {image.info['note']}", file=sys.stderr)
 
 
 def size_of(path: Path | str) -> tuple[int, int]:
@@ -256,6 +267,7 @@ def _to_grey(image: Image.Image, size: int | None) -> Image.Image:
         _seek_primary(image)
     elif (frames := getattr(image, "n_frames", 1)) > 1:
         raise ImageError(f"{frames} frames; split it into one image a file")
+    colours = grey_of_colours(image)
     jpeg.load(image, draft=None if size is None else ("L", GAP * size))
     turn = TURNS.get(orientation_of(image))
     inverted = getattr(image, "format", None) == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0
@@ -263,6 +275,8 @@ def _to_grey(image: Image.Image, size: int | None) -> Image.Image:
         array = np.asarray(image)
         # WhiteIsZero (TIFF 6.0, p. 37): Pillow inverts pictures of at most 8 bits only
         image = _from_array(array.max() - array if inverted else array)
+    elif colours is not None:
+        image = _from_array(colours)
     elif image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         grey, alpha = image.convert("RGBA").convert("LA").split()
         image = ImageChops.multiply(grey, alpha)  # on a black background

@@ -6,6 +6,7 @@ of the picture with grey 128, and only counts a warning, which Pillow does not p
 
 import io
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -18,6 +19,9 @@ MAX_SCANS = 64
 """A baseline file has one scan, or one for each channel; libjpeg's progressive files have six or ten. A scan can repeat
 the one before it in a few bytes: one of 6300 x 6300 pixels takes 0.04 s (400 scans in 260 kB: 16 s)."""
 
+STRIPS_OR_TILES = ((273, 279), (324, 325))
+"""TIFF's tags of the offsets and the lengths of its parts."""
+
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 """A marker among a scan's data, where FF 00 is a byte of data and FF D0 to FF D7 restart the decoder (T.81, B.1.1)."""
 _EOI, _SOS = b"\xff\xd9", b"\xff\xda"
@@ -27,7 +31,7 @@ _FILLER = bytes(Random(0).choices(range(255), k=64))
 
 
 def load(image: Image.Image, draft: tuple[str, int] | None = None) -> None:
-    """Decode an image that Pillow opened. If it is a JPEG, check its scans before, and its data after.
+    """Decode an image that Pillow opened. Check a JPEG's scans before, also in a TIFF, and a JPEG's data after.
 
     Args:
         image: any image.
@@ -38,15 +42,19 @@ def load(image: Image.Image, draft: tuple[str, int] | None = None) -> None:
         Exception: see `Image.load`.
     """
     stream: Any = getattr(image, "fp", None)
-    if getattr(image, "format", None) != "JPEG" or stream is None:
+    if getattr(image, "format", None) not in ("JPEG", "TIFF") or stream is None:
         image.load()
         return
     position = stream.tell()
     stream.seek(0)
     content = stream.read()
     stream.seek(position)
-    if content.count(_SOS) > MAX_SCANS and len(_ends_of_scans(content)) > MAX_SCANS:
-        raise ImageError(f"more than {MAX_SCANS} scans, which take too long; save it as a plain JPEG or a PNG")
+    if image.format == "TIFF":
+        for start, length in _parts_of_tiff(image):
+            check_scans(content[start : start + length])
+        image.load()
+        return
+    check_scans(content)
     _decode(image, draft)
     corner = image.getpixel((image.width - 1, image.height - 1))
     values = corner if isinstance(corner, tuple) else (corner,)
@@ -56,6 +64,23 @@ def load(image: Image.Image, draft: tuple[str, int] | None = None) -> None:
         _decode(filled, draft)
         if filled.tobytes() != image.tobytes():
             raise ImageError("cut short: a part of the picture is missing")
+
+
+def check_scans(content: bytes) -> None:
+    """Check that a JPEG can be decoded in a moment.
+
+    Raises:
+        ImageError: it has more than `MAX_SCANS` scans.
+    """
+    if content.count(_SOS) > MAX_SCANS and len(_ends_of_scans(content)) > MAX_SCANS:
+        raise ImageError(f"more than {MAX_SCANS} scans, which take too long; save it as a plain JPEG or a PNG")
+
+
+def _parts_of_tiff(image: Any) -> Iterator[tuple[int, int]]:
+    """Yield where each JPEG of a TIFF begins, and its length: its strips or tiles (TIFF 6.0, p. 40 and 67)."""
+    if image.info.get("compression") == "jpeg":
+        for starts, lengths in STRIPS_OR_TILES:
+            yield from zip(image.tag_v2.get(starts, ()), image.tag_v2.get(lengths, ()), strict=False)
 
 
 def _decode(image: Image.Image, draft: tuple[str, int] | None) -> None:

@@ -11,6 +11,7 @@ blurred.)
 import base64
 import contextlib
 import hashlib
+import os
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from xray_fastai.data.dataset import Collection, find_root, read_split
+from xray_fastai.data.dataset import Collection, class_folders, class_of, find_root, read_split
 from xray_fastai.data.exclusions import leave_out
 from xray_fastai.data.patients import check_listed, numbered, patient_rule
 from xray_fastai.data.sources.phantom import cached
@@ -48,7 +49,7 @@ class Request:
     """Which images are wanted."""
 
     data: str | Path | None  # the folder that holds the split; None is the data of the fit
-    split: str  # train, test or valid
+    split: str | None  # train, test or valid; None: `data` itself holds the folders of the classes
     exclude: str | None = None  # a list of files to leave out (`exclusions`)
     patients: str | None = None  # a list of patients (`patients.patient_rule`); None: the fit's, if `data` is None
 
@@ -122,7 +123,7 @@ def labelled_images(model: dict[str, Any], wanted: Request) -> Labelled:
         table, uses, note = _trained_on(table, uses)
         notes += note
     seen = None if uses is None else {use: int((uses == use).sum()) for use in ("train", "valid")}
-    if split == "test" and seen is not None and any(seen.values()):
+    if split in ("test", None) and seen is not None and any(seen.values()):
         notes.append(
             f"WARNING: of {count_of(len(table), 'image')}, the model was trained on {seen['train']:,} and chosen on "
             f"{seen['valid']:,}: expect less of new images"
@@ -134,7 +135,9 @@ def _listed(model: dict[str, Any], wanted: Request) -> tuple[pd.DataFrame, Path]
     """List the files of the split by their names, and return the folder that holds it."""
     settings, split = model["settings"], wanted.split
     folder = "train" if split == "valid" else split
-    if wanted.data is None and model["data"]["rehearsal"]:
+    if split is None:
+        root, folder = _class_root(wanted.data, model["classes"])
+    elif wanted.data is None and model["data"]["rehearsal"]:
         root = cached()
     else:
         root = find_root(settings["data"] if wanted.data is None else wanted.data, folder)
@@ -145,7 +148,7 @@ def _listed(model: dict[str, Any], wanted: Request) -> tuple[pd.DataFrame, Path]
         parts.append(read_split(root, "val", model["classes"], rule, partial=True))
     table = numbered(pd.concat(parts, ignore_index=True))
     check_listed(table, wanted.patients)
-    if split == "test":
+    if split in ("test", None):
         return table, root
     keys = set(model["data"]["valid_files"])
     validated = table.file.map(file_key).isin(keys)
@@ -159,6 +162,25 @@ def _listed(model: dict[str, Any], wanted: Request) -> tuple[pd.DataFrame, Path]
             value=root,
         )
     return table[validated].reset_index(drop=True), root
+
+
+def _class_root(data: str | Path | None, classes: list[str]) -> tuple[Path, str]:
+    """Return the parent and the name of a folder whose subfolders are classes of the model.
+
+    Raises:
+        UserError: there is no such folder, or it holds no class.
+    """
+    folder = Path(os.path.expanduser(data or ".")).resolve()
+    if not folder.is_dir():
+        raise UserError(f"no such folder; give one with the folders {', '.join(classes)}", option="data", value=data)
+    names = [path.name for path in class_folders(folder)]
+    if not {class_of(name) for name in names} & {class_of(name) for name in classes}:
+        splits = [name for name in names if (folder / name).is_dir() and class_folders(folder / name)]
+        advice = f"; did you mean {Path(str(data), splits[0])}?" if splits else ""
+        held = f"it has {', '.join(names[:5])}" if names else "it has no folders"
+        message = f"none of the folders {', '.join(classes)} is in it ({held}){advice}"
+        raise UserError(message, option="data", value=data)
+    return folder.parent, folder.name
 
 
 def _trained_on(table: pd.DataFrame, uses: np.ndarray | None) -> tuple[pd.DataFrame, np.ndarray | None, list[str]]:

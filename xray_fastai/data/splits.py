@@ -134,3 +134,17 @@ def assign_validation(
             value=f"train/{missing[0]}",
         )
     return table, line, leaking
+
+
+def of_one_patient(table: pd.DataFrame) -> list[str]:
+    """Return a note for each class whose validation images, two or more, are all of one patient.
+
+    Args:
+        table: the images, with the column `is_valid`.
+    """
+    return [
+        f"WARNING: the {len(images)} validation images of {label} are all of one patient: epoch, threshold and "
+        "calibration rest on that patient; give more patients"
+        for label, images in table[table.is_valid].groupby("label")
+        if len(images) > 1 and images.patient.nunique() == 1
+    ]

@@ -7,7 +7,7 @@ evaluation-<split>/metrics.json      the metrics, and what they were computed on
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +16,25 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
+from xray_fastai.config import PredictConfig
 from xray_fastai.data.labelled import Labelled, Request, labelled_images
 from xray_fastai.data.patients import note_on, unknown
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
 from xray_fastai.evaluation.report import write_report
+from xray_fastai.evaluation.result_folder import replaced_data, result_folder
+from xray_fastai.evaluation.subgroups import worst_group_of
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.inference.tta import describe as describe_tta
+from xray_fastai.metrics.decision import THRESHOLDS, decision_curve
 from xray_fastai.metrics.intervals import Interval, Measured, measure
+from xray_fastai.metrics.predictive_values import predictive_values
 from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import replaced
-from xray_fastai.system.text import count_of
+from xray_fastai.system.text import count_of, percent
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -77,6 +82,7 @@ def evaluate(
     threshold: str | float = "auto",
     *,
     uncalibrated: bool = False,
+    prevalence: float | None = None,
     tta: bool = False,
     exclude: str | None = None,
     patients: str | None = None,
@@ -86,6 +92,8 @@ def evaluate(
 ) -> Evaluation:
     """Compute metrics with 95 % intervals, and write them with predictions and plots to `evaluation-<split>/`.
 
+    Images of another folder than that of the fit get `evaluation-<split>-<folder>/`, beside it.
+
     Args:
         model: the export's folder, an open model, or a learner that `load_learner` opened; None is the newest in
             ./exports.
@@ -94,10 +102,12 @@ def evaluate(
         threshold: an image is predicted positive from this probability on; auto is the one that `fit` chose.
         uncalibrated: leave out temperature and intercepts. The threshold that `fit` chose is then converted, so that
             it decides the same.
+        prevalence: the share of the class to detect where the model is to be used. The probabilities are moved to it,
+            and the threshold that `fit` chose with them, so that it decides the same; and PPV and NPV are given for it.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
         exclude: a list of files to leave out, as `data check --fix` writes it.
         patients: a .csv file with the columns file and patient; None is the one of `fit`, if `data` is None.
-        output: the folder to write `evaluation-<split>/` into, instead of the export.
+        output: the folder to write `evaluation-<split>/` into, instead of the export, for images of any folder.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 (`inference.model.open_model`).
 
@@ -114,14 +124,18 @@ def evaluate(
     if split not in SPLITS:
         raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
     given = _threshold(threshold)
-    opened = open_model(model, device, precision)
-    labelled = labelled_images(opened.settings, Request(data, split, exclude, patients))
+    PredictConfig(uncalibrated=uncalibrated, prevalence=prevalence)  # checks them
+    opened = open_model(model, device, precision).at_prevalence(prevalence)
+    wanted = Request(data, split, exclude, patients)
+    labelled = labelled_images(opened.settings, wanted)
     if given is not None and len(opened.classes) != 2:
         message = f"the export has {len(opened.classes)} classes and predicts the most probable one; leave it out"
         raise UserError(message, option="threshold", value=f"{given:g}")
     source = opened.settings["data"]["name"] if data is None else str(data)
+    folder = result_folder("evaluation", opened.path, opened.settings, wanted, output)
+    if (note := replaced_data(folder, METRICS_FILE, opened.settings, wanted)) is not None:
+        labelled.notes.append(note)
     request = _Request(opened, source, split, labelled, not uncalibrated, given, tta)
-    folder = Path(opened.path if output is None else output) / f"evaluation-{split}"
     with replaced(folder, METRICS_FILE) as partial:
         result = _evaluate(request, folder, partial)
     write_report(opened.path, output)
@@ -183,6 +197,7 @@ def _predictions(request: _Request, scored: Scored, y_pred: np.ndarray) -> pd.Da
 def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], measured: Measured) -> dict[str, Any]:
     """Return the content of `metrics.json`."""
     model, classes = request.model, range(scored.classes)
+    worst = worst_group_of(list(request.images.path), scored)
     images, patients = len(scored.y_true), int(scored.patients.max()) + 1
     over = count_of(patients, "patient") + ("" if patients < images else ", an image each")
     missing = int(unknown(request.images).sum())
@@ -205,6 +220,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         "calibrated": model.scaling.kind != "none" and request.calibrated,
         "calibration": model.scaling.kind if request.calibrated else "none",
         "probabilities": model.describe_probabilities(request.calibrated, request.tta),
+        "prevalence": model.prevalence,  # that the probabilities were moved to; null: as the export's are
         "temperature": model.scaling.temperature,
         "intercepts": model.scaling.intercepts,
         "positive": None if scored.positive is None else model.positive,
@@ -214,6 +230,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
                 "threshold": threshold,
                 "metrics": _plain(measured.points[name]),
                 "confusion": confusion_matrix(scored.y_true, y_pred[name], labels=classes).tolist(),
+                "at_prevalence": _at_prevalence(model, scored, y_pred[name]),
             }
             for name, threshold in request.operating_points.items()
         },
@@ -222,15 +239,39 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
             {"images": of_bin.images, "probability": of_bin.probability, "share": _plain({"": of_bin.share})[""]}
             for of_bin in measured.reliability
         ],
+        "worst_group": None if worst is None else asdict(worst),
+        "decision_curve": None if scored.positive is None else _decision_curve(scored, scored.positive),
         "tta": request.tta,
         "notes": _notes(request, scored, y_pred),
     }
+
+
+def _at_prevalence(model: Model, scored: Scored, y_pred: np.ndarray) -> dict[str, dict] | None:
+    """Return PPV and NPV at the model's prevalence; None where none was given."""
+    if model.prevalence is None:
+        return None
+    return _plain(predictive_values(scored, y_pred, model.prevalence)._asdict())
+
+
+def _decision_curve(scored: Scored, positive: int) -> list[dict[str, float | None]]:
+    """Return the net benefit of the model at 0.05, 0.10, ... and that of acting on all images; on none it is 0."""
+    curve = decision_curve(scored, positive)
+    return [
+        {"threshold": float(THRESHOLDS[i]), **_plain({"": curve.model[i]})[""], "all": float(curve.all[i])}
+        for i in range(4, len(THRESHOLDS), 5)
+    ]
 
 
 def _notes(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray]) -> list[str]:
     """Return what the reader of the figures has to know, a line each."""
     notes = [SPLITS[request.split], *request.labelled.notes, note_on(request.images)]
     notes.append(_one_class_note(request, scored, y_pred))
+    if request.model.prevalence is not None:
+        share = (scored.y_true == scored.positive).mean()
+        notes.append(
+            f"the probabilities are for a prevalence of {percent(request.model.prevalence)}, the images have "
+            f"{percent(share)}: Brier score, likelihood and calibration on them say nothing about it"
+        )
     if request.split == "test" and request.model.settings["data"]["rehearsal"]:
         notes.append("a rehearsal: trained on synthetic images")
     return [note for note in notes if note]
@@ -267,8 +308,9 @@ def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:
     else:
         threshold, given = summary["operating_points"]["chosen"]["threshold"], request.threshold is not None
         about["threshold"] = f"{threshold:.4g}, " + ("given" if given else model.settings["calibration"])
-        if not given and threshold != model.threshold:
-            about["threshold"] += f" ({model.threshold:.4g} on the export's own probabilities)"
+        own = model.settings["threshold"]
+        if not given and threshold != own:
+            about["threshold"] += f" ({own:.4g} on the export's own probabilities)"
     return about
 
 

@@ -10,7 +10,8 @@ import pandas as pd
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.evaluation.plots import FILES
-from xray_fastai.metrics.table import title_of
+from xray_fastai.evaluation.subgroups import Group
+from xray_fastai.metrics.table import title_at_prevalence, title_of
 from xray_fastai.system.text import WIDTH, csv_text, data_uri, format_interval, shorten, wrap
 
 
@@ -56,6 +57,7 @@ class Evaluation:
             f"{'confusion':<28}{columns[-1]}",
             *self._confusion_lines(),
             "",
+            *self._worst_group_lines(),
             *wrap(self.summary["intervals"]),
         ]
         lines += ["", *wrap(str(self.path), f"{'written':<15}"), DISCLAIMER]
@@ -73,7 +75,7 @@ class Evaluation:
             if (self.path / file).is_file():
                 uri = data_uri((self.path / file).read_bytes(), "image/png")
                 images += f'<img src="{uri}" alt="{alternative}" style="max-width: 48%">'
-        intervals = escape(self.summary["intervals"])
+        intervals = escape(" ".join([*self._worst_group_lines(), self.summary["intervals"]]))
         return (
             f"<p>{DISCLAIMER}</p><dl>{about}</dl>{table.to_html()}<p>{intervals}</p>{self.confusion.to_html()}{images}"
         )
@@ -103,7 +105,18 @@ class Evaluation:
             return format_interval(**interval)
 
         rows = [(name, [cell(name, point["metrics"][name]) for point in points]) for name in points[0]["metrics"]]
+        for name in points[0]["at_prevalence"] or ():
+            title = title_at_prevalence(name, self.summary["prevalence"])
+            rows.append((title, [cell(name, point["at_prevalence"][name]) for point in points]))
         return columns, rows + [(name, [cell(name, i)]) for name, i in self.summary["metrics"].items()]
+
+    def _worst_group_lines(self) -> list[str]:
+        """Return the unusual images on which the model is worst, and an empty line; nothing with too few images."""
+        worst = self.summary["worst_group"]
+        if worst is None:
+            return []
+        text = Group(**worst).describe(self.summary["metrics"]["roc_auc"]["value"])
+        return [*wrap(text, f"{'worst group':<15}"), ""]
 
     def _confusion_lines(self) -> list[str]:
         """Return the confusion matrix; numbers replace the names of classes above it where these are too wide."""

@@ -25,6 +25,7 @@ from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.evaluate import SPLITS
 from xray_fastai.evaluation.evaluation_result import write_table
 from xray_fastai.evaluation.report import write_report
+from xray_fastai.evaluation.result_folder import replaced_data, result_folder
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.metrics.scored import losses
@@ -166,17 +167,20 @@ def interpret(
     _check(split, selection)
     opened = open_model(model, device, precision)
     _check_class(opened, selection)
-    labelled = labelled_images(opened.settings, Request(data, split, exclude, patients))
-    folder = Path(opened.path if output is None else output) / f"interpretation-{split}"
+    wanted = Request(data, split, exclude, patients)
+    labelled = labelled_images(opened.settings, wanted)
+    source = opened.settings["data"]["name"] if data is None else str(data)
+    folder = result_folder("interpretation", opened.path, opened.settings, wanted, output)
+    note = replaced_data(folder, SUMMARY, opened.settings, wanted)
     with replaced(folder, SUMMARY) as partial:
         ranking = _rank(opened, split, labelled.table)
         shown, description, remarks = _select(ranking.table, selection)
         if len(shown):
             remarks += _draw(ranking, shown, description, partial / PICTURE)
-        _write(partial, ranking, shown, description)
+        _write(partial, ranking, shown, {"data": source, "selection": description})
     write_report(opened.path, output)
-    remarks += filter(None, [*labelled.notes, note_on(labelled.table)])
-    head = _head(ranking, opened.settings["data"]["name"] if data is None else str(data))
+    remarks += filter(None, [*labelled.notes, note, note_on(labelled.table)])
+    head = _head(ranking, source)
     table = ranking.table.drop(columns="probability")
     return Interpreted(folder, table, shown, head, description, remarks, ranking.causes, opened, ranking.images)
 
@@ -252,8 +256,8 @@ def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) 
     return [f"The heat maps are empty: {ranking.model.size} pixels leave one cell for the whole image."]
 
 
-def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, description: str) -> None:
-    """Write `top_losses.csv` and `summary.json`."""
+def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, about: dict[str, str]) -> None:
+    """Write `top_losses.csv` and `summary.json`, which names the data and the selection."""
     # a file name may hold bytes that are no text
     table = ranking.table.drop(columns="probability")
     write_table(table, folder / LOSSES)
@@ -262,7 +266,7 @@ def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, description: st
         "split": ranking.split,
         "images": len(table),
         "errors": ranking.errors,
-        "selection": description,
+        **about,
         "worst": shown[["path", "truth", "prediction", "probability", "loss"]].head(WORST).to_dict("records"),
         "causes": ranking.causes,
     }

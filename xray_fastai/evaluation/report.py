@@ -23,7 +23,7 @@ from PIL import Image
 
 from xray_fastai.evaluation.learning_curves import svg_curves
 from xray_fastai.export.schema import read_settings
-from xray_fastai.metrics.table import METRICS, title_of
+from xray_fastai.metrics.table import METRICS, title_at_prevalence, title_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import atomic_write
 from xray_fastai.system.text import count_of, data_uri, format_number, shorten
@@ -44,11 +44,15 @@ PLOTS = {
     "roc.png": "ROC curve: sensitivity against the false positive rate",
     "precision_recall.png": "Precision-recall curve: precision (PPV) against recall (sensitivity)",
     "reliability.png": "Reliability diagram: predicted probability against the share of images with the class",
+    "predictive_values.png": "PPV and NPV against the prevalence of the class to detect",
+    "decision_curve.png": "Decision curve: net benefit of acting on the model against the threshold probability",
+    "scores.png": "Distribution of the predicted probabilities by outcome",
 }
 WRONG_SHAPE = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 """The errors that a damaged or foreign JSON file causes."""
-KEY_METRICS = ("roc_auc", "accuracy", "sensitivity", "specificity")
-"""The metrics at the top of the report."""
+KEY_METRICS = ("roc_auc", "accuracy", "sensitivity", "specificity", "calibration_slope", "observed_expected")
+"""The metrics at the top of the report: discrimination, decisions and calibration. F1 mixes them, so it is left
+out (Van Calster et al., Lancet Digital Health 2025)."""
 
 
 def write_report(export: str | Path, output: str | Path | None = None, name: str | None = None) -> Path:
@@ -124,6 +128,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
         "model": model,
         "created": datetime.fromisoformat(model["created"]).strftime("%d %B %Y, %H:%M %Z").lstrip("0"),
         "bars": _bars(model["data"], evaluations),
+        "recalibrated": _recalibrated(model),
         "history": history,
         "curves": curves,
         "evaluations": evaluations,
@@ -143,9 +148,9 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
 def _read_parts(
     parts: dict[str, Path], kind: str, file: str, read: Callable[[dict], dict], problems: list[str]
 ) -> list[dict]:
-    """Read the evaluations or the interpretations that exist, those of the test split first."""
+    """Read the evaluations or the interpretations that exist, those of the test split of the fit's data first."""
     contents = []
-    for name in sorted(parts, key=lambda name: (not name.endswith("-test"), name)):
+    for name in sorted(parts, key=lambda name: (name != f"{kind}-test", name)):
         if not name.startswith(f"{kind}-"):
             continue
         try:
@@ -167,20 +172,38 @@ def _evaluation(summary: dict) -> dict[str, Any]:
     copied = ("split", "data", "images", "patients", "counts", "positive", "intervals")
     cells = {name: [_cell(point["metrics"].get(name)) for point in points.values()] for name in names}
     free = {name: _cell(metric) for name, metric in summary["metrics"].items()}
+    at_prevalence = [
+        (title_at_prevalence(name, summary["prevalence"]), [_cell(p["at_prevalence"][name]) for p in points.values()])
+        for name in points["chosen"].get("at_prevalence") or ()
+    ]
     last = {name: row[-1] for name, row in cells.items()} | free
     return {
         **{key: summary[key] for key in copied},
         "tta": summary.get("tta", False),
         "notes": summary.get("notes", []),
+        "worst_group": summary.get("worst_group"),
         "of_patients": _of_patients(summary),
         "probabilities": summary.get("probabilities") or _earlier_words(summary),
         "points": [
             {"label": _point(key, point["threshold"]), "confusion": point["confusion"]} for key, point in points.items()
         ],
         "key_metrics": [(title_of(name), last[name]) for name in KEY_METRICS if name in last],
-        "table": [(title_of(name), row) for name, row in cells.items()],
+        "table": [(title_of(name), row) for name, row in cells.items()] + at_prevalence,
         "free": [(title_of(name), cell) for name, cell in free.items()],
     }
+
+
+def _recalibrated(model: dict) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the metrics before and after `recalibrate`, and the differences, as titles and cells."""
+
+    def cell(numbers: list[float | None]) -> tuple[str, str]:
+        return _cell(dict(zip(("value", "low", "high"), numbers, strict=True)))
+
+    metrics = (model.get("recalibrated") or {}).get("metrics", {})
+    return [
+        (title_of(name), [cell(found[part]) for part in ("before", "after", "difference")])
+        for name, found in metrics.items()
+    ]
 
 
 def _of_patients(summary: dict) -> str:
@@ -207,7 +230,8 @@ def _interpretation(summary: dict) -> dict[str, Any]:
         }
         for row in summary["worst"]
     ]
-    return {**{key: summary[key] for key in ("split", "images", "errors", "causes", "selection")}, "worst": worst}
+    copied = ("split", "images", "errors", "causes", "selection")
+    return {**{key: summary[key] for key in copied}, "data": summary.get("data"), "worst": worst}
 
 
 def _point(key: str, threshold: float | None) -> str:
@@ -236,7 +260,8 @@ def _value(text: str) -> int | float | str | None:
 def _bars(data: dict, evaluations: list[dict]) -> list[dict]:
     """Count images by split and class; `share` is relative to the longest bar."""
     groups = {"training": data["train"], "validation": data["valid"]}
-    groups |= {f"{e['split']} (evaluated)": e["counts"] for e in evaluations if e["split"] not in ("train", "valid")}
+    others = [e for e in evaluations if e["split"] not in ("train", "valid")]
+    groups |= {f"{e['name'].removeprefix('evaluation-')} (evaluated)": e["counts"] for e in others}
     max_count = max([count for counts in groups.values() for count in counts.values()], default=0) or 1
     labels = list(data["train"])
     return [

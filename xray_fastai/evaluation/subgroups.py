@@ -15,11 +15,12 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from xray_fastai.data.images import open_image
+from xray_fastai.data.images import open_image, size_of
 from xray_fastai.metrics.influence import of_roc_auc
 from xray_fastai.metrics.intervals import interval_of
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.system.parallel import map_in_threads
+from xray_fastai.system.text import format_interval
 
 SIDE = 224
 """Side in pixels at which appearance is measured, independent of the network's input size."""
@@ -43,7 +44,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Group:
-    """The unusual group of validation images with the lowest ROC AUC of several.
+    """The unusual group of images with the lowest ROC AUC of several.
 
     Args:
         name: of the group.
@@ -63,6 +64,16 @@ class Group:
     high: float
     groups: int
     expected: float
+
+    def describe(self, roc_auc: float) -> str:
+        """Return what the group is, for people; a warning if it is clearly worse than all images, which have this
+        AUC."""
+        warning = "WARNING, clearly worse than all images: " if self.is_worse_than(roc_auc) else ""
+        return (
+            f"{warning}the {self.name} tenth of each class, {self.images} images: AUC "
+            f"{format_interval(self.roc_auc, self.low, self.high)}; the least of {self.groups} groups, so partly by "
+            f"chance: expect {self.expected:.3f}"
+        )
 
     def is_worse_than(self, roc_auc: float) -> bool:
         """Return whether the group is clearly worse than all images, which have this AUC."""
@@ -129,6 +140,37 @@ def unusual(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray, sh
     return groups
 
 
+def has_groups(positives: np.ndarray, patients: np.ndarray) -> bool:
+    """Return whether there are enough images, and patients, of both classes for groups whose AUC means something.
+
+    Args:
+        positives: (N,), true where the image is of the positive class.
+        patients: (N,), equal for images of one patient.
+    """
+    return all(
+        members.sum() * SHARE >= MIN_IMAGES and len(set(patients[members])) >= MIN_IMAGES
+        for members in (positives, ~positives)
+    )
+
+
+def worst_group_of(paths: Sequence[str], scored: Scored) -> Group | None:
+    """Read images, and return their unusual group with the lowest ROC AUC; None where there are too few, or more than
+    two classes.
+
+    Args:
+        paths: of the N images.
+        scored: the images.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
+    positives = scored.y_true == scored.positive
+    if scored.positive is None or not has_groups(positives, scored.patients):
+        return None
+    aspects = [width / height for width, height in map_in_threads(size_of, paths)]
+    return worst_group(appearance(paths, aspects), positives, scored.patients, scored.y_prob[:, scored.positive])
+
+
 def worst_group(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray, scores: np.ndarray) -> Group | None:
     """Return the unusual group with the lowest ROC AUC; None where there are too few images.
 
@@ -138,9 +180,8 @@ def worst_group(looks: pd.DataFrame, positives: np.ndarray, patients: np.ndarray
         patients: (N,), equal for images of one patient.
         scores: (N,), the probability of the positive class.
     """
-    for members in (positives, ~positives):
-        if members.sum() * SHARE < MIN_IMAGES or len(set(patients[members])) < MIN_IMAGES:
-            return None
+    if not has_groups(positives, patients):
+        return None
     found = {}
     groups = unusual(looks, positives, patients)
     for name, chosen in groups.items():

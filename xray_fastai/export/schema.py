@@ -39,9 +39,9 @@ PICKLE = "learner.pkl"
 HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
 """The columns of `history.csv`."""
 
-CALIBRATION_KINDS = ("cautious", "validation", "earlier", "none")
-"""How temperature and intercepts were chosen: the first two by `fit --calibration` (`training.calibration`), `earlier`
-by the rule of exports without the key, `none` not at all."""
+CALIBRATION_KINDS = ("cautious", "validation", "local", "matched", "earlier", "none")
+"""How temperature and intercepts were chosen: the first two by `fit --calibration` (`training.calibration`), `local` by
+`recalibrate`, `earlier` by the rule of exports without the key, `none` not at all."""
 
 LIMIT = 8_000_000
 """The largest accepted file, in bytes. A fit of 750,000 images takes as much: 8 bytes for the content of each, and 23
@@ -51,6 +51,8 @@ NODES = 10_000
 memory."""
 ENTRIES = 1_000
 """The largest number of entries of a table of names, and of each list but that of the validation files."""
+QUANTILES = 101
+"""How many values describe the scores of a class."""
 
 
 def _text(text: str) -> str:
@@ -81,6 +83,7 @@ Class = Annotated[str, AfterValidator(_class)]
 Date = Annotated[str, Field(max_length=40), AfterValidator(_date)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Counts = Annotated[dict[Class, Count], BeforeValidator(_small_table)]
+Quantiles = Annotated[list[float], Field(min_length=QUANTILES, max_length=QUANTILES, fail_fast=True)]
 Packed = Annotated[str, Field(pattern="^([0-9A-Za-z+/]{8})*$")]
 """Keys of 6 bytes each, in base64."""
 Positive = Annotated[float, Field(gt=0)]
@@ -209,6 +212,26 @@ class Ancestor(Part):
     created: Date
 
 
+Estimate = Annotated[list[float | None], Field(min_length=3, max_length=3)]
+"""A value and its interval."""
+
+
+class Compared(Part):
+    before: Estimate
+    after: Estimate
+    difference: Estimate  # paired
+
+
+class Recalibrated(Part):
+    created: Date
+    method: Text
+    images: Count  # with a label
+    patients: Count
+    counts: Counts  # of the images, by class
+    unlabelled: Count  # images
+    metrics: dict[Text, Compared]
+
+
 class _Settings(Part):
     @model_validator(mode="after")
     def _as_a_fit(self) -> "_Settings":
@@ -251,6 +274,8 @@ class Export(Part):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)]
     # `scaling.Scaling`; earlier exports have none
     intercepts: Annotated[list[Annotated[float, Field(ge=-1e3, le=1e3)]], Field(max_length=MAX_CLASSES)] | None = None
+    # by class, what an image that says nothing gets (`scaling.prior_of`); earlier exports have no such key
+    prior: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=MAX_CLASSES)] | None = None
     threshold: Annotated[float, Field(ge=0, le=1)] | None
     calibration: Text  # how temperature, intercepts and threshold were chosen
     calibrated: bool | None = None  # by validation images; 0.1.0 wrote no such key: `_completed`
@@ -262,11 +287,14 @@ class Export(Part):
     worst_group: WorstGroup | None = None
     # the exports that training continued from, the nearest first; earlier exports have no such key
     lineage: Annotated[list[Ancestor], Field(max_length=ENTRIES, fail_fast=True)] | None = None
+    recalibrated: Recalibrated | None = None  # by `recalibrate`; earlier exports have no such key
     # trained by fastai's methods on a learner, and written by `save_export`: `settings` does not repeat it
     by_hand: bool | None = None  # earlier exports have no such key
     # `inference.gate`, with tensors `gate.*` among the weights; earlier exports have no such key
     gate: Gate | None = None
     called: Counts | None = None  # validation images by the class predicted; earlier exports have no such key
+    # by class, quantiles 0, 0.01, ... 1 of the log odds of `positive` by the network's outputs on the validation images
+    scores: dict[Class, Quantiles] | None = None  # of two classes; earlier exports have no such key
     versions: Annotated[dict[Text, Text], BeforeValidator(_small_table)]
     weights: Weights
 
@@ -287,6 +315,13 @@ class Export(Part):
             raise ValueError(f"intercepts: {len(self.intercepts)} for {len(self.classes)} classes")
         if self.gate is not None and self.gate.quantiles != sorted(self.gate.quantiles):
             raise ValueError("gate.quantiles: they fall")
+        if self.prior is not None and (len(self.prior) != len(self.classes) or abs(sum(self.prior) - 1) > 1e-6):
+            raise ValueError(f"prior: not the probabilities of {len(self.classes)} classes, whose sum is 1")
+        if self.scores is not None and (self.scores.keys() != known or not two):
+            raise ValueError("scores: not of two classes, the classes of the model")
+        for name, values in (self.scores or {}).items():
+            if values != sorted(values):
+                raise ValueError(f"scores.{shown(name)}: quantiles that fall")
         for split in ("train", "valid"):
             if not getattr(self.data, split).keys() <= known:
                 raise ValueError(f"data.{split}: counts a class that is none of the classes")

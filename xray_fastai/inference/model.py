@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -17,11 +17,12 @@ from xray_fastai.export.network import load_export
 from xray_fastai.export.reader import find_export, path_of
 from xray_fastai.inference.cpu_fusion import fused_for_cpu
 from xray_fastai.inference.gate import Gate
-from xray_fastai.inference.scaling import Scaling
+from xray_fastai.inference.scaling import Scaling, prior_of, softmax
 from xray_fastai.model.folding import fold_batch_norm, with_features
 from xray_fastai.model.preprocessing import Preprocessing, equalize
 from xray_fastai.system.device import choose_device, choose_precision
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import percent
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -39,6 +40,7 @@ class Model:
     network: nn.Sequential  # backbone and head, in evaluation mode: (B, 3, size, size) -> (B, classes)
     precision: str = "fp32"  # of `outputs`: fp32 or bf16
     gate: Gate | None = None  # None in exports without one
+    prevalence: float | None = None  # that the probabilities were moved to (`at_prevalence`)
 
     @property
     def device(self) -> torch.device:
@@ -64,21 +66,73 @@ class Model:
     @property
     def threshold(self) -> float | None:
         """The probability of `positive` from which it is predicted; None for more than two classes."""
-        return self.settings["threshold"]
+        own = self.settings["threshold"]
+        return own if self.prevalence is None else float(self.moved(own))
 
     @property
     def scaling(self) -> Scaling:
-        """What turns logits into the export's probabilities."""
-        return Scaling.of(self.settings)
+        """What turns logits into the export's probabilities, or into those for `prevalence`."""
+        own = Scaling.of(self.settings)
+        return own if self.prevalence is None else own.moved(self._ratios)
+
+    @property
+    def own_prevalence(self) -> float | None:
+        """The share of `positive` that the export's own probabilities are set for; None where it tells none."""
+        prior = prior_of(self.settings)
+        return None if prior is None or self.positive is None else float(prior[self.classes.index(self.positive)])
+
+    def at_prevalence(self, prevalence: float | None) -> "Model":
+        """Return the same model with probabilities for another share of the class to detect; None changes nothing.
+
+        The odds of this share replace those that the export's probabilities are set for (Saerens, Latinne &
+        Decaestecker, Adjusting the outputs of a classifier to new a priori probabilities: a simple procedure, Neural
+        Computation 2002). It holds where the images of a class are like those of the fit. The threshold moves, too, so
+        the decisions stay.
+
+        Raises:
+            UserError: there are more than two classes, the share is not between 0 and 1, or the export has no image of
+                a class.
+        """
+        if prevalence is None:
+            return self
+        wrong = None
+        if len(self.classes) != 2:
+            wrong = f"a model of {len(self.classes)} classes has no class to detect; leave it out"
+        elif not 0 < prevalence < 1:
+            wrong = "give a number that is above 0 and below 1"
+        elif self.own_prevalence is None:
+            wrong = f"{self.path} does not say which share its probabilities are set for; leave it out"
+        if wrong is not None:
+            raise UserError(wrong, option="prevalence", value=f"{prevalence:g}")
+        return replace(self, prevalence=prevalence)
+
+    @cached_property
+    def _ratios(self) -> np.ndarray:
+        """By class (classes,), the share at `prevalence` for one that the export's probabilities are set for."""
+        of_positive = np.array([c == self.positive for c in self.classes])
+        return np.where(of_positive, self.prevalence, 1 - self.prevalence) / prior_of(self.settings)
+
+    def moved(self, probability: float, back: bool = False) -> float:
+        """Return a probability of `positive`, which the export gives, as it is at `prevalence`; `back`: the reverse."""
+        if self.prevalence is None:
+            return probability
+        positive = self.classes.index(self.positive)
+        ratios = 1 / self._ratios if back else self._ratios
+        ours, other = probability * ratios[positive], (1 - probability) * ratios[1 - positive]
+        return ours / (ours + other)
 
     def describe_probabilities(self, calibrated: bool = True, tta: bool = False) -> str:
         """Return how the probabilities were calibrated, for people."""
-        kind = self.scaling.kind if calibrated else "none"
-        if kind == "none":
-            return "not calibrated" if self.scaling.kind == "none" else "not calibrated, by --uncalibrated"
+        own = Scaling.of(self.settings)
         two = len(self.classes) == 2 and self.positive is not None
-        text = self.scaling.describe(self.classes.index(self.positive) if two else None)
-        return f"{text}, for single views and not for the mean of views" if tta else text
+        if own.kind == "none" or not calibrated:
+            text = "not calibrated" if own.kind == "none" else "not calibrated, by --uncalibrated"
+        else:
+            text = own.describe(self.classes.index(self.positive) if two else None)
+            text += ", for single views and not for the mean of views" if tta else ""
+        if self.prevalence is None or not calibrated:
+            return text
+        return f"for a prevalence of {percent(self.prevalence)}, moved from {percent(self.own_prevalence)}; {text}"
 
     def threshold_of(self, calibrated: bool = True) -> float | None:
         """Return the threshold on the export's probabilities, or the one on raw ones with the same decisions.
@@ -93,13 +147,8 @@ class Model:
         return float(expit(self.scaling.temperature * (logit(self.threshold) - intercept)))
 
     def probabilities(self, logits: np.ndarray, calibrated: bool = True) -> np.ndarray:
-        """Return the softmax of logits (N, classes), scaled as the export says (`scaling`) if `calibrated`.
-
-        It is `scipy.special.softmax` to the last digit, without the import; torch's differs in the last digit.
-        """
-        scaled = (self.scaling if calibrated else Scaling())(logits)
-        powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-        return powers / powers.sum(axis=-1, keepdims=True)
+        """Return the softmax of logits (N, classes), scaled as the export says (`scaling`) if `calibrated`."""
+        return softmax((self.scaling if calibrated else Scaling())(logits))
 
     def decide(self, probabilities: np.ndarray, threshold: float | None = None) -> np.ndarray:
         """Return the predicted class of each row (N, classes) as an index (N,).

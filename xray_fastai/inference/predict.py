@@ -28,6 +28,7 @@ def predict(
     gate: bool = True,
     abstain: float = 0.0,
     uncalibrated: bool = False,
+    prevalence: float | None = None,
     tta: bool = False,
     batch_size: int = 32,
     device: str = "auto",
@@ -40,14 +41,17 @@ def predict(
         model: an export's folder, an open model, or a learner that `load_learner` opened; None takes the newest in
             ./exports.
         recursive: search the subfolders of folders, too.
-        threshold: the probability of the class to detect from which an image is called positive; None takes the
-            export's own.
+        threshold: the probability of the class to detect, as it stands in the table, from which an image is called
+            positive; None takes the export's own.
         gate: predict `uncertain` for an image that is unlike the training images, if the export has a gate. The column
             `unlike` is the percentage of training images that are more like the others than the image is.
         abstain: predict `uncertain` where the probability of the class to detect is within this distance of the
             threshold, from 0 to below 0.5; for two classes.
         uncalibrated: give the softmax of the network's outputs, without temperature and intercepts. The export's own
             threshold is moved accordingly, so that the decisions stay the same.
+        prevalence: the share of the class to detect where the images come from. The probabilities are moved to it
+            (`Model.at_prevalence`), and the export's own threshold with them, so that the decisions stay the same. The
+            table then has it as a column.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image. Temperature,
             intercepts and threshold were chosen on single views.
         batch_size: changes the speed, not the result.
@@ -70,12 +74,12 @@ def predict(
     """
     config = PredictConfig(
         recursive=bool(recursive), threshold=threshold, gate=bool(gate), abstain=abstain,
-        uncalibrated=bool(uncalibrated), tta=bool(tta),
-        batch_size=batch_size, device=device, precision=precision,
+        uncalibrated=bool(uncalibrated), prevalence=prevalence, tta=bool(tta), batch_size=batch_size, device=device,
+        precision=precision,
     )  # fmt: skip
     sources = _as_list(paths)
     check_folders(sources, config.recursive)
-    opened = open_model(model, config.device, config.precision)
+    opened = open_model(model, config.device, config.precision).at_prevalence(config.prevalence)
     builder = RowBuilder(opened, config)
     images = image_sources(sources, config.recursive)
     with closing(predict_batches(opened, images, config.batch_size, config.tta)) as batches:

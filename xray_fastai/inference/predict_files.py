@@ -19,7 +19,7 @@ from xray_fastai.data.images import has_no_extension, open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.row_file import Row, RowFile
-from xray_fastai.inference.rows import RowBuilder, Withheld, probability_column
+from xray_fastai.inference.rows import DIGITS, RowBuilder, Withheld, probability_column, written_digits
 from xray_fastai.inference.sharding import follow, predict_sharded
 from xray_fastai.inference.stream import Batch, Source, check_folders, image_sources, predict_batches
 from xray_fastai.inference.tta import describe as describe_tta
@@ -33,6 +33,8 @@ from xray_fastai.system.text import WIDTH, count_of, printable, shorten
 
 MAX_ROWS = 50
 """Rows that the terminal shows; an output file gets all."""
+SHOWN_DIGITS = 4
+"""Decimal places of a probability on the terminal, where a row has `rows.DIGITS`."""
 SAME_MODEL = {"fp32": 1e-3, "bf16": 0.05}
 """By precision: the probabilities that one model gives for an image differ by less, on any device and in any batch."""
 
@@ -47,12 +49,14 @@ class Table:
         self,
         classes: list[str],
         paths: list[str],  # of the rows to come: they give the width of the first column
+        digits: int,  # decimal places of a probability
     ):
-        self.rows = 0
+        self.rows, self.digits = 0, digits
         self.classes, self.all_classes = classes, True
-        self.widths = [max(10, *map(len, classes)), *(max(6, len(probability_column(name))) for name in classes)]
+        number = digits + len("0.")
+        self.widths = [max(10, *map(len, classes)), *(max(number, len(probability_column(c))) for c in classes)]
         if sum(self.widths) + 2 * len(self.widths) > WIDTH - 24:  # too wide: only the predicted class's probability
-            self.widths, self.all_classes = [min(30, self.widths[0]), 11], False
+            self.widths, self.all_classes = [min(30, self.widths[0]), max(number, len("probability"))], False
         longest = max([4, *map(len, paths)])
         self.widths.insert(0, min(longest, WIDTH - sum(self.widths) - 2 * len(self.widths)))
 
@@ -74,7 +78,7 @@ class Table:
         if not self.all_classes:  # of an uncertain image the most probable class's
             called = row["prediction"]
             names = [max(names, key=lambda name: row[probability_column(name)]) if called == UNCERTAIN else called]
-        return [row["path"], row["prediction"], *(f"{row[probability_column(name)]:.4f}" for name in names)]
+        return [row["path"], row["prediction"], *(f"{row[probability_column(name)]:.{self.digits}f}" for name in names)]
 
     def _line(self, cells: list[str]) -> str:
         path, second, *numbers = (printable(cell) for cell in cells)
@@ -116,7 +120,7 @@ def _predict(paths: list[str], model: Path | None, config: PredictConfig) -> int
         RowFile.check(output, config.resume)
     check_folders(paths, config.recursive)
     _check_heatmaps_outside(paths, config)
-    opened = open_model(model, config.device, config.precision)
+    opened = open_model(model, config.device, config.precision).at_prevalence(config.prevalence)
     builder = RowBuilder(opened, config)
     maps = None if config.heatmaps is None else _HeatMaps(Path(config.heatmaps), opened)
     listed = chain.from_iterable(_standard_input() if path == "-" else [path] for path in paths)
@@ -166,7 +170,8 @@ def _run(
     model, config, counts = builder.model, builder.config, Counter()
     if file is None:
         names = list(islice(sources, MAX_ROWS))
-        table, sources = Table(model.classes, names), chain(names, sources)
+        digits = SHOWN_DIGITS + written_digits(model, builder.threshold) - DIGITS
+        table, sources = Table(model.classes, names, digits), chain(names, sources)
         print()
     else:
         counts = _skip_done(file, sources, builder)
@@ -319,6 +324,12 @@ def _skip_done(file: RowFile, sources: Iterator[Source], builder: RowBuilder) ->
                 "model= and threshold=",
                 option="resume",
             )
+        if row.get("prevalence") != builder.model.prevalence:
+            raise UserError(
+                f"the prevalence in {file.path} is {row['prevalence']}, here {builder.model.prevalence}; give the same "
+                "prevalence=",
+                option="resume",
+            )
         reason = builder.withheld(row)
         if (row["prediction"] == UNCERTAIN) != (reason is not None):
             raise UserError(
@@ -344,6 +355,9 @@ def _check_same_model(file: RowFile, source: Source, row: Row, builder: RowBuild
     if again["error"] is not None:
         return
     names = map(probability_column, builder.model.classes)
+    if builder.model.prevalence is not None:  # of a small prevalence all probabilities are alike
+        names = [probability_column(builder.model.positive)]
+        again, row = ({**r, names[0]: builder.model.moved(r[names[0]], back=True)} for r in (again, row))
     if max(abs(again[name] - row[name]) for name in names) > SAME_MODEL[builder.model.precision]:
         raise UserError(
             f"the rows in {file.path} came from another model, precision= or tta=, or the images changed "

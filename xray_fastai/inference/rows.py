@@ -4,6 +4,7 @@
 line's output file (`row_file`) and its `--resume` follow from it.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ from xray_fastai.inference.stream import Batch, Source
 from xray_fastai.system.errors import ImageError, UserError
 
 DIGITS = 7
-"""Decimal places of a probability in a row."""
+"""Decimal places of a probability in a row, where the threshold is not near 0 or 1."""
+AT_THRESHOLD = 6
+"""Significant digits that a probability has, at least, where it equals the threshold."""
 UNLIKE_DIGITS = 4
 """Decimal places of `unlike` in a row. Both are compared as they are written, so that a row explains itself."""
 
@@ -43,6 +46,7 @@ class ImageResult:
     probabilities: dict[str, float] = field(default_factory=dict)  # by class; empty if there is an error
     unlike: float | None = None  # see `Gate.unlike`; None without a gate, or if there is an error
     error: str | None = None  # why there is no prediction
+    prevalence: float | None = None  # that the probabilities were moved to; None: as the export's are
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,20 @@ class Column:
     value: Callable[[ImageResult], str | float | None]
 
 
-def columns_of(classes: Sequence[str]) -> list[Column]:
-    """Return the columns for a model of these classes, in their order; a new column is added here alone."""
+def columns_of(classes: Sequence[str], at_prevalence: bool = False) -> list[Column]:
+    """Return the columns for a model of these classes, in their order; a new column is added here alone.
+
+    Args:
+        classes: of the model.
+        at_prevalence: whether the probabilities were moved to a prevalence, which then has a column.
+    """
     return [
         Column("path", str, attrgetter("path")),
         Column("prediction", str, attrgetter("prediction")),
         *(Column(probability_column(name), float, partial(_probability, name)) for name in classes),
         Column("threshold", float, attrgetter("threshold")),
         Column("unlike", float, attrgetter("unlike")),
+        *([Column("prevalence", float, attrgetter("prevalence"))] if at_prevalence else []),
         Column("error", str, attrgetter("error")),
     ]
 
@@ -75,6 +85,39 @@ def _probability(label: str, result: ImageResult) -> float | None:
     return result.probabilities.get(label)
 
 
+def digits_of(*thresholds: float | None) -> int:
+    """Return the decimal places of a probability in a row, for the thresholds that it may be compared with.
+
+    >>> digits_of(0.5), digits_of(3.2e-7), digits_of(0.5, 1 - 3.2e-7)
+    (7, 12, 12)
+    """
+    nearest = [min(threshold, 1 - threshold) for threshold in thresholds if threshold is not None]
+    return max([DIGITS, *(AT_THRESHOLD - 1 - math.floor(math.log10(value)) for value in nearest if value > 0)])
+
+
+def written_digits(model: Model, threshold: float | None) -> int:
+    """Return the decimal places of a model's probabilities: moved to a small prevalence, most of them are small."""
+    return digits_of(threshold) if model.prevalence is None else digits_of(threshold, model.threshold)
+
+
+def call(model: Model, path: str, logits: np.ndarray, threshold: float | None, calibrated: bool = True) -> ImageResult:
+    """Decide on an image. The decision is made on the probability that is written.
+
+    Args:
+        model: the export.
+        path: of the image.
+        logits: (classes,), finite.
+        threshold: see `ImageResult`.
+        calibrated: whether the probabilities are scaled as the export says.
+    """
+    (probabilities,) = model.probabilities(logits[None], calibrated)  # (classes,)
+    digits = written_digits(model, threshold)
+    written = [round(float(p), digits) for p in probabilities]
+    (index,) = model.decide(np.array([written]), threshold)
+    by_class = dict(zip(model.classes, written, strict=True))
+    return ImageResult(path, threshold, model.classes[int(index)], by_class, prevalence=model.prevalence)
+
+
 class RowBuilder:
     """Turns batches of logits into rows: probabilities, and the decision at the threshold.
 
@@ -84,7 +127,7 @@ class RowBuilder:
 
     def __init__(self, model: Model, config: PredictConfig):
         self.model, self.config = model, config
-        self.columns = columns_of(model.classes)
+        self.columns = columns_of(model.classes, model.prevalence is not None)
         self.calibrated = not config.uncalibrated
         if config.threshold is not None and len(model.classes) != 2:
             raise UserError(
@@ -108,6 +151,14 @@ class RowBuilder:
             self._row(_name_of(source, number), logits, next(unlike) if error is None else None, error)
             for number, (source, logits, error) in enumerate(batch.outputs(), first)
         ]
+
+    def _row(self, path: str, logits: np.ndarray | None, error: ImageError | None) -> Row:
+        if error is None and np.isfinite(logits).all():
+            result = call(self.model, path, logits, self.threshold, self.calibrated)
+        else:
+            fault = "the network's output is not a number" if error is None else error.message
+            result = ImageResult(path, self.threshold, error=f"{path}: {fault}", prevalence=self.model.prevalence)
+        return {column.name: column.value(result) for column in self.columns}
 
     def withheld(self, row: Row) -> Withheld | None:
         """Return why the image of a row is not called; None if it is called, or cannot be read."""
@@ -143,6 +194,8 @@ class RowBuilder:
         rule = "the most probable class is predicted"
         if self.threshold is not None:
             rule = f"{self.model.positive} from a probability of {self.threshold:.4g}"
+        if self.model.prevalence is not None and self.config.threshold is None:
+            rule += f", moved from {self.model.settings['threshold']:.4g}"
         text = f"{'classes':<14}{', '.join(self.model.classes)}; {rule}"
         text += f"\n{'probabilities':<14}{self.model.describe_probabilities(self.calibrated, self.config.tta)}"
         reasons = [] if self.limit is None else [f"{Withheld.UNLIKE.value} (column unlike above {self.limit:.4g})"]

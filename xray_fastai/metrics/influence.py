@@ -30,19 +30,27 @@ class Shares(NamedTuple):
             return self.weights * (self.hits - self.values) / self.weights.sum(axis=0)
 
 
+def placements(scored: Scored, label: int) -> np.ndarray:
+    """Return DeLong's structural components (N,) of the ROC AUC of a class.
+
+    Of an image with the class it is the share of the others that score lower, of these the share of images with the
+    class that score higher; a tie counts half. They follow from ranks (Sun & Xu, Fast implementation of DeLong's
+    algorithm, IEEE Signal Processing Letters 2014).
+    """
+    positive, score = scored.y_true == label, scored.y_prob[:, label]
+    rank, placement = rankdata(score), np.empty(len(score))
+    placement[positive] = (rank[positive] - rankdata(score[positive])) / (~positive).sum()
+    placement[~positive] = 1 - (rank[~positive] - rankdata(score[~positive])) / positive.sum()
+    return placement
+
+
 def of_roc_auc(scored: Scored, label: int) -> np.ndarray:
     """Return each image's influence (N,) on the ROC AUC of a class.
 
     It is DeLong's structural component less the AUC. Summed by patient, it gives Obuchowski's variance (Nonparametric
     analysis of clustered ROC curve data, Biometrics 1997).
     """
-    positive, score = scored.y_true == label, scored.y_prob[:, label]
-    rank = rankdata(score)
-    placement = np.empty(
-        len(score)
-    )  # of a positive image: the share of negative ones below it; of these: of those above
-    placement[positive] = (rank[positive] - rankdata(score[positive])) / (~positive).sum()
-    placement[~positive] = 1 - (rank[~positive] - rankdata(score[~positive])) / positive.sum()
+    positive, placement = scored.y_true == label, placements(scored, label)
     auc = placement[positive].mean()
     return (placement - auc) / np.where(positive, positive.sum(), (~positive).sum())
 

@@ -23,10 +23,12 @@ from scipy.stats import t
 from xray_fastai.metrics.calibration import reliability_bins
 from xray_fastai.metrics.influence import Shares
 from xray_fastai.metrics.scored import Scored
-from xray_fastai.metrics.table import METRICS, Metric, values
+from xray_fastai.metrics.table import FALSE_POSITIVE_RATE, METRICS, Metric, values
 
 FALSE_POSITIVE_RATES = np.linspace(0, 1, 101)
 """Where the interval of a ROC curve is computed."""
+AT_SPECIFICITY = int(np.searchsorted(FALSE_POSITIVE_RATES, FALSE_POSITIVE_RATE))
+"""The place among them of the metric "sensitivity at a specificity of 0.90"."""
 RESAMPLES = 2000
 SEED = 0
 _ELEMENTS = 100_000
@@ -104,8 +106,12 @@ def measure(scored: Scored, y_pred: dict[str, np.ndarray], resamples: int = RESA
         for label in scored.measured
         for one in [scored.against_the_rest(label)]
     ]
+    free = _intervals(scored, None)
+    if scored.positive is not None:
+        name = "sensitivity_at_90_specificity"
+        free[name] = Interval(free[name].value, *curves[0].band[:, AT_SPECIFICITY].tolist())
     return Measured(
-        _intervals(scored, None),
+        free,
         {point: _intervals(scored, classes) for point, classes in y_pred.items()},
         curves,
         _reliability(scored),
@@ -127,8 +133,8 @@ def share_interval(shares: Shares, patients: np.ndarray) -> tuple[float, float]:
         shares: of N images.
         patients: (N,), the number of each image's patient, from 0 on.
     """
-    of_patient = _sums(shares.influence, patients)  # (patients, K)
-    counts = (_sums(shares.weights, patients) > 0).sum(axis=0)  # (K,): patients with images that count
+    of_patient = sums_by_patient(shares.influence, patients)  # (patients, K)
+    counts = (sums_by_patient(shares.weights, patients) > 0).sum(axis=0)  # (K,): patients with images that count
     if counts.min() < 2:
         return _NONE
     p, quantile = shares.values, t.ppf(0.975, counts - 1)
@@ -161,19 +167,31 @@ def student_interval(
         scale: the logit of a metric from 0 to 1, the logarithm of a positive one, or the metric itself.
         level: the share of intervals that hold the truth.
     """
-    of_patient = _sums(influence, patients)
-    m, squares = len(of_patient), (of_patient**2).sum()
-    if m < 2 or np.sqrt(squares) < _ZERO:
+    error, freedom = student_error(influence, patients)
+    if np.isnan(error):
         return _NONE
-    kurtosis = m * (of_patient**4).sum() / squares**2
-    freedom = min(m - 1, 2 * m / (kurtosis - (m - 3) / (m - 1)))
-    half = t.ppf((1 + level) / 2, freedom) * np.sqrt(m / (m - 1) * squares)
+    half = t.ppf((1 + level) / 2, freedom) * error
     if scale == "unit":
         center, half = logit(value), half / (value * (1 - value))
         return float(expit(center - half)), float(expit(center + half))
     if scale == "positive":
         return float(value * np.exp(-half / value)), float(value * np.exp(half / value))
     return float(value - half), float(value + half)
+
+
+def student_error(influence: np.ndarray, patients: np.ndarray) -> tuple[float, float]:
+    """Return a metric's standard error and its degrees of freedom; NaN with one patient, or where all patients agree.
+
+    Args:
+        influence: (N,), that of each image.
+        patients: (N,), the number of each image's patient, from 0 on.
+    """
+    of_patient = sums_by_patient(influence, patients)
+    m, squares = len(of_patient), (of_patient**2).sum()
+    if m < 2 or np.sqrt(squares) < _ZERO:
+        return _NONE
+    kurtosis = m * (of_patient**4).sum() / squares**2
+    return float(np.sqrt(m / (m - 1) * squares)), min(m - 1, 2 * m / (kurtosis - (m - 3) / (m - 1)))
 
 
 def patient_weights(patients: np.ndarray, resamples: int, seed: int = SEED) -> Iterator[np.ndarray]:
@@ -228,7 +246,7 @@ def _intervals(scored: Scored, y_pred: np.ndarray | None) -> dict[str, Interval]
 
 
 def _interval(metric: Metric, value: float, scored: Scored, y_pred: np.ndarray | None, level: float = 0.95) -> Interval:
-    if metric.scale is None or np.isnan(value):
+    if metric.scale in (None, "curve") or np.isnan(value):
         return Interval(value, *_NONE)
     spread = metric.spread(scored, y_pred)
     if isinstance(spread, Shares):
@@ -299,7 +317,7 @@ def _wilson(p: np.ndarray, error: np.ndarray, fewest: np.ndarray, most: np.ndarr
     return np.minimum(center - half, p), np.maximum(center + half, p)
 
 
-def _sums(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
+def sums_by_patient(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
     """Return the sums (patients, ...) of values (N, ...) over the images of each patient."""
     sums = np.zeros((patients.max() + 1, *values.shape[1:]))
     np.add.at(sums, patients, values)

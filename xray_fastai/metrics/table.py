@@ -23,14 +23,18 @@ from sklearn.metrics import (
     precision_score,
     recall_score,
     roc_auc_score,
+    roc_curve,
 )
 
 from xray_fastai.metrics import calibration, influence
 from xray_fastai.metrics.influence import Shares
 from xray_fastai.metrics.scored import Scored, losses
+from xray_fastai.system.text import percent
 
-Scale = Literal["share", "unit", "positive", "real"]
-"""What values a metric can have: a mean of shares of images, from 0 to 1, from 0 on, or any."""
+Scale = Literal["share", "unit", "positive", "real", "curve"]
+"""What values a metric can have: a mean of shares of images, from 0 to 1, from 0 on, any, or read off the ROC curve."""
+FALSE_POSITIVE_RATE = 0.1
+"""Where `sensitivity_at_90_specificity` is read off; 1 - 0.9 is another number, to a computer."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Metric:
         needs_threshold: whether it depends on the predicted classes.
         scale: which interval it gets; None: no interval.
         value: of images and their predicted classes (N,): the metric; NaN where undefined.
-        spread: of the same: the `Shares` whose mean is the metric, or the influence of each image (N,).
+        spread: of the same: the `Shares` whose mean is the metric, or the influence of each image (N,); None with the
+            scale None, and with the scale `curve`, whose interval is that of the curve.
     """
 
     name: str
@@ -53,7 +58,7 @@ class Metric:
     needs_threshold: bool
     scale: Scale | None
     value: Callable[[Scored, np.ndarray], float]
-    spread: Callable[[Scored, np.ndarray], Shares | np.ndarray]
+    spread: Callable[[Scored, np.ndarray], Shares | np.ndarray | None]
 
 
 def _balanced_accuracy(scored: Scored, y_pred: np.ndarray) -> float:
@@ -81,7 +86,7 @@ def _compared(value: Callable[[Scored, np.ndarray], float]) -> Callable[[Scored,
 
 
 def curve_values(score: Callable, scored: Scored) -> list[float]:
-    """Return `roc_auc_score` or `average_precision_score` of each measured class; NaN with images of one class only."""
+    """Return a score like `roc_auc_score` of each measured class; NaN with images of one class only."""
     if len(scored.present) < 2:
         return [np.nan] * len(scored.measured)
     return [score(scored.y_true == k, scored.y_prob[:, k]) for k in scored.measured]
@@ -146,6 +151,25 @@ def _excess(scored: Scored) -> np.ndarray:
     return outcome - probability
 
 
+def _observed_expected(scored: Scored) -> float:
+    """Return O:E; undefined where no image has the class, since then the ratio has no interval."""
+    probability, _, outcome = scored.confidence
+    return outcome.mean() / probability.mean() if outcome.any() else np.nan
+
+
+def _of_observed_expected(scored: Scored) -> np.ndarray:
+    probability, _, outcome = scored.confidence
+    return (
+        outcome.mean()
+        / probability.mean()
+        * (_of_mean(outcome) / outcome.mean() - _of_mean(probability) / probability.mean())
+    )
+
+
+def _at_specificity(y_true: np.ndarray, score: np.ndarray) -> float:
+    return np.interp(FALSE_POSITIVE_RATE, *roc_curve(y_true, score, drop_intermediate=False)[:2])
+
+
 METRICS = {
     metric.name: metric
     for metric in (
@@ -189,6 +213,12 @@ METRICS = {
             _mean_influence(influence.of_roc_auc),
         ),
         Metric(
+            "sensitivity_at_90_specificity", "sensitivity at spec. 0.90",
+            "the sensitivity of the ROC curve where the specificity is 0.90, whatever the threshold. "
+            "With more than two classes it has no interval.",
+            False, "curve", lambda scored, _: np.mean(curve_values(_at_specificity, scored)), lambda scored, _: None,
+        ),
+        Metric(
             "average_precision", "average precision",
             "the area under the precision-recall curve; guessing gives the share of the class.",
             False, "unit", lambda scored, _: np.mean(curve_values(average_precision_score, scored)),
@@ -216,6 +246,12 @@ METRICS = {
             False, "real", lambda scored, _: _excess(scored).mean(), lambda scored, _: _of_mean(_excess(scored)),
         ),
         Metric(
+            "observed_expected", "O:E ratio",
+            "the share of the class over its mean probability: 1 is right, below 1 the probabilities are too high.",
+            False, "positive", lambda scored, _: _observed_expected(scored),
+            lambda scored, _: _of_observed_expected(scored),
+        ),
+        Metric(
             "calibration_intercept", "calibration intercept",
             "what each logit lacks for the mean probability to be right: 0 is right.", False, "real",
             lambda scored, _: calibration.intercept(scored)[0], lambda scored, _: calibration.intercept(scored)[1],
@@ -233,6 +269,15 @@ METRICS = {
 def title_of(name: str) -> str:
     """Return a metric's title, or the name itself where a newer version wrote a metric that this one does not know."""
     return METRICS[name].title if name in METRICS else name
+
+
+def title_at_prevalence(name: str, prevalence: float) -> str:
+    """Return the title of a predictive value at a prevalence.
+
+    >>> title_at_prevalence("ppv", 0.03)
+    'PPV at a prevalence of 3 %'
+    """
+    return f"{name.upper()} at a prevalence of {percent(prevalence)}"
 
 
 def values(scored: Scored, y_pred: np.ndarray | None = None) -> dict[str, float]:

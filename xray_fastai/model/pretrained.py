@@ -121,8 +121,10 @@ def _from_file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
             option="weights",
             value=path,
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, SafetensorError) as error:
+        # torch reads any bytes as steps of a pickle: an error of a look-up says nothing to the user
+        known = str(error) and not isinstance(error, LookupError)
+        reason = str(error).splitlines()[0] if known else "it is damaged, or holds something else"
         raise UserError(f"not a readable weights file ({reason}); get it again", option="weights", value=path) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError("not a state_dict (names to tensors); save network.state_dict()", option="weights", value=path)

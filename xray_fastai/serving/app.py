@@ -273,7 +273,8 @@ def _read(name: str) -> str:
 def _render(facts: ModelFacts) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_read("page.html.jinja"))
-    columns = [{"name": column.name, "isNumber": column.type is float} for column in columns_of(facts.classes)]
+    shown = columns_of(facts.classes, facts.prevalence is not None)
+    columns = [{"name": column.name, "isNumber": column.type is float} for column in shown]
     return template.render(model=facts, columns=columns, disclaimer=DISCLAIMER, max_file=MAX_FILE, formula=FORMULA)
 
 

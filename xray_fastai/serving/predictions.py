@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model
-from xray_fastai.inference.rows import DIGITS, ImageResult, columns_of
+from xray_fastai.inference.rows import ImageResult, call, columns_of
 from xray_fastai.inference.stream import predict_batches
 from xray_fastai.serving.decoding import Decoder
 from xray_fastai.system.errors import ImageError
@@ -31,6 +31,10 @@ class ModelFacts(BaseModel):
     threshold: float | None = Field(
         description="The decision is `positive` if its probability is at least this; null: the most probable class.",
         examples=[0.5],
+    )
+    prevalence: float | None = Field(
+        description="The share of `positive` that the probabilities were moved to; null: they are as the export's.",
+        examples=[0.03],
     )
     calibrated: bool = Field(description="Whether validation images chose temperature or intercepts.")
     probabilities: str = Field(
@@ -57,6 +61,7 @@ class ModelFacts(BaseModel):
             classes=model.classes,
             positive=model.positive,
             threshold=model.threshold_of(),
+            prevalence=model.prevalence,
             calibrated=model.scaling.kind != "none",
             probabilities=model.describe_probabilities(),
             calibration=settings["calibration"],
@@ -148,14 +153,11 @@ def predict_file(model: Model, decoder: Decoder, name: str, content: bytes, heat
     (logits,) = batch.logits
     if not np.isfinite(logits).all():
         return unreadable(model, name, "the network's output is not a number")
-    probabilities = model.probabilities(logits)  # (classes,)
-    index = int(model.decide(probabilities[None])[0])
-    by_class = {label: round(float(p), DIGITS) for label, p in zip(model.classes, probabilities, strict=True)}
-    prediction = _prediction(model, ImageResult(name, model.threshold_of(), model.classes[index], by_class))
+    prediction = _prediction(model, call(model, name, logits, model.threshold_of()))
     if picture is not None:
         prediction.image = _jpeg_uri(picture)
         prediction.seen = _jpeg_uri(Image.fromarray(model.seen(batch.images)[0, 0].numpy()))
-        (cam,) = grad_cam(model, batch.images, [index])  # (h, w)
+        (cam,) = grad_cam(model, batch.images, [model.classes.index(prediction.prediction)])  # (h, w)
         if cam.size == 1:
             prediction.note = f"No heat map: at {model.size} pixels it has one cell for the whole image"
         elif not cam.any():
@@ -167,7 +169,8 @@ def predict_file(model: Model, decoder: Decoder, name: str, content: bytes, heat
 
 def unreadable(model: Model, name: str, reason: str) -> Prediction:
     """Return the answer for a file that cannot be read."""
-    return _prediction(model, ImageResult(name, model.threshold_of(), error=f"{name}: {reason}"))
+    error = f"{name}: {reason}"
+    return _prediction(model, ImageResult(name, model.threshold_of(), error=error, prevalence=model.prevalence))
 
 
 def _prediction(model: Model, result: ImageResult) -> Prediction:
@@ -177,7 +180,7 @@ def _prediction(model: Model, result: ImageResult) -> Prediction:
         probabilities=result.probabilities or None,
         threshold=result.threshold,
         error=result.error,
-        row={column.name: column.value(result) for column in columns_of(model.classes)},
+        row={column.name: column.value(result) for column in columns_of(model.classes, model.prevalence is not None)},
     )
 
 

@@ -28,6 +28,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     *,
+    prevalence: float | None = None,
     device: str = "auto",
     open: bool = False,
 ) -> None:
@@ -37,6 +38,7 @@ def serve(
         model: an export's folder; None takes the newest in ./exports.
         host: the address to listen on, or its name.
         port: the port to listen on; 0 takes a free one.
+        prevalence: the share of the class to detect where the images come from; see `predict`.
         device: auto, cpu, cuda or mps.
         open: open the page in the browser.
 
@@ -44,7 +46,7 @@ def serve(
         UserError: there is no export, or it is damaged; the device is missing; or the address or port cannot be used.
     """
     with sigterm_raises(), listen(host, port) as listener:
-        predictor = Predictor(open_model(model, device, "fp32"))
+        predictor = Predictor(open_model(model, device, "fp32").at_prevalence(prevalence))
         if "XRAY_FASTAI_DEBUG" not in os.environ:
             logging.disable()  # the log of a library may contain what a client sent
         try:
@@ -66,6 +68,7 @@ def _run(predictor: Predictor, listener: socket.socket, host: str, newest: bool,
     lines = {
         "model": f"{predictor.model.path}" + (" (the newest in ./exports)" if newest else ""),
         "classes": f"{', '.join(facts.classes)}; {rule}",
+        "probabilities": "" if facts.prevalence is None else facts.probabilities,
         "trained on": "synthetic X-rays: the model knows nothing of patients" if facts.rehearsal else "",
         "device": f"{describe(predictor.model.device)}, precision fp32",
         "warning": "" if local else "other machines can reach this server; it has no login and no encryption",

@@ -145,6 +145,11 @@ def format_number(value: object) -> str:
     return f"{value:.3f}" if 5e-4 <= abs(value) < 1e4 or value == 0 else f"{value:.2g}"
 
 
+def percent(share: float) -> str:
+    """Return a share as a percentage with three digits: 0.0314 is 3.14 %."""
+    return f"{100 * share:.3g} %"
+
+
 def format_interval(value: float, low: float | None, high: float | None, digits: int = 3) -> str:
     """Return a value with its interval; without it where a limit is None or NaN.
 

@@ -94,15 +94,8 @@ def calibrate(
 
 
 def prior_of(images: Validated, scaling: Scaling) -> np.ndarray:
-    """Return the probabilities (classes,) of an image that says nothing about its class.
-
-    A loss with weights w trains a network for the prior w * n / sum(w * n), with n training images of a class; balanced
-    weights make it equal for all classes. Slope and intercepts of `validation` make it the share of each class in the
-    validation images.
-    """
-    if scaling.kind == "validation":
-        return images.counts / images.counts.sum()
-    return softmax(scaling(np.log(images.weights * images.trained)))
+    """Return the probabilities (classes,) of an image that says nothing about its class (`Scaling.prior`)."""
+    return scaling.prior(images.weights, images.trained, images.counts)
 
 
 def _none(images: Validated) -> tuple[Scaling, str]:
@@ -161,7 +154,9 @@ def choose_temperature(images: Validated) -> float:
     return float(max([best, *filter(is_within, warmer)]))
 
 
-def fit_slope_and_intercepts(images: Validated, spread: float = SPREAD) -> tuple[float, np.ndarray]:
+def fit_slope_and_intercepts(
+    images: Validated, spread: float = SPREAD, with_slope: bool = True
+) -> tuple[float, np.ndarray]:
     """Fit one slope and an intercept of each class to the validation images, by penalised maximum likelihood.
 
     A loss with weights w makes a network's posterior proportional to w p(class | image), which no slope undoes; so
@@ -173,6 +168,7 @@ def fit_slope_and_intercepts(images: Validated, spread: float = SPREAD) -> tuple
     Args:
         images: the validation split.
         spread: standard deviation of the prior.
+        with_slope: False keeps the slope at 1.
 
     Returns:
         The temperature, 1 / slope, and the intercepts (classes,), log(w) included.
@@ -188,7 +184,7 @@ def fit_slope_and_intercepts(images: Validated, spread: float = SPREAD) -> tuple
         gradient = np.array([slope * (residuals * z).sum(), *residuals.sum(axis=0)])
         return (values**2).sum() / (2 * spread**2) - log_p[truth].sum(), gradient + values / spread**2
 
-    bound = np.log(MAX_TEMPERATURE)
+    bound = np.log(MAX_TEMPERATURE) if with_slope else 0.0
     bounds = [(-bound, bound), *[(None, None)] * z.shape[1]]
     log_slope, *intercepts = minimize(loss, np.zeros(1 + z.shape[1]), jac=True, method="L-BFGS-B", bounds=bounds).x
     slope = np.exp(log_slope)

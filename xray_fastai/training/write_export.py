@@ -28,14 +28,15 @@ from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
 from xray_fastai.export.run_folder import Reservation
-from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
+from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, QUANTILES, SETTINGS, WEIGHTS
 from xray_fastai.export.weights_file import FACTS, facts_hash
 from xray_fastai.inference.gate import Gate
+from xray_fastai.metrics.alignment import log_odds, quantiles
 from xray_fastai.model.learner import set_scaling
 from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
 from xray_fastai.system.text import data_uri, format_number
-from xray_fastai.training.calibration import Calibration, Validated, calibrate
+from xray_fastai.training.calibration import Calibration, Validated, calibrate, prior_of
 from xray_fastai.training.gate import settle_gate
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import conclude
@@ -75,8 +76,10 @@ class Judgement:
     """Holds what the validation images say of the exported weights."""
 
     calibration: Calibration
+    prior: list[float] | None = None  # by class, the probabilities of an image that says nothing
     worst: Group | None = None  # the group of images with the lowest ROC AUC
     called: dict[str, int] | None = None  # images by the class that is predicted
+    scores: dict[str, list[float]] | None = None  # by class, quantiles of the log odds of the class to detect
     gate: Gate | None = None  # settled by the training images, too
 
 
@@ -91,6 +94,7 @@ def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str
         **plan.record(),
         "temperature": calibration.scaling.temperature,
         "intercepts": calibration.scaling.intercepts,
+        "prior": judgement.prior,
         "threshold": calibration.threshold,
         "calibration": calibration.note,
         "calibrated": calibration.scaling.kind != "none",
@@ -108,6 +112,7 @@ def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str
         "worst_group": None if judgement.worst is None else asdict(judgement.worst),
         "called": judgement.called,
         "gate": judgement.gate and judgement.gate.numbers(),
+        "scores": judgement.scores,
         "by_hand": outcome.by_hand,
         "versions": {"xray-fastai": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -294,11 +299,17 @@ def judge(plan: Plan, logits: np.ndarray, targets: np.ndarray, model: nn.Sequent
     )
     calibration = calibrate(images, config.calibration, _positive(data), config.target_sensitivity)
     probabilities = calibration.probabilities(logits)
-    called = _called(data, probabilities, calibration.threshold)
     gate = None
     with contextlib.suppress(ImageError):  # as in `_worst_group`
         gate = settle_gate(model, plan)
-    return Judgement(calibration, _worst_group(data, probabilities), called, gate)
+    return Judgement(
+        calibration,
+        prior_of(images, calibration.scaling).tolist(),
+        _worst_group(data, probabilities),
+        _called(data, probabilities, calibration.threshold),
+        _scores(data, logits, targets),
+        gate,
+    )
 
 
 def export(learn: Learner, plan: Plan, outcome: Outcome, judgement: Judgement, run: Reservation) -> Path:
@@ -326,6 +337,18 @@ def _called(data: Collection, probabilities: np.ndarray, threshold: float | None
     if positive is not None:
         predicted = np.where(probabilities[:, positive] >= threshold, positive, 1 - positive)
     return dict(zip(data.classes, np.bincount(predicted, minlength=len(data.classes)).tolist(), strict=True))
+
+
+def _scores(data: Collection, logits: np.ndarray, targets: np.ndarray) -> dict[str, list[float]] | None:
+    """Return the quantiles of the log odds of the class to detect, by the class of the validation images.
+
+    `recalibrate --match-scores` compares the images of another place with them. They are not known of one class alone.
+    """
+    positive = _positive(data)
+    if positive is None or len(np.unique(targets)) < 2:
+        return None
+    odds = log_odds(logits, positive)
+    return {name: quantiles(odds[targets == index], QUANTILES) for index, name in enumerate(data.classes)}
 
 
 def _worst_group(data: Collection, probabilities: np.ndarray) -> Group | None:

@@ -355,6 +355,7 @@ def test_stray_files_are_distinguished(data):
     assert audit.ok
     assert files(findings["system-file"]) == ["train/NORMAL/.DS_Store", "train/NORMAL/Thumbs.db"]
     assert files(findings["no-image"]) == ["train/NORMAL/notes.txt"]
+    assert findings["no-image"].text == "1 file that is not an image"
     unread = {file.name: file.detail for file in findings["not-read"].files}
     assert unread.keys() == {"train/NORMAL/scan.ima", "train/NORMAL/scan.gif", "train/outside.jpeg"}
     assert "DICOM" in unread["train/NORMAL/scan.ima"]

@@ -112,7 +112,10 @@ def other_files(others: pd.DataFrame) -> list[Finding]:
             "warning", "not-read", unread, "with images that a fit does not read",
             f"move them into a class folder and convert them to one of {' '.join(EXTENSIONS)}; or remove them",
         ),
-        ("remark", "no-image", other, "that are not images", "ignored; nothing to do"),
+        (
+            "remark", "no-image", other, "that is not an image" if len(other) == 1 else "that are not images",
+            "ignored; nothing to do",
+        ),
         ("remark", "system-file", system, "hidden or of the operating system", "ignored; nothing to do"),
     ]  # fmt: skip
     return [

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xray_fastai.data.dicom.codestreams import TRUNCATED, check_jpeg, check_jpeg2000, check_rle, syntax_of
+from xray_fastai.data.jpeg import check_scans
 from xray_fastai.system.errors import ImageError
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def _jpeg(header: "Dataset", stream: bytes, shape: tuple[int, int, int]) -> tupl
     libjpeg fills what is missing without an error. It ignores what follows complete data, and decodes what follows
     incomplete ones.
     """
+    check_scans(stream)
     data = stream[: check_jpeg(stream, shape)]
     pixels, photometric = _decoded(header, data + b"\xff\xd9")
     filled, _ = _decoded(header, data + FILLING + b"\xff\xd9")

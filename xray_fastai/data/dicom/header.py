@@ -4,7 +4,6 @@ Some elements are made what every other reader takes them for, if the standard l
 """
 
 import re
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,8 +89,11 @@ def check_numbers(header: "Dataset") -> None:
             raise ImageError(f"its {keyword} has {len(values)} values; it must have one")
 
 
-def check(header: "Dataset", max_pixels: int) -> None:
+def check(header: "Dataset", max_pixels: int) -> str | None:
     """Check that the header describes one X-ray, before memory is allocated.
+
+    Returns:
+        What was read in another way than the header says, or None.
 
     Raises:
         ImageError: it does not.
@@ -104,8 +106,7 @@ def check(header: "Dataset", max_pixels: int) -> None:
     if missing := [keyword for keyword in NEEDED if keyword not in header]:
         raise ImageError(f"its header lacks {', '.join(missing)}")
     check_numbers(header)
-    if "VOILUTFunction" in header:
-        header.VOILUTFunction = _window_function(header)
+    note = _set_window_function(header)
     rows, columns, samples = int(header.Rows), int(header.Columns), int(header.SamplesPerPixel)
     if rows < 1 or columns < 1 or rows * columns > max_pixels:
         raise ImageError(f"{columns} x {rows} pixels; no X-ray is like that")
@@ -130,15 +131,19 @@ def check(header: "Dataset", max_pixels: int) -> None:
     allowed = GREYS if samples == 1 and not palette else COLOURS
     if header.PhotometricInterpretation not in allowed or samples not in (1, 3):
         raise ImageError(f"{samples} samples a pixel, neither grey nor colours (PhotometricInterpretation)")
+    return note
 
 
-def _window_function(header: "Dataset") -> str:
-    """Return how the window is applied: LINEAR, with a warning, where the header has no function of the standard.
+def _set_window_function(header: "Dataset") -> str | None:
+    """Make the window's function one of the standard: LINEAR, its default (PS3.3, C.11.2.1.3), instead of others.
 
-    LINEAR is the default (PS3.3, C.11.2.1.3). Where there are several windows, some files have a function for each.
+    Where there are several windows, some files have a function for each.
+
+    Returns:
+        What to tell of it, or None.
     """
+    if "VOILUTFunction" not in header:
+        return None
     name = str(np.ravel(header.VOILUTFunction)[0]).strip().upper()
-    if name in FUNCTIONS:
-        return name
-    warnings.warn("a DICOM file has a VOILUTFunction that the standard does not know; read as LINEAR", stacklevel=2)
-    return "LINEAR"
+    header.VOILUTFunction = name if name in FUNCTIONS else "LINEAR"
+    return None if name in FUNCTIONS else "its VOILUTFunction is not of the standard; read as LINEAR"

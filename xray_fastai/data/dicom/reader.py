@@ -73,7 +73,8 @@ def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
         max_pixels: the number of pixels above which the image is refused.
 
     Returns:
-        A PIL image of mode "L", or "RGB" if the file has colours.
+        A PIL image of mode "L", or "RGB" if the file has colours. Its `info["note"]` says what was read in another way
+        than the header says.
 
     Raises:
         ImageError: pydicom is not installed, or the file is not one complete X-ray. The message holds no values from
@@ -82,11 +83,11 @@ def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
     with _reading():
         header = _read(content, [*NEEDED, *OPTIONAL])
         apply_groups(header)
-        check(header, max_pixels)
+        note = check(header, max_pixels)
         pixels, photometric = decode(header)
         image = Image.fromarray(as_grey(pixels, header) if photometric in GREYS else as_colour(pixels, header))
         image.format = FORMAT
-        image.info = {"photometric": photometric}
+        image.info = {"photometric": photometric} | ({} if note is None else {"note": note})
         return image
 
 

@@ -24,7 +24,9 @@ function make(tag, className, ...children) {
 
 const countOf = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 // never 1.000 or 0.000: no probability is known that precisely
-const shown = (p) => (p > 0.9995 ? "> 0.999" : p < 0.0005 ? "< 0.001" : p.toFixed(3));
+const shown = (p) => (p > 0.9995 ? "> 0.999" : p < 0.0005 ? tiny(p) : p.toFixed(3));
+// of a small prevalence all probabilities, and the threshold, are small
+const tiny = (p) => (document.body.dataset.prevalence ? p.toPrecision(3) : "< 0.001");
 const significant = (p) => String(Number(p.toPrecision(4)));
 
 // Adding files and sending them
@@ -234,7 +236,8 @@ function cellOf(job, { name, isNumber }) {
     return cell;
   }
   if (name === "error") return make("td", "fault", value && reason(job));
-  return isNumber ? make("td", "n", value === "" ? "" : value.toFixed(4)) : make("td", "", String(value));
+  const digits = (number) => (document.body.dataset.prevalence ? String(number) : number.toFixed(4));
+  return isNumber ? make("td", "n", value === "" ? "" : digits(value)) : make("td", "", String(value));
 }
 
 // A spreadsheet runs some text as a formula; an apostrophe prevents it, as in the table that `predict` writes.

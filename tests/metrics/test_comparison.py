@@ -1,0 +1,148 @@
+"""Differences between two models have DeLong's, McNemar's and Newcombe's figures, and go by patient."""
+
+import doctest
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from tests.metrics.drawn import draw
+from xray_fastai.metrics import comparison
+from xray_fastai.metrics.comparison import Called, compare_metrics, delong, mcnemar
+from xray_fastai.metrics.influence import Shares
+from xray_fastai.metrics.intervals import share_interval
+from xray_fastai.metrics.scored import Scored
+from xray_fastai.metrics.table import METRICS
+
+# albumin, total protein, K-G score and outcome of 43 of the patients with ovarian cancer of DeLong et al. 1988, as
+# example "Comparing Receiver Operating Characteristic Curves" of the SAS/STAT User's Guide lists them
+OVARIAN = """
+3.0 5.8 10 0  3.2 6.3 5 1  3.9 6.8 3 1  2.8 4.8 6 0  3.2 5.8 3 1  0.9 4.0 5 0  2.5 5.7 8 0  1.6 5.6 5 1  3.8 5.7 5 1
+3.7 6.7 6 1  3.2 5.4 4 1  3.8 6.6 6 1  4.1 6.6 5 1  3.6 5.7 5 1  4.3 7.0 4 1  3.6 6.7 4 0  2.3 4.4 6 1  4.2 7.6 4 0
+4.0 6.6 6 0  3.5 5.8 6 1  3.8 6.8 7 1  3.0 4.7 8 0  4.5 7.4 5 1  3.7 7.4 5 1  3.1 6.6 6 1  4.1 8.2 6 1  4.3 7.0 5 1
+4.3 6.5 4 1  3.2 5.1 5 1  2.6 4.7 6 1  3.3 6.8 6 0  1.7 4.0 7 0  3.7 6.1 5 1  3.3 6.3 7 1  4.2 7.7 6 1  3.5 6.2 5 1
+2.9 5.7 9 0  2.1 4.8 7 1  2.8 6.2 8 0  4.0 7.0 7 1  3.3 5.7 6 1  3.7 6.9 5 1  3.6 6.6 5 1
+"""
+
+
+def two(images=120, patients=None, seed=0):
+    """Two models of the same images; the second sees the first one's probability, with noise."""
+    one = draw(2, images=images, patients=patients or 40, seed=seed)
+    numbers = np.arange(images) if patients is None else one.patients
+    positive = np.clip(one.y_prob[:, 1] + np.random.default_rng(seed).normal(0, 0.25, images), 0.01, 0.99)
+    scored = [
+        Scored(one.y_true, y_prob, numbers, 1) for y_prob in (one.y_prob, np.stack([1 - positive, positive], axis=1))
+    ]
+    return [Called(each, (each.y_prob[:, 1] >= 0.5).astype(int)) for each in scored]
+
+
+def repeated(called, times):
+    """The same images, each `times` over, as images of one patient."""
+    s = called.scored
+    again = [np.repeat(values, times, axis=0) for values in (s.y_true, s.y_prob, s.patients, called.y_pred)]
+    return Called(Scored(*again[:3], s.positive), again[3])
+
+
+def test_the_examples():
+    failed, tried = doctest.testmod(comparison, extraglobs={"np": np})
+    assert tried and not failed
+
+
+@pytest.mark.parametrize(
+    ("column", "auc", "error", "difference", "error_of_difference", "p"),
+    [(0, 0.7366, 0.0927, 0.0108, 0.0953, 0.9102), (1, 0.6478, 0.1000, -0.0780, 0.1046, 0.4561)],
+)
+def test_delongs_own_patients(column, auc, error, difference, error_of_difference, p):
+    """The figures are those that SAS prints for albumin, and for total protein, against the K-G score."""
+    rows = np.array(OVARIAN.split(), float).reshape(-1, 4)
+    found = delong(rows[:, 3], np.stack([-rows[:, 2], rows[:, column]]))
+    assert found.auc == pytest.approx([0.7258, auc], abs=5e-5)
+    assert np.sqrt(np.diag(found.covariance)) == pytest.approx([0.1028, error], abs=5e-5)
+    assert found.auc[1] - found.auc[0] == pytest.approx(difference, abs=5e-5)
+    assert found.covariance.trace() - 2 * found.covariance[0, 1] == pytest.approx(error_of_difference**2, abs=2e-5)
+    assert found.p == pytest.approx(p, abs=1e-4)
+
+
+def test_mcnemars_test_counts_what_one_model_alone_has_right():
+    """One image against five, of six: 2 (1 + 6) / 2^6."""
+    right = np.array(
+        [[True] * 20 + [True] + [False] * 5 + [False] * 7, [True] * 20 + [False] + [True] * 5 + [False] * 7]
+    )
+    assert mcnemar(*right) == pytest.approx(14 / 64)
+    assert mcnemar(right[0], right[0]) == 1
+
+
+def test_a_share_has_newcombes_interval():
+    """His method 10, written out: Wilson's limits of both shares, and the coefficient phi of the fourfold table."""
+    rng = np.random.default_rng(0)
+    a = rng.random(300) < 0.8
+    b = np.where(rng.random(300) < 0.6, a, rng.random(300) < 0.9)
+    table = np.array([[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]])
+    phi = np.linalg.det(table) / np.sqrt(np.prod([*table.sum(axis=0), *table.sum(axis=1)], dtype=float))
+    y_true, called = np.ones(300, int), []
+    for right in (a, b):
+        y_pred = right.astype(int)
+        called.append(Called(Scored(y_true, np.eye(2)[y_pred], np.arange(300), 1), y_pred))
+    (la, ua), (lb, ub) = (share_interval(Shares(x[:, None], np.ones((300, 1))), np.arange(300)) for x in (a, b))
+    pa, pb = a.mean(), b.mean()
+    below = np.sqrt((pb - lb) ** 2 - 2 * phi * (pb - lb) * (ua - pa) + (ua - pa) ** 2)
+    above = np.sqrt((ub - pb) ** 2 - 2 * phi * (ub - pb) * (pa - la) + (pa - la) ** 2)
+    found = compare_metrics(*called, 10)["accuracy"]
+    assert (found.low, found.high) == pytest.approx((pb - pa - below, pb - pa + above))
+
+
+def test_the_difference_of_aucs_has_the_error_of_a_jackknife_over_patients():
+    a, b = two(images=400, patients=150)
+    patients, y_true = a.scored.patients, a.scored.y_true
+    left = [patients != i for i in range(patients.max() + 1)]
+    values = np.array(
+        [np.subtract(*(roc_auc_score(y_true[keep], one.scored.y_prob[keep, 1]) for one in (b, a))) for keep in left]
+    )
+    error = np.sqrt((len(left) - 1) / len(left) * ((values - values.mean()) ** 2).sum())
+    found = compare_metrics(a, b, 10)["roc_auc"]
+    assert found.test == "Obuchowski's test" and (found.high - found.low) / 2 == pytest.approx(1.97 * error, rel=0.04)
+
+
+def test_copies_of_an_image_add_no_certainty():
+    """Three copies of each image, as one patient's, have the intervals and nearly the p of one."""
+    once = compare_metrics(*two(), 10)
+    thrice = compare_metrics(*(repeated(one, 3) for one in two()), 10)
+    for name in ("roc_auc", "accuracy", "nll", "sensitivity"):
+        assert thrice[name][:5] == pytest.approx(once[name][:5])
+    assert once["roc_auc"].test == "DeLong's test" and once["accuracy"].test == "McNemar's exact test"
+    assert thrice["roc_auc"].p == pytest.approx(once["roc_auc"].p, rel=0.3)  # Student's t for the normal law
+
+
+def test_the_models_can_be_swapped():
+    a, b = two(patients=50)
+    there, back = compare_metrics(a, b, 50), compare_metrics(b, a, 50)
+    for name in METRICS:
+        expected = (there[name].b, there[name].a, -there[name].difference, -there[name].high, -there[name].low)
+        assert back[name][:5] == pytest.approx(expected, nan_ok=True)
+        assert back[name].p == pytest.approx(there[name].p, nan_ok=True)
+
+
+def test_all_that_has_an_interval_has_one_of_the_difference():
+    found = compare_metrics(*two(patients=50), 50)
+    for name, one in found.items():
+        assert one.difference == pytest.approx(one.b - one.a)
+        assert name == "expected_calibration_error" or one.low < one.difference < one.high
+    assert [name for name, one in found.items() if one.test] == ["accuracy", "sensitivity", "specificity", "roc_auc"]
+
+
+def test_a_model_does_not_differ_from_itself():
+    a, _ = two()
+    for name, one in compare_metrics(a, a, 10).items():
+        assert one.difference == 0 and (np.isnan(one.low) or one.low <= 0 <= one.high), name
+        assert np.isnan(one.p) or one.p == 1
+
+
+def test_three_classes_and_one_class():
+    three = [draw(3, seed=0), draw(3, seed=0)]
+    calls = [Called(one, one.y_prob.argmax(axis=1)) for one in three]
+    calls[1] = Called(calls[1].scored, calls[0].scored.y_true)
+    found = compare_metrics(*calls, 10)
+    assert found["accuracy"].difference > 0.1 and [name for name, one in found.items() if one.test] == ["accuracy"]
+    a, b = (Called(Scored(np.ones(120, int), one.scored.y_prob, one.scored.patients, 1), one.y_pred) for one in two())
+    found = compare_metrics(a, b, 10)
+    assert np.isnan(found["roc_auc"][:5]).all() and found["sensitivity"].low < found["sensitivity"].high
