@@ -54,8 +54,8 @@ def replicate(patients: int, aucs: tuple[float, float], one_each: bool = False) 
     rng = np.random.default_rng(patients)
     drawn = [compare_metrics(*draw(patients, aucs, rng, one_each), RESAMPLES) for _ in range(REPLICATIONS)]
     rows = {(i, name): found for i, of_test in enumerate(drawn) for name, found in of_test.items()}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["a", "b", "value", "low", "high", "p", "test"])
-    return table.rename_axis(["test number", "metric"])
+    index = pd.MultiIndex.from_tuples(rows, names=["test number", "metric"])
+    return pd.DataFrame(list(rows.values()), index, columns=["a", "b", "value", "low", "high", "p", "test"])
 
 
 def main(sizes: list[int]) -> None:

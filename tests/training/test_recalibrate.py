@@ -138,6 +138,21 @@ def test_the_probabilities_fit_the_place(recalibrated, local, export):
     assert abs(means[1] - 40 / 70) < min(0.05, abs(means[0] - 40 / 70))
 
 
+def test_the_new_export_has_the_new_threshold(export, local, run, tmp_path):
+    result = run("recalibrate", export, "--data", local, "--cost-ratio", 4, "--output", tmp_path / "new")
+    assert result.exit_code == 0 and settings_of(tmp_path / "new")["threshold"] == pytest.approx(0.2)
+    assert predict(next((local / "NORMAL").iterdir()), tmp_path / "new").threshold[0] == pytest.approx(0.2)
+
+
+def test_a_second_fit_starts_from_the_first(recalibrated, local, tmp_path):
+    """Fitted to the same images again, the probabilities hardly move: the penalty pulls to those of the first fit."""
+    files = [str(path) for path in sorted(local.rglob("*.jpeg"))]
+    again = recalibrate(recalibrated[0], local, output=tmp_path / "again").path
+    first, second = (predict(files, model).p_PNEUMONIA for model in (recalibrated[0], again))
+    assert abs(settings_of(recalibrated[0])["intercepts"][1]) > 0.2
+    assert np.abs(second - first).max() < 0.03
+
+
 def test_the_report_says_it(recalibrated):
     folder, _ = recalibrated
     page = (folder / "report.html").read_text()
