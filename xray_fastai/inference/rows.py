@@ -7,7 +7,7 @@ line's output file (`row_file`) and its `--resume` follow from it.
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from operator import attrgetter
@@ -152,14 +152,6 @@ class RowBuilder:
             for number, (source, logits, error) in enumerate(batch.outputs(), first)
         ]
 
-    def _row(self, path: str, logits: np.ndarray | None, error: ImageError | None) -> Row:
-        if error is None and np.isfinite(logits).all():
-            result = call(self.model, path, logits, self.threshold, self.calibrated)
-        else:
-            fault = "the network's output is not a number" if error is None else error.message
-            result = ImageResult(path, self.threshold, error=f"{path}: {fault}", prevalence=self.model.prevalence)
-        return {column.name: column.value(result) for column in self.columns}
-
     def withheld(self, row: Row) -> Withheld | None:
         """Return why the image of a row is not called; None if it is called, or cannot be read."""
         if row["error"] is not None:
@@ -176,17 +168,12 @@ class RowBuilder:
         return f"within {self.config.abstain:g} of the threshold" if reason is Withheld.CLOSE else reason.value
 
     def _row(self, path: str, logits: np.ndarray | None, unlike: float | None, error: ImageError | None) -> Row:
-        result = ImageResult(path, self.threshold, error=None if error is None else f"{path}: {error.message}")
-        if logits is not None and not np.isfinite(logits).all():
-            result = ImageResult(path, self.threshold, error=f"{path}: the network's output is not a number")
-        elif logits is not None:
-            probabilities = self.model.probabilities(logits[None], self.calibrated)  # (1, classes)
-            prediction = self.model.classes[int(self.model.decide(probabilities, self.threshold)[0])]
-            by_class = {
-                label: round(float(p), DIGITS) for label, p in zip(self.model.classes, probabilities[0], strict=True)
-            }
-            rounded = None if unlike is None else round(unlike, UNLIKE_DIGITS)
-            result = ImageResult(path, self.threshold, prediction, by_class, rounded)
+        if error is None and np.isfinite(logits).all():
+            result = call(self.model, path, logits, self.threshold, self.calibrated)
+            result = replace(result, unlike=None if unlike is None else round(unlike, UNLIKE_DIGITS))
+        else:
+            fault = "the network's output is not a number" if error is None else error.message
+            result = ImageResult(path, self.threshold, error=f"{path}: {fault}", prevalence=self.model.prevalence)
         row = {column.name: column.value(result) for column in self.columns}
         return row if self.withheld(row) is None else row | {"prediction": UNCERTAIN}
 
