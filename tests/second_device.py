@@ -22,7 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from xray_fastai.config import FitConfig, PredictConfig, setting_of
+from xray_fastai.config.fit_config import FitConfig
+from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.config.setting import setting_of
 from xray_fastai.inference import model as inference_model
 from xray_fastai.training import plan
 

@@ -8,7 +8,9 @@ from collections import OrderedDict
 from dataclasses import fields, replace
 from functools import cache
 
-from xray_fastai.config import ARCHITECTURES, Architecture, FitConfig, setting_of
+from xray_fastai.config.choices import ARCHITECTURES, Architecture
+from xray_fastai.config.fit_config import FitConfig
+from xray_fastai.config.setting import setting_of
 
 NAME = "small_resnet"
 WIDTHS = (8, 16, 32, 64)

@@ -7,7 +7,7 @@ answers at once.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers and editors read these imports; `__getattr__` makes the same ones
-    from xray_fastai.config import FitConfig
+    from xray_fastai.config.fit_config import FitConfig
     from xray_fastai.data.audit.check import check_data
     from xray_fastai.evaluation.compare import compare
     from xray_fastai.evaluation.evaluate import evaluate
@@ -28,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 _MODULES = {
-    "FitConfig": "config",
+    "FitConfig": "config.fit_config",
     "check_data": "data.audit.check",
     "compare": "evaluation.compare",
     "dataloaders": "training.dataloaders",

@@ -33,7 +33,7 @@ from tests.benchmarks.measuring import (
     some_images,
     whole_number,
 )
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.model.architectures import build_backbone
 from xray_fastai.training.frozen_features import pooling
 

@@ -16,7 +16,8 @@ from xray_fastai.cli import main
 from xray_fastai.cli.command import Command
 from xray_fastai.cli.main import app, fit, predict
 from xray_fastai.cli.options import settings_from
-from xray_fastai.config import PredictConfig, _setting, setting_of
+from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.config.setting import setting, setting_of
 from xray_fastai.export.schema import Settings
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import as_typed
@@ -127,8 +128,8 @@ def test_the_export_has_one_entry_for_each_field():
 def test_a_new_option_needs_one_new_field():
     @dataclass(frozen=True)
     class WithMixup(FitConfig):
-        mixup: float = _setting(0.4, "Strength of mixup.", min=0, max=1)
-        swap: bool = _setting(True, "Swap the classes.")
+        mixup: float = setting(0.4, "Strength of mixup.", min=0, max=1)
+        swap: bool = setting(True, "Swap the classes.")
 
     app = typer.Typer()
 

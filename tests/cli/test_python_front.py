@@ -11,7 +11,7 @@ import typer.main
 
 from xray_fastai import FitConfig, check_data, evaluate, fit, interpret, predict, verify
 from xray_fastai.cli.main import app
-from xray_fastai.config import setting_of
+from xray_fastai.config.setting import setting_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import as_typed
 from xray_fastai.training.fit import OTHER_NAMES

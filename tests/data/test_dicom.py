@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import QUICK, settings_of
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import read_collection
 from xray_fastai.data.dicom import reader
 from xray_fastai.data.image_facts import examine

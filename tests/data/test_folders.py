@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import draw_collection
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.audit.check import check_data
 from xray_fastai.data.dataset import read_collection, read_split
 from xray_fastai.data.file_lists import named

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.audit.check import check_data
 from xray_fastai.data.dataset import read_collection
 from xray_fastai.data.labelled import Request, labelled_images

@@ -23,7 +23,8 @@ from safetensors.torch import load, save
 
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import load_learner, verify
-from xray_fastai.config import FitConfig, class_fault
+from xray_fastai.config.class_names import class_fault
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import sha256
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fastai.vision.all import TensorImageBW, imagenet_stats
 
-from xray_fastai.config import CONTRASTS
+from xray_fastai.config.choices import CONTRASTS
 from xray_fastai.model.loaders import empty_loaders
 from xray_fastai.model.preprocessing import MEAN, STD, Preprocessing
 

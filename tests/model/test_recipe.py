@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from tests.conftest import QUICK, settings_of
 from tests.small_network import NAME as SMALL
 from xray_fastai import fit, load_learner, predict
-from xray_fastai.config import AUGMENTATIONS
+from xray_fastai.config.choices import AUGMENTATIONS
 from xray_fastai.data.images import open_image
 from xray_fastai.evaluation.subgroups import appearance, worst_group
 from xray_fastai.model.augmentation import AUGMENT, Blur, Noise, Stretch, augmentation_values

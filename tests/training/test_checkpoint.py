@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.export.run_folder import Unfinished, reserve
 from xray_fastai.system.errors import UserError
 from xray_fastai.training.checkpoint import Best, Checkpoints

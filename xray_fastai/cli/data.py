@@ -8,7 +8,7 @@ import typer
 
 from xray_fastai.cli.command import Command
 from xray_fastai.cli.options import option_of
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import CACHE_ADVICE, cache_dir, check_new
 from xray_fastai.system.text import count_of

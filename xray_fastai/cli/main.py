@@ -12,7 +12,8 @@ from xray_fastai import __version__
 from xray_fastai.cli.command import Command, Commands, ResumeCommand
 from xray_fastai.cli.data import data_app
 from xray_fastai.cli.options import one_of, option_of, settings_from
-from xray_fastai.config import FitConfig, PredictConfig
+from xray_fastai.config.fit_config import FitConfig
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 

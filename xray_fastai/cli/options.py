@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from xray_fastai.config import setting_of
+from xray_fastai.config.setting import setting_of
 from xray_fastai.system.text import as_typed
 
 Function = TypeVar("Function", bound=Callable[..., Any])

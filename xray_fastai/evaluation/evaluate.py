@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
-from xray_fastai.config import PredictConfig
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.labelled import Labelled, Request, labelled_images
 from xray_fastai.data.patients import note_on, unknown
 from xray_fastai.evaluation import plots

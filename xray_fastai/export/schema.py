@@ -25,7 +25,9 @@ from pydantic import (
     model_validator,
 )
 
-from xray_fastai.config import ARCHITECTURES, CONTRASTS, MAX_CLASSES, MAX_SIZE, MIN_SIZE, FitConfig, class_fault
+from xray_fastai.config.choices import ARCHITECTURES, CONTRASTS, MAX_SIZE, MIN_SIZE
+from xray_fastai.config.class_names import MAX_CLASSES, class_fault
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import fault_of, shown
 from xray_fastai.system.untrusted import read_received

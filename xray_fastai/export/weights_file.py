@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from xray_fastai.config import ARCHITECTURES
+from xray_fastai.config.choices import ARCHITECTURES
 from xray_fastai.export.schema import SETTINGS
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from xray_fastai.config import INFERENCE_PRECISIONS
+from xray_fastai.config.choices import INFERENCE_PRECISIONS
 from xray_fastai.export.network import load_export
 from xray_fastai.export.reader import find_export, path_of
 from xray_fastai.inference.cpu_fusion import fused_for_cpu

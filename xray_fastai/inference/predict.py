@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from xray_fastai.config import PredictConfig
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.inference.stream import Source, check_folders, image_sources, predict_batches

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.config import UNCERTAIN, PredictConfig
+from xray_fastai.config.class_names import UNCERTAIN
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.images import has_no_extension, open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model, open_model

@@ -15,7 +15,8 @@ from operator import attrgetter
 import numpy as np
 from PIL import Image
 
-from xray_fastai.config import UNCERTAIN, PredictConfig
+from xray_fastai.config.class_names import UNCERTAIN
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.row_file import Row
 from xray_fastai.inference.stream import Batch, Source

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from xray_fastai.config import ARCHITECTURES
+from xray_fastai.config.choices import ARCHITECTURES
 from xray_fastai.model.pretrained import load_backbone
 
 

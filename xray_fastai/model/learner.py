@@ -18,7 +18,7 @@ from fastai.vision.all import (
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.model.architectures import build_backbone, build_head, split_parameters
 from xray_fastai.model.optimizer import FusedAdam
 from xray_fastai.model.recorder import EpochAverage, EpochMetric, EpochRecorder

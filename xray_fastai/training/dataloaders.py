@@ -9,7 +9,7 @@ from typing import Any
 
 from fastai.vision.all import DataLoaders, Learner
 
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import class_folders, default_data, find_root, read_collection, with_data_defaults
 from xray_fastai.data.sources.phantom import cached

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastai.vision.all import Callback, Metric
 
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import fingerprint, read_collection
 from xray_fastai.data.sources.phantom import cached

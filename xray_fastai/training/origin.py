@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.export.reader import export_in_weights, lineage_of, read
 from xray_fastai.export.schema import WEIGHTS, read_settings
 from xray_fastai.export.weights_file import network_part, read_weights

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from fastai.vision.all import set_seed
 
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.pixel_cache import PixelCache
 from xray_fastai.model.augmentation import augmentation_values

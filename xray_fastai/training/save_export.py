@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from fastai.vision.all import GatherPredsCallback
 
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.export.reader import lineage_of, read
 from xray_fastai.export.run_folder import reserve
 from xray_fastai.export.schema import HISTORY_COLUMNS

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from xray_fastai import DISCLAIMER, __version__
-from xray_fastai.config import FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.labelled import contents_of, file_key
 from xray_fastai.data.patients import unknown

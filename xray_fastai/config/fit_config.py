@@ -1,0 +1,285 @@
+"""Holds the settings of `fit`.
+
+An export records them: `FitConfig(**model["settings"])` repeats the fit. A new option needs one new field.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from xray_fastai.config.choices import (
+    ARCHITECTURES,
+    AUGMENTATIONS,
+    CALIBRATIONS,
+    CONTRASTS,
+    DEVICES,
+    MAX_SIZE,
+    MIN_SIZE,
+    PRECISIONS,
+    RECIPES,
+    SCHEDULES,
+)
+from xray_fastai.config.setting import check_fields, setting
+from xray_fastai.system.errors import UserError
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _check_valid(text: str) -> str | None:
+    fraction = _number(text)
+    if text in ("auto", "folder") or (fraction is not None and 0.02 <= fraction <= 0.5):
+        return None
+    return "give auto, folder, or a fraction from 0.02 to 0.5"
+
+
+def _check_class_weights(text: str) -> str | None:
+    if text in ("balanced", "none"):
+        return None
+    parts = text.split(":" if ":" in text else ",")
+    named = all("=" in part for part in parts)
+    weights = [_number(part.rpartition("=")[2] if named else part) for part in parts]
+    if all(w is not None and 0 < w < math.inf for w in weights) and (len(parts) == 2 or ":" not in text):
+        return None
+    return "give balanced, none, or numbers above 0 such as NORMAL=3,PNEUMONIA=1"
+
+
+def _check_patient_pattern(text: str) -> str | None:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"not a regular expression: {error}"
+    return None
+
+
+WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names of devices, with any extension, that no file or folder can have on Windows."""
+
+
+def _check_name(text: str) -> str | None:
+    if WINDOWS_DEVICE.fullmatch(text) or text.endswith("."):
+        return "no folder can have this name on Windows; give another"
+    if re.fullmatch(r"[^\W_][\w.-]*", text):
+        return None
+    return "use letters, digits, '.', '_' and '-'; begin with a letter or a digit"
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Holds the settings of `fit`.
+
+    `fit` chooses a value for an option that is None: by `recipe`, by the data or by the machine. It prints its choice
+    and writes it into the export.
+
+    Raises:
+        UserError: a value is not allowed; the error names its option.
+    """
+
+    data: str | None = setting(
+        None,
+        "Folder with train/CLASS/* and val/CLASS/*. [default: ./chest_xray, else phantom]",
+        metavar="DIR",
+        printable=True,
+    )
+    epochs: int = setting(100, "Maximum number of epochs in each phase.", min=1)
+    freeze_epochs: int | None = setting(
+        None, "Maximum number of epochs with the backbone frozen. [default: as epochs=]", min=0
+    )
+    frozen_views: int = setting(
+        2,
+        "Number of augmented views of each image that the frozen phase trains on in turn. 0 draws a new view in each "
+        "epoch, which is much slower.",
+        min=0,
+    )
+    patience: int | None = setting(
+        None,
+        "Stop a phase after this many epochs without a lower validation loss. [default: 20; phantom: 4]",
+        min=1,
+    )
+    min_delta: float | None = setting(
+        None,
+        "A validation loss counts as lower, for patience=, if it is lower by more than this. [default: 0; "
+        "phantom: 0.1]",
+        min=0,
+    )
+    batch_size: int | None = setting(None, "Batch size. [default: 80; phantom: 16]", min=1)
+    lr: float | None = setting(
+        None,
+        "Peak learning rate of the head. In the unfrozen phase the earlier layers have a lower rate. [default: 0.002; "
+        "phantom: 0.001]",
+        above=0,
+        below=10,
+    )
+    size: int | None = setting(
+        None,
+        "Side in pixels to resize images to. [default: that of an export in weights=; 224; phantom: 48]",
+        min=MIN_SIZE,
+        max=MAX_SIZE,
+    )
+    arch: str | None = setting(
+        None,
+        f"Backbone: {', '.join(ARCHITECTURES)}. [default: that of an export in weights=; resnet50]",
+        choices=tuple(ARCHITECTURES),
+    )
+    weights: str | None = setting(
+        None,
+        "Weights to start from: imagenet, none, an export to continue from (its classes may be others), or a .pth or "
+        ".safetensors file. [default: imagenet; phantom: none]",
+        metavar="imagenet|none|EXPORT|FILE",
+        printable=True,
+    )
+    recipe: str = setting(
+        "default",
+        "Gives contrast=, augment=, schedule= and class_weights= their values where you do not. plain has the "
+        "values of the earlier work that this project follows.",
+        choices=tuple(RECIPES),
+    )
+    contrast: str | None = setting(
+        None,
+        "Contrast of the images: equalize (histogram equalization, which removes differences in exposure) or none. "
+        "[default: that of an export in weights=; by recipe]",
+        choices=CONTRASTS,
+    )
+    augment: str | None = setting(
+        None,
+        f"How much training images are varied: {', '.join(AUGMENTATIONS)}. [default: by recipe]",
+        choices=AUGMENTATIONS,
+    )
+    schedule: str | None = setting(
+        None, f"Learning rate schedule: {' or '.join(SCHEDULES)}. [default: by recipe]", choices=SCHEDULES
+    )
+    class_weights: str | None = setting(
+        None,
+        "Weights of the classes in the loss: balanced, none, a number for each class by name (NORMAL=3,PNEUMONIA=1) or "
+        "in their order (3,1), or of two classes the other and the one to detect (3:1). [default: by recipe]",
+        metavar="balanced|none|LIST",
+        check=_check_class_weights,
+    )
+    dropout: float = setting(0.5, "Dropout probability before the last layer.", min=0, below=1)
+    valid: str = setting(
+        "auto",
+        "Validation images: folder (val/), a fraction of train/ such as 0.1, or auto (val/ if it is large enough, "
+        "else val/ and a tenth of train/).",
+        metavar="auto|folder|FRACTION",
+        check=_check_valid,
+    )
+    positive: str | None = setting(
+        None,
+        "Class to detect. [default: PNEUMONIA, or of two classes the one that is not named NORMAL, No Finding, ...]",
+        metavar="CLASS",
+    )
+    target_sensitivity: float | None = setting(
+        None,
+        "Put the decision threshold where new images like those of validation reach this sensitivity, with a "
+        "probability of 0.95. [default: Youden's J]",
+        above=0,
+        max=1,
+    )
+    calibration: str = setting(
+        "validation",
+        "How outputs become probabilities: validation (slope and intercept fitted to the validation images), cautious "
+        "(one temperature, the largest that they allow) or none.",
+        choices=CALIBRATIONS,
+    )
+    patient_pattern: str | None = setting(
+        None,
+        "Regular expression that finds the patient in a file name. [default: PatientID in DICOM, then the names of "
+        "public collections]",
+        metavar="REGEX",
+        check=_check_patient_pattern,
+        printable=True,
+    )
+    patients: str | None = setting(
+        None, "List of the patients: a .csv file with the columns file and patient.", metavar="LIST.csv", printable=True
+    )
+    skip_bad: bool = setting(False, "Leave out images that cannot be read, instead of stopping.")
+    exclude: str | None = setting(
+        None, "List of files to leave out, as 'data check --fix' writes it.", metavar="LIST.csv"
+    )
+    seed: int = setting(42, "Seed of all random numbers.", min=0, below=2**32)
+    device: str = setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
+    precision: str = setting("auto", f"Precision: {', '.join(PRECISIONS)}.", choices=PRECISIONS)
+    workers: int | None = setting(
+        None,
+        "Number of processes that load images where decoded ones are not cached. [default: by device and cores]",
+        min=0,
+    )
+    cache: bool = setting(True, "Keep decoded images in the user's cache folder, for later epochs and fits.")
+    name: str | None = setting(None, "Name of the run. [default: date and time]", metavar="RUN", check=_check_name)
+    exports: str = setting("exports", "Folder to write the run's folder into.", metavar="DIR", printable=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def check_target_sensitivity(self, classes: Sequence[str]) -> None:
+        """Check that a sensitivity to reach is given for two classes only.
+
+        Raises:
+            UserError: there are more classes, which have no threshold.
+        """
+        if self.target_sensitivity is not None and len(classes) != 2:
+            raise UserError(
+                f"only two classes have a threshold, of {len(classes)} the most probable is predicted; leave it out",
+                option="target_sensitivity",
+                value=f"{self.target_sensitivity:g}",
+            )
+
+    def class_weight_list(self, classes: Sequence[str]) -> list[float] | None:
+        """Return the weights given as numbers, in the order of the classes; None if `class_weights` has no numbers.
+
+        Raises:
+            UserError: they are not one for each class.
+        """
+        text = self.class_weights
+        if text in (None, "balanced", "none"):
+            return None
+        if "=" not in text:
+            weights = [float(part) for part in text.split(",")]
+            if len(weights) == len(classes):
+                return weights
+            fault = f"{len(weights)} numbers for {len(classes)} classes; give one for each, in the order"
+            raise UserError(f"{fault} {', '.join(classes)}", option="class_weights", value=text)
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        by_name = {name.strip(): float(weight) for name, _, weight in pairs}
+        if len(pairs) == len(by_name) and by_name.keys() == set(classes):
+            return [by_name[name] for name in classes]
+        raise UserError(f"give one for each of {', '.join(classes)}", option="class_weights", value=text)
+
+    def with_weights_of(self, classes: Sequence[str], positive: str | None) -> "FitConfig":
+        """Check the weights of the classes, and return a copy in which 3:1 is a list in the order of the classes.
+
+        Args:
+            classes: the classes.
+            positive: the class to detect.
+
+        Raises:
+            UserError: they are not one for each class.
+        """
+        config = self
+        if self.class_weights is not None and ":" in self.class_weights:
+            if len(classes) != 2:
+                message = f"for two classes; here give one for each of {', '.join(classes)}, as NAME=1"
+                raise UserError(message, option="class_weights", value=self.class_weights)
+            negative_weight, positive_weight = self.class_weights.split(":")
+            weights = [positive_weight if name == positive else negative_weight for name in classes]
+            config = replace(self, class_weights=",".join(weights))
+        config.class_weight_list(classes)
+        return config
+
+    def with_recipe(self) -> "FitConfig":
+        """Return a copy with the recipe's values (`RECIPES`) where the user gave none."""
+        return self.with_choices(**RECIPES[self.recipe])
+
+    def with_choices(self, **choices: Any) -> "FitConfig":
+        """Return a copy with `choices` in place of those options that are None."""
+        return replace(self, **{name: value for name, value in choices.items() if getattr(self, name) is None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as `model.json` records them."""
+        return asdict(self)

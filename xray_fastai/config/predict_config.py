@@ -1,0 +1,60 @@
+"""Holds the options of `predict`, in Python and on the command line."""
+
+from dataclasses import dataclass
+
+from xray_fastai.config.choices import DEVICES, INFERENCE_PRECISIONS
+from xray_fastai.config.setting import check_fields, setting
+from xray_fastai.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Holds the options of `predict`, in Python and on the command line.
+
+    Raises:
+        UserError: a value is not allowed, or `resume` lacks `output`; the error names its option.
+    """
+
+    output: str | None = setting(None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE")
+    resume: bool = setting(False, "Continue an interrupted output=.")
+    heatmaps: str | None = setting(None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR")
+    recursive: bool = setting(False, "Search the subfolders, too.")
+    threshold: float | None = setting(
+        None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
+    )
+    gate: bool = setting(True, "Predict uncertain for an image that is unlike the training images.")
+    abstain: float = setting(
+        0.0,
+        "Predict uncertain within this distance of the threshold; for two classes.",
+        metavar="WIDTH",
+        min=0,
+        below=0.5,
+    )
+    uncalibrated: bool = setting(False, "Give the softmax of the network's outputs, without fit's calibration=.")
+    prevalence: float | None = setting(
+        None,
+        "Share of the class to detect where the images come from, such as 0.03: the probabilities are moved to it. "
+        "[default: the one that the export's are set for]",
+        metavar="P",
+        above=0,
+        below=1,
+    )
+    tta: bool = setting(False, "Test-time augmentation: the mean over five views of an image.")
+    batch_size: int = setting(32, "Batch size.", min=1)
+    device: str = setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
+    precision: str = setting(
+        "auto",
+        f"Precision: {', '.join(INFERENCE_PRECISIONS)}. auto is bf16 if the model was trained in it.",
+        choices=INFERENCE_PRECISIONS,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.resume and self.output is None:
+            raise UserError("give the file to continue by output=", option="resume")
+        if self.prevalence is not None and self.uncalibrated:
+            raise UserError(
+                "moves the export's probabilities, which uncalibrated= leaves out; leave out one of them",
+                option="prevalence",
+                value=f"{self.prevalence:g}",
+            )
