@@ -12,10 +12,12 @@ from typer.testing import CliRunner
 
 import xray_fastai
 from xray_fastai import FitConfig
-from xray_fastai.cli import main
+from xray_fastai.cli import evaluation, inference, training
 from xray_fastai.cli.command import Command
-from xray_fastai.cli.main import app, fit, predict
+from xray_fastai.cli.inference import predict
+from xray_fastai.cli.main import app
 from xray_fastai.cli.options import settings_from
+from xray_fastai.cli.training import fit
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.config.setting import setting, setting_of
 from xray_fastai.export.schema import Settings
@@ -66,8 +68,8 @@ def calls(monkeypatch):
     def replace(function, result):
         monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
 
-    monkeypatch.setattr(main, "_check_paths", lambda config: None)
-    monkeypatch.setattr(main, "_check_export", lambda path: None)
+    monkeypatch.setattr(training, "_check_paths", lambda config: None)
+    monkeypatch.setattr(inference, "check_export", lambda path: None)
     replace("xray_fastai.training.fit.fit", SimpleNamespace(error=None, signal=None))
     replace("xray_fastai.inference.predict_files.predict_command", 2)  # unreadable files
     return calls
@@ -109,7 +111,7 @@ def test_every_option_reaches_the_prediction(without, run, calls):
 
 @pytest.mark.parametrize("name", ["evaluate", "interpret"])
 def test_a_command_and_its_function_have_the_same_defaults(name):
-    command, function = (inspect.signature(getattr(home, name)).parameters for home in (main, xray_fastai))
+    command, function = (inspect.signature(getattr(home, name)).parameters for home in (evaluation, xray_fastai))
     assert set(function) <= set(command)
     for parameter in function.values():
         assert command[parameter.name].default == parameter.default, parameter

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import DISCLAIMER, load_learner
 from xray_fastai.cli import app
-from xray_fastai.inference import predict_files
+from xray_fastai.inference import heat_maps, predict_files
 from xray_fastai.inference import rows as rows_module
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
@@ -614,7 +614,7 @@ def test_heat_maps(says, files, model, monkeypatch):
         return np.tile(np.linspace(0, 1, 4), (len(images), 4, 1))
 
     asked = []
-    monkeypatch.setattr(predict_files, "grad_cam", ramp)  # at this size the network's own map is a single place
+    monkeypatch.setattr(heat_maps, "grad_cam", ramp)  # at this size the network's own map is a single place
     assert says(*files[14:18], "--heatmaps", "ramps", "--threshold", 0, "--batch-size", 3).exit_code == 0
     assert asked == [1, 1, 1, 1]  # the class that is called
     with Image.open(f"ramps/{Path(files[14]).stem}.png") as picture:
