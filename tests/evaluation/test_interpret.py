@@ -82,7 +82,8 @@ def test_files(look):
     assert result.exit_code == 0, result.output
     assert sorted(file.name for file in folder.iterdir()) == ["summary.json", "top_losses.csv", "top_losses.png"]
     table = pd.read_csv(folder / "top_losses.csv")
-    assert list(table) == ["path", "patient", "truth", "prediction", "p_NORMAL", "p_PNEUMONIA", "loss"]
+    assert list(table) == ["path", "patient", "truth", "prediction", "p_NORMAL", "p_PNEUMONIA", "loss", "wrong"]
+    assert (table.wrong == (table.truth != table.prediction)).all()
     assert len(table) == 12 and table.loss.is_monotonic_decreasing
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["format"], summary["split"], summary["images"]) == (1, "test", 12)
@@ -122,7 +123,9 @@ def test_the_newest_export_and_into_it_by_default(run, refused, export, data, tm
 @pytest.mark.slow
 def test_more_than_there_are(look):
     result, _ = look("--top", 1000)
-    assert result.exit_code == 0 and "--top 1000: there are only 12; all are shown." in result.stdout
+    assert (
+        result.exit_code == 0 and "1000 images were asked for, and there are only 12: all are shown." in result.stdout
+    )
     assert "The 12 images with the largest loss" in result.stdout
 
 
@@ -149,7 +152,8 @@ def test_only_errors(look, found, tmp_path):
             shutil.copy(row.path, moved / "test" / other)
         result, folder = look("--only-errors", data=moved)
         assert result.exit_code == 0, result.output
-        assert len(pd.read_csv(folder / "top_losses.csv")) == 12
+        listed = pd.read_csv(folder / "top_losses.csv")
+        assert len(listed) == wrong and (listed.truth != listed.prediction).all() and listed.wrong.all()
         assert (folder / "top_losses.png").exists() == (wrong > 0)
         assert f"Wrong: {wrong} of 12" in result.stdout
     assert "No misclassified image in this split, so there is no picture." in result.stdout

@@ -125,6 +125,21 @@ def whole(bare):
     return bare
 
 
+def test_what_named_the_patients(bare, change):
+    known = {"PatientID": 600, "the file names": 1}
+    add(bare, "evaluation-test", evaluation(patients_known_by=known))
+    counts = settings_of(bare)["data"]["patients"] | {"known_by": {"the list of patients": 40}}
+    text = change(data=settings_of(bare)["data"] | {"patients": counts}).text
+    assert "Patients are known by PatientID (600 images) and by the file names (1 image)." in text
+    assert "Patients are known by the list of patients (40 images). An image without a patient" in text
+
+
+def test_an_earlier_export_does_not_say_what_named_the_patients(bare, change):
+    counts = {name: count for name, count in settings_of(bare)["data"]["patients"].items() if name != "known_by"}
+    text = change(data=settings_of(bare)["data"] | {"patients": counts}).text
+    assert "Patients are known from a list, file names or DICOM headers. An image without a patient" in text
+
+
 def test_after_fit(bare):
     page = Page(write_report(bare))
     model = settings_of(bare)

@@ -118,7 +118,7 @@ def _read_collection(config: FitConfig) -> Collection:
     if leaking:
         notes.append(f"left out of training: {leaking} images whose patient, or a copy, is in val/")
     if skipped:
-        notes.append(f"left out by --skip-bad: {len(skipped)} images")
+        notes.append(f"left out, as they cannot be read: {count_of(len(skipped), 'image')}")
     name = PHANTOM_NAME if rehearsal else str(root)
     return Collection(name, rehearsal, classes, positive, table, notes, skipped)
 

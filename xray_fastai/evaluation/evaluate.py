@@ -18,7 +18,7 @@ from sklearn.metrics import confusion_matrix
 
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.labelled import Labelled, Request, labelled_images
-from xray_fastai.data.patients import note_on, unknown
+from xray_fastai.data.patients import images_by_source, note_on, unknown
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
 from xray_fastai.evaluation.report import write_report
@@ -215,6 +215,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         "images": images,
         "patients": patients,
         "images_without_patient": missing,  # each counts as a patient of its own
+        "patients_known_by": images_by_source(request.images),  # images by what names their patient
         "seen_in_fit": request.labelled.seen,  # images by their use; null: the export does not know it
         "counts": {model.classes[k]: int((scored.y_true == k).sum()) for k in classes},
         "calibrated": model.scaling.kind != "none" and request.calibrated,
@@ -285,8 +286,8 @@ def _one_class_note(request: _Request, scored: Scored, y_pred: dict[str, np.ndar
             continue
         threshold, label = request.operating_points[name], request.model.classes[int(called[0])]
         at = "" if threshold is None else f" at the threshold {threshold:.4g}"
-        other = "" if threshold is None else ", or give another --threshold"
-        return f"every image is called {label}{at}: train for more epochs (fit --epochs){other}"
+        other = "" if threshold is None else ", or use another threshold"
+        return f"every image is called {label}{at}: train for more epochs{other}"
     return None
 
 

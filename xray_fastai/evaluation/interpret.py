@@ -115,12 +115,12 @@ class _Ranking:
     model: Model
     split: str
     images: pd.DataFrame  # in the order of the folder: path, patient, label, loss, predicted
-    table: pd.DataFrame  # path, patient, truth, prediction, p_<class> ..., loss, probability (of the prediction)
+    table: pd.DataFrame  # path, patient, truth, prediction, p_<class> ..., loss, wrong, probability (of the prediction)
     causes: list[str]
 
     @property
     def errors(self) -> int:
-        return int((self.table.truth != self.table.prediction).sum())
+        return int(self.table.wrong.sum())
 
 
 def interpret(
@@ -146,7 +146,7 @@ def interpret(
         split: valid (exactly what `fit` validated on), test or train (without what it validated on).
         top: how many images to draw, at most `contact_sheet.LIMIT`.
         label: draw only images whose true class is this.
-        only_errors: draw only misclassified images.
+        only_errors: draw only misclassified images, and list only these in `top_losses.csv`.
         confident: draw the correctly classified images with the highest probability, instead of the largest losses.
         exclude: as in `evaluate`.
         patients: as in `evaluate`.
@@ -177,7 +177,7 @@ def interpret(
         shown, description, remarks = _select(ranking.table, selection)
         if len(shown):
             remarks += _draw(ranking, shown, description, partial / PICTURE)
-        _write(partial, ranking, shown, {"data": source, "selection": description})
+        _write(partial, ranking, shown, only_errors, {"data": source, "selection": description})
     write_report(opened.path, output)
     remarks += filter(None, [*labelled.notes, note, note_on(labelled.table)])
     head = _head(ranking, source)
@@ -209,6 +209,7 @@ def _rank(model: Model, split: str, images: pd.DataFrame) -> _Ranking:
     y_pred, loss = model.decide(y_prob), losses(y_prob, y_true)
     table = images[["path", "patient"]].assign(truth=images.label, prediction=np.array(model.classes)[y_pred])
     table = table.assign(**{f"p_{name}": y_prob[:, i] for i, name in enumerate(model.classes)}, loss=loss)
+    table = table.assign(wrong=table.truth != table.prediction)
     causes = suspicious_causes(table.assign(width=sizes[:, 0], height=sizes[:, 1]))
     table = table.assign(probability=y_prob[np.arange(len(table)), y_pred])
     table = table.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
@@ -221,9 +222,9 @@ def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, s
     if selection.label is not None:
         rows, kind = rows[rows.truth == selection.label], f"{selection.label} image"
     if selection.only_errors:
-        rows, kind = rows[rows.truth != rows.prediction], f"misclassified {kind}"
+        rows, kind = rows[rows.wrong], f"misclassified {kind}"
     if selection.confident:
-        rows, kind = rows[rows.truth == rows.prediction], f"correctly classified {kind}"
+        rows, kind = rows[~rows.wrong], f"correctly classified {kind}"
         rows = rows.sort_values("probability", ascending=False, kind="stable")
     top = selection.top
     shown = rows.head(min(top, LIMIT)).reset_index(drop=True)
@@ -233,9 +234,9 @@ def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, s
     order = "highest confidence" if selection.confident else "largest loss"
     remarks = []
     if top > len(rows):
-        remarks.append(f"--top {top}: there are only {len(rows)}; all are shown.")
+        remarks.append(f"{top} images were asked for, and there are only {len(rows)}: all are shown.")
     elif top > LIMIT:
-        remarks.append(f"--top {top}: the picture shows the first {LIMIT}; {LOSSES} lists all images of the split.")
+        remarks.append(f"{top} images were asked for; the picture shows the first {LIMIT}, and {LOSSES} lists all.")
     return shown, f"the {counted} with the {order}", remarks
 
 
@@ -256,11 +257,11 @@ def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) 
     return [f"The heat maps are empty: {ranking.model.size} pixels leave one cell for the whole image."]
 
 
-def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, about: dict[str, str]) -> None:
-    """Write `top_losses.csv` and `summary.json`, which names the data and the selection."""
+def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, only_errors: bool, about: dict[str, str]) -> None:
+    """Write `top_losses.csv`, and `summary.json`, which names the data and the selection."""
     # a file name may hold bytes that are no text
     table = ranking.table.drop(columns="probability")
-    write_table(table, folder / LOSSES)
+    write_table(table[table.wrong] if only_errors else table, folder / LOSSES)
     summary = {
         "format": FORMAT,
         "split": ranking.split,

@@ -129,6 +129,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
         "created": datetime.fromisoformat(model["created"]).strftime("%d %B %Y, %H:%M %Z").lstrip("0"),
         "bars": _bars(model["data"], evaluations),
         "recalibrated": _recalibrated(model),
+        "known_by": _known_by(model["data"]["patients"].get("known_by")),
         "history": history,
         "curves": curves,
         "evaluations": evaluations,
@@ -183,6 +184,7 @@ def _evaluation(summary: dict) -> dict[str, Any]:
         "notes": summary.get("notes", []),
         "worst_group": summary.get("worst_group"),
         "of_patients": _of_patients(summary),
+        "known_by": _known_by(summary.get("patients_known_by")),
         "probabilities": summary.get("probabilities") or _earlier_words(summary),
         "points": [
             {"label": _point(key, point["threshold"]), "confusion": point["confusion"]} for key, point in points.items()
@@ -211,6 +213,20 @@ def _of_patients(summary: dict) -> str:
     if summary.get("images_without_patient") == summary["images"]:
         return ""
     return f" of {count_of(summary['patients'], 'patient')}"
+
+
+def _known_by(images: dict[str, int] | None) -> str:
+    """Say what named the patients of the images; nothing for an export or a `metrics.json` of an earlier version.
+
+    >>> _known_by({"PatientID": 80, "the file names": 2})
+    'Patients are known by PatientID (80 images) and by the file names (2 images).'
+    """
+    if images is None:
+        return ""
+    if not images:
+        return "No patient is known: each image counts as a patient of its own."
+    parts = [f"by {source} ({count_of(count, 'image')})" for source, count in images.items()]
+    return f"Patients are known {' and '.join(parts)}."
 
 
 def _earlier_words(summary: dict) -> str:
