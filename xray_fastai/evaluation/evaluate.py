@@ -21,12 +21,14 @@ from xray_fastai.data.labelled import Labelled, Request, labelled_images
 from xray_fastai.data.patients import images_by_source, note_on, unknown
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
+from xray_fastai.evaluation.groups import groups_of
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.result_folder import replaced_data, result_folder
 from xray_fastai.evaluation.subgroups import worst_group_of
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.inference.tta import describe as describe_tta
+from xray_fastai.metrics.comparison import Called
 from xray_fastai.metrics.decision import THRESHOLDS, decision_curve
 from xray_fastai.metrics.intervals import Interval, Measured, measure
 from xray_fastai.metrics.predictive_values import predictive_values
@@ -241,6 +243,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
             for of_bin in measured.reliability
         ],
         "worst_group": None if worst is None else asdict(worst),
+        "groups": groups_of(request.images, Called(scored, y_pred["chosen"]), model.classes),
         "decision_curve": None if scored.positive is None else _decision_curve(scored, scored.positive),
         "tta": request.tta,
         "notes": _notes(request, scored, y_pred),

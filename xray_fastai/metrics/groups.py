@@ -187,8 +187,8 @@ def _row(name: str, part: Called, classes: Sequence[str]) -> GroupRow:
 
 
 def _gap(metric: str, patients: np.ndarray, members: dict[str, np.ndarray], parts: dict[str, Called]) -> Gap | None:
-    """Return the gap of a metric; None where fewer than two groups have it."""
-    enough = {name: part for name, part in parts.items() if _is_enough(metric, part)}
+    """Return the gap of a metric; None where fewer than two groups have it, `UNKNOWN` left out."""
+    enough = {name: part for name, part in parts.items() if name != UNKNOWN and _is_enough(metric, part)}
     if len(enough) < 2:
         return None
     values = {name: float(METRICS[metric].value(*part)) for name, part in enough.items()}
