@@ -42,6 +42,10 @@ def evaluate(
     exclude: Exclude = None,
     patients: Patients = None,
     output: Output = None,
+    statement: Annotated[
+        bool,
+        typer.Option("--statement", help="Write methods, results, CLAIM and TRIPOD+AI for a manuscript (Markdown)."),
+    ] = False,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
     json: Json = False,
@@ -53,7 +57,7 @@ def evaluate(
 
     result = run(
         model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, tta=tta, exclude=exclude,
-        patients=patients, output=output, device=device, precision=precision,
+        patients=patients, output=output, statement=statement, device=device, precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:

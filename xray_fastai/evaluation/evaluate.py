@@ -3,6 +3,7 @@
 evaluation-<split>/metrics.json      the metrics, and what they were computed on
                    predictions.csv   all images of the split
                    *.png             `evaluation.plots`
+                   statement.md      on request (`evaluation.statement`)
 """
 
 import math
@@ -24,6 +25,8 @@ from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
 from xray_fastai.evaluation.groups import groups_of
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.result_folder import replaced_data, result_folder
+from xray_fastai.evaluation.statement import FILE as STATEMENT_FILE
+from xray_fastai.evaluation.statement import statement as statement_of
 from xray_fastai.evaluation.subgroups import worst_group_of
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
@@ -89,6 +92,7 @@ def evaluate(
     exclude: str | None = None,
     patients: str | None = None,
     output: str | Path | None = None,
+    statement: bool = False,
     device: str = "auto",
     precision: str = "auto",
 ) -> Evaluation:
@@ -110,6 +114,7 @@ def evaluate(
         exclude: a list of files to leave out, as `data check --fix` writes it.
         patients: a .csv file with the columns file and patient; None is the one of `fit`, if `data` is None.
         output: the folder to write `evaluation-<split>/` into, instead of the export, for images of any folder.
+        statement: write `statement.md`, too: methods, results and two checklists for a manuscript.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 (`inference.model.open_model`).
 
@@ -140,6 +145,9 @@ def evaluate(
     request = _Request(opened, source, split, labelled, not uncalibrated, given, tta)
     with replaced(folder, METRICS_FILE) as partial:
         result = _evaluate(request, folder, partial)
+        if statement:
+            text = statement_of(opened.settings, result.summary)
+            (partial / STATEMENT_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
     write_report(opened.path, output)
     return result
 

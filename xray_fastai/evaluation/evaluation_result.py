@@ -91,7 +91,8 @@ class Evaluation:
         of_groups = [remark for column in self.summary["groups"] for remark in remarks_on(column)]
         intervals = escape(" ".join([*self._worst_group_lines(), *of_groups, self.summary["intervals"]]))
         groups = self.groups.to_html(index=False, float_format="{:.3f}".format) if len(self.groups) else ""
-        return f"<p>{DISCLAIMER}</p><dl>{about}</dl>{table.to_html()}{groups}<p>{intervals}</p>{self.confusion.to_html()}{images}"
+        tables = f"{table.to_html()}{groups}<p>{intervals}</p>{self.confusion.to_html()}"
+        return f"<p>{DISCLAIMER}</p><dl>{about}</dl>{tables}{images}"
 
     @property
     def _facts(self) -> list[tuple[str, str]]:
