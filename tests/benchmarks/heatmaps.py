@@ -21,11 +21,14 @@ The row "chance" is a map without a maximum. The methods:
                       between each other (shift-and-stitch; Long et al., Fully convolutional networks, CVPR 2015)
     HiResCAM, LayerCAM    of the last block with 2 or 4 times as many cells a side (Jiang et al., LayerCAM, IEEE TIP
                       2021)
-    fused             shifted, times LayerCAM of twice as many cells
+    smoothed          HiResCAM, each cell the mean of the 3 x 3 around it
+    integrated        HiResCAM with the mean of the gradients of 8 images between a grey one and the image, times the
+                      change of the activations (Sundararajan et al., Axiomatic attribution, ICML 2017)
     occlusion         what the log-odds lose where a patch of a quarter of the side is grey, in steps of an eighth
                       (Zeiler & Fergus, ECCV 2014)
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +37,7 @@ import numpy as np
 import torch
 from scipy.ndimage import find_objects, label
 from torch import nn
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from tests.benchmarks.measuring import whole_number
 from xray_fastai.data.sources.phantom import draw_with_opacities
@@ -151,9 +154,22 @@ def shifted(steps: int) -> Method:
     return method
 
 
-def fused(model: Model, images: torch.Tensor, target: int) -> torch.Tensor:
-    fine, coarse = layer_cam(2)(model, images, target), shifted(2)(model, images, target)
-    return fine * interpolate(coarse[:, None], fine.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+def smoothed(method: Method) -> Method:
+    return lambda *args: avg_pool2d(method(*args)[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+
+
+def integrated(finer: int, steps: int) -> Method:
+    def method(model: Model, images: torch.Tensor, target: int) -> torch.Tensor:
+        x = model._prepared(images)
+        grey = x.mean((2, 3), keepdim=True).expand_as(x)
+        found = [
+            activations_and_gradients(model, grey + (k + 0.5) / steps * (x - grey), target, finer, log_odds)[1]
+            for k in range(steps)
+        ]
+        first, last = (activations_and_gradients(model, y, target, finer, log_odds)[0] for y in (grey, x))
+        return (torch.stack(found).mean(0) * (last - first)).sum(1).relu()
+
+    return method
 
 
 def occlusion(model: Model, images: torch.Tensor, target: int) -> torch.Tensor:
@@ -177,16 +193,21 @@ METHODS: dict[str, Method] = {
     "Grad-CAM": grad_cam(of_logit),
     "of the log-odds": grad_cam(),
     "enlarged twice": enlarged(2),
-    "shifted, 2 x 2": shifted(2),
-    "shifted, 4 x 4": shifted(4),
+    "shifted": shifted(4),
     "Grad-CAM, 2 times the cells": grad_cam(finer=2),
+    "Grad-CAM, 4 times": grad_cam(finer=4),
     "HiResCAM, 2 times": hires_cam(2),
-    "LayerCAM, 2 times": layer_cam(2),
     "HiResCAM, 4 times": hires_cam(4),
+    "HiResCAM, 8 times": hires_cam(8),
+    "smoothed, 4 times": smoothed(hires_cam(4)),
+    "smoothed, 8 times": smoothed(hires_cam(8)),
+    "LayerCAM, 2 times": layer_cam(2),
     "LayerCAM, 4 times": layer_cam(4),
-    "fused": fused,
+    "integrated, 4 times": integrated(4, 8),
     "occlusion": occlusion,
 }
+if os.environ.get("ONLY"):
+    METHODS = {name: METHODS[name] for name in ("Grad-CAM", *os.environ["ONLY"].split(";"))}
 
 
 def measured(maps: torch.Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

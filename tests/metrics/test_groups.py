@@ -130,8 +130,8 @@ def test_ages_have_the_usual_bands_in_their_order_and_other_names_none():
     for name in ("age", "Patient Age", "PatientAge", "age_years"):
         groups, words = in_bands(name, pd.Series([0, 17.9, 18, 40, "003M", "099Y", "80"]))
         assert groups.tolist() == ["0-17", "0-17", "18-39", "40-59", "0-17", "80+", "80+"] and words
-    groups, words = in_bands("percentage", pd.Series(range(7)))
-    assert "quartiles" in words
+    for name in ("percentage", "Agent", "image", "stage"):
+        assert "quartiles" in in_bands(name, pd.Series(range(7)))[1]
     assert in_bands("age", pd.Series(["young", "old"]))[1] is None
 
 

@@ -26,6 +26,7 @@ from xray_fastai.evaluation.evaluate import SPLITS
 from xray_fastai.evaluation.evaluation_result import write_table
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.result_folder import replaced_data, result_folder
+from xray_fastai.inference.gradcam import describe as describe_map
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.metrics.scored import losses
@@ -176,7 +177,7 @@ def interpret(
         ranking = _rank(opened, split, labelled.table)
         shown, description, remarks = _select(ranking.table, selection)
         if len(shown):
-            remarks += _draw(ranking, shown, description, partial / PICTURE)
+            _draw(ranking, shown, description, partial / PICTURE)
         _write(partial, ranking, shown, only_errors, {"data": source, "selection": description})
     write_report(opened.path, output)
     remarks += filter(None, [*labelled.notes, note, note_on(labelled.table)])
@@ -240,21 +241,21 @@ def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, s
     return shown, f"the {counted} with the {order}", remarks
 
 
-def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) -> list[str]:
-    """Draw images beside their heat maps; return remarks for the user."""
+def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) -> None:
+    """Draw images beside their heat maps."""
     cells = list(track(make_cells(ranking.model, shown), "heat maps", len(shown)))
-    height, width = cells[0].cam.shape
     name = shorten(ranking.model.path.resolve().name, 40)
     notes = [
         f"{ranking.split} split: {count_of(len(ranking.table), 'image')}, {ranking.errors} misclassified. "
         f"Model: {name}.",
-        f"Left the image, right its Grad-CAM ({height} x {width} cells) for the predicted class: red marks what "
-        "speaks most for it, no colour what does not.",
+        f"Beside each image what speaks for the class that is called{_and_to_detect(ranking.model)}.",
+        f"{describe_map(next(iter(cells[0].maps.values())))}.",
     ]
     draw_sheet(cells, _capitalized(description), notes, DISCLAIMER, path)
-    if height * width > 1:
-        return []
-    return [f"The heat maps are empty: {ranking.model.size} pixels leave one cell for the whole image."]
+
+
+def _and_to_detect(model: Model) -> str:
+    return "" if model.positive is None else f", and, where that is another, for {model.positive}"
 
 
 def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, only_errors: bool, about: dict[str, str]) -> None:

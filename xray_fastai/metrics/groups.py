@@ -32,7 +32,7 @@ AGES = (0, 18, 40, 60, 80)
 """Where the bands of ages begin."""
 UNKNOWN = "unknown"
 
-_AGE = re.compile(r"(^|[^a-z])age([^a-z]|$)|age$", re.IGNORECASE)
+_AGE = re.compile(r"(?<![A-Za-z])(?:[Aa]ge|AGE)(?![a-z])|(?<=[a-z])Age(?![a-z])")
 _DICOM_AGE = re.compile(r"(\d{3})([DWMY])")  # PS3.5, value representation AS
 _YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
 
