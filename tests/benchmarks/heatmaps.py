@@ -196,6 +196,7 @@ METHODS: dict[str, Method] = {
     "shifted": shifted(4),
     "Grad-CAM, 2 times the cells": grad_cam(finer=2),
     "Grad-CAM, 4 times": grad_cam(finer=4),
+    "Grad-CAM, 8 times": grad_cam(finer=8),
     "HiResCAM, 2 times": hires_cam(2),
     "HiResCAM, 4 times": hires_cam(4),
     "HiResCAM, 8 times": hires_cam(8),

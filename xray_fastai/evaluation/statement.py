@@ -242,6 +242,7 @@ def _on_results(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[st
         return "; ".join(f"{title_of(name)} {format_interval(**found[name])}" for name in known)
 
     at = "with the most probable class called" if chosen["threshold"] is None else f"at {chosen['threshold']:.4g}"
+    intervals = f"{summary['intervals'].rstrip('.')}."
     measures = ", ".join(METRICS[name].title for name in found if name in METRICS)
     rows = chosen["confusion"]
     wrong = [
@@ -254,10 +255,9 @@ def _on_results(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[st
     worst = summary.get("worst_group")
     return {
         "measures": f"Measures: {measures}.",
-        "intervals": f"{summary['intervals']} Shares have Wilson's interval with the effective number of images, other "
+        "intervals": f"{intervals} Shares have Wilson's interval with the effective number of images, other "
         "metrics Student's t with the variance between patients.",
-        "analysis": f"Probabilities and threshold: {model['calibration']}. Measures: {measures}. "
-        f"{summary['intervals']}",
+        "analysis": f"Probabilities and threshold: {model['calibration']}. Measures: {measures}. {intervals}",
         "results": f"Results {at}, with 95 % intervals: "
         f"{values('roc_auc', 'average_precision', 'sensitivity', 'specificity', 'ppv', 'npv', 'accuracy')}.",
         "calibrated": f"Calibration: {calibration}." if calibration else None,
