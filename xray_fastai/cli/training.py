@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from xray_fastai.cli.options import settings_from
-from xray_fastai.cli.shared import Device, Exclude, Open, check_export, open_report
+from xray_fastai.cli.shared import Column, Device, Exclude, Images, Open, check_export, open_report
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.system import distributed
@@ -57,13 +57,15 @@ def fit(
 
 def _check_paths(config: FitConfig) -> None:
     """Answer a wrong --data, --name or folder in --weights at once; the imports of `fit` itself take seconds."""
-    from xray_fastai.data.dataset import find_root
+    from xray_fastai.data.folders import find_root
+    from xray_fastai.data.table import check_for_table, is_table
     from xray_fastai.export.reader import export_in_weights
     from xray_fastai.export.run_folder import check_name
 
     check_name(config.exports, config.name)
     export_in_weights(config.weights)
-    if config.data is not None:
+    check_for_table(config.data, config.images, config.column)
+    if config.data is not None and not is_table(config.data):
         find_root(config.data)
 
 
@@ -78,7 +80,11 @@ def recalibrate(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="DIR", help="Labelled local images, in folders named as the model's classes."),
+        typer.Option(
+            "--data",
+            metavar="DIR|FILE",
+            help="Labelled local images, in folders named as the model's classes, or a table, as .csv.",
+        ),
     ] = None,
     split: Annotated[
         str | None,
@@ -116,6 +122,8 @@ def recalibrate(
             help="List of the patients: a .csv file with the columns file and patient.",
         ),
     ] = None,
+    images: Images = None,
+    column: Column = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", metavar="DIR", help="New export. [default: EXPORT-recalibrated, beside EXPORT]"),
@@ -130,6 +138,6 @@ def recalibrate(
         run(
             export, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
             target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
-            output=output, device=device,
+            images=images, column=column, output=output, device=device,
         )
     )  # fmt: skip
