@@ -25,7 +25,8 @@ from xray_fastai.data.images import check_not_blank
 from xray_fastai.data.patients import check_listed, note_on, numbered, patient_rule
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.splits import assign_validation, of_one_patient
-from xray_fastai.data.table import GROUP, Source, check_for_table, is_table, read_table, with_patients
+from xray_fastai.data.table import Source, check_for_table, is_table, read_table, with_patients
+from xray_fastai.data.table_columns import GROUP
 from xray_fastai.data.table_labels import Naming
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track

@@ -88,6 +88,8 @@ def _find_root(data: Path, split: str, classes: Sequence[str]) -> Path:
     above = data.parent if data.name else data.resolve().parent
     if split_of(data.resolve().name) and split_folder(above, split) is not None:
         raise UserError(f"is one split; give the folder above, {above}", option="data", value=data)
+    if split == "train":
+        layout += "; xray-fastai data split makes them of folders of classes"
     entries = sorted(entry.name for entry in data.iterdir() if not is_hidden(entry.name))
     if not entries:
         raise UserError(f"the folder is empty; {layout}", option="data", value=data)

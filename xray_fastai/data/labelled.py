@@ -37,7 +37,8 @@ from xray_fastai.data.folders import (
 )
 from xray_fastai.data.patients import PatientRule, check_listed, numbered, patient_rule
 from xray_fastai.data.sources.phantom import cached
-from xray_fastai.data.table import Column, Data, Source, check_for_table, is_table, name_of, read_table, with_patients
+from xray_fastai.data.table import Data, Source, check_for_table, is_table, name_of, read_table, with_patients
+from xray_fastai.data.table_columns import Column
 from xray_fastai.data.table_labels import Naming
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.parallel import map_in_threads

@@ -1,52 +1,43 @@
 """Read a table of images: a .csv file, or a pandas DataFrame, with a row an image, and a folder that holds the files.
 
-Columns are found by their names (`ROLES`), or named by `column="label=Finding"`. The result is the table that folders
-give (`folders.read_split`), with a column `group:NAME` for each further column that is named.
+Columns are found by their names, or named by `column="label=Finding"` (`table_columns`). The result is the table that
+folders give (`folders.read_split`), with a column `group:NAME` for each further column that is named.
 """
 
 import csv
 import os
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import pandas as pd
 
-from xray_fastai.config.fit_config import COLUMN_PARTS, check_column
 from xray_fastai.data.file_index import FileIndex
 from xray_fastai.data.file_lists import named
 from xray_fastai.data.folders import find_images, split_of
 from xray_fastai.data.patients import PatientRule, numbered, patients_in
-from xray_fastai.data.table_labels import EMPTY, FALSE, TRUE, UNCERTAIN, UNKNOWN, Naming, is_yes_or_no, read_labels
+from xray_fastai.data.table_columns import GROUP, ROLES, Column, headers_of
+from xray_fastai.data.table_labels import (
+    EMPTY,
+    FALSE,
+    TRUE,
+    UNCERTAIN,
+    UNKNOWN,
+    Labels,
+    Naming,
+    is_yes_or_no,
+    read_labels,
+)
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown
 
 Data: TypeAlias = str | Path | pd.DataFrame
-Column: TypeAlias = str | Sequence[str] | Mapping[str, str] | None
-"""The headers of columns by what they hold: {"label": "Finding"}, "label=Finding,patient=PatientID", or a list."""
 
 EXTENSIONS = (".csv", ".tsv")
 FRAME = "pandas.DataFrame"
 """What an export records as the data of a fit to a data frame."""
-ROLES = {
-    "path": (
-        "path", "image path", "file path", "file", "file name", "image", "image name", "image file", "image index",
-        "image id", "dicom id", "sop instance uid", "accession", "accession number", "series instance uid",
-        "study instance uid",
-    ),
-    "label": (
-        "label", "labels", "finding", "findings", "finding label", "finding labels", "class", "class name", "diagnosis",
-        "target",
-    ),
-    "split": ("split", "is valid", "subset"),
-    "patient": ("patient", "patient id", "subject", "subject id"),
-}  # fmt: skip
-"""What the columns may be named, in any capitals, with spaces, underscores or dashes; of several, the first counts."""
-GROUP = "group:"
-"""The beginning of a column that `column="group=Hospital"` keeps: here `group:group`."""
 NO_FILE, SEVERAL, NO_NAME = "a file that is not there", "a name that fits several files", "no name of a file"
 OTHER_SPLIT = "a split other than train, val and test"
 KINDS = {
@@ -154,55 +145,24 @@ def read_table(source: Source) -> Listing:
     frame = _frame(source)
     if frame.empty:
         raise UserError("has no rows", option="data", value=source.name)
-    headers = _headers(frame, source)
-    rows = pd.DataFrame({role: _texts(frame[header]) for role, header in headers.items()}).reset_index(drop=True)
-    if not source.root.is_dir():
-        option = "data" if source.images is None else "images"
-        raise UserError("no such folder; give the folder of the images by images=", option=option, value=source.root)
-    files = find_images(source.root)
+    headers = headers_of(frame, source.column, source.name)
+    rows = pd.DataFrame({role: _texts(frame[header]) for role, header in headers.items()})
+    files = _files_below(source)
     index = FileIndex(files)
     found = rows.path.map({text: index.find(text) if text else [] for text in rows.path.unique()})
-    matches = found.map(len)
     labels = read_labels(rows.label, headers["label"], source.naming)
-    left_out = pd.Series("", rows.index)
-    left_out[matches == 0], left_out[matches > 1], left_out[rows.path == ""] = NO_FILE, SEVERAL, NO_NAME
-    left_out = left_out.mask((left_out == "") & (labels.left_out != ""), labels.left_out)
     split, is_decided = _splits(rows)
-    left_out = left_out.mask((left_out == "") & split.isna(), OTHER_SPLIT)
-    if (left_out != "").all():
-        reason = left_out.value_counts().index[0]
-        example = shown(rows.path[left_out == reason].iloc[0])
-        raise UserError(
-            f"none of its {count_of(len(rows), 'row')} can be used; most have {reason}, such as {example} in "
-            f"{source.root}; give the folder by images=, or the columns by column=",
-            option="data",
-            value=source.name,
-        )
-    used = left_out == ""
-    table = pd.DataFrame({"file": found[used].str[0], "label": labels.classes[used], "split": split[used]})
-    extra = [role for role in rows if role not in ROLES]
-    for role in extra:
-        table[f"{GROUP}{role}"] = rows[role][used]
-    conflict = (table.groupby("file")[["label", "split"]].transform("nunique") > 1).any(axis=1)
-    twice = table.duplicated("file") & ~conflict
-    patients = rows.patient[used] if "patient" in rows else pd.Series("", table.index)
-    faults = [
-        *_left_out(rows, left_out),
-        *_fault("conflict", table.file[conflict].unique(), "file", "in rows with different labels or splits"),
-        *_fault("repeated", table.file[twice].unique(), "file", "in several rows, of which the first counts"),
-    ]
-    kept = ~(conflict | twice)
-    table, patients = table[kept], patients[kept]
-    faults += _in_two_splits(table, patients)
-    without = sorted(set(files) - set(found[matches == 1].str[0]))
-    faults += _fault("no-row", without, "file", "without a row")
-    if table.empty:
-        raise UserError("each file has different labels; give a row an image", option="data", value=source.name)
-    table = table.sort_values(["split", "label", "file"], kind="stable").reset_index()
-    known = {
-        named(file): patient for file, patient in zip(table.file, patients[table["index"]], strict=True) if patient
-    }
-    table = table.drop(columns="index")
+    left_out = _why_left_out(rows, found, labels, split)
+    _check_rows_left(rows, left_out, source)
+    table = pd.DataFrame({"file": found.str[0], "label": labels.classes, "split": split})
+    table["patient"] = rows.get("patient", "")
+    table = table.assign(**{f"{GROUP}{role}": rows[role] for role in rows if role not in ROLES})[left_out == ""]
+    without = sorted(set(files) - set(found[found.map(len) == 1].str[0]))
+    table, of_files = _one_row_a_file(table, source)
+    of_rows = [*_left_out(rows, left_out), *of_files, *_in_two_splits(table)]
+    faults = [*of_rows, *_fault("no-row", without, "without a row")]
+    known = {named(file): patient for file, patient in zip(table.file, table.patient, strict=True) if patient}
+    table = table.drop(columns="patient").sort_values(["split", "label", "file"], ignore_index=True)
     table.insert(0, "path", [str(source.root / file) for file in table.file])
     read_as = ", ".join(f"{role} {shown(header)}" for role, header in headers.items())
     notes = [f"columns: {read_as}", *filter(None, [labels.note])]
@@ -223,7 +183,7 @@ def with_patients(table: pd.DataFrame, listing: Listing, rule: PatientRule) -> p
 def _frame(source: Source) -> pd.DataFrame:
     """Return the table with text in each cell of a file; that of a data frame is as it is."""
     if isinstance(source.table, pd.DataFrame):
-        return source.table
+        return source.table.reset_index(drop=True)
     path = Path(os.path.expanduser(source.table))
     if path.name == FRAME:
         raise UserError("the fit was to a data frame; give it by data=", option="data")
@@ -257,71 +217,59 @@ def _texts(values: pd.Series) -> pd.Series:
     return values.map(lambda value: "" if value is None or value is pd.NA else str(value).strip()).replace("nan", "")
 
 
-def columns_of(column: Column) -> dict[str, str]:
-    """Return the headers that the user gave, by what they hold.
-
-    Raises:
-        UserError: the text is not NAME=HEADER,NAME=HEADER.
-    """
-    if not column or isinstance(column, Mapping):
-        return dict(column or {})
-    column = column if isinstance(column, str) else ",".join(column)
-    if advice := check_column(column):
-        raise UserError(advice, option="column", value=column)
-    parts = [part.partition("=") for part in COLUMN_PARTS.split(column)]
-    return {name.strip().lower(): header.strip() for name, _, header in parts}
-
-
-def _plain(header: object) -> str:
-    """Return a header in small letters, without what separates its words: ImageIndex, image_index and Image Index."""
-    return re.sub(r"[\W_]+", "", str(header).lower())
-
-
-def _headers(frame: pd.DataFrame, source: Source) -> dict[str, str]:
-    """Return the headers by role: those of `ROLES` that are there, and those that the user named.
-
-    Raises:
-        UserError: a header that the user named, the path or the label is missing, or two columns have one header.
-    """
-    plain: dict[str, str] = {}
-    for header in frame.columns:
-        plain.setdefault(_plain(header), header)
-    headers = {}
-    for role, names in ROLES.items():
-        if found := [plain[name.replace(" ", "")] for name in names if name.replace(" ", "") in plain]:
-            headers[role] = found[0]
-    for role, wanted in columns_of(source.column).items():
-        if wanted not in frame.columns and _plain(wanted) not in plain:
-            listed = ", ".join(shown(header, 30) for header in list(frame.columns)[:12])
-            raise UserError(f"no column {shown(wanted)} in {source.name}; it has {listed}", option="column")
-        headers[role] = wanted if wanted in frame.columns else plain[_plain(wanted)]
-    for role in ("path", "label"):
-        if role not in headers:
-            listed = ", ".join(shown(header, 30) for header in list(frame.columns)[:12])
-            raise UserError(
-                f'no column for the {role} is found; name it, as in column="{role}={shown(frame.columns[-1], 30)}" '
-                f"(the table has {listed})",
-                option="data",
-                value=source.name,
-            )
-    for role, header in headers.items():
-        if isinstance(frame[header], pd.DataFrame):
-            raise UserError(
-                f"two columns {shown(header)}, for the {role}; rename one", option="data", value=source.name
-            )
-    return headers
-
-
 def _splits(rows: pd.DataFrame) -> tuple[pd.Series, bool]:
     """Return the split of each row (N,), None for an unknown one, and whether it says is_valid; without any, train."""
     if "split" not in rows:
         return pd.Series("train", rows.index), False
     if is_yes_or_no(rows.split):
-        lower = rows.split.str.lower()
-        return pd.Series(None, rows.index, dtype=object).mask(lower.isin(TRUE), "val").mask(
-            lower.isin(FALSE), "train"
-        ), True
+        of_value = dict.fromkeys(TRUE, "val") | dict.fromkeys(FALSE, "train")
+        return rows.split.str.lower().map(of_value), True
     return rows.split.map({text: split_of(text) for text in rows.split.unique()}), False
+
+
+def _files_below(source: Source) -> list[str]:
+    if not source.root.is_dir():
+        option = "data" if source.images is None else "images"
+        raise UserError("no such folder; give the folder of the images by images=", option=option, value=source.root)
+    return find_images(source.root)
+
+
+def _why_left_out(rows: pd.DataFrame, found: pd.Series, labels: Labels, split: pd.Series) -> pd.Series:
+    """Return why each row is left out (N,), by one of `KINDS`; "" where it is not."""
+    left_out, matches = pd.Series("", rows.index), found.map(len)
+    left_out[matches == 0], left_out[matches > 1], left_out[rows.path == ""] = NO_FILE, SEVERAL, NO_NAME
+    left_out = left_out.mask((left_out == "") & (labels.left_out != ""), labels.left_out)
+    return left_out.mask((left_out == "") & split.isna(), OTHER_SPLIT)
+
+
+def _check_rows_left(rows: pd.DataFrame, left_out: pd.Series, source: Source) -> None:
+    if (left_out == "").any():
+        return
+    reason = left_out.value_counts().index[0]
+    example = shown(rows.path[left_out == reason].iloc[0])
+    raise UserError(
+        f"none of its {count_of(len(rows), 'row')} can be used; most have {reason}, such as {example} in "
+        f"{source.root}; give the folder by images=, or the columns by column=",
+        option="data",
+        value=source.name,
+    )
+
+
+def _one_row_a_file(table: pd.DataFrame, source: Source) -> tuple[pd.DataFrame, list[Fault]]:
+    """Leave out files in rows that contradict each other, and rows that repeat one.
+
+    Raises:
+        UserError: no file is left.
+    """
+    conflict = (table.groupby("file")[["label", "split"]].transform("nunique") > 1).any(axis=1)
+    twice = table.duplicated("file") & ~conflict
+    kept = table[~(conflict | twice)]
+    if kept.empty:
+        raise UserError("each file has different labels; give a row an image", option="data", value=source.name)
+    return kept, [
+        *_fault("conflict", table.file[conflict].unique(), "in rows with different labels or splits"),
+        *_fault("repeated", table.file[twice].unique(), "in several rows, of which the first counts"),
+    ]
 
 
 def _left_out(rows: pd.DataFrame, left_out: pd.Series) -> list[Fault]:
@@ -336,17 +284,16 @@ def _left_out(rows: pd.DataFrame, left_out: pd.Series) -> list[Fault]:
     return faults
 
 
-def _fault(kind: str, files: Iterable[str], what: str, text: str) -> list[Fault]:
+def _fault(kind: str, files: Iterable[str], text: str) -> list[Fault]:
     names = list(files)
-    return [Fault(kind, f"{count_of(len(names), what)} {text}", names[:SHOWN], names)] if names else []
+    return [Fault(kind, f"{count_of(len(names), 'file')} {text}", names[:SHOWN], names)] if names else []
 
 
-def _in_two_splits(table: pd.DataFrame, patients: pd.Series) -> list[Fault]:
+def _in_two_splits(table: pd.DataFrame) -> list[Fault]:
     """Find the patients of the table's own column with images in two splits; the examples are files of theirs."""
-    known = patients[patients != ""]
-    shared = known[table.split[known.index].groupby(known).transform("nunique") > 1]
+    known = table[table.patient != ""]
+    shared = known[known.groupby("patient").split.transform("nunique") > 1]
     if shared.empty:
         return []
-    text = f"{count_of(shared.nunique(), 'patient')} in two splits"
-    files = table.file[shared.index]
-    return [Fault("patient-in-two-splits", text, list(files[:SHOWN]), list(files))]
+    text, files = f"{count_of(shared.patient.nunique(), 'patient')} in two splits", list(shared.file)
+    return [Fault("patient-in-two-splits", text, files[:SHOWN], files)]

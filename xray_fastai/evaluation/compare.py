@@ -17,7 +17,8 @@ import pandas as pd
 from xray_fastai import DISCLAIMER
 from xray_fastai.data.labelled import Labelled, Request, labelled_images, split_named
 from xray_fastai.data.patients import note_on
-from xray_fastai.data.table import Column, Data
+from xray_fastai.data.table import Data
+from xray_fastai.data.table_columns import Column
 from xray_fastai.evaluation.comparison_plot import plot_comparison
 from xray_fastai.evaluation.evaluate import SPLITS
 from xray_fastai.inference.model import Model, open_model

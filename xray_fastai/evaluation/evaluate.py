@@ -19,7 +19,8 @@ from sklearn.metrics import confusion_matrix
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.labelled import Labelled, Request, labelled_images, split_named
 from xray_fastai.data.patients import note_on, unknown
-from xray_fastai.data.table import Column, Data
+from xray_fastai.data.table import Data
+from xray_fastai.data.table_columns import Column
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
 from xray_fastai.evaluation.report import write_report

@@ -20,7 +20,8 @@ from xray_fastai import DISCLAIMER
 from xray_fastai.data.images import size_of
 from xray_fastai.data.labelled import Request, labelled_images, split_named
 from xray_fastai.data.patients import note_on
-from xray_fastai.data.table import Column, Data
+from xray_fastai.data.table import Data
+from xray_fastai.data.table_columns import Column
 from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet, make_cells
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.evaluate import SPLITS

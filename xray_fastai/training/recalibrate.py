@@ -18,7 +18,8 @@ import pandas as pd
 from xray_fastai import DISCLAIMER
 from xray_fastai.data.labelled import Labelled, Request, labelled_images
 from xray_fastai.data.patients import note_on
-from xray_fastai.data.table import Column, Data, is_table, name_of
+from xray_fastai.data.table import Data, is_table, name_of
+from xray_fastai.data.table_columns import Column
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.metrics.scored import Scored

@@ -37,7 +37,7 @@ def layout(labels: Mapping[str, Sequence[str]], table: pd.DataFrame, images: pd.
         text, advice = "there is no train/", "a fit needs train/CLASS/*"
         if splits == ("",):
             text += f", but folders of classes: {', '.join(labels[''])}"
-            advice = "move them into a folder train/, and a part of the patients into test/CLASS/*"
+            advice = "divide the patients: xray-fastai data split makes train/ and test/ of them"
         findings.append(Finding("error", "no-train", text, advice))
     first = splits[0]
     classes = labels[first]
@@ -263,6 +263,10 @@ def sizes_of_splits(images: pd.DataFrame, splits: tuple[str, ...]) -> list[Findi
     if "train" in splits:
         for split, use in (("val", "fit holds out a tenth of train/, by patient"), ("test", "evaluate needs one")):
             if split not in splits:
-                advice = "nothing to do" if split == "val" else "put patients that are not in train/ into test/"
+                advice = (
+                    "nothing to do"
+                    if split == "val"
+                    else "put patients that are not in train/ into test/, or run xray-fastai data split"
+                )
                 findings.append(Finding("remark", "no-split", f"there is no {split}/: {use}", advice))
     return findings
