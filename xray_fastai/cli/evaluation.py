@@ -13,6 +13,7 @@ from xray_fastai.cli.shared import (
     Export,
     Images,
     Json,
+    Model,
     Open,
     Output,
     Patients,
@@ -21,13 +22,15 @@ from xray_fastai.cli.shared import (
     Tta,
     Uncalibrated,
     check_export,
+    chosen_export,
     open_report,
 )
 from xray_fastai.config.predict_config import PredictConfig
 
 
 def evaluate(
-    model: Export = None,
+    export: Export = None,
+    model: Model = None,
     data: Data = None,
     split: Annotated[
         str, typer.Option(help="Split: test, valid (the images that fit validated on) or train.")
@@ -49,7 +52,7 @@ def evaluate(
     open: Open = False,
 ) -> None:
     """Measure how good a model is: metrics with 95 % intervals, a table of predictions and plots."""
-    check_export(model)
+    model = chosen_export(export, model)
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
@@ -97,7 +100,8 @@ def compare(
 
 
 def interpret(
-    model: Export = None,
+    export: Export = None,
+    model: Model = None,
     data: Data = None,
     split: Annotated[
         str, typer.Option(help="Split: valid (the images that fit validated on), test or train.")
@@ -119,7 +123,7 @@ def interpret(
     open: Open = False,
 ) -> None:
     """Show where a model errs and what it looks at: top losses with their Grad-CAM heat maps."""
-    check_export(model)
+    model = chosen_export(export, model)
     from xray_fastai.evaluation.interpret import interpret as run
 
     result = run(
