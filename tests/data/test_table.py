@@ -14,7 +14,8 @@ from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import read_collection
 from xray_fastai.data.file_index import FileIndex
 from xray_fastai.data.labelled import Request, labelled_images
-from xray_fastai.data.table import FRAME, Source, read_table
+from xray_fastai.data.patients import ANY
+from xray_fastai.data.table import FRAME, Source, read_table, with_patients
 from xray_fastai.data.table_labels import Naming, read_labels
 from xray_fastai.system.errors import UserError
 from xray_fastai.training.fit import fit
@@ -121,6 +122,24 @@ def test_files_are_found_by_path_name_stem_and_folder():
     assert index.find("s9") == index.find("x") == ["b/s9/p/x.dcm"] and len(index.find("b")) == 2
     assert index.find("folder/y.jpeg") == ["y.jpeg"]
     assert index.find("s3/2.png") == index.find("z") == index.find("s9/y.jpeg/z") == []
+
+
+def test_dicom_studies_are_found_by_their_accession_number(tmp_path):
+    """A hospital's archive: files without extensions in a folder of the series in one of the study."""
+    dicom_files = pytest.importorskip("tests.data.dicom_files")
+    for i in range(6):
+        series = tmp_path / f"00{i}" / f"1.2.840.{i}"
+        series.mkdir(parents=True)
+        (series / f"1.2.840.{i}.7").write_bytes(
+            dicom_files.written(dicom_files.picture(seed=i), PatientID=f"p{i // 2}")
+        )
+    shutil.copy(series / "1.2.840.5.7", series / "1.2.840.5.8")
+    Path("t.csv").write_text("AccessionNumber,Befund\n" + "".join(f"00{i},{'AB'[i % 2]}\n" for i in range(6)))
+    listing = read("t.csv", tmp_path, "label=Befund")
+    assert list(listing.table.file) == [f"00{i}/1.2.840.{i}/1.2.840.{i}.7" for i in (0, 2, 4, 1, 3)]
+    assert texts(listing)["several-files"] == "1 row with a name that fits several files"
+    table = with_patients(listing.table, listing, ANY)
+    assert table.patient.tolist() == ["DICOM #1", "DICOM #2", "DICOM #3", "DICOM #1", "DICOM #2"]
 
 
 def test_what_is_wrong_is_counted_and_named(images):
