@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from xray_fastai.cli.shared import (
+    Column,
     Data,
     Device,
     Exclude,
     Export,
+    Images,
     Json,
     Model,
     Open,
@@ -41,6 +43,8 @@ def evaluate(
     tta: Tta = PredictConfig.tta,
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Output = None,
     statement: Annotated[
         bool,
@@ -57,7 +61,8 @@ def evaluate(
 
     result = run(
         model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, tta=tta, exclude=exclude,
-        patients=patients, output=output, statement=statement, device=device, precision=precision,
+        patients=patients, images=images, column=column, output=output, statement=statement, device=device,
+        precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:
@@ -68,13 +73,18 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="The first export.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The second, of the same classes.")],
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="Folder of the images. [default: that of both fits]")
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR|FILE", help="Folder of the images, or a table as .csv. [default: those of both fits]"
+        ),
     ] = None,
     split: Annotated[
         str, typer.Option(help="Split: test, valid (the images that both validated on) or train.")
     ] = "test",
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to. [default: this folder]")
     ] = None,
@@ -88,8 +98,9 @@ def compare(
     from xray_fastai.evaluation.compare import compare as run
 
     result = run(
-        a, b, data, split, exclude=exclude, patients=patients, output=output, device=device, precision=precision
-    )
+        a, b, data, split, exclude=exclude, patients=patients, images=images, column=column, output=output,
+        device=device, precision=precision,
+    )  # fmt: skip
     print(result.to_json() if json else result)
 
 
@@ -109,6 +120,8 @@ def interpret(
     ] = False,
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Output = None,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
@@ -120,7 +133,7 @@ def interpret(
 
     result = run(
         model, data, split, top, label=label, only_errors=only_errors, confident=confident, exclude=exclude,
-        patients=patients, output=output, device=device, precision=precision,
+        patients=patients, images=images, column=column, output=output, device=device, precision=precision,
     )  # fmt: skip
     print(result)
     if open:
