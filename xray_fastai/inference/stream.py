@@ -127,8 +127,24 @@ def predict_all(model: Model, paths: Sequence[str], tta: bool = False) -> np.nda
     Raises:
         UserError: a file cannot be read; the message names the first one, and says how many there are.
     """
-    logits, errors = [], []
-    for _, output, error in track(predict_stream(model, paths, tta=tta), "predicting", len(paths)):
+    return predict_and_compare(model, paths, tta)[0]
+
+
+def predict_and_compare(model: Model, paths: Sequence[str], tta: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the logits (N, classes) of files, and how unlike the training images they are (N,); None without a gate.
+
+    Raises:
+        UserError: as `predict_all`.
+    """
+    logits, errors, unlike = [], [], []
+
+    def outputs() -> Iterator[tuple[Source, np.ndarray | None, ImageError | None]]:
+        with closing(predict_batches(model, paths, tta=tta)) as batches:
+            for batch in batches:
+                unlike.append(batch.unlike)
+                yield from batch.outputs()
+
+    for _, output, error in track(outputs(), "predicting", len(paths)):
         logits.append(output)
         if error:
             errors.append(str(error))
@@ -137,7 +153,7 @@ def predict_all(model: Model, paths: Sequence[str], tta: bool = False) -> np.nda
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise UserError(f"{errors[0]}{more}; repair or remove it: results on a part of the split would mislead")
-    return np.stack(logits)
+    return np.stack(logits), None if model.gate is None else np.concatenate(unlike)
 
 
 def image_sources(
