@@ -149,7 +149,8 @@ class Evaluation:
         lines = [*wrap(called["text"], f"{'called':<15}"), ""]
         if self.called is not None:
             lines.append(f"{'':<28}on the images called")
-            cells = {name: _cell(name, interval, self._one_class) for name, interval in called["metrics"].items()}
+            one_class = sum(map(any, called["confusion"])) == 1
+            cells = {name: _cell(name, interval, one_class) for name, interval in called["metrics"].items()}
             lines += [f"{title_of(name):<28}{cells[name]}" for name in CALLED_METRICS]
             lines.append("")
         return lines
