@@ -25,7 +25,7 @@ class PredictConfig:
     gate: bool = setting(True, "Call an image uncertain if it is unlike the training images.")
     abstain: float = setting(
         0.0,
-        "Call an image uncertain if its probability, as it is written (with prevalence=, the moved one), is within this "
+        "Call an image uncertain if its probability as it is written (with prevalence=, the moved one) is within this "
         "distance of the threshold; for two classes.",
         metavar="WIDTH",
         min=0,
