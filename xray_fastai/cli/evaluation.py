@@ -31,10 +31,18 @@ def evaluate(
     model: Model = None,
     data: Data = None,
     split: Annotated[
-        str, typer.Option(help="Split: test, valid (the images that fit validated on) or train.")
+        str,
+        typer.Option(
+            metavar="test|valid|train",
+            rich_help_panel="Data",
+            help="Split: test, valid (the images that fit validated on) or train.",
+        ),
     ] = "test",
     threshold: Annotated[
-        str, typer.Option(metavar="auto|T", help="Decision threshold; auto is the one that fit chose.")
+        str,
+        typer.Option(
+            metavar="auto|T", rich_help_panel="Decision", help="Decision threshold; auto is the one that fit chose."
+        ),
     ] = "auto",
     uncalibrated: Uncalibrated = PredictConfig.uncalibrated,
     prevalence: Prevalence = PredictConfig.prevalence,
@@ -64,15 +72,26 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="The first export.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The second, of the same classes.")],
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="Folder of the images. [default: that of both fits]")
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR", rich_help_panel="Data", help="Folder of the images. [default: that of both fits]"
+        ),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Split: test, valid (the images that both validated on) or train.")
+        str,
+        typer.Option(
+            metavar="test|valid|train",
+            rich_help_panel="Data",
+            help="Split: test, valid (the images that both validated on) or train.",
+        ),
     ] = "test",
     exclude: Exclude = None,
     patients: Patients = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to. [default: this folder]")
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", rich_help_panel="Output", help="Folder to write to. [default: this folder]"
+        ),
     ] = None,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
@@ -94,14 +113,28 @@ def interpret(
     model: Model = None,
     data: Data = None,
     split: Annotated[
-        str, typer.Option(help="Split: valid (the images that fit validated on), test or train.")
+        str,
+        typer.Option(
+            metavar="test|valid|train",
+            rich_help_panel="Data",
+            help="Split: valid (the images that fit validated on), test or train.",
+        ),
     ] = "valid",
-    top: Annotated[int, typer.Option(min=1, help="Number of images.")] = 16,
-    label: Annotated[str | None, typer.Option("--class", metavar="CLASS", help="Only images of this class.")] = None,
-    only_errors: Annotated[bool, typer.Option("--only-errors", help="Only images with a wrong prediction.")] = False,
+    top: Annotated[int, typer.Option(min=1, rich_help_panel="Images", help="Number of images.")] = 16,
+    label: Annotated[
+        str | None,
+        typer.Option("--class", metavar="CLASS", rich_help_panel="Images", help="Only images of this class."),
+    ] = None,
+    only_errors: Annotated[
+        bool, typer.Option("--only-errors", rich_help_panel="Images", help="Only images with a wrong prediction.")
+    ] = False,
     confident: Annotated[
         bool,
-        typer.Option("--confident", help="Show the correct predictions of the highest confidence, not the top losses."),
+        typer.Option(
+            "--confident",
+            rich_help_panel="Images",
+            help="Show the correct predictions of the highest confidence, not the top losses.",
+        ),
     ] = False,
     exclude: Exclude = None,
     patients: Patients = None,

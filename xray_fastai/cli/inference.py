@@ -1,5 +1,6 @@
 """Defines the commands that use a model on new images: `predict`, `serve`."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from xray_fastai.system.errors import UserError
 @settings_from(PredictConfig)
 def predict(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="Files, folders, or - for a list of paths on standard input.")
+        list[str], typer.Argument(metavar="PATH", help="Files, folders, or - for a list of paths on standard input.")
     ],
     model: Annotated[
         Path | None, typer.Option("--model", metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
@@ -24,15 +25,23 @@ def predict(
 ) -> None:
     """Predict new images. The exit code is 1 if a file could not be read."""
     config = PredictConfig(**settings)
+    _check_images(paths)
     check_export(model)
-    for path in paths:
-        if (Path(path) / "model.json").is_file():
-            raise UserError(f"{path}: an export, no images; give it as --model {shlex.quote(path)}, and images besides")
     from xray_fastai.inference.predict_files import predict_command as run
 
     errors = run(paths, model, config)
     if errors:
         raise typer.Exit(1)
+
+
+def _check_images(paths: list[str]) -> None:
+    """Answer a folder that is an export, and names of which none exists, before the model is loaded."""
+    for path in paths:
+        if os.path.isfile(os.path.join(path, "model.json")):
+            advice = f"give it as --model {shlex.quote(path)}, and images besides"
+            raise UserError(f"{path}: an export, no images; {advice}")
+    if not any(path == "-" or os.path.lexists(path) for path in paths):
+        raise UserError(f"{paths[0]}: no such file or folder; give images, or folders of them")
 
 
 def serve(

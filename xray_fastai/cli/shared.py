@@ -18,7 +18,13 @@ Export = Annotated[
 ]
 Model = Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="The same as EXPORT.")]
 Data = Annotated[
-    Path | None, typer.Option("--data", metavar="DIR", help="Folder of the images. [default: the folder that fit used]")
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        rich_help_panel="Data",
+        help="Folder of the images. [default: the folder that fit used]",
+    ),
 ]
 Device = Annotated[str, option_of(PredictConfig, "device")]
 Precision = Annotated[str, option_of(PredictConfig, "precision")]
@@ -31,15 +37,21 @@ Patients = Annotated[
     typer.Option(
         "--patients",
         metavar="LIST.csv",
+        rich_help_panel="Data",
         help="List of the patients: a .csv file with the columns file and patient. [default: the one of fit, without "
         "--data]",
     ),
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to. [default: the export's folder]")
+    Path | None,
+    typer.Option(
+        "--output", metavar="DIR", rich_help_panel="Output", help="Folder to write to. [default: the export's folder]"
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Open = Annotated[bool, typer.Option("--open", help="Show report.html in the browser at the end.")]
+Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print the result as JSON.")]
+Open = Annotated[
+    bool, typer.Option("--open", rich_help_panel="Output", help="Show report.html in the browser at the end.")
+]
 
 
 def either(argument: Value | None, option: Value | None, name: str) -> Value | None:
