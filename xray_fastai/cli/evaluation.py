@@ -11,6 +11,7 @@ from xray_fastai.cli.shared import (
     Exclude,
     Export,
     Json,
+    Model,
     Open,
     Output,
     Patients,
@@ -19,19 +20,29 @@ from xray_fastai.cli.shared import (
     Tta,
     Uncalibrated,
     check_export,
+    chosen_export,
     open_report,
 )
 from xray_fastai.config.predict_config import PredictConfig
 
 
 def evaluate(
-    model: Export = None,
+    export: Export = None,
+    model: Model = None,
     data: Data = None,
     split: Annotated[
-        str, typer.Option(help="Split: test, valid (the images that fit validated on) or train.")
+        str,
+        typer.Option(
+            metavar="test|valid|train",
+            rich_help_panel="Data",
+            help="Split: test, valid (the images that fit validated on) or train.",
+        ),
     ] = "test",
     threshold: Annotated[
-        str, typer.Option(metavar="auto|T", help="Decision threshold; auto is the one that fit chose.")
+        str,
+        typer.Option(
+            metavar="auto|T", rich_help_panel="Decision", help="Decision threshold; auto is the one that fit chose."
+        ),
     ] = "auto",
     uncalibrated: Uncalibrated = PredictConfig.uncalibrated,
     prevalence: Prevalence = PredictConfig.prevalence,
@@ -45,7 +56,7 @@ def evaluate(
     open: Open = False,
 ) -> None:
     """Measure how good a model is: metrics with 95 % intervals, a table of predictions and plots."""
-    check_export(model)
+    model = chosen_export(export, model)
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
@@ -61,15 +72,26 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="The first export.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The second, of the same classes.")],
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="Folder of the images. [default: that of both fits]")
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR", rich_help_panel="Data", help="Folder of the images. [default: that of both fits]"
+        ),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Split: test, valid (the images that both validated on) or train.")
+        str,
+        typer.Option(
+            metavar="test|valid|train",
+            rich_help_panel="Data",
+            help="Split: test, valid (the images that both validated on) or train.",
+        ),
     ] = "test",
     exclude: Exclude = None,
     patients: Patients = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to. [default: this folder]")
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", rich_help_panel="Output", help="Folder to write to. [default: this folder]"
+        ),
     ] = None,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
@@ -87,17 +109,32 @@ def compare(
 
 
 def interpret(
-    model: Export = None,
+    export: Export = None,
+    model: Model = None,
     data: Data = None,
     split: Annotated[
-        str, typer.Option(help="Split: valid (the images that fit validated on), test or train.")
+        str,
+        typer.Option(
+            metavar="test|valid|train",
+            rich_help_panel="Data",
+            help="Split: valid (the images that fit validated on), test or train.",
+        ),
     ] = "valid",
-    top: Annotated[int, typer.Option(min=1, help="Number of images.")] = 16,
-    label: Annotated[str | None, typer.Option("--class", metavar="CLASS", help="Only images of this class.")] = None,
-    only_errors: Annotated[bool, typer.Option("--only-errors", help="Only images with a wrong prediction.")] = False,
+    top: Annotated[int, typer.Option(min=1, rich_help_panel="Images", help="Number of images.")] = 16,
+    label: Annotated[
+        str | None,
+        typer.Option("--class", metavar="CLASS", rich_help_panel="Images", help="Only images of this class."),
+    ] = None,
+    only_errors: Annotated[
+        bool, typer.Option("--only-errors", rich_help_panel="Images", help="Only images with a wrong prediction.")
+    ] = False,
     confident: Annotated[
         bool,
-        typer.Option("--confident", help="Show the correct predictions of the highest confidence, not the top losses."),
+        typer.Option(
+            "--confident",
+            rich_help_panel="Images",
+            help="Show the correct predictions of the highest confidence, not the top losses.",
+        ),
     ] = False,
     exclude: Exclude = None,
     patients: Patients = None,
@@ -107,7 +144,7 @@ def interpret(
     open: Open = False,
 ) -> None:
     """Show where a model errs and what it looks at: top losses with their Grad-CAM heat maps."""
-    check_export(model)
+    model = chosen_export(export, model)
     from xray_fastai.evaluation.interpret import interpret as run
 
     result = run(

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,16 +16,22 @@ from xray_fastai.cli.inference import predict, serve
 from xray_fastai.cli.training import fit, recalibrate
 from xray_fastai.system import distributed
 
+GROUPS: dict[str, tuple[Any, ...]] = {
+    "Train": (fit, recalibrate),
+    "Judge": (evaluate, interpret, compare),
+    "Use": (predict, serve),
+    "Manage": (verify, export),
+}
+"""The commands as `--help` groups them."""
+
 app = typer.Typer(
     cls=Commands,
     help="Train a chest X-ray classifier by transfer learning, see where it errs, hand over the model. "
     "No medical device: for research and teaching.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode=None,  # typer would import rich for each wrong option
     pretty_exceptions_enable=False,
 )
-app.add_typer(data_app, name="data")
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,6 +53,7 @@ def main(
     distributed.hush()
 
 
-app.command(cls=ResumeCommand)(fit)
-for command in (evaluate, compare, interpret, recalibrate, predict, serve, verify, export):
-    app.command(cls=Command)(command)
+for panel, commands in GROUPS.items():
+    for command in commands:
+        app.command(cls=ResumeCommand if command is fit else Command, rich_help_panel=panel)(command)
+app.add_typer(data_app, name="data", cls=Commands, rich_help_panel="Data")

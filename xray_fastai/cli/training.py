@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from xray_fastai.cli.options import settings_from
-from xray_fastai.cli.shared import Device, Exclude, Open, check_export, open_report
+from xray_fastai.cli.shared import Device, Exclude, Export, Model, Open, chosen_export, either, open_report
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.system import distributed
@@ -16,12 +16,16 @@ from xray_fastai.system.errors import UserError
 @settings_from(FitConfig)
 def fit(
     ctx: typer.Context,
+    folder: Annotated[
+        str | None, typer.Argument(metavar="FOLDER", help="Folder of the images: the same as --data.")
+    ] = None,
     *,
     resume: Annotated[
         str | None,
         typer.Option(
             "--resume",
             metavar="[RUN]",
+            rich_help_panel="Run",
             help="Resume an interrupted fit with its settings: the run of this name, or the newest if no name is "
             "given. Only --data, --device, --workers, --no-cache, --exports and --open may be given with it.",
         ),
@@ -30,6 +34,7 @@ def fit(
     **settings: Any,
 ) -> None:
     """Train on images in train/ and val/ (without any, on a synthetic data set) and write exports/RUN."""
+    settings["data"] = either(folder, settings["data"], "data")
     config = FitConfig(**settings)
     if resume is None and distributed.rank() == 0:
         _check_paths(config)
@@ -40,7 +45,8 @@ def fit(
         if resume is None:
             result = run(config)
         else:
-            result = run(resume=resume or True, **{k: v for k, v in settings.items() if _is_given(ctx, k)})
+            given = {name for name in settings if _is_given(ctx, name)} | ({"data"} if folder is not None else set())
+            result = run(resume=resume or True, **{name: settings[name] for name in given})
     except FitInterrupted as stop:
         result = stop.result
     if open and distributed.rank() == 0:
@@ -64,6 +70,9 @@ def _check_paths(config: FitConfig) -> None:
     check_name(config.exports, config.name)
     export_in_weights(config.weights)
     if config.data is not None:
+        if (Path(config.data) / "model.json").is_file():
+            advice = "to continue from it, give it by weights=, and a folder of images here"
+            raise UserError(f"an export, no images; {advice}", option="data", value=config.data)
         find_root(config.data)
 
 
@@ -73,39 +82,65 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
 
 
 def recalibrate(
-    export: Annotated[
-        Path | None, typer.Argument(metavar="EXPORT", help="Export to fit. [default: the newest in ./exports]")
-    ] = None,
+    export: Export = None,
+    model: Model = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="DIR", help="Labelled local images, in folders named as the model's classes."),
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            rich_help_panel="Data",
+            help="Labelled local images, in folders named as the model's classes.",
+        ),
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Folder in --data that holds these folders. [default: --data itself]"),
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel="Data",
+            help="Folder in --data that holds these folders. [default: --data itself]",
+        ),
     ] = None,
     unlabelled: Annotated[
         Path | None,
-        typer.Option("--unlabelled", metavar="DIR", help="Local images without labels: batch norm is adapted to them."),
+        typer.Option(
+            "--unlabelled",
+            metavar="DIR",
+            rich_help_panel="Data",
+            help="Local images without labels: batch norm is adapted to them.",
+        ),
     ] = None,
     match_scores: Annotated[
         bool,
         typer.Option(
             "--match-scores",
+            rich_help_panel="Calibration",
             help="Instead, move the operating point so that the share of them called positive fits validation's.",
         ),
     ] = False,
     prevalence: Annotated[
         float | None,
-        typer.Option(metavar="P", help="Share of positive images in --unlabelled, which --match-scores needs."),
+        typer.Option(
+            metavar="P",
+            rich_help_panel="Calibration",
+            help="Share of positive images in --unlabelled, which --match-scores needs.",
+        ),
     ] = None,
     target_sensitivity: Annotated[
         float | None,
-        typer.Option(metavar="S", help="Choose the threshold for this sensitivity. [default: by Youden's J]"),
+        typer.Option(
+            metavar="S",
+            rich_help_panel="Calibration",
+            help="Choose the threshold for this sensitivity. [default: by Youden's J]",
+        ),
     ] = None,
     cost_ratio: Annotated[
         float | None,
-        typer.Option(metavar="R", help="Choose it for R false alarms being as bad as one missed positive image."),
+        typer.Option(
+            metavar="R",
+            rich_help_panel="Calibration",
+            help="Choose it for R false alarms being as bad as one missed positive image.",
+        ),
     ] = None,
     exclude: Exclude = None,
     patients: Annotated[
@@ -113,22 +148,28 @@ def recalibrate(
         typer.Option(
             "--patients",
             metavar="LIST.csv",
+            rich_help_panel="Data",
             help="List of the patients: a .csv file with the columns file and patient.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="DIR", help="New export. [default: EXPORT-recalibrated, beside EXPORT]"),
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            rich_help_panel="Output",
+            help="New export. [default: EXPORT-recalibrated, beside EXPORT]",
+        ),
     ] = None,
     device: Device = PredictConfig.device,
 ) -> None:
     """Fit an export's probabilities and threshold to another place's images, and write a new export."""
-    check_export(export)
+    model = chosen_export(export, model)
     from xray_fastai.training.recalibrate import recalibrate as run
 
     print(
         run(
-            export, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
+            model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
             target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
             output=output, device=device,
         )
