@@ -128,7 +128,8 @@ def test_the_frozen_phase_does_not_change_the_backbone(collection, monkeypatch, 
     """Neither its weights nor the statistics of batch norm; the head trains."""
     from fastai.vision.all import ProgressCallback
 
-    from xray_fastai.data.dataset import check_files, read_split
+    from xray_fastai.data.dataset import check_files
+    from xray_fastai.data.folders import read_split
     from xray_fastai.data.splits import assign_validation
     from xray_fastai.model.learner import build_learner, parameter_counts
     from xray_fastai.model.loaders import make_loaders

@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from xray_fastai.cli.shared import (
+    Column,
     Data,
     Device,
     Exclude,
     Export,
+    Images,
     Json,
     Model,
     Open,
@@ -49,6 +51,8 @@ def evaluate(
     tta: Tta = PredictConfig.tta,
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Output = None,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
@@ -61,7 +65,7 @@ def evaluate(
 
     result = run(
         model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, tta=tta, exclude=exclude,
-        patients=patients, output=output, device=device, precision=precision,
+        patients=patients, images=images, column=column, output=output, device=device, precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:
@@ -74,7 +78,10 @@ def compare(
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", metavar="DIR", rich_help_panel="Data", help="Folder of the images. [default: that of both fits]"
+            "--data",
+            metavar="DIR|FILE",
+            rich_help_panel="Data",
+            help="Folder of the images, or a table as .csv. [default: those of both fits]",
         ),
     ] = None,
     split: Annotated[
@@ -87,6 +94,8 @@ def compare(
     ] = "test",
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -103,8 +112,9 @@ def compare(
     from xray_fastai.evaluation.compare import compare as run
 
     result = run(
-        a, b, data, split, exclude=exclude, patients=patients, output=output, device=device, precision=precision
-    )
+        a, b, data, split, exclude=exclude, patients=patients, images=images, column=column, output=output,
+        device=device, precision=precision,
+    )  # fmt: skip
     print(result.to_json() if json else result)
 
 
@@ -138,6 +148,8 @@ def interpret(
     ] = False,
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Output = None,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
@@ -149,7 +161,7 @@ def interpret(
 
     result = run(
         model, data, split, top, label=label, only_errors=only_errors, confident=confident, exclude=exclude,
-        patients=patients, output=output, device=device, precision=precision,
+        patients=patients, images=images, column=column, output=output, device=device, precision=precision,
     )  # fmt: skip
     print(result)
     if open:

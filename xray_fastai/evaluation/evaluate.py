@@ -7,7 +7,7 @@ evaluation-<split>/metrics.json      the metrics, and what they were computed on
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from xray_fastai.config.predict_config import PredictConfig
-from xray_fastai.data.labelled import Labelled, Request, labelled_images
+from xray_fastai.data.labelled import Labelled, Request, labelled_images, split_named
 from xray_fastai.data.patients import note_on, unknown
+from xray_fastai.data.table import Data
+from xray_fastai.data.table_columns import Column
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
 from xray_fastai.evaluation.report import write_report
@@ -77,7 +79,7 @@ class _Request:
 
 def evaluate(
     model: "str | Path | Model | Learner | None" = None,
-    data: str | Path | None = None,
+    data: Data | None = None,
     split: str = "test",
     threshold: str | float = "auto",
     *,
@@ -86,6 +88,8 @@ def evaluate(
     tta: bool = False,
     exclude: str | None = None,
     patients: str | None = None,
+    images: str | Path | None = None,
+    column: Column = None,
     output: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -97,7 +101,8 @@ def evaluate(
     Args:
         model: the export's folder, an open model, or a learner that `load_learner` opened; None is the newest in
             ./exports.
-        data: the folder that holds the split; None is the one that `fit` used.
+        data: the folder that holds the split, or folders of the model's classes without splits; or a table of images,
+            a .csv file or a data frame (`data.table`); None is what `fit` used.
         split: test, valid (the images that `fit` validated on) or train.
         threshold: an image is predicted positive from this probability on; auto is the one that `fit` chose.
         uncalibrated: leave out temperature and intercepts. The threshold that `fit` chose is then converted, so that
@@ -107,6 +112,8 @@ def evaluate(
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
         exclude: a list of files to leave out, as `data check --fix` writes it.
         patients: a .csv file with the columns file and patient; None is the one of `fit`, if `data` is None.
+        images: the folder of the images of a table; None is the one that holds the table.
+        column: the headers of a table's columns, as in {"label": "Finding"}; None finds them by their names.
         output: the folder to write `evaluation-<split>/` into, instead of the export, for images of any folder.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 (`inference.model.open_model`).
@@ -121,17 +128,17 @@ def evaluate(
         >>> "roc_auc" in result.metrics.index
         True
     """
-    if split not in SPLITS:
-        raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
+    split = split_named(split)
     given = _threshold(threshold)
     PredictConfig(uncalibrated=uncalibrated, prevalence=prevalence)  # checks them
     opened = open_model(model, device, precision).at_prevalence(prevalence)
-    wanted = Request(data, split, exclude, patients)
+    wanted = Request(data, split, exclude, patients, images, column)
     labelled = labelled_images(opened.settings, wanted)
+    split, wanted = labelled.split, replace(wanted, split=labelled.split)
     if given is not None and len(opened.classes) != 2:
         message = f"the export has {len(opened.classes)} classes and predicts the most probable one; leave it out"
         raise UserError(message, option="threshold", value=f"{given:g}")
-    source = opened.settings["data"]["name"] if data is None else str(data)
+    source = wanted.name or opened.settings["data"]["name"]
     folder = result_folder("evaluation", opened.path, opened.settings, wanted, output)
     if (note := replaced_data(folder, METRICS_FILE, opened.settings, wanted)) is not None:
         labelled.notes.append(note)

@@ -8,7 +8,7 @@ interpretation-<split>/top_losses.png   the images of largest loss beside their 
 import html
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,10 @@ import pandas as pd
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.data.images import size_of
-from xray_fastai.data.labelled import Request, labelled_images
+from xray_fastai.data.labelled import Request, labelled_images, split_named
 from xray_fastai.data.patients import note_on
+from xray_fastai.data.table import Data
+from xray_fastai.data.table_columns import Column
 from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet, make_cells
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.evaluate import SPLITS
@@ -125,7 +127,7 @@ class _Ranking:
 
 def interpret(
     model: "str | Path | Model | Learner | None" = None,
-    data: str | Path | None = None,
+    data: Data | None = None,
     split: str = "valid",
     top: int = 16,
     *,
@@ -134,6 +136,8 @@ def interpret(
     confident: bool = False,
     exclude: str | None = None,
     patients: str | None = None,
+    images: str | Path | None = None,
+    column: Column = None,
     output: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -142,7 +146,8 @@ def interpret(
 
     Args:
         model: as in `evaluate`.
-        data: the folder that holds the split; None is the one that `fit` used.
+        data: the folder that holds the split, or folders of the model's classes without splits; or a table of images,
+            a .csv file or a data frame (`data.table`); None is what `fit` used.
         split: valid (exactly what `fit` validated on), test or train (without what it validated on).
         top: how many images to draw, at most `contact_sheet.LIMIT`.
         label: draw only images whose true class is this.
@@ -150,6 +155,8 @@ def interpret(
         confident: draw the correctly classified images with the highest probability, instead of the largest losses.
         exclude: as in `evaluate`.
         patients: as in `evaluate`.
+        images: the folder of the images of a table; None is the one that holds the table.
+        column: the headers of a table's columns, as in {"label": "Finding"}; None finds them by their names.
         output: the folder to write `interpretation-<split>` into; None is the export. An earlier one is replaced.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 of the probabilities, as in `evaluate`; heat maps are computed in fp32.
@@ -164,12 +171,13 @@ def interpret(
         'the 4 images with the largest loss'
     """
     selection = _Selection(top, label, only_errors, confident)
-    _check(split, selection)
+    _check(selection)
     opened = open_model(model, device, precision)
     _check_class(opened, selection)
-    wanted = Request(data, split, exclude, patients)
+    wanted = Request(data, split_named(split), exclude, patients, images, column)
     labelled = labelled_images(opened.settings, wanted)
-    source = opened.settings["data"]["name"] if data is None else str(data)
+    split, wanted = labelled.split, replace(wanted, split=labelled.split)
+    source = wanted.name or opened.settings["data"]["name"]
     folder = result_folder("interpretation", opened.path, opened.settings, wanted, output)
     note = replaced_data(folder, SUMMARY, opened.settings, wanted)
     with replaced(folder, SUMMARY) as partial:
@@ -185,9 +193,7 @@ def interpret(
     return Interpreted(folder, table, shown, head, description, remarks, ranking.causes, opened, ranking.images)
 
 
-def _check(split: str, selection: _Selection) -> None:
-    if split not in SPLITS:
-        raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
+def _check(selection: _Selection) -> None:
     if selection.top < 1:
         raise UserError("give 1 or more", option="top", value=selection.top)
     if selection.only_errors and selection.confident:

@@ -15,7 +15,7 @@ from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 
 from xray_fastai.data import labelled
-from xray_fastai.data.dataset import find_images
+from xray_fastai.data.folders import find_images
 from xray_fastai.data.patients import check_listed, numbered, patient_rule, patients_in
 from xray_fastai.export.schema import QUANTILES
 from xray_fastai.inference.model import Model

@@ -489,7 +489,8 @@ def test_a_fit_says_what_matters_and_names_no_file_in_its_export(run, data):
 
 @pytest.mark.slow
 def test_near_identical_copies_stay_on_one_side_of_the_hold_out(tmp_path):
-    from xray_fastai.data.dataset import check_files, read_split
+    from xray_fastai.data.dataset import check_files
+    from xray_fastai.data.folders import read_split
     from xray_fastai.data.splits import hold_out
 
     root = write(tmp_path / "data", images=60, size=96)
