@@ -84,7 +84,7 @@ def test_exclude(trained, data):
     )
     found = images(model, data, "test", exclude="x.csv")
     assert len(found.table) == 11 and "test/NORMAL/IM-test0.jpeg" not in set(found.table.file)
-    assert found.notes == ["left out by --exclude: 1 image", "named by --exclude, but missing: 1 file"]
+    assert found.notes == ["left out by the list x.csv: 1 image", "named by the list x.csv, but missing: 1 file"]
 
 
 def test_an_export_that_does_not_know(trained):
@@ -153,7 +153,7 @@ def test_evaluate_and_interpret_say_so(trained, data, run, tmp_path):
         result = run(command, *options)
         assert result.exit_code == 0, result.output
         text = " ".join(result.stdout.split())
-        assert said in text and "left out by --exclude: 1 image" in text
+        assert said in text and "left out by the list x.csv: 1 image" in text
     summary = json.loads((tmp_path / "evaluation-test" / "metrics.json").read_text())
     assert summary["seen_in_fit"] == counts and any(said in note for note in summary["notes"])
     assert said in (tmp_path / "report.html").read_text()

@@ -338,7 +338,10 @@ def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
         (collection / "train" / "NORMAL" / name).write_bytes(b"")
     result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--skip-bad")
     assert result.exit_code == 0, result.output
-    assert "left out by --skip-bad: 2 images" in result.stdout and "IM-a.jpeg: the file is empty" in result.stdout
+    assert (
+        "left out, as they cannot be read: 2 images" in result.stdout
+        and "IM-a.jpeg: the file is empty" in result.stdout
+    )
     (model,) = Path("exports").glob("*/model.json")
     assert "IM-a" not in model.read_text()
 

@@ -54,6 +54,10 @@ def evaluate(
     images: Images = None,
     column: Column = None,
     output: Output = None,
+    statement: Annotated[
+        bool,
+        typer.Option("--statement", help="Write methods, results, CLAIM and TRIPOD+AI for a manuscript (Markdown)."),
+    ] = False,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
     json: Json = False,
@@ -65,7 +69,8 @@ def evaluate(
 
     result = run(
         model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, tta=tta, exclude=exclude,
-        patients=patients, images=images, column=column, output=output, device=device, precision=precision,
+        patients=patients, images=images, column=column, output=output, statement=statement, device=device,
+        precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:

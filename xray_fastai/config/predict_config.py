@@ -20,7 +20,7 @@ class PredictConfig:
     )
     resume: bool = setting(False, "Continue an interrupted output=.", panel="Output")
     heatmaps: str | None = setting(
-        None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR", panel="Output"
+        None, "Write pictures of the heat maps (Grad-CAM) into this folder.", metavar="DIR", panel="Output"
     )
     recursive: bool = setting(False, "Search the subfolders, too.", panel="Images")
     threshold: float | None = setting(

@@ -134,7 +134,7 @@ def _read_collection(config: FitConfig, listed: _Listed) -> Collection:
     if leaking:
         notes.append(f"left out of training: {leaking} images whose patient, or a copy, is in {listed.names[1]}")
     if skipped:
-        notes.append(f"left out by --skip-bad: {len(skipped)} images")
+        notes.append(f"left out, as they cannot be read: {count_of(len(skipped), 'image')}")
     skipped = [*listed.skipped, *skipped]
     return Collection(listed.name, config.data is None, classes, positive, table, notes, skipped)
 

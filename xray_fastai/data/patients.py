@@ -209,6 +209,16 @@ def unknown(table: pd.DataFrame) -> pd.Series:
     return table.patient == table.file
 
 
+def images_by_source(table: pd.DataFrame) -> dict[str, int]:
+    """Return how many images have a patient known by PatientID, by a list, or by the file names.
+
+    Args:
+        table: after `numbered`. An image whose patient is unknown is not counted.
+    """
+    sources = table.patient[~unknown(table)].map(source_of).replace("--patients", "the list of patients")
+    return {source: int(count) for source, count in sources.value_counts().items()}
+
+
 def note_on(table: pd.DataFrame) -> str | None:
     """Return a line about the images whose patient is unknown; None if there are none."""
     missing = int(unknown(table).sum())

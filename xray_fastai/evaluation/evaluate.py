@@ -3,6 +3,7 @@
 evaluation-<split>/metrics.json      the metrics, and what they were computed on
                    predictions.csv   all images of the split
                    *.png             `evaluation.plots`
+                   statement.md      on request (`evaluation.statement`)
 """
 
 import math
@@ -18,17 +19,21 @@ from sklearn.metrics import confusion_matrix
 
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.labelled import Labelled, Request, labelled_images, split_named
-from xray_fastai.data.patients import note_on, unknown
+from xray_fastai.data.patients import images_by_source, note_on, unknown
 from xray_fastai.data.table import Data
 from xray_fastai.data.table_columns import Column
 from xray_fastai.evaluation import plots
 from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
+from xray_fastai.evaluation.groups import groups_of
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.result_folder import replaced_data, result_folder
+from xray_fastai.evaluation.statement import FILE as STATEMENT_FILE
+from xray_fastai.evaluation.statement import statement as statement_of
 from xray_fastai.evaluation.subgroups import worst_group_of
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.inference.tta import describe as describe_tta
+from xray_fastai.metrics.comparison import Called
 from xray_fastai.metrics.decision import THRESHOLDS, decision_curve
 from xray_fastai.metrics.intervals import Interval, Measured, measure
 from xray_fastai.metrics.predictive_values import predictive_values
@@ -91,6 +96,7 @@ def evaluate(
     images: str | Path | None = None,
     column: Column = None,
     output: str | Path | None = None,
+    statement: bool = False,
     device: str = "auto",
     precision: str = "auto",
 ) -> Evaluation:
@@ -115,6 +121,7 @@ def evaluate(
         images: the folder of the images of a table; None is the one that holds the table.
         column: the headers of a table's columns, as in {"label": "Finding"}; None finds them by their names.
         output: the folder to write `evaluation-<split>/` into, instead of the export, for images of any folder.
+        statement: write `statement.md`, too: methods, results and two checklists for a manuscript.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 (`inference.model.open_model`).
 
@@ -145,6 +152,9 @@ def evaluate(
     request = _Request(opened, source, split, labelled, not uncalibrated, given, tta)
     with replaced(folder, METRICS_FILE) as partial:
         result = _evaluate(request, folder, partial)
+        if statement:
+            text = statement_of(opened.settings, result.summary)
+            (partial / STATEMENT_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
     write_report(opened.path, output)
     return result
 
@@ -222,6 +232,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         "images": images,
         "patients": patients,
         "images_without_patient": missing,  # each counts as a patient of its own
+        "patients_known_by": images_by_source(request.images),  # images by what names their patient
         "seen_in_fit": request.labelled.seen,  # images by their use; null: the export does not know it
         "counts": {model.classes[k]: int((scored.y_true == k).sum()) for k in classes},
         "calibrated": model.scaling.kind != "none" and request.calibrated,
@@ -247,6 +258,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
             for of_bin in measured.reliability
         ],
         "worst_group": None if worst is None else asdict(worst),
+        "groups": groups_of(request.images, Called(scored, y_pred["chosen"]), model.classes),
         "decision_curve": None if scored.positive is None else _decision_curve(scored, scored.positive),
         "tta": request.tta,
         "notes": _notes(request, scored, y_pred),
@@ -292,8 +304,8 @@ def _one_class_note(request: _Request, scored: Scored, y_pred: dict[str, np.ndar
             continue
         threshold, label = request.operating_points[name], request.model.classes[int(called[0])]
         at = "" if threshold is None else f" at the threshold {threshold:.4g}"
-        other = "" if threshold is None else ", or give another --threshold"
-        return f"every image is called {label}{at}: train for more epochs (fit --epochs){other}"
+        other = "" if threshold is None else ", or use another threshold"
+        return f"every image is called {label}{at}: train for more epochs{other}"
     return None
 
 

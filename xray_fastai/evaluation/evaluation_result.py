@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.evaluation.groups import lines_of, remarks_on
 from xray_fastai.evaluation.plots import FILES
 from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.metrics.table import title_at_prevalence, title_of
@@ -35,6 +36,17 @@ class Evaluation:
         return pd.concat([self.operating_points["chosen"], _frame(self.summary["metrics"])])
 
     @property
+    def groups(self) -> pd.DataFrame:
+        """A row for each metric of each group, with the columns of the label table that were kept; may be empty."""
+        rows = [
+            {"column": column["column"], "group": group["name"], "images": group["images"], "metric": name, **interval}
+            for column in self.summary["groups"]
+            for group in column["groups"]
+            for name, interval in group["metrics"].items()
+        ]
+        return pd.DataFrame(rows, columns=["column", "group", "images", "metric", "value", "low", "high"])
+
+    @property
     def confusion(self) -> pd.DataFrame:
         """The confusion matrix at the chosen threshold: a row for each true class, a column for each predicted."""
         classes = list(self.summary["counts"])
@@ -58,6 +70,7 @@ class Evaluation:
             *self._confusion_lines(),
             "",
             *self._worst_group_lines(),
+            *lines_of(self.summary["groups"]),
             *wrap(self.summary["intervals"]),
         ]
         lines += ["", *wrap(str(self.path), f"{'written':<15}"), DISCLAIMER]
@@ -75,10 +88,11 @@ class Evaluation:
             if (self.path / file).is_file():
                 uri = data_uri((self.path / file).read_bytes(), "image/png")
                 images += f'<img src="{uri}" alt="{alternative}" style="max-width: 48%">'
-        intervals = escape(" ".join([*self._worst_group_lines(), self.summary["intervals"]]))
-        return (
-            f"<p>{DISCLAIMER}</p><dl>{about}</dl>{table.to_html()}<p>{intervals}</p>{self.confusion.to_html()}{images}"
-        )
+        of_groups = [remark for column in self.summary["groups"] for remark in remarks_on(column)]
+        intervals = escape(" ".join([*self._worst_group_lines(), *of_groups, self.summary["intervals"]]))
+        groups = self.groups.to_html(index=False, float_format="{:.3f}".format) if len(self.groups) else ""
+        tables = f"{table.to_html()}{groups}<p>{intervals}</p>{self.confusion.to_html()}"
+        return f"<p>{DISCLAIMER}</p><dl>{about}</dl>{tables}{images}"
 
     @property
     def _facts(self) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ from xray_fastai.evaluation.evaluate import SPLITS
 from xray_fastai.evaluation.evaluation_result import write_table
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.result_folder import replaced_data, result_folder
+from xray_fastai.inference.gradcam import describe as describe_map
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.metrics.scored import losses
@@ -117,12 +118,12 @@ class _Ranking:
     model: Model
     split: str
     images: pd.DataFrame  # in the order of the folder: path, patient, label, loss, predicted
-    table: pd.DataFrame  # path, patient, truth, prediction, p_<class> ..., loss, probability (of the prediction)
+    table: pd.DataFrame  # path, patient, truth, prediction, p_<class> ..., loss, wrong, probability (of the prediction)
     causes: list[str]
 
     @property
     def errors(self) -> int:
-        return int((self.table.truth != self.table.prediction).sum())
+        return int(self.table.wrong.sum())
 
 
 def interpret(
@@ -151,7 +152,7 @@ def interpret(
         split: valid (exactly what `fit` validated on), test or train (without what it validated on).
         top: how many images to draw, at most `contact_sheet.LIMIT`.
         label: draw only images whose true class is this.
-        only_errors: draw only misclassified images.
+        only_errors: draw only misclassified images, and list only these in `top_losses.csv`.
         confident: draw the correctly classified images with the highest probability, instead of the largest losses.
         exclude: as in `evaluate`.
         patients: as in `evaluate`.
@@ -184,8 +185,8 @@ def interpret(
         ranking = _rank(opened, split, labelled.table)
         shown, description, remarks = _select(ranking.table, selection)
         if len(shown):
-            remarks += _draw(ranking, shown, description, partial / PICTURE)
-        _write(partial, ranking, shown, {"data": source, "selection": description})
+            _draw(ranking, shown, description, partial / PICTURE)
+        _write(partial, ranking, shown, only_errors, {"data": source, "selection": description})
     write_report(opened.path, output)
     remarks += filter(None, [*labelled.notes, note, note_on(labelled.table)])
     head = _head(ranking, source)
@@ -215,6 +216,7 @@ def _rank(model: Model, split: str, images: pd.DataFrame) -> _Ranking:
     y_pred, loss = model.decide(y_prob), losses(y_prob, y_true)
     table = images[["path", "patient"]].assign(truth=images.label, prediction=np.array(model.classes)[y_pred])
     table = table.assign(**{f"p_{name}": y_prob[:, i] for i, name in enumerate(model.classes)}, loss=loss)
+    table = table.assign(wrong=table.truth != table.prediction)
     causes = suspicious_causes(table.assign(width=sizes[:, 0], height=sizes[:, 1]))
     table = table.assign(probability=y_prob[np.arange(len(table)), y_pred])
     table = table.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
@@ -227,9 +229,9 @@ def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, s
     if selection.label is not None:
         rows, kind = rows[rows.truth == selection.label], f"{selection.label} image"
     if selection.only_errors:
-        rows, kind = rows[rows.truth != rows.prediction], f"misclassified {kind}"
+        rows, kind = rows[rows.wrong], f"misclassified {kind}"
     if selection.confident:
-        rows, kind = rows[rows.truth == rows.prediction], f"correctly classified {kind}"
+        rows, kind = rows[~rows.wrong], f"correctly classified {kind}"
         rows = rows.sort_values("probability", ascending=False, kind="stable")
     top = selection.top
     shown = rows.head(min(top, LIMIT)).reset_index(drop=True)
@@ -239,34 +241,34 @@ def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, s
     order = "highest confidence" if selection.confident else "largest loss"
     remarks = []
     if top > len(rows):
-        remarks.append(f"--top {top}: there are only {len(rows)}; all are shown.")
+        remarks.append(f"{top} images were asked for, and there are only {len(rows)}: all are shown.")
     elif top > LIMIT:
-        remarks.append(f"--top {top}: the picture shows the first {LIMIT}; {LOSSES} lists all images of the split.")
+        remarks.append(f"{top} images were asked for; the picture shows the first {LIMIT}, and {LOSSES} lists all.")
     return shown, f"the {counted} with the {order}", remarks
 
 
-def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) -> list[str]:
-    """Draw images beside their heat maps; return remarks for the user."""
+def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) -> None:
+    """Draw images beside their heat maps."""
     cells = list(track(make_cells(ranking.model, shown), "heat maps", len(shown)))
-    height, width = cells[0].cam.shape
     name = shorten(ranking.model.path.resolve().name, 40)
     notes = [
         f"{ranking.split} split: {count_of(len(ranking.table), 'image')}, {ranking.errors} misclassified. "
         f"Model: {name}.",
-        f"Left the image, right its Grad-CAM ({height} x {width} cells) for the predicted class: red marks what "
-        "speaks most for it, no colour what does not.",
+        f"Beside each image what speaks for the class that is called{_and_to_detect(ranking.model)}.",
+        f"{describe_map(next(iter(cells[0].maps.values())))}.",
     ]
     draw_sheet(cells, _capitalized(description), notes, DISCLAIMER, path)
-    if height * width > 1:
-        return []
-    return [f"The heat maps are empty: {ranking.model.size} pixels leave one cell for the whole image."]
 
 
-def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, about: dict[str, str]) -> None:
-    """Write `top_losses.csv` and `summary.json`, which names the data and the selection."""
+def _and_to_detect(model: Model) -> str:
+    return "" if model.positive is None else f", and, where that is another, for {model.positive}"
+
+
+def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, only_errors: bool, about: dict[str, str]) -> None:
+    """Write `top_losses.csv`, and `summary.json`, which names the data and the selection."""
     # a file name may hold bytes that are no text
     table = ranking.table.drop(columns="probability")
-    write_table(table, folder / LOSSES)
+    write_table(table[table.wrong] if only_errors else table, folder / LOSSES)
     summary = {
         "format": FORMAT,
         "split": ranking.split,
