@@ -10,6 +10,9 @@ from xray_fastai.cli.shared import Device, Export, Prevalence, check_export
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.system.errors import UserError
 
+UNREADABLE = 3
+"""The exit code if some files could not be read, and all others were predicted."""
+
 
 @settings_from(PredictConfig)
 def predict(
@@ -19,14 +22,14 @@ def predict(
     model: Export = None,
     **settings: Any,
 ) -> None:
-    """Predict new images. The exit code is 1 if a file could not be read."""
+    """Predict new images. The exit code is 3 if some files could not be read."""
     config = PredictConfig(**settings)
     check_export(model)
     from xray_fastai.inference.predict_files import predict_command as run
 
     errors = run(paths, model, config)
     if errors:
-        raise typer.Exit(1)
+        raise typer.Exit(UNREADABLE)
 
 
 def serve(

@@ -17,6 +17,7 @@ from PIL import Image
 
 from xray_fastai.config.class_names import UNCERTAIN
 from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.inference.facts import Facts, fact_columns
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.row_file import Row
 from xray_fastai.inference.stream import Batch, Source
@@ -48,6 +49,7 @@ class ImageResult:
     unlike: float | None = None  # see `Gate.unlike`; None without a gate, or if there is an error
     error: str | None = None  # why there is no prediction
     prevalence: float | None = None  # that the probabilities were moved to; None: as the export's are
+    facts: dict[str, str | None] = field(default_factory=dict)  # by column, see `facts.Facts`
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,13 @@ class Column:
     value: Callable[[ImageResult], str | float | None]
 
 
-def columns_of(classes: Sequence[str], at_prevalence: bool = False) -> list[Column]:
+def columns_of(classes: Sequence[str], at_prevalence: bool = False, facts: Sequence[str] = ()) -> list[Column]:
     """Return the columns for a model of these classes, in their order; a new column is added here alone.
 
     Args:
         classes: of the model.
         at_prevalence: whether the probabilities were moved to a prevalence, which then has a column.
+        facts: names of further columns, see `facts.fact_columns`.
     """
     return [
         Column("path", str, attrgetter("path")),
@@ -74,6 +77,7 @@ def columns_of(classes: Sequence[str], at_prevalence: bool = False) -> list[Colu
         Column("unlike", float, attrgetter("unlike")),
         *([Column("prevalence", float, attrgetter("prevalence"))] if at_prevalence else []),
         Column("error", str, attrgetter("error")),
+        *(Column(name, str, partial(_fact, name)) for name in facts),
     ]
 
 
@@ -84,6 +88,10 @@ def probability_column(label: str) -> str:
 
 def _probability(label: str, result: ImageResult) -> float | None:
     return result.probabilities.get(label)
+
+
+def _fact(name: str, result: ImageResult) -> str | None:
+    return result.facts.get(name)
 
 
 def digits_of(*thresholds: float | None) -> int:
@@ -128,7 +136,7 @@ class RowBuilder:
 
     def __init__(self, model: Model, config: PredictConfig):
         self.model, self.config = model, config
-        self.columns = columns_of(model.classes, model.prevalence is not None)
+        self.columns = columns_of(model.classes, model.prevalence is not None, fact_columns(config))
         self.calibrated = not config.uncalibrated
         if config.threshold is not None and len(model.classes) != 2:
             raise UserError(
@@ -145,11 +153,17 @@ class RowBuilder:
         self.limit = model.gate.limit if config.gate and model.gate is not None else None
         self.threshold = model.threshold_of(self.calibrated) if config.threshold is None else config.threshold
 
-    def rows(self, batch: Batch, first: int = 0) -> list[Row]:
-        """Return the rows of a batch; `first` is the position of its first source among all."""
+    def rows(self, batch: Batch, first: int = 0, facts: Facts | None = None) -> list[Row]:
+        """Return the rows of a batch.
+
+        Args:
+            batch: sources with their logits.
+            first: the position of its first source among all.
+            facts: through which the sources came; None leaves their columns empty.
+        """
         unlike = iter([None] * len(batch.logits) if batch.unlike is None else batch.unlike.tolist())
         return [
-            self._row(_name_of(source, number), logits, next(unlike) if error is None else None, error)
+            self._row(_name_of(source, number), logits, next(unlike) if error is None else None, error, facts)
             for number, (source, logits, error) in enumerate(batch.outputs(), first)
         ]
 
@@ -168,13 +182,22 @@ class RowBuilder:
         """Return the reason in words."""
         return f"within {self.config.abstain:g} of the threshold" if reason is Withheld.CLOSE else reason.value
 
-    def _row(self, path: str, logits: np.ndarray | None, unlike: float | None, error: ImageError | None) -> Row:
+    def _row(
+        self,
+        path: str,
+        logits: np.ndarray | None,
+        unlike: float | None,
+        error: ImageError | None,
+        facts: Facts | None,
+    ) -> Row:
         if error is None and np.isfinite(logits).all():
             result = call(self.model, path, logits, self.threshold, self.calibrated)
             result = replace(result, unlike=None if unlike is None else round(unlike, UNLIKE_DIGITS))
         else:
             fault = "the network's output is not a number" if error is None else error.message
             result = ImageResult(path, self.threshold, error=f"{path}: {fault}", prevalence=self.model.prevalence)
+        if facts is not None:
+            result = replace(result, facts=facts.next())
         row = {column.name: column.value(result) for column in self.columns}
         return row if self.withheld(row) is None else row | {"prediction": UNCERTAIN}
 
