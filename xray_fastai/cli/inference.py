@@ -12,6 +12,9 @@ from xray_fastai.cli.shared import Device, Export, Model, Prevalence, check_expo
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.system.errors import UserError
 
+UNREADABLE = 3
+"""The exit code if some files could not be read, and all others were predicted."""
+
 
 @settings_from(PredictConfig)
 def predict(
@@ -23,7 +26,7 @@ def predict(
     ] = None,
     **settings: Any,
 ) -> None:
-    """Predict new images. The exit code is 1 if a file could not be read."""
+    """Predict new images. The exit code is 3 if some files could not be read."""
     config = PredictConfig(**settings)
     _check_images(paths)
     check_export(model)
@@ -31,7 +34,7 @@ def predict(
 
     errors = run(paths, model, config)
     if errors:
-        raise typer.Exit(1)
+        raise typer.Exit(UNREADABLE)
 
 
 def _check_images(paths: list[str]) -> None:

@@ -12,13 +12,31 @@ class PredictConfig:
     """Holds the options of `predict`, in Python and on the command line.
 
     Raises:
-        UserError: a value is not allowed, or `resume` lacks `output`; the error names its option.
+        UserError: a value is not allowed, `append` or `resume` lacks `output`, or options exclude each other; the error
+            names its option.
     """
 
     output: str | None = setting(
         None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE", panel="Output"
     )
-    resume: bool = setting(False, "Continue an interrupted output=.", panel="Output")
+    append: bool = setting(
+        False,
+        "Add to output= the files that have no row in it, by path and content; files with an error again.",
+        panel="Output",
+    )
+    provenance: bool = setting(
+        False,
+        "Columns: sha256 of the file, the model and its sha256, the options, the time. append= has them.",
+        panel="Output",
+    )
+    identifiers: bool = setting(
+        False,
+        "Columns with StudyInstanceUID, SOPInstanceUID and AccessionNumber of DICOM files: patient data.",
+        panel="Output",
+    )
+    resume: bool = setting(
+        False, "Continue an interrupted output= over the same inputs in the same order.", panel="Output"
+    )
     heatmaps: str | None = setting(
         None, "Write pictures of the heat maps (Grad-CAM) into this folder.", metavar="DIR", panel="Output"
     )
@@ -60,8 +78,11 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.resume and self.output is None:
-            raise UserError("give the file to continue by output=", option="resume")
+        for option in ("append", "resume"):
+            if getattr(self, option) and self.output is None:
+                raise UserError("give the file to continue by output=", option=option)
+        if self.append and self.resume:
+            raise UserError("append= continues an interrupted file, too; leave this out", option="resume")
         if self.prevalence is not None and self.uncalibrated:
             raise UserError(
                 "moves the export's probabilities, which uncalibrated= leaves out; leave out one of them",
