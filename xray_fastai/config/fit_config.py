@@ -18,6 +18,7 @@ from xray_fastai.config.choices import (
     MAX_SIZE,
     MIN_SIZE,
     PRECISIONS,
+    PUBLISHED_WEIGHTS,
     RECIPES,
     SCHEDULES,
 )
@@ -51,6 +52,18 @@ def check_column(text: str) -> str | None:
     if all(re.fullmatch(r"\s*\w+\s*=\s*\S.*", part, re.DOTALL) for part in parts):
         return None
     return "give NAME=HEADER, as in label=Finding"
+
+
+def range_of(text: str | None) -> tuple[float, float] | None:
+    """Return the two numbers of `weights_range`: what black and white are. None if it is None or not two numbers."""
+    numbers = [_number(part) for part in (text or "").split(",")]
+    if len(numbers) == 2 and all(n is not None and math.isfinite(n) for n in numbers) and numbers[0] != numbers[1]:
+        return numbers[0], numbers[1]
+    return None
+
+
+def _check_weights_range(text: str) -> str | None:
+    return None if range_of(text) else "give two different numbers, such as 0,1 or -1024,1024"
 
 
 def _check_class_weights(text: str) -> str | None:
@@ -168,11 +181,19 @@ class FitConfig:
     )
     weights: str | None = setting(
         None,
-        "Weights to start from: imagenet, none, an export to continue from (its classes may be others), or a .pth or "
-        ".safetensors file. [default: imagenet; phantom: none]",
-        metavar="imagenet|none|EXPORT|FILE",
+        "Weights to start from: imagenet, xrv (torchxrayvision's resnet50, trained on chest X-rays), none, an export "
+        "to continue from (its classes may be others), or a file: a checkpoint or .safetensors of the backbone. "
+        "[default: imagenet; phantom: none]",
+        metavar="imagenet|xrv|none|EXPORT|FILE",
         printable=True,
         panel="Network",
+    )
+    weights_range: str | None = setting(
+        None,
+        "What black and white are in the input that the network of a file in weights= was trained on: two numbers, "
+        "such as -1,1. A network for one channel needs them. [default: ImageNet's normalization]",
+        metavar="BLACK,WHITE",
+        check=_check_weights_range,
     )
     recipe: str = setting(
         "default",
@@ -280,6 +301,8 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.weights_range is not None and self.weights in (None, "none", *PUBLISHED_WEIGHTS):
+            raise UserError("is for a file in weights=; leave it out", option="weights_range", value=self.weights_range)
 
     def check_target_sensitivity(self, classes: Sequence[str]) -> None:
         """Check that a sensitivity to reach is given for two classes only.

@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from xray_fastai.config.choices import PUBLISHED_WEIGHTS
 from xray_fastai.export.schema import ENTRIES, LIMIT, PICKLE, SETTINGS, WEIGHTS, parse, warn
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import shown
@@ -105,7 +106,7 @@ def export_in_weights(weights: str | None) -> Path | None:
     Raises:
         UserError: it is a folder, but no export.
     """
-    if weights in (None, "imagenet", "none"):
+    if weights in (None, "none", *PUBLISHED_WEIGHTS):
         return None
     path = Path(os.path.expanduser(weights))
     folder = _folder_of(path)
