@@ -10,6 +10,7 @@ from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, u
 from xray_fastai.system import distributed
 from xray_fastai.system.text import count_of, format_interval
 from xray_fastai.training.checkpoint import Saved
+from xray_fastai.training.pace import FROZEN_SHARE, in_words
 from xray_fastai.training.plan import Plan
 
 
@@ -58,6 +59,9 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
     print(f"phases        {phases}")
     by = f", lower by {config.min_delta:g}" if config.min_delta else ""
     print(f"              each ends after {count_of(config.patience, 'epoch')} without a lower validation loss{by}")
+    if (limit := config.seconds_allowed) is not None:
+        frozen = f", {in_words(FROZEN_SHARE * limit)} for the frozen phase" if len(plan.phases) > 1 else ""
+        print(f"time limit    {in_words(limit)} for the whole fit{frozen}; the first epoch tells how many fit")
     if not plan.origin.pretrained:
         shown = len(plan.phases) > 1
         what = "only to show it: the head trains on random features" if shown else "skipped: the features are random"
