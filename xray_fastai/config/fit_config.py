@@ -241,6 +241,7 @@ class FitConfig:
     cache: bool = setting(True, "Keep decoded images in the user's cache folder, for later epochs and fits.")
     name: str | None = setting(None, "Name of the run. [default: date and time]", metavar="RUN", check=_check_name)
     exports: str = setting("exports", "Folder to write the run's folder into.", metavar="DIR", printable=True)
+    quiet: bool = setting(False, "Show only errors and warnings; fit.log in the run's folder has the rest.")
 
     def __post_init__(self) -> None:
         if isinstance(self.time_limit, (int, float)) and not isinstance(self.time_limit, bool):

@@ -106,16 +106,9 @@ class EpochLog(Callback):
             }
         )
         added = [value for name, value in row.items() if name not in HISTORY_COLUMNS]
-        self.print(text.rstrip() if not added else text + "".join(f"{value:>16.4f}" for value in added))
+        print(text.rstrip() if not added else text + "".join(f"{value:>16.4f}" for value in added), flush=True)
         if self.pace.count == 1:
-            self.print(textwrap.fill(self.pace.forecast(), self.width))
-
-    def print(self, text: str):
-        "Print a line, above the progress bar if there is one."
-        if self.bar is None:
-            print(text, flush=True)
-        else:
-            self.bar.print(text)
+            print(textwrap.fill(self.pace.forecast(), self.width), flush=True)
 
     def left(self) -> str:
         "Return the least and the most time that the phase still takes, as `0:20-3:10`; one time if they are equal."

@@ -15,6 +15,7 @@ from xray_fastai.model.learner import parameter_counts
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.memory import is_out_of_memory
+from xray_fastai.system.signals import HANGUP
 from xray_fastai.training import frozen_features
 from xray_fastai.training.callbacks import BestWeights, FrozenBody, Schedule, precision_callbacks
 from xray_fastai.training.checkpoint import Checkpoints, Saved
@@ -258,7 +259,7 @@ class Trainer:
         if self.checkpoints is not None and self.checkpoints.failed:
             self.checkpoints.wait()
         if self.stop.due():
-            ends.append("an interruption")
+            ends.append("a closed terminal" if self.stop.received == HANGUP else "an interruption")
             return False
         if phase.finite.where:
             ends.append(f"the loss was not finite at {phase.finite.where}")
