@@ -12,10 +12,12 @@ from typer.testing import CliRunner
 
 import xray_fastai
 from xray_fastai import FitConfig
-from xray_fastai.cli import main
+from xray_fastai.cli import evaluation, inference, training
 from xray_fastai.cli.command import Command
-from xray_fastai.cli.main import app, fit, predict
+from xray_fastai.cli.inference import predict
+from xray_fastai.cli.main import app
 from xray_fastai.cli.options import settings_from
+from xray_fastai.cli.training import fit
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.config.setting import setting, setting_of
 from xray_fastai.export.schema import Settings
@@ -27,7 +29,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 @pytest.mark.parametrize(("function", "config"), [(fit, FitConfig), (predict, PredictConfig)])
 def test_a_command_has_one_option_for_each_field(function, config):
-    own = {"fit": {"ctx", "resume", "open"}, "predict": {"paths", "model"}}[function.__name__]
+    own = {"fit": {"ctx", "folder", "resume", "open"}, "predict": {"paths", "model"}}[function.__name__]
     parameters = {name: p.default for name, p in inspect.signature(function).parameters.items() if name not in own}
     assert parameters == {field.name: field.default for field in fields(config)}
     options = {param.name: param for param in COMMANDS[function.__name__].params}
@@ -66,8 +68,8 @@ def calls(monkeypatch):
     def replace(function, result):
         monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
 
-    monkeypatch.setattr(main, "_check_paths", lambda config: None)
-    monkeypatch.setattr(main, "_check_export", lambda path: None)
+    monkeypatch.setattr(training, "_check_paths", lambda config: None)
+    monkeypatch.setattr(inference, "check_export", lambda path: None)
     replace("xray_fastai.training.fit.fit", SimpleNamespace(error=None, signal=None))
     replace("xray_fastai.inference.predict_files.predict_command", 2)  # unreadable files
     return calls
@@ -109,7 +111,7 @@ def test_every_option_reaches_the_prediction(without, run, calls):
 
 @pytest.mark.parametrize("name", ["evaluate", "interpret"])
 def test_a_command_and_its_function_have_the_same_defaults(name):
-    command, function = (inspect.signature(getattr(home, name)).parameters for home in (main, xray_fastai))
+    command, function = (inspect.signature(getattr(home, name)).parameters for home in (evaluation, xray_fastai))
     assert set(function) <= set(command)
     for parameter in function.values():
         assert command[parameter.name].default == parameter.default, parameter
@@ -250,9 +252,22 @@ def test_memory_that_runs_out_is_one_line(run, refused, an_image, export, monkey
     refused(run("predict", an_image, "--model", export), "out of memory; lower --batch-size, or close other programs")
 
 
-def test_serve_takes_the_export_as_an_argument_too(run, refused, tmp_path):
-    refused(run("serve", tmp_path / "none"), f"{tmp_path / 'none'}: not an export")
-    refused(run("serve", tmp_path, "--model", tmp_path), f"--model {tmp_path}: {tmp_path} is given, too")
+@pytest.mark.parametrize("command", ["evaluate", "interpret", "recalibrate", "serve", "verify", "export"])
+def test_an_export_is_an_argument_and_an_option(command, run, refused):
+    refused(run(command, "none"), "none: no")
+    refused(run(command, "--model", "none"), "none: no")
+    result = run(command, "a", "--model", "b")
+    assert (result.exit_code, result.stderr) == (2, "Error: --model b: a is given, too; leave one of them out\n")
+
+
+def test_the_data_are_an_argument_and_an_option(run, calls):
+    assert run("fit", "folder", "--epochs", 3).exit_code == 0
+    assert run("fit", "--resume", "--data", "folder").exit_code == 0
+    assert run("fit", "folder", "--resume").exit_code == 0
+    resumed = ((), {"resume": True, "data": "folder"})
+    assert calls == [((FitConfig(data="folder", epochs=3),), {}), resumed, resumed]
+    result = run("fit", "a", "--data", "b")
+    assert (result.exit_code, result.stderr) == (2, "Error: --data b: a is given, too; leave one of them out\n")
 
 
 def test_a_terminal_without_unicode(start, export, tmp_path):

@@ -107,16 +107,18 @@ class FitConfig:
         "Folder with train/CLASS/* and val/CLASS/*. [default: ./chest_xray, else phantom]",
         metavar="DIR",
         printable=True,
+        panel="Data",
     )
-    epochs: int = setting(100, "Maximum number of epochs in each phase.", min=1)
+    epochs: int = setting(100, "Maximum number of epochs in each phase.", min=1, panel="Training")
     freeze_epochs: int | None = setting(
-        None, "Maximum number of epochs with the backbone frozen. [default: as epochs=]", min=0
+        None, "Maximum number of epochs with the backbone frozen. [default: as epochs=]", min=0, panel="Training"
     )
     frozen_views: int = setting(
         2,
         "Number of augmented views of each image that the frozen phase trains on in turn. 0 draws a new view in each "
         "epoch, which is much slower.",
         min=0,
+        panel="Training",
     )
     time_limit: str | None = setting(
         None,
@@ -124,36 +126,42 @@ class FitConfig:
         "rate falls at the end.",
         metavar="TIME",
         check=_check_time_limit,
+        panel="Training",
     )
     patience: int | None = setting(
         None,
         "Stop a phase after this many epochs without a lower validation loss. [default: 20; phantom: 4]",
         min=1,
+        panel="Training",
     )
     min_delta: float | None = setting(
         None,
         "A validation loss counts as lower, for patience=, if it is lower by more than this. [default: 0; "
         "phantom: 0.1]",
         min=0,
+        panel="Training",
     )
-    batch_size: int | None = setting(None, "Batch size. [default: 80; phantom: 16]", min=1)
+    batch_size: int | None = setting(None, "Batch size. [default: 80; phantom: 16]", min=1, panel="Training")
     lr: float | None = setting(
         None,
         "Peak learning rate of the head. In the unfrozen phase the earlier layers have a lower rate. [default: 0.002; "
         "phantom: 0.001]",
         above=0,
         below=10,
+        panel="Training",
     )
     size: int | None = setting(
         None,
         "Side in pixels to resize images to. [default: that of an export in weights=; 224; phantom: 48]",
         min=MIN_SIZE,
         max=MAX_SIZE,
+        panel="Network",
     )
     arch: str | None = setting(
         None,
         f"Backbone: {', '.join(ARCHITECTURES)}. [default: that of an export in weights=; resnet50]",
         choices=tuple(ARCHITECTURES),
+        panel="Network",
     )
     weights: str | None = setting(
         None,
@@ -161,26 +169,33 @@ class FitConfig:
         ".safetensors file. [default: imagenet; phantom: none]",
         metavar="imagenet|none|EXPORT|FILE",
         printable=True,
+        panel="Network",
     )
     recipe: str = setting(
         "default",
         "Gives contrast=, augment=, schedule= and class_weights= their values where you do not. plain has the "
         "values of the earlier work that this project follows.",
         choices=tuple(RECIPES),
+        panel="Training",
     )
     contrast: str | None = setting(
         None,
         "Contrast of the images: equalize (histogram equalization, which removes differences in exposure) or none. "
         "[default: that of an export in weights=; by recipe]",
         choices=CONTRASTS,
+        panel="Network",
     )
     augment: str | None = setting(
         None,
         f"How much training images are varied: {', '.join(AUGMENTATIONS)}. [default: by recipe]",
         choices=AUGMENTATIONS,
+        panel="Training",
     )
     schedule: str | None = setting(
-        None, f"Learning rate schedule: {' or '.join(SCHEDULES)}. [default: by recipe]", choices=SCHEDULES
+        None,
+        f"Learning rate schedule: {' or '.join(SCHEDULES)}. [default: by recipe]",
+        choices=SCHEDULES,
+        panel="Training",
     )
     class_weights: str | None = setting(
         None,
@@ -188,19 +203,22 @@ class FitConfig:
         "in their order (3,1), or of two classes the other and the one to detect (3:1). [default: by recipe]",
         metavar="balanced|none|LIST",
         check=_check_class_weights,
+        panel="Training",
     )
-    dropout: float = setting(0.5, "Dropout probability before the last layer.", min=0, below=1)
+    dropout: float = setting(0.5, "Dropout probability before the last layer.", min=0, below=1, panel="Network")
     valid: str = setting(
         "auto",
         "Validation images: folder (val/), a fraction of train/ such as 0.1, or auto (val/ if it is large enough, "
         "else val/ and a tenth of train/).",
         metavar="auto|folder|FRACTION",
         check=_check_valid,
+        panel="Data",
     )
     positive: str | None = setting(
         None,
         "Class to detect. [default: PNEUMONIA, or of two classes the one that is not named NORMAL, No Finding, ...]",
         metavar="CLASS",
+        panel="Data",
     )
     target_sensitivity: float | None = setting(
         None,
@@ -208,12 +226,14 @@ class FitConfig:
         "probability of 0.95. [default: Youden's J]",
         above=0,
         max=1,
+        panel="Calibration",
     )
     calibration: str = setting(
         "validation",
         "How outputs become probabilities: validation (slope and intercept fitted to the validation images), cautious "
         "(one temperature, the largest that they allow) or none.",
         choices=CALIBRATIONS,
+        panel="Calibration",
     )
     patient_pattern: str | None = setting(
         None,
@@ -222,26 +242,40 @@ class FitConfig:
         metavar="REGEX",
         check=_check_patient_pattern,
         printable=True,
+        panel="Data",
     )
     patients: str | None = setting(
-        None, "List of the patients: a .csv file with the columns file and patient.", metavar="LIST.csv", printable=True
+        None,
+        "List of the patients: a .csv file with the columns file and patient.",
+        metavar="LIST.csv",
+        printable=True,
+        panel="Data",
     )
-    skip_bad: bool = setting(False, "Leave out images that cannot be read, instead of stopping.")
+    skip_bad: bool = setting(False, "Leave out images that cannot be read, instead of stopping.", panel="Data")
     exclude: str | None = setting(
-        None, "List of files to leave out, as 'data check --fix' writes it.", metavar="LIST.csv"
+        None, "List of files to leave out, as 'data check --fix' writes it.", metavar="LIST.csv", panel="Data"
     )
-    seed: int = setting(42, "Seed of all random numbers.", min=0, below=2**32)
-    device: str = setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
-    precision: str = setting("auto", f"Precision: {', '.join(PRECISIONS)}.", choices=PRECISIONS)
+    seed: int = setting(42, "Seed of all random numbers.", min=0, below=2**32, panel="Run")
+    device: str = setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES, panel="Machine")
+    precision: str = setting("auto", f"Precision: {', '.join(PRECISIONS)}.", choices=PRECISIONS, panel="Machine")
     workers: int | None = setting(
         None,
         "Number of processes that load images where decoded ones are not cached. [default: by device and cores]",
         min=0,
+        panel="Machine",
     )
-    cache: bool = setting(True, "Keep decoded images in the user's cache folder, for later epochs and fits.")
-    name: str | None = setting(None, "Name of the run. [default: date and time]", metavar="RUN", check=_check_name)
-    exports: str = setting("exports", "Folder to write the run's folder into.", metavar="DIR", printable=True)
-    quiet: bool = setting(False, "Show only errors and warnings; fit.log in the run's folder has the rest.")
+    cache: bool = setting(
+        True, "Keep decoded images in the user's cache folder, for later epochs and fits.", panel="Machine"
+    )
+    name: str | None = setting(
+        None, "Name of the run. [default: date and time]", metavar="RUN", check=_check_name, panel="Run"
+    )
+    exports: str = setting(
+        "exports", "Folder to write the run's folder into.", metavar="DIR", printable=True, panel="Run"
+    )
+    quiet: bool = setting(
+        False, "Show only errors and warnings; fit.log in the run's folder has the rest.", panel="Run"
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.time_limit, (int, float)) and not isinstance(self.time_limit, bool):

@@ -15,22 +15,29 @@ class PredictConfig:
         UserError: a value is not allowed, or `resume` lacks `output`; the error names its option.
     """
 
-    output: str | None = setting(None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE")
-    resume: bool = setting(False, "Continue an interrupted output=.")
-    heatmaps: str | None = setting(None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR")
-    recursive: bool = setting(False, "Search the subfolders, too.")
-    threshold: float | None = setting(
-        None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
+    output: str | None = setting(
+        None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE", panel="Output"
     )
-    gate: bool = setting(True, "Predict uncertain for an image that is unlike the training images.")
+    resume: bool = setting(False, "Continue an interrupted output=.", panel="Output")
+    heatmaps: str | None = setting(
+        None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR", panel="Output"
+    )
+    recursive: bool = setting(False, "Search the subfolders, too.", panel="Images")
+    threshold: float | None = setting(
+        None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1, panel="Decision"
+    )
+    gate: bool = setting(True, "Predict uncertain for an image that is unlike the training images.", panel="Decision")
     abstain: float = setting(
         0.0,
         "Predict uncertain within this distance of the threshold; for two classes.",
         metavar="WIDTH",
         min=0,
         below=0.5,
+        panel="Decision",
     )
-    uncalibrated: bool = setting(False, "Give the softmax of the network's outputs, without fit's calibration=.")
+    uncalibrated: bool = setting(
+        False, "Give the softmax of the network's outputs, without fit's calibration=.", panel="Decision"
+    )
     prevalence: float | None = setting(
         None,
         "Share of the class to detect where the images come from, such as 0.03: the probabilities are moved to it. "
@@ -38,14 +45,16 @@ class PredictConfig:
         metavar="P",
         above=0,
         below=1,
+        panel="Decision",
     )
-    tta: bool = setting(False, "Test-time augmentation: the mean over five views of an image.")
-    batch_size: int = setting(32, "Batch size.", min=1)
-    device: str = setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
+    tta: bool = setting(False, "Test-time augmentation: the mean over five views of an image.", panel="Images")
+    batch_size: int = setting(32, "Batch size.", min=1, panel="Machine")
+    device: str = setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES, panel="Machine")
     precision: str = setting(
         "auto",
         f"Precision: {', '.join(INFERENCE_PRECISIONS)}. auto is bf16 if the model was trained in it.",
         choices=INFERENCE_PRECISIONS,
+        panel="Machine",
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,62 @@
+"""Defines the commands that use a model on new images: `predict`, `serve`."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xray_fastai.cli.options import settings_from
+from xray_fastai.cli.shared import Device, Export, Model, Prevalence, check_export, chosen_export
+from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.system.errors import UserError
+
+
+@settings_from(PredictConfig)
+def predict(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH", help="Files, folders, or - for a list of paths on standard input.")
+    ],
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
+    ] = None,
+    **settings: Any,
+) -> None:
+    """Predict new images. The exit code is 1 if a file could not be read."""
+    config = PredictConfig(**settings)
+    _check_images(paths)
+    check_export(model)
+    from xray_fastai.inference.predict_files import predict_command as run
+
+    errors = run(paths, model, config)
+    if errors:
+        raise typer.Exit(1)
+
+
+def _check_images(paths: list[str]) -> None:
+    """Answer a folder that is an export, and names of which none exists, before the model is loaded."""
+    for path in paths:
+        if os.path.isfile(os.path.join(path, "model.json")):
+            advice = f"give it as --model {shlex.quote(path)}, and images besides"
+            raise UserError(f"{path}: an export, no images; {advice}")
+    if not any(path == "-" or os.path.lexists(path) for path in paths):
+        raise UserError(f"{paths[0]}: no such file or folder; give images, or folders of them")
+
+
+def serve(
+    export: Export = None,
+    model: Model = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 admits other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
+    prevalence: Prevalence = PredictConfig.prevalence,
+    device: Device = PredictConfig.device,
+    open: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+) -> None:
+    """Serve a page to drop images on, and POST /predict for programs. Ctrl-C ends it."""
+    model = chosen_export(export, model)
+    from xray_fastai.serving.server import serve as run
+
+    run(model, host, port, prevalence=prevalence, device=device, open=open)

@@ -1,0 +1,103 @@
+"""Holds the options that several commands have, and what they do before and after their function."""
+
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from xray_fastai.cli.command import WrongCommandLine
+from xray_fastai.cli.options import option_of
+from xray_fastai.config.fit_config import FitConfig
+from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.system import distributed
+
+Value = TypeVar("Value")
+
+Export = Annotated[
+    Path | None, typer.Argument(metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
+]
+Model = Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="The same as EXPORT.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        rich_help_panel="Data",
+        help="Folder of the images. [default: the folder that fit used]",
+    ),
+]
+Device = Annotated[str, option_of(PredictConfig, "device")]
+Precision = Annotated[str, option_of(PredictConfig, "precision")]
+Uncalibrated = Annotated[bool, option_of(PredictConfig, "uncalibrated")]
+Prevalence = Annotated[float | None, option_of(PredictConfig, "prevalence")]
+Tta = Annotated[bool, option_of(PredictConfig, "tta")]
+Exclude = Annotated[str | None, option_of(FitConfig, "exclude")]
+Patients = Annotated[
+    str | None,
+    typer.Option(
+        "--patients",
+        metavar="LIST.csv",
+        rich_help_panel="Data",
+        help="List of the patients: a .csv file with the columns file and patient. [default: the one of fit, without "
+        "--data]",
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", metavar="DIR", rich_help_panel="Output", help="Folder to write to. [default: the export's folder]"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print the result as JSON.")]
+Open = Annotated[
+    bool, typer.Option("--open", rich_help_panel="Output", help="Show report.html in the browser at the end.")
+]
+
+
+def either(argument: Value | None, option: Value | None, name: str) -> Value | None:
+    """Return an argument, or the option that stands for the same.
+
+    Args:
+        argument: the positional argument, such as EXPORT.
+        option: the option's value.
+        name: Python's name of the option.
+
+    Raises:
+        WrongCommandLine: both are given.
+    """
+    if argument is None or option is None:
+        return option if argument is None else argument
+    raise WrongCommandLine(f"{argument} is given, too; leave one of them out", option=name, value=option)
+
+
+def chosen_export(argument: Path | None, option: Path | None) -> Path | None:
+    """Return the export that EXPORT or --model names; None if neither is given.
+
+    A wrong path is answered at once; the imports of the command itself take seconds.
+
+    Raises:
+        WrongCommandLine: both are given.
+        UserError: there is no such export.
+    """
+    model = either(argument, option, "model")
+    check_export(model)
+    return model
+
+
+def check_export(model: Path | None) -> None:
+    """Check that an export exists, without torch.
+
+    Raises:
+        UserError: it does not.
+    """
+    from xray_fastai.export.reader import find_export
+
+    if distributed.rank() == 0:
+        find_export(model)
+
+
+def open_report(folder: Path) -> None:
+    """Show a folder's report.html in the browser."""
+    import webbrowser
+
+    webbrowser.open((folder / "report.html").resolve().as_uri())
