@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from itertools import pairwise
@@ -20,8 +21,8 @@ from xray_fastai.system.signals import ignore_closed_output, output_is_closed
 from xray_fastai.system.text import shown
 from xray_fastai.system.threads import sleep_soon
 
-STOPPED = (130, 143)
-"""The exit codes after Ctrl-C and SIGTERM."""
+STOPPED = (129, 130, 143)
+"""The exit codes after SIGHUP, Ctrl-C and SIGTERM."""
 DEBUG = "XRAY_FASTAI_DEBUG"
 """The environment variable that makes an unexpected error print its traceback, and libraries their warnings."""
 
@@ -147,7 +148,7 @@ class Command(typer.core.TyperCommand):
         except KeyboardInterrupt as stop:
             notes = "; ".join(getattr(stop, "__notes__", ["nothing was written."]))
             distributed.tell(f"\nStopped; {notes}")
-            raise typer.Exit(143 if type(stop).__name__ == "Terminated" else 130) from None
+            raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
         except typer.Exit:
             distributed.finish()
             raise

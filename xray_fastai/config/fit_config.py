@@ -85,6 +85,27 @@ def _check_patient_pattern(text: str) -> str | None:
     return None
 
 
+DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?", re.IGNORECASE)
+
+
+def seconds_of(text: str) -> float | None:
+    """Return the seconds of a duration; None for another text.
+
+    >>> [seconds_of(text) for text in ("90s", "30m", "1h30m", "7200", "soon")]
+    [90.0, 1800.0, 5400.0, 7200.0, None]
+    """
+    found = DURATION.fullmatch(text.strip())
+    if found is None or not found[0]:
+        return None
+    hours, minutes, seconds = (float(found[unit] or 0) for unit in "hms")
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _check_time_limit(text: str) -> str | None:
+    seconds = seconds_of(text)
+    return None if seconds else "give a time such as 90s, 30m, 2h, 1h30m, or a number of seconds"
+
+
 WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 """Names of devices, with any extension, that no file or folder can have on Windows."""
 
@@ -142,6 +163,14 @@ class FitConfig:
         "Number of augmented views of each image that the frozen phase trains on in turn. 0 draws a new view in each "
         "epoch, which is much slower.",
         min=0,
+        panel="Training",
+    )
+    time_limit: str | None = setting(
+        None,
+        "Time that the fit may take: 30m, 2h, 1h30m or seconds. Both phases are planned into it, so that the learning "
+        "rate falls at the end.",
+        metavar="TIME",
+        check=_check_time_limit,
         panel="Training",
     )
     patience: int | None = setting(
@@ -298,11 +327,21 @@ class FitConfig:
     exports: str = setting(
         "exports", "Folder to write the run's folder into.", metavar="DIR", printable=True, panel="Run"
     )
+    quiet: bool = setting(
+        False, "Show only errors and warnings; fit.log in the run's folder has the rest.", panel="Run"
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.time_limit, (int, float)) and not isinstance(self.time_limit, bool):
+            object.__setattr__(self, "time_limit", f"{self.time_limit}")  # seconds, as Python counts time
         check_fields(self)
         if self.weights_range is not None and self.weights in (None, "none", *PUBLISHED_WEIGHTS):
             raise UserError("is for a file in weights=; leave it out", option="weights_range", value=self.weights_range)
+
+    @property
+    def seconds_allowed(self) -> float | None:
+        """The time limit in seconds; None if there is none."""
+        return None if self.time_limit is None else seconds_of(self.time_limit)
 
     def check_target_sensitivity(self, classes: Sequence[str]) -> None:
         """Check that a sensitivity to reach is given for two classes only.
