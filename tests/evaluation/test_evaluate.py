@@ -280,7 +280,7 @@ def test_three_classes(evaluated, run, refused, tmp_path):
     assert chosen["confusion"] == sk.confusion_matrix(table.truth, table.prediction).tolist()
     assert chosen["metrics"]["accuracy"]["value"] == pytest.approx(sk.accuracy_score(table.truth, table.prediction))
     options = ["--model", tmp_path / "model", "--data", root, "--threshold", "0.3"]
-    refused(run("evaluate", *options), "--threshold 0.3: the export has 3 classes")
+    refused(run("evaluate", *options), "--threshold 0.3: a model of 3 classes")
 
 
 def test_no_export_at_all(run, refused, data):

@@ -334,7 +334,7 @@ def test_the_overlay_lies_where_the_map_says():
 @pytest.mark.parametrize("count", [1, 4, LIMIT])
 def test_the_picture_keeps_the_aspect_ratio(count, tmp_path):
     maps = {"NORMAL": np.zeros((7, 7)), "PNEUMONIA": np.zeros((7, 7))}
-    cell = Cell(Image.new("L", (160, 100)), maps, "a" * 200, "NORMAL", "PNEUMONIA", 0.9, 2.3)
+    cell = Cell(Image.new("L", (160, 100)), maps, "a" * 200, "NORMAL", "PNEUMONIA", 0.9, 2.3, False)
     draw_sheet([cell] * count, "title", ["one", "two", "three"], "footer", tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as picture:
         black = np.asarray(picture.convert("L")) == 0

@@ -131,7 +131,7 @@ def test_uncertain_rows_are_counted_with_their_reasons_and_continued(gated, file
     whole = Path("out.csv").read_bytes()
     Path("out.csv").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
     without = says(*files, "--output", "out.csv", "--threshold", 0.5, "--resume")
-    refused(without, "--resume: ", "is uncertain, and would not be now")
+    refused(without, "--resume: ", "is uncertain, and would not be now; give the same options (--no-gate, --abstain)")
     result = says(*files, *options, "--resume")
     assert result.exit_code == 0 and summary in result.output and Path("out.csv").read_bytes() == whole
 

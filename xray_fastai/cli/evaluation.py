@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from xray_fastai.cli.shared import (
+    Abstain,
     Column,
     Data,
     Device,
     Exclude,
     Export,
+    Gate,
     Images,
     Json,
     Model,
@@ -48,6 +50,8 @@ def evaluate(
     ] = "auto",
     uncalibrated: Uncalibrated = PredictConfig.uncalibrated,
     prevalence: Prevalence = PredictConfig.prevalence,
+    gate: Gate = PredictConfig.gate,
+    abstain: Abstain = PredictConfig.abstain,
     tta: Tta = PredictConfig.tta,
     exclude: Exclude = None,
     patients: Patients = None,
@@ -68,9 +72,9 @@ def evaluate(
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
-        model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, tta=tta, exclude=exclude,
-        patients=patients, images=images, column=column, output=output, statement=statement, device=device,
-        precision=precision,
+        model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, gate=gate, abstain=abstain,
+        tta=tta, exclude=exclude, patients=patients, images=images, column=column, output=output, statement=statement,
+        device=device, precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:

@@ -25,6 +25,9 @@ THUMBNAIL = 1024  # longest side, in pixels, of the images kept in memory until 
 INK, PALE, WRONG, RIGHT = "#1c2733", "#5d6b78", "#b3201f", "#1d6b3a"
 
 
+CAPTION = ("truth", "prediction", "probability", "loss", "uncertain")
+
+
 @dataclass(frozen=True)
 class Cell:
     """An image with its heat maps and its caption."""
@@ -36,6 +39,7 @@ class Cell:
     prediction: str
     probability: float  # of the prediction
     loss: float
+    uncertain: bool  # whether `predict` would not call it
 
 
 def make_cells(model: Model, rows: pd.DataFrame) -> Iterator[Cell]:
@@ -43,7 +47,7 @@ def make_cells(model: Model, rows: pd.DataFrame) -> Iterator[Cell]:
 
     Args:
         model: an export.
-        rows: path, truth, prediction, probability and loss of each image.
+        rows: path, and what `CAPTION` lists, of each image.
 
     Raises:
         ImageError: an image cannot be read.
@@ -64,7 +68,7 @@ def make_cells(model: Model, rows: pd.DataFrame) -> Iterator[Cell]:
         thumbnails = map_in_threads(thumbnail, batch.path)
         for image, of_image, row in zip(thumbnails, classes, batch.itertuples(), strict=True):
             maps = {model.classes[k]: next(cams) for k in of_image}
-            yield Cell(image, maps, Path(row.path).name, row.truth, row.prediction, row.probability, row.loss)
+            yield Cell(image, maps, Path(row.path).name, *(getattr(row, name) for name in CAPTION))
 
 
 def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, path: Path) -> None:
@@ -124,7 +128,11 @@ def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, pat
             verdict = f"{'✗' if wrong else '✓'} predicted {shorten(cell.prediction, max_name)} {cell.probability:.3f}"
             indent = 0.13 + 0.1 * len(str(i + 1))
             text(x + indent, top, verdict, weight="bold", color=WRONG if wrong else RIGHT)
-            text(x, top + 1.55 * point, f"true {shorten(cell.truth, max_name)}, loss {cell.loss:.3f}")
+            text(
+                x,
+                top + 1.55 * point,
+                f"true {shorten(cell.truth, max_name)}, loss {cell.loss:.3f}{', not called' if cell.uncertain else ''}",
+            )
             text(x, top + 3.0 * point, shorten(cell.name, max_line), color=PALE)
             size = tuple(max(1, round(side * DPI)) for side in sizes[i])
             image = cell.image.resize(size, Image.Resampling.LANCZOS)

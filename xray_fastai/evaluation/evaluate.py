@@ -23,6 +23,7 @@ from xray_fastai.data.patients import images_by_source, note_on, unknown
 from xray_fastai.data.table import Data
 from xray_fastai.data.table_columns import Column
 from xray_fastai.evaluation import plots
+from xray_fastai.evaluation.coverage import called_of
 from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
 from xray_fastai.evaluation.groups import groups_of
 from xray_fastai.evaluation.report import write_report
@@ -31,7 +32,8 @@ from xray_fastai.evaluation.statement import FILE as STATEMENT_FILE
 from xray_fastai.evaluation.statement import statement as statement_of
 from xray_fastai.evaluation.subgroups import worst_group_of
 from xray_fastai.inference.model import Model, open_model
-from xray_fastai.inference.stream import predict_all
+from xray_fastai.inference.rows import UNLIKE_DIGITS, DecisionRule
+from xray_fastai.inference.stream import predict_and_compare
 from xray_fastai.inference.tta import describe as describe_tta
 from xray_fastai.metrics.comparison import Called
 from xray_fastai.metrics.decision import THRESHOLDS, decision_curve
@@ -65,7 +67,7 @@ class _Request:
     data: str  # the folder, or the name of the data set that `fit` used
     split: str
     labelled: Labelled
-    calibrated: bool  # whether to apply temperature and intercepts
+    rule: DecisionRule  # of the chosen threshold, with the gate and the band that the user wants
     threshold: float | None  # given by the user; None is the one that `fit` chose
     tta: bool
 
@@ -74,12 +76,16 @@ class _Request:
         return self.labelled.table
 
     @property
+    def calibrated(self) -> bool:
+        """Whether temperature and intercepts are applied."""
+        return self.rule.calibrated
+
+    @property
     def operating_points(self) -> dict[str, float | None]:
         """The thresholds by name; of more than two classes, `chosen` without one."""
         if len(self.model.classes) != 2:
             return {"chosen": None}
-        chosen = self.model.threshold_of(self.calibrated) if self.threshold is None else self.threshold
-        return {"0.5": 0.5, "chosen": chosen}
+        return {"0.5": 0.5, "chosen": self.rule.threshold}
 
 
 def evaluate(
@@ -90,6 +96,8 @@ def evaluate(
     *,
     uncalibrated: bool = False,
     prevalence: float | None = None,
+    gate: bool = True,
+    abstain: float = 0.0,
     tta: bool = False,
     exclude: str | None = None,
     patients: str | None = None,
@@ -115,6 +123,9 @@ def evaluate(
             it decides the same.
         prevalence: the share of the class to detect where the model is to be used. The probabilities are moved to it,
             and the threshold that `fit` chose with them, so that it decides the same; and PPV and NPV are given for it.
+        gate: report which images are unlike the training images, so that `predict` would not call them, and the metrics
+            on the others beside those on all images; if the export has a gate.
+        abstain: the same of images whose probability of the class to detect is within this distance of the threshold.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
         exclude: a list of files to leave out, as `data check --fix` writes it.
         patients: a .csv file with the columns file and patient; None is the one of `fit`, if `data` is None.
@@ -137,19 +148,19 @@ def evaluate(
     """
     split = split_named(split)
     given = _threshold(threshold)
-    PredictConfig(uncalibrated=uncalibrated, prevalence=prevalence)  # checks them
+    config = PredictConfig(
+        threshold=given, uncalibrated=uncalibrated, prevalence=prevalence, gate=bool(gate), abstain=abstain
+    )
     opened = open_model(model, device, precision).at_prevalence(prevalence)
     wanted = Request(data, split, exclude, patients, images, column)
     labelled = labelled_images(opened.settings, wanted)
     split, wanted = labelled.split, replace(wanted, split=labelled.split)
-    if given is not None and len(opened.classes) != 2:
-        message = f"the export has {len(opened.classes)} classes and predicts the most probable one; leave it out"
-        raise UserError(message, option="threshold", value=f"{given:g}")
+    rule = DecisionRule.of(opened, config)
     source = wanted.name or opened.settings["data"]["name"]
     folder = result_folder("evaluation", opened.path, opened.settings, wanted, output)
     if (note := replaced_data(folder, METRICS_FILE, opened.settings, wanted)) is not None:
         labelled.notes.append(note)
-    request = _Request(opened, source, split, labelled, not uncalibrated, given, tta)
+    request = _Request(opened, source, split, labelled, rule, given, tta)
     with replaced(folder, METRICS_FILE) as partial:
         result = _evaluate(request, folder, partial)
         if statement:
@@ -174,13 +185,17 @@ def _threshold(text: str | float) -> float | None:
 def _evaluate(request: _Request, folder: Path, partial: Path) -> Evaluation:
     """Predict, measure, and write the files into `partial`, which becomes `folder`."""
     start = time.perf_counter()
-    scored = _predict(request)
+    scored, unlike = _predict(request)
     seconds = time.perf_counter() - start
     y_pred = {name: request.model.decide(scored.y_prob, at) for name, at in request.operating_points.items()}
     measured = measure(scored, y_pred)
-    summary = _summary(request, scored, y_pred, measured)
+    called = called_of(request.rule, scored, y_pred["chosen"], unlike)
+    summary = _summary(request, scored, y_pred, measured) | {"called": called and called.to_json(_plain)}
     about = _about(request, summary) | ({"tta": describe_tta(seconds)} if request.tta else {})
-    predictions = _predictions(request, scored, y_pred["chosen"])
+    predictions = _predictions(request, scored, y_pred["chosen"]).assign(
+        unlike=np.nan if unlike is None else unlike.round(UNLIKE_DIGITS),
+        uncertain=False if called is None else [reason is not None for reason in called.withheld],
+    )
     result = Evaluation(folder, summary, predictions, about)
     (partial / METRICS_FILE).write_text(result.to_json() + "\n", encoding="utf-8")
     write_table(predictions, partial / PREDICTIONS_FILE)
@@ -188,12 +203,14 @@ def _evaluate(request: _Request, folder: Path, partial: Path) -> Evaluation:
     return result
 
 
-def _predict(request: _Request) -> Scored:
+def _predict(request: _Request) -> tuple[Scored, np.ndarray | None]:
+    """Return the images with their probabilities, and how unlike the training images they are (N,)."""
     model, images = request.model, request.images
-    y_prob = model.probabilities(predict_all(model, images.path, request.tta), request.calibrated)
+    logits, unlike = predict_and_compare(model, images.path, request.tta)
+    y_prob = model.probabilities(logits, request.calibrated)
     y_true = np.array([model.classes.index(label) for label in images.label])
     positive = model.classes.index(model.positive) if model.positive and len(model.classes) == 2 else None
-    return Scored(y_true, y_prob, pd.factorize(images.patient)[0], positive)
+    return Scored(y_true, y_prob, pd.factorize(images.patient)[0], positive), unlike
 
 
 def _predictions(request: _Request, scored: Scored, y_pred: np.ndarray) -> pd.DataFrame:

@@ -15,6 +15,9 @@ from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.metrics.table import title_at_prevalence, title_of
 from xray_fastai.system.text import WIDTH, csv_text, data_uri, format_interval, shorten, wrap
 
+CALLED_METRICS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "ppv", "npv", "roc_auc")
+"""The metrics that the terminal shows of the images that are called; `Evaluation.called` has all."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -69,6 +72,7 @@ class Evaluation:
             f"{'confusion':<28}{columns[-1]}",
             *self._confusion_lines(),
             "",
+            *self._called_lines(),
             *self._worst_group_lines(),
             *lines_of(self.summary["groups"]),
             *wrap(self.summary["intervals"]),
@@ -92,12 +96,21 @@ class Evaluation:
         intervals = escape(" ".join([*self._worst_group_lines(), *of_groups, self.summary["intervals"]]))
         groups = self.groups.to_html(index=False, float_format="{:.3f}".format) if len(self.groups) else ""
         tables = f"{table.to_html()}{groups}<p>{intervals}</p>{self.confusion.to_html()}"
+        if self.summary["called"] is not None:
+            tables += f"<p>called: {escape(self.summary['called']['text'])}</p>"
+        if self.called is not None:
+            tables += self.called.rename(index=title_of).to_html()
         return f"<p>{DISCLAIMER}</p><dl>{about}</dl>{tables}{images}"
 
     @property
     def _facts(self) -> list[tuple[str, str]]:
         """What was evaluated on what, and what the reader has to know; a term and a text for each line."""
         return [*self.about.items(), *(("note", note) for note in self.summary["notes"])]
+
+    @property
+    def _one_class(self) -> bool:
+        """Whether all images are of one class."""
+        return sum(count > 0 for count in self.summary["counts"].values()) == 1
 
     def _cells(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
         """Return the titles of the columns, and each metric's name and cells: one cell where it needs no threshold."""
@@ -109,20 +122,38 @@ class Evaluation:
         else:
             columns = ["at threshold 0.5", f"at threshold {points['chosen']['threshold']:.4g}"]
             points = [points["0.5"], points["chosen"]]
-        one_class = sum(count > 0 for count in self.summary["counts"].values()) == 1
-
-        def cell(name: str, interval: dict) -> str:
-            if interval["value"] is None and not one_class:
-                return "the classes are separated" if name == "calibration_slope" else "none predicted"
-            if interval["value"] is None:
-                return "one class only"
-            return format_interval(**interval)
-
-        rows = [(name, [cell(name, point["metrics"][name]) for point in points]) for name in points[0]["metrics"]]
+        one_class = self._one_class
+        rows = [
+            (name, [_cell(name, point["metrics"][name], one_class) for point in points])
+            for name in points[0]["metrics"]
+        ]
         for name in points[0]["at_prevalence"] or ():
             title = title_at_prevalence(name, self.summary["prevalence"])
-            rows.append((title, [cell(name, point["at_prevalence"][name]) for point in points]))
-        return columns, rows + [(name, [cell(name, i)]) for name, i in self.summary["metrics"].items()]
+            rows.append((title, [_cell(name, point["at_prevalence"][name], one_class) for point in points]))
+        return columns, rows + [(name, [_cell(name, i, one_class)]) for name, i in self.summary["metrics"].items()]
+
+    @property
+    def called(self) -> pd.DataFrame | None:
+        """The metrics on the images that are called, at the chosen threshold: a row for each metric, with the columns
+        value, low and high. None where all images are called, or none."""
+        called = self.summary["called"]
+        if called is None or called["metrics"] is None or not any(called["withheld"].values()):
+            return None
+        return _frame(called["metrics"])
+
+    def _called_lines(self) -> list[str]:
+        """Return which images are called, and the metrics on these; nothing without a gate or a band."""
+        called = self.summary["called"]
+        if called is None:
+            return []
+        lines = [*wrap(called["text"], f"{'called':<15}"), ""]
+        if self.called is not None:
+            lines.append(f"{'':<28}on the images called")
+            one_class = sum(map(any, called["confusion"])) == 1
+            cells = {name: _cell(name, interval, one_class) for name, interval in called["metrics"].items()}
+            lines += [f"{title_of(name):<28}{cells[name]}" for name in CALLED_METRICS]
+            lines.append("")
+        return lines
 
     def _worst_group_lines(self) -> list[str]:
         """Return the unusual images on which the model is worst, and an empty line; nothing with too few images."""
@@ -149,6 +180,15 @@ class Evaluation:
                     for row, cells in lines
                 ]
         return ["the confusion matrix is in confusion.png"]
+
+
+def _cell(name: str, interval: dict[str, float | None], one_class: bool) -> str:
+    """Return a metric with its interval, or why it is undefined; `one_class`: the images are of one class."""
+    if interval["value"] is None and not one_class:
+        return "the classes are separated" if name == "calibration_slope" else "none predicted"
+    if interval["value"] is None:
+        return "one class only"
+    return format_interval(**interval)
 
 
 def _frame(intervals: dict[str, dict]) -> pd.DataFrame:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.images import size_of
 from xray_fastai.data.labelled import Request, labelled_images, split_named
 from xray_fastai.data.patients import note_on
@@ -30,7 +31,8 @@ from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.result_folder import replaced_data, result_folder
 from xray_fastai.inference.gradcam import describe as describe_map
 from xray_fastai.inference.model import Model, open_model
-from xray_fastai.inference.stream import predict_all
+from xray_fastai.inference.rows import UNLIKE_DIGITS, DecisionRule, Withheld
+from xray_fastai.inference.stream import predict_and_compare
 from xray_fastai.metrics.scored import losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
@@ -49,6 +51,8 @@ FORMAT = 1
 """The layout of `summary.json`."""
 
 PICTURE, LOSSES, SUMMARY = "top_losses.png", "top_losses.csv", "summary.json"
+NOT_CALLED = "?"
+"""Marks the prediction of an image that `predict` would not call."""
 WORST = 16
 """Images in `summary.json` and in the table on the terminal."""
 
@@ -118,7 +122,9 @@ class _Ranking:
     model: Model
     split: str
     images: pd.DataFrame  # in the order of the folder: path, patient, label, loss, predicted
-    table: pd.DataFrame  # path, patient, truth, prediction, p_<class> ..., loss, wrong, probability (of the prediction)
+    # path, patient, truth, prediction, p_<class> ..., loss, wrong, unlike, uncertain (whether it would not be called),
+    # probability (of the prediction)
+    table: pd.DataFrame
     causes: list[str]
 
     @property
@@ -210,13 +216,18 @@ def _check_class(model: Model, selection: _Selection) -> None:
 
 def _rank(model: Model, split: str, images: pd.DataFrame) -> _Ranking:
     """Predict the images, sort them by falling loss, and look for what the errors have in common."""
-    y_prob = model.probabilities(predict_all(model, images.path))
+    logits, unlike = predict_and_compare(model, images.path)
+    y_prob = model.probabilities(logits)
     sizes = _sizes(images.path)
     y_true = np.array([model.classes.index(name) for name in images.label])
+    rule = DecisionRule.of(model, PredictConfig())
+    distances = [None] * len(images) if unlike is None else unlike.tolist()
+    withheld = [rule.withheld(distance, None) is not None for distance in distances]
     y_pred, loss = model.decide(y_prob), losses(y_prob, y_true)
     table = images[["path", "patient"]].assign(truth=images.label, prediction=np.array(model.classes)[y_pred])
     table = table.assign(**{f"p_{name}": y_prob[:, i] for i, name in enumerate(model.classes)}, loss=loss)
     table = table.assign(wrong=table.truth != table.prediction)
+    table = table.assign(unlike=np.nan if unlike is None else unlike.round(UNLIKE_DIGITS), uncertain=withheld)
     causes = suspicious_causes(table.assign(width=sizes[:, 0], height=sizes[:, 1]))
     table = table.assign(probability=y_prob[np.arange(len(table)), y_pred])
     table = table.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
@@ -244,6 +255,8 @@ def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, s
         remarks.append(f"{top} images were asked for, and there are only {len(rows)}: all are shown.")
     elif top > LIMIT:
         remarks.append(f"{top} images were asked for; the picture shows the first {LIMIT}, and {LOSSES} lists all.")
+    if marked := int(shown.uncertain.sum()):
+        remarks.append(f"{marked} of these images are {Withheld.UNLIKE.value}, and are not called ({NOT_CALLED}).")
     return shown, f"the {counted} with the {order}", remarks
 
 
@@ -306,7 +319,8 @@ def _table(rows: pd.DataFrame) -> list[str]:
     """Return the first rows as lines of at most 80 characters."""
     lines = [f"{'#':>4}  {'loss':>6}  {'truth':<12}  {'predicted':<12}  {'prob.':>5}  file"] if len(rows) else []
     for i, row in enumerate(rows.head(WORST).itertuples(), start=1):
-        names = [f"{shorten(name, 12):<12}" for name in (row.truth, row.prediction)]
+        called = f"{shorten(row.prediction, 11)}{NOT_CALLED}" if row.uncertain else shorten(row.prediction, 12)
+        names = [f"{name:<12}" for name in (shorten(row.truth, 12), called)]
         file = shorten(Path(row.path).name, 31)
         lines.append(f"{i:>4}  {row.loss:>6.3f}  {names[0]}  {names[1]}  {row.probability:>5.3f}  {file}")
     if len(rows) > WORST:

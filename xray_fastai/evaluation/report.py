@@ -186,6 +186,7 @@ def _evaluation(summary: dict) -> dict[str, Any]:
         "worst_group": summary.get("worst_group"),
         "of_patients": _of_patients(summary),
         "known_by": _known_by(summary.get("patients_known_by")),
+        "called": _called(summary.get("called")),
         "groups": [_groups(column) for column in summary.get("groups") or []],
         "probabilities": summary.get("probabilities") or _earlier_words(summary),
         "points": [
@@ -208,6 +209,17 @@ def _recalibrated(model: dict) -> list[tuple[str, list[tuple[str, str]]]]:
         (title_of(name), [cell(found[part]) for part in ("before", "after", "difference")])
         for name, found in metrics.items()
     ]
+
+
+def _called(called: dict | None) -> dict[str, Any] | None:
+    """Return which images are called, and the metrics on these where others are not; None where nothing is withheld."""
+    if called is None:
+        return None
+    metrics = called["metrics"] if any(called["withheld"].values()) else None
+    return {
+        "text": called["text"],
+        "table": [(title_of(name), _cell(metric)) for name, metric in (metrics or {}).items()],
+    }
 
 
 def _of_patients(summary: dict) -> str:

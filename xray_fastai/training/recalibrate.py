@@ -151,6 +151,8 @@ def recalibrate(
     about.append(("chosen", settings["calibration"]))
     if record["metrics"]:
         about.append(("figures", AFTER))
+    if (warning := wrong_way(record["metrics"])) is not None:
+        about.append(("WARNING", warning))
     path = derive_export(opened, adapted.network, settings | {"recalibrated": record}, target)
     return Recalibration(path, record, about)
 
@@ -159,6 +161,24 @@ AFTER = (
     "before: the export as it was; after: each image by a fit to the other patients, cross-validated; the difference "
     "with its 95 % interval by patient. The order of the images, and so the AUC, needs no label"
 )
+
+
+def wrong_way(metrics: dict[str, dict[str, list[float | None]]]) -> str | None:
+    """Return a warning if the local images have the order of the probabilities the wrong way round; None if not.
+
+    Args:
+        metrics: see `gain.compared`.
+    """
+    if not metrics:
+        return None
+    slopes = [metrics["calibration_slope"][part][0] for part in PARTS[:2]]
+    auc = metrics["roc_auc"][PARTS[1]][0]
+    if (auc is None or auc >= 0.5) and all(slope is None or slope > 0 for slope in slopes):
+        return None
+    return (
+        "on these images a higher probability goes with the class less often, not more: the labels may be swapped, or "
+        "the model does not work here. No recalibration mends that: look at the labels, and do not use the new export"
+    )
 
 
 def _check_given(
