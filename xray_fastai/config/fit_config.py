@@ -23,6 +23,7 @@ from xray_fastai.config.choices import (
 )
 from xray_fastai.config.setting import check_fields, setting
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import seconds_of
 
 
 def _number(text: str) -> float | None:
@@ -58,25 +59,8 @@ def _check_patient_pattern(text: str) -> str | None:
     return None
 
 
-DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?", re.IGNORECASE)
-
-
-def seconds_of(text: str) -> float | None:
-    """Return the seconds of a duration; None for another text.
-
-    >>> [seconds_of(text) for text in ("90s", "30m", "1h30m", "7200", "soon")]
-    [90.0, 1800.0, 5400.0, 7200.0, None]
-    """
-    found = DURATION.fullmatch(text.strip())
-    if found is None or not found[0]:
-        return None
-    hours, minutes, seconds = (float(found[unit] or 0) for unit in "hms")
-    return 3600 * hours + 60 * minutes + seconds
-
-
 def _check_time_limit(text: str) -> str | None:
-    seconds = seconds_of(text)
-    return None if seconds else "give a time such as 90s, 30m, 2h, 1h30m, or a number of seconds"
+    return None if seconds_of(text) else "give a time such as 90s, 30m, 2h, 1h30m, or a number of seconds"
 
 
 WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
