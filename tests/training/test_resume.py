@@ -272,6 +272,21 @@ def test_resume_takes_the_newest_run_and_its_last_undamaged_checkpoint(crashed, 
     assert settings_of(crashed / "newer")["settings"]["data"] == "moved"
 
 
+def test_resume_from_another_folder_finds_the_images(crashed, run, refused, monkeypatch):
+    """`model.json` has a relative path again, which names no folder above the data's."""
+    exports = crashed.resolve()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    Path("../data").rename("../gone")
+    resume = ["fit", "--resume", exports / ".crashed.partial"]
+    refused(run(*resume), f"the images of crashed were in {exports.parent / 'data'}, where there is nothing", "--data")
+    Path("../gone").rename("../data")
+    result = run(*resume)
+    assert result.exit_code == 0, result.output
+    assert settings_of(exports / "crashed")["settings"]["data"] == "../data"
+    assert "the images of crashed were in" in (exports / "crashed" / "fit.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

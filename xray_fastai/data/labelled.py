@@ -140,7 +140,7 @@ def _listed(model: dict[str, Any], wanted: Request) -> tuple[pd.DataFrame, Path]
     elif wanted.data is None and model["data"]["rehearsal"]:
         root = cached()
     else:
-        root = find_root(settings["data"] if wanted.data is None else wanted.data, folder)
+        root = find_root(wanted.data, folder) if wanted.data is not None else _root_of_fit(settings["data"], folder)
     of_fit = wanted.patients is None and wanted.data is None
     rule = patient_rule(settings["patient_pattern"], settings.get("patients") if of_fit else wanted.patients)
     parts = [read_split(root, folder, model["classes"], rule, partial=True)]
@@ -162,6 +162,21 @@ def _listed(model: dict[str, Any], wanted: Request) -> tuple[pd.DataFrame, Path]
             value=root,
         )
     return table[validated].reset_index(drop=True), root
+
+
+def _root_of_fit(recorded: str, split: str) -> Path:
+    """Return the folder that holds the split in the data folder of the fit.
+
+    Raises:
+        UserError: it is not there, or lacks the split; the user has not typed it, so the message says whose it is.
+    """
+    try:
+        return find_root(recorded, split)
+    except UserError as error:
+        where = "" if os.path.isabs(recorded) else " from the folder in which fit ran (the export's fit.log names it)"
+        raise UserError(
+            f"the data folder of the fit, {recorded}{where}, cannot be used ({error.message}); give its images by data="
+        ) from None
 
 
 def _class_root(data: str | Path | None, classes: list[str]) -> tuple[Path, str]:
