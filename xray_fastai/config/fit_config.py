@@ -20,6 +20,7 @@ from xray_fastai.config.choices import (
     PRECISIONS,
     RECIPES,
     SCHEDULES,
+    TOOLS,
 )
 from xray_fastai.config.setting import check_fields, setting
 from xray_fastai.system.errors import UserError
@@ -57,6 +58,13 @@ def _check_patient_pattern(text: str) -> str | None:
     except (re.error, OverflowError, RecursionError) as error:
         return f"not a regular expression: {error}"
     return None
+
+
+def _check_log(text: str) -> str | None:
+    names = [name.strip() for name in text.split(",")]
+    if set(names) <= set(TOOLS) and len(names) == len(set(names)):
+        return None
+    return f"give one or more of {', '.join(TOOLS)}, with a comma between"
 
 
 def _check_time_limit(text: str) -> str | None:
@@ -257,6 +265,13 @@ class FitConfig:
     exports: str = setting(
         "exports", "Folder to write the run's folder into.", metavar="DIR", printable=True, panel="Run"
     )
+    log: str | None = setting(
+        None,
+        f"Record the fit in {', '.join(TOOLS)}, or several with a comma between: local files beside the exports.",
+        metavar="|".join(TOOLS),
+        check=_check_log,
+        panel="Run",
+    )
     quiet: bool = setting(
         False, "Show only errors and warnings; fit.log in the run's folder has the rest.", panel="Run"
     )
@@ -265,6 +280,11 @@ class FitConfig:
         if isinstance(self.time_limit, (int, float)) and not isinstance(self.time_limit, bool):
             object.__setattr__(self, "time_limit", f"{self.time_limit}")  # seconds, as Python counts time
         check_fields(self)
+
+    @property
+    def tools(self) -> list[str]:
+        """The tools that `log` names."""
+        return [] if self.log is None else [name.strip() for name in self.log.split(",")]
 
     @property
     def seconds_allowed(self) -> float | None:

@@ -26,9 +26,10 @@ from xray_fastai.training.messages import announce, name_leftovers, name_same, r
 from xray_fastai.training.origin import Origin, with_parents_choices
 from xray_fastai.training.plan import make_plan
 from xray_fastai.training.provenance import folder_of, log_images, log_path, log_start, take_over_log
+from xray_fastai.training.trackers import check_trackers, figures_of, tracking
 from xray_fastai.training.write_export import FitInterrupted, Result, export_learner
 
-CHANGEABLE = ("data", "device", "workers", "cache", "exports", "quiet")
+CHANGEABLE = ("data", "device", "workers", "cache", "exports", "quiet", "log")
 """Settings that may change when a fit is resumed. `data` must hold the same images."""
 
 
@@ -181,6 +182,7 @@ def _logged(
     added: Added,
 ) -> Result:
     """Run the fit, and write what it shows into its log, too."""
+    check_trackers(config)
     if found is not None:
         take_over_log(found, run)
     with logging_to(lambda: log_path(run), config.quiet) as log:
@@ -215,7 +217,7 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
     else:
         name_same(run, config)
     plan = make_plan(config, data, origin)
-    trainer = Trainer(plan, checkpoints=checkpoints, saved=saved, added=began.added, started=began.started)
+    trainer = Trainer(plan, checkpoints=checkpoints, saved=saved, started=began.started)
     announce(plan, trainer.parameters)
     if found is not None:
         checkpoints.take_over(found.checkpoint)
@@ -226,8 +228,13 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
     check_space(run.partial, trainer.learn.model)
     chosen = replace(plan.config, device=plan.device.type, precision=plan.precision)
     distributed.share((chosen, data, plan.origin, saved))
-    trainer.train()
-    return distributed.share(export_learner(trainer, run))
+    with tracking(config, run) as trackers:
+        trainer.added = replace(began.added, callbacks=[*began.added.callbacks, *(t.callback for t in trackers)])
+        trainer.train()
+        result = export_learner(trainer, run)
+        for tracker in trackers:
+            tracker.finish(figures_of(result.path), result.path)
+    return distributed.share(result)
 
 
 def _follow(started: float, added: Added) -> Result:
