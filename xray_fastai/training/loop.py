@@ -168,7 +168,7 @@ class Trainer:
                 return
 
     def _time_is_up(self, name: str) -> bool:
-        """Return whether a time limit leaves no time for a phase, or for its rest; the first epoch of all always runs."""
+        """Return whether a time limit leaves no time for the rest of a phase; the first epoch of all always runs."""
         limit = self.plan.config.seconds_allowed
         if limit is None or self.best.row is None:
             return False
