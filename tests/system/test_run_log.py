@@ -113,7 +113,7 @@ def test_rows_above_a_bar_are_logged_and_the_bar_is_not(tmp_path, monkeypatch):
         bar.begin(0, "training", 3)
         bar.advance()
         print("a row")
-        print("of a user's callback")
+        print("of a user's callback", file=sys.stderr)
         bar.close()
         assert sys.stdout is inside
         print("the end")

@@ -76,6 +76,7 @@ def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
     assert sorted(file.name for file in export.iterdir()) == [
         "batch.png",
         "curves.png",
+        "fit.log",
         "history.csv",
         "learner.pkl",
         "model.json",

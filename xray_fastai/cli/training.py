@@ -38,7 +38,8 @@ def fit(
             metavar="[RUN]",
             rich_help_panel="Run",
             help="Resume an interrupted fit with its settings: the run of this name, or the newest if no name is "
-            "given. Only --data, --images, --device, --workers, --no-cache, --exports and --open may be given with it.",
+            "given. Only --data, --images, --device, --workers, --no-cache, --exports, --quiet, --log and --open may be "
+            "given with it.",
         ),
     ] = None,
     open: Open = False,

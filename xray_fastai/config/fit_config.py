@@ -21,9 +21,11 @@ from xray_fastai.config.choices import (
     PUBLISHED_WEIGHTS,
     RECIPES,
     SCHEDULES,
+    TOOLS,
 )
 from xray_fastai.config.setting import check_fields, setting
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import seconds_of
 
 VALID_GROUP = "group:"
 """The beginning of `valid` that holds out a whole group of a table."""
@@ -85,25 +87,15 @@ def _check_patient_pattern(text: str) -> str | None:
     return None
 
 
-DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?", re.IGNORECASE)
-
-
-def seconds_of(text: str) -> float | None:
-    """Return the seconds of a duration; None for another text.
-
-    >>> [seconds_of(text) for text in ("90s", "30m", "1h30m", "7200", "soon")]
-    [90.0, 1800.0, 5400.0, 7200.0, None]
-    """
-    found = DURATION.fullmatch(text.strip())
-    if found is None or not found[0]:
+def _check_log(text: str) -> str | None:
+    names = [name.strip() for name in text.split(",")]
+    if set(names) <= set(TOOLS) and len(names) == len(set(names)):
         return None
-    hours, minutes, seconds = (float(found[unit] or 0) for unit in "hms")
-    return 3600 * hours + 60 * minutes + seconds
+    return f"give one or more of {', '.join(TOOLS)}, with a comma between"
 
 
 def _check_time_limit(text: str) -> str | None:
-    seconds = seconds_of(text)
-    return None if seconds else "give a time such as 90s, 30m, 2h, 1h30m, or a number of seconds"
+    return None if seconds_of(text) else "give a time such as 90s, 30m, 2h, 1h30m, or a number of seconds"
 
 
 WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -327,6 +319,13 @@ class FitConfig:
     exports: str = setting(
         "exports", "Folder to write the run's folder into.", metavar="DIR", printable=True, panel="Run"
     )
+    log: str | None = setting(
+        None,
+        f"Record the fit in {', '.join(TOOLS)}, or several with a comma between: local files beside the exports.",
+        metavar="|".join(TOOLS),
+        check=_check_log,
+        panel="Run",
+    )
     quiet: bool = setting(
         False, "Show only errors and warnings; fit.log in the run's folder has the rest.", panel="Run"
     )
@@ -337,6 +336,11 @@ class FitConfig:
         check_fields(self)
         if self.weights_range is not None and self.weights in (None, "none", *PUBLISHED_WEIGHTS):
             raise UserError("is for a file in weights=; leave it out", option="weights_range", value=self.weights_range)
+
+    @property
+    def tools(self) -> list[str]:
+        """The tools that `log` names."""
+        return [] if self.log is None else [name.strip() for name in self.log.split(",")]
 
     @property
     def seconds_allowed(self) -> float | None:

@@ -89,7 +89,7 @@ def check_name(exports: str | Path, name: str | None) -> None:
 
 def advice_on_taken(run: Reservation) -> str:
     """Return how to resume the run that has a name already; an empty text if it cannot be resumed."""
-    interrupted = any(old.path == run.final and old.usable for old in unfinished(run.exports))
+    interrupted = (run.final / CHECKPOINT / SETTINGS_FILE).is_file()
     return f"resume it by '{run.resume_command}', or " if interrupted else ""
 
 

@@ -38,13 +38,16 @@ class TerminalBar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._before = sys.stdout
+        before = sys.stdout, sys.stderr
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, transient=True, console=Console(file=without_log(sys.stdout)))
         self._task = self._bar.add_task("")
         self._bar.start()
-        if sys.stdout is not self._before:  # rich has put a stream there that prints above the bar, and logs nothing
-            sys.stdout = Shown(sys.stdout, log_of(self._before))  # type: ignore[assignment]
+        # rich puts streams there that print above the bar, and log nothing; at its end it puts back those from before
+        if sys.stdout is not before[0]:
+            sys.stdout = Shown(sys.stdout, log_of(before[0]))  # type: ignore[assignment]
+        if sys.stderr is not before[1]:
+            sys.stderr = Shown(sys.stderr, log_of(before[1]))  # type: ignore[assignment]
 
     def begin(self, epoch: int, part: str, batches: int) -> None:
         """Begin a part, "training" or "validation", of an epoch, which is counted from 0."""

@@ -98,7 +98,7 @@ def logging_to(path: Callable[[], Path], quiet: bool = False) -> Iterator[RunLog
         log.add(f"Error: {error}")
         raise
     except KeyboardInterrupt as stop:
-        log.add(f"Stopped: {stop or type(stop).__name__}")
+        log.add(f"Stopped: {str(stop) or type(stop).__name__}")
         raise
     except BaseException as error:
         log.add("".join(traceback.format_exception(error)).rstrip())

@@ -27,10 +27,11 @@ from xray_fastai.training.loop import Added, Trainer
 from xray_fastai.training.messages import announce, name_leftovers, name_same, report_resume
 from xray_fastai.training.origin import Origin, with_parents_choices
 from xray_fastai.training.plan import make_plan
-from xray_fastai.training.provenance import log_images, log_path, log_start, take_over_log
+from xray_fastai.training.provenance import folder_of, log_images, log_path, log_start, take_over_log
+from xray_fastai.training.trackers import check_trackers, figures_of, tracking
 from xray_fastai.training.write_export import FitInterrupted, Result, export_learner
 
-CHANGEABLE = ("data", "images", "device", "workers", "cache", "exports", "quiet")
+CHANGEABLE = ("data", "images", "device", "workers", "cache", "exports", "quiet", "log")
 """Settings that may change when a fit is resumed. `data` must hold the same images."""
 
 
@@ -144,8 +145,9 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
     Raises:
         UserError: `given` changes others, or the settings are not readable.
     """
+    kept = kept_settings(found.checkpoint)
     try:
-        config = FitConfig(**kept_settings(found.checkpoint)["settings"])
+        config = FitConfig(**kept["settings"])
     except (KeyError, TypeError) as error:
         path = found.checkpoint / SETTINGS_FILE
         raise UserError(
@@ -165,7 +167,15 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
             "start a new fit",
             option=changed[0],
         )
-    return replace(config, **{k: v for k, v in given.items() if k in CHANGEABLE})
+    config = replace(config, **{k: v for k, v in given.items() if k in CHANGEABLE})
+    if "data" in given or config.data is None or os.path.exists(os.path.expanduser(config.data)):
+        return config
+    folder = kept.get("folder", config.data)  # earlier versions did not record where the fit ran
+    if not os.path.exists(folder):
+        raise UserError(
+            f"the images of {found.name} were in {folder}, where there is nothing now; give their folder by data="
+        )
+    return replace(config, data=os.path.relpath(folder))
 
 
 def _logged(
@@ -176,6 +186,7 @@ def _logged(
     added: Added,
 ) -> Result:
     """Run the fit, and write what it shows into its log, too."""
+    check_trackers(config)
     if found is not None:
         take_over_log(found, run)
     with logging_to(lambda: log_path(run), config.quiet) as log:
@@ -198,7 +209,7 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
     saved = origin = None
     if found is None:
         name_leftovers(run)
-        checkpoints.keep({"settings": config.to_dict()})
+        checkpoints.keep({"settings": config.to_dict(), "folder": folder_of(config)})
     if found is None or config.arch is None:
         config = with_parents_choices(config)
     config, data = read_collection(config.with_recipe(), began.added.frame)
@@ -210,19 +221,24 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
     else:
         name_same(run, config)
     plan = make_plan(config, data, origin)
-    trainer = Trainer(plan, checkpoints=checkpoints, saved=saved, added=began.added, started=began.started)
+    trainer = Trainer(plan, checkpoints=checkpoints, saved=saved, started=began.started)
     announce(plan, trainer.parameters)
     if found is not None:
         checkpoints.take_over(found.checkpoint)
         report_resume(found, run, plan, saved)
     kept = {"data": images, "origin": plan.origin.name, "pretrained": plan.origin.pretrained}
-    kept["lineage"] = plan.origin.lineage
+    kept |= {"lineage": plan.origin.lineage, "folder": folder_of(config)}
     checkpoints.keep({"settings": config.to_dict(), **kept})
     check_space(run.partial, trainer.learn.model)
     chosen = replace(plan.config, device=plan.device.type, precision=plan.precision)
     distributed.share((chosen, data, plan.origin, saved))
-    trainer.train()
-    return distributed.share(export_learner(trainer, run))
+    with tracking(config, run) as trackers:
+        trainer.added = replace(began.added, callbacks=[*began.added.callbacks, *(t.callback for t in trackers)])
+        trainer.train()
+        result = export_learner(trainer, run)
+        for tracker in trackers:
+            tracker.finish(figures_of(result.path), result.path)
+    return distributed.share(result)
 
 
 def _follow(started: float, added: Added) -> Result:

@@ -156,8 +156,8 @@ class Trainer:
         for name, epochs in self.plan.phases[len(self.progress.ends) :]:
             if self._time_is_up(name):
                 self.best.restore(self.learn.model)
-                self.progress.ends.append("the time limit, before an epoch")
-                return
+                self.progress.ends.append("the time limit")
+                continue
             phase = self._phase(name, epochs)
             try:
                 self._fit_phase(phase)
@@ -170,7 +170,7 @@ class Trainer:
                 return
 
     def _time_is_up(self, name: str) -> bool:
-        """Return whether a time limit leaves no time for a phase; there is always time for the first epoch of all."""
+        """Return whether a time limit leaves no time for the rest of a phase; the first epoch of all always runs."""
         limit = self.plan.config.seconds_allowed
         if limit is None or self.best.row is None:
             return False

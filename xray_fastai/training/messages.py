@@ -9,6 +9,7 @@ from xray_fastai.data.patients import unknown
 from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
 from xray_fastai.system import distributed
+from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, format_interval
 from xray_fastai.training.checkpoint import Saved, kept_settings
 from xray_fastai.training.pace import FROZEN_SHARE, in_words
@@ -123,7 +124,10 @@ def name_same(run: Reservation, config: FitConfig) -> None:
     for old in unfinished(run.exports):
         if old.path.name.startswith(".") or not old.usable:
             continue  # `name_leftovers` names it
-        kept = kept_settings(old.checkpoint)["settings"]
+        try:
+            kept = kept_settings(old.checkpoint)["settings"]
+        except UserError:
+            continue  # damaged, or of another version: it cannot be resumed
         if {name: kept.get(name) for name in settings} == settings:
             command = Reservation(run.exports, old.name).resume_command
             print(f"unfinished    {old} had the same settings and was interrupted; to continue it, {command}")

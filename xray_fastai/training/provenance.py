@@ -39,6 +39,14 @@ def take_over_log(found: Unfinished, run: Reservation) -> None:
         raise UserError(f"{error.filename}: cannot be copied to {path} ({error.strerror})") from None
 
 
+def folder_of(config: FitConfig) -> str | None:
+    """Return the absolute path of the data; None for the X-rays that the package draws.
+
+    It stays in the run's own folder (log, checkpoint). `model.json`, which is handed over, has it as it was typed.
+    """
+    return None if config.data is None else os.path.abspath(os.path.expanduser(config.data))
+
+
 def log_start(log: RunLog, config: FitConfig) -> None:
     """Log what started a fit, and on which machine."""
     names = "".join(f", {name} {version(name)}" for name in LIBRARIES)
@@ -55,6 +63,5 @@ def log_start(log: RunLog, config: FitConfig) -> None:
 
 def log_images(log: RunLog, config: FitConfig, images: dict) -> None:
     """Log the folder of the images, and what `fingerprint` returned of them."""
-    folder = "drawn by this package" if config.data is None else os.path.abspath(os.path.expanduser(config.data))
-    log.add(f"images        {folder}")
+    log.add(f"images        {folder_of(config) or 'drawn by this package'}")
     log.add(f"              SHA-256 of names, labels, patients, contents and split: {images['sha256']}")
