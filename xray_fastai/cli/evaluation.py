@@ -56,7 +56,7 @@ def evaluate(
     open: Open = False,
 ) -> None:
     """Measure how good a model is: metrics with 95 % intervals, a table of predictions and plots."""
-    model = chosen_export(export, model)
+    model = chosen_export(export, model, quiet=json)
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from xray_fastai.cli.options import settings_from
-from xray_fastai.cli.shared import Device, Export, Model, Prevalence, check_export, chosen_export
+from xray_fastai.cli.shared import Device, Export, Model, Prevalence, check_export, either
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.system.errors import UserError
 
@@ -56,7 +56,8 @@ def serve(
     open: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
     """Serve a page to drop images on, and POST /predict for programs. Ctrl-C ends it."""
-    model = chosen_export(export, model)
+    model = either(export, model, "model")
+    check_export(model)
     from xray_fastai.serving.server import serve as run
 
     run(model, host, port, prevalence=prevalence, device=device, open=open)

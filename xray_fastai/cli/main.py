@@ -11,7 +11,7 @@ from xray_fastai import __version__
 from xray_fastai.cli.command import Command, Commands, ResumeCommand
 from xray_fastai.cli.data import data_app
 from xray_fastai.cli.evaluation import compare, evaluate, interpret
-from xray_fastai.cli.exports import export, verify
+from xray_fastai.cli.exports import default, export, report, runs, verify
 from xray_fastai.cli.inference import predict, serve
 from xray_fastai.cli.training import fit, recalibrate
 from xray_fastai.system import distributed
@@ -20,7 +20,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
     "Train": (fit, recalibrate),
     "Judge": (evaluate, interpret, compare),
     "Use": (predict, serve),
-    "Manage": (verify, export),
+    "Manage": (runs, default, report, verify, export),
 }
 """The commands as `--help` groups them."""
 

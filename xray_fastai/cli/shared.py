@@ -70,18 +70,27 @@ def either(argument: Value | None, option: Value | None, name: str) -> Value | N
     raise WrongCommandLine(f"{argument} is given, too; leave one of them out", option=name, value=option)
 
 
-def chosen_export(argument: Path | None, option: Path | None) -> Path | None:
-    """Return the export that EXPORT or --model names; None if neither is given.
+def chosen_export(argument: Path | None, option: Path | None, quiet: bool = False) -> Path:
+    """Return the export that EXPORT or --model names; else the default one, whose name is printed with the reason.
 
     A wrong path is answered at once; the imports of the command itself take seconds.
+
+    Args:
+        argument: EXPORT.
+        option: --model.
+        quiet: print nothing.
 
     Raises:
         WrongCommandLine: both are given.
         UserError: there is no such export.
     """
+    from xray_fastai.export.reader import find_export, why_chosen
+
     model = either(argument, option, "model")
-    check_export(model)
-    return model
+    path = find_export(model)
+    if model is None and not quiet and distributed.rank() == 0:
+        print(f"{'model':<14}{path}{why_chosen(None)}", flush=True)
+    return path if model is None else model
 
 
 def check_export(model: Path | None) -> None:
