@@ -126,7 +126,8 @@ def test_the_commands(exports, run, refused, monkeypatch):
     (exports / "second" / "model.json").write_text("{")
     os.utime(exports / "second" / "model.json", (0, 0))
     assert run("default").stdout == "exports/last (the newest in ./exports)\n"
-    assert run("default", "exports/first").stdout == "exports/first (the default)\n"
+    chosen = run("default", "exports/first").stdout
+    assert chosen == "exports/first (the default)\nnext: xray-fastai predict IMAGE_OR_FOLDER\n"
     refused(run("default", "nowhere"), "nowhere: not an export")
     table = run("runs", "--sort", "name")
     assert table.exit_code == 0 and max(map(len, table.stdout.splitlines()[:-1])) <= 80

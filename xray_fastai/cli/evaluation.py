@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.shared import (
     Data,
     Device,
@@ -66,6 +67,8 @@ def evaluate(
     print(result.to_json() if json else result)
     if open:
         open_report(result.path.parent)
+    if not json:
+        next_command("interpret", model, *_same(data, split))
 
 
 def compare(
@@ -154,3 +157,9 @@ def interpret(
     print(result)
     if open:
         open_report(result.path.parent)
+    next_command("predict", "IMAGE_OR_FOLDER", "--model", model)
+
+
+def _same(data: Path | None, split: str) -> list[str]:
+    """Return the options for the same images."""
+    return [*([] if data is None else ["--data", str(data)]), "--split", split]

@@ -71,6 +71,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
          "xray-fastai data check chest_xray --fix leave_out.csv"),
         ("", "xray-fastai fit chest_xray --exclude leave_out.csv"),
     ),
+    "data split": (
+        ("Hold out a fifth of the patients for the test, without a copy:",
+         "xray-fastai data split images split.csv --test 0.2"),
+    ),
     "data download": (
         ("Download the public X-rays into ./chest_xray:", "xray-fastai data download"),
         ("Unpack a file that is here already:", "xray-fastai data download chest_xray --archive archive.zip"),

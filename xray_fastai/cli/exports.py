@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from xray_fastai.cli.command import WrongCommandLine
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import one_of
 from xray_fastai.cli.shared import Export, Json, Model, Open, chosen_export, either, open_report
 from xray_fastai.system.errors import UserError
@@ -57,6 +58,8 @@ def default(
         set_default(export)
     path, why = default_export()
     print(f"{find_export(path)} ({why})")
+    if export is not None:
+        next_command("predict", "IMAGE_OR_FOLDER")
 
 
 def report(
@@ -99,6 +102,8 @@ def verify(
     print(result)
     if not result.ok:
         raise UserError(result.faults[0])
+    if result.path.is_dir():
+        next_command("predict", "IMAGE_OR_FOLDER", "--model", result.path)
 
 
 def export(

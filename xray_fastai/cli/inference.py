@@ -2,11 +2,13 @@
 
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import settings_from
 from xray_fastai.cli.shared import Device, Export, Model, Prevalence, check_export, either
 from xray_fastai.config.predict_config import PredictConfig
@@ -30,6 +32,8 @@ def predict(
     from xray_fastai.inference.predict_files import predict_command as run
 
     errors = run(paths, model, config)
+    if sys.stdout.isatty() and not any(settings.get(name) for name in ("output", "heatmaps", "quiet")):
+        next_command("predict", *paths, "--heatmaps", "maps")
     if errors:
         raise typer.Exit(1)
 

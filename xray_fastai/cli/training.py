@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import settings_from
 from xray_fastai.cli.shared import Device, Exclude, Export, Model, Open, chosen_export, either, open_report
 from xray_fastai.config.fit_config import FitConfig
@@ -167,10 +168,10 @@ def recalibrate(
     model = chosen_export(export, model)
     from xray_fastai.training.recalibrate import recalibrate as run
 
-    print(
-        run(
-            model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
-            target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
-            output=output, device=device,
-        )
+    result = run(
+        model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
+        target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
+        output=output, device=device,
     )  # fmt: skip
+    print(result)
+    next_command("predict", "IMAGE_OR_FOLDER", "--model", result.path)

@@ -197,7 +197,8 @@ def lineage_of(folder: Path, model: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _newest(exports: Path) -> Path:
-    complete = [path.parent for path in exports.glob(f"*/{SETTINGS}") if not path.parent.name.startswith(".")]
+    folders = [path.parent for path in exports.glob(f"*/{SETTINGS}") if not path.parent.name.startswith(".")]
+    complete = [path for path in folders if _is_complete(path)]
     if not complete:
         raise UserError(f"{exports}: no export in it; make one by 'xray-fastai fit', or name one by model=")
     return max(complete, key=lambda path: (path / SETTINGS).stat().st_mtime)
