@@ -86,7 +86,9 @@ def verify(
     export: Annotated[
         Path | None,
         typer.Argument(
-            metavar="EXPORT", help="An export's folder, or a .zip of one. [default: the newest in ./exports]"
+            metavar="EXPORT",
+            help="An export's folder, or a .zip of one. [default: that of 'xray-fastai default', else the newest in "
+            "./exports]",
         ),
     ] = None,
     model: Model = None,

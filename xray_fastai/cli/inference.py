@@ -21,7 +21,12 @@ def predict(
         list[str], typer.Argument(metavar="PATH", help="Files, folders, or - for a list of paths on standard input.")
     ],
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="EXPORT",
+            help="Export to use. [default: that of 'xray-fastai default', else the newest in ./exports]",
+        ),
     ] = None,
     **settings: Any,
 ) -> None:

@@ -1,5 +1,6 @@
 """Prints the runs and the differences of two as tables, for a terminal of any width."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def _shown(value: Any) -> str:
 
 def _print_rows(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     console = Console(highlight=False, emoji=False, markup=False)
-    if not console.is_terminal and "COLUMNS" not in console._environ:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
     if console.width < NARROW:
         for row in rows:

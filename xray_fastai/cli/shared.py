@@ -14,7 +14,10 @@ from xray_fastai.system import distributed
 Value = TypeVar("Value")
 
 Export = Annotated[
-    Path | None, typer.Argument(metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
+    Path | None,
+    typer.Argument(
+        metavar="EXPORT", help="Export to use. [default: that of 'xray-fastai default', else the newest in ./exports]"
+    ),
 ]
 Model = Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="The same as EXPORT.")]
 Data = Annotated[
