@@ -159,4 +159,5 @@ def test_completion_knows_commands_and_options():
         return process.stdout.split()
 
     assert completed("xray-fastai ev") == ["evaluate"]
+    assert completed("xray-fastai fit --device c") == ["cpu", "cuda"]
     assert completed("xray-fastai fit a b --patience 3 --batch") == ["--batch-size"]

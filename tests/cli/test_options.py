@@ -69,6 +69,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
 
     monkeypatch.setattr(training, "_check_paths", lambda config: None)
+    monkeypatch.setattr(inference, "_check_images", lambda paths: None)
     monkeypatch.setattr(inference, "check_export", lambda path: None)
     replace("xray_fastai.training.fit.fit", SimpleNamespace(error=None, signal=None))
     replace("xray_fastai.inference.predict_files.predict_command", 2)  # unreadable files

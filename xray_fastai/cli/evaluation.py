@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.shared import (
     Abstain,
     Column,
@@ -68,7 +69,7 @@ def evaluate(
     open: Open = False,
 ) -> None:
     """Measure how good a model is: metrics with 95 % intervals, a table of predictions and plots."""
-    model = chosen_export(export, model)
+    model = chosen_export(export, model, quiet=json)
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
@@ -79,6 +80,8 @@ def evaluate(
     print(result.to_json() if json else result)
     if open:
         open_report(result.path.parent)
+    if not json:
+        next_command("interpret", model, *_same(data, split))
 
 
 def compare(
@@ -175,3 +178,9 @@ def interpret(
     print(result)
     if open:
         open_report(result.path.parent)
+    next_command("predict", "IMAGE_OR_FOLDER", "--model", model)
+
+
+def _same(data: Path | None, split: str) -> list[str]:
+    """Return the options for the same images."""
+    return [*([] if data is None else ["--data", str(data)]), "--split", split]

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import settings_from
 from xray_fastai.cli.shared import (
     Column,
@@ -38,8 +39,8 @@ def fit(
             metavar="[RUN]",
             rich_help_panel="Run",
             help="Resume an interrupted fit with its settings: the run of this name, or the newest if no name is "
-            "given. Only --data, --images, --device, --workers, --no-cache, --exports, --quiet, --log and --open may be "
-            "given with it.",
+            "given. Only --data, --images, --device, --workers, --no-cache, --exports, --quiet, --log and --open may "
+            "be given with it.",
         ),
     ] = None,
     open: Open = False,
@@ -183,10 +184,10 @@ def recalibrate(
     model = chosen_export(export, model)
     from xray_fastai.training.recalibrate import recalibrate as run
 
-    print(
-        run(
-            model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
-            target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
-            images=images, column=column, output=output, device=device,
-        )
+    result = run(
+        model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
+        target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
+        images=images, column=column, output=output, device=device,
     )  # fmt: skip
+    print(result)
+    next_command("predict", "IMAGE_OR_FOLDER", "--model", result.path)
