@@ -58,8 +58,8 @@ def check_column(text: str) -> str | None:
 
 def range_of(text: str | None) -> tuple[float, float] | None:
     """Return the two numbers of `weights_range`: what black and white are. None if it is None or not two numbers."""
-    numbers = [_number(part) for part in (text or "").split(",")]
-    if len(numbers) == 2 and all(n is not None and math.isfinite(n) for n in numbers) and numbers[0] != numbers[1]:
+    numbers = [number for part in (text or "").split(",") if (number := _number(part)) is not None]
+    if len(numbers) == (text or "").count(",") + 1 == 2 and all(map(math.isfinite, numbers)) and len({*numbers}) == 2:
         return numbers[0], numbers[1]
     return None
 
@@ -215,6 +215,7 @@ class FitConfig:
         "such as -1,1. A network for one channel needs them. [default: ImageNet's normalization]",
         metavar="BLACK,WHITE",
         check=_check_weights_range,
+        panel="Network",
     )
     recipe: str = setting(
         "default",
