@@ -207,9 +207,7 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         f"{model['dropout']:g} and one linear layer, {training['parameters']['total']:,} parameters; it maps an "
         f"image to the probabilities of {', '.join(model['classes'])}.",
         "weights": f"Initial weights: {training['weights']}.",
-        "training": f"It was trained for {phases}, with batches of {settings['batch_size']}, a learning rate of "
-        f"{settings['lr']:g} at its peak ({settings['schedule']}), the seed {settings['seed']} and as loss {loss}. "
-        f"{varied}",
+        "training": f"It was trained for {phases}{_hyperparameters(settings)}, and with {loss} as loss. {varied}",
         "selection": best
         and f"The weights are those of epoch {best['epoch']} of the {best['phase']} phase, whose validation loss was "
         "lowest.",
@@ -226,6 +224,14 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         "availability": f"The weights have the SHA-256 {model['weights']['sha256']}; all settings are in model.json. "
         "The software is public (add where weights and data are).",
     }
+
+
+def _hyperparameters(settings: Mapping[str, Any]) -> str:
+    """Return those that are known: an export that was trained by hand has not all."""
+    texts = {"batch_size": "batches of {}", "lr": "a peak learning rate of {:g}", "schedule": "the schedule {}"}
+    texts["seed"] = "the seed {}"
+    known = [text.format(settings[name]) for name, text in texts.items() if settings.get(name) is not None]
+    return f", with {', '.join(known)}" if known else ""
 
 
 def _variation(values: Mapping[str, float] | None, name: str) -> str:
