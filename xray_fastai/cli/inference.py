@@ -8,6 +8,7 @@ import typer
 from xray_fastai.cli.options import settings_from
 from xray_fastai.cli.shared import Device, Export, Prevalence, check_export
 from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.inference.inputs import check_paths
 from xray_fastai.system.errors import UserError
 
 UNREADABLE = 3
@@ -24,6 +25,7 @@ def predict(
 ) -> None:
     """Predict new images. The exit code is 3 if some files could not be read."""
     config = PredictConfig(**settings)
+    check_paths(paths, config)
     check_export(model)
     from xray_fastai.inference.predict_files import predict_command as run
 

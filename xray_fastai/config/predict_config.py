@@ -16,7 +16,7 @@ class PredictConfig:
             names its option.
     """
 
-    output: str | None = setting(None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE")
+    output: str | None = setting(None, "Write the rows to this new .csv, .jsonl or .xlsx file.", metavar="FILE")
     append: bool = setting(
         False, "Add to output= the files that have no row in it, by path and content; files with an error again."
     )
@@ -27,6 +27,16 @@ class PredictConfig:
     identifiers: bool = setting(
         False, "Columns with StudyInstanceUID, SOPInstanceUID and AccessionNumber of DICOM files: patient data."
     )
+    excel: str | None = setting(
+        None,
+        "Write a .csv file that Excel opens rightly, where its language has a decimal point, or a decimal comma.",
+        choices=("point", "comma"),
+    )
+    report: str | None = setting(
+        None, "Write a page with the pictures by their probability, and those to look at.", metavar="FILE.html"
+    )
+    quiet: bool = setting(False, "Print errors and the last line only.")
+    log: str | None = setting(None, "Add what is printed to this file, with times.", metavar="FILE")
     heatmaps: str | None = setting(None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR")
     recursive: bool = setting(False, "Search the subfolders, too.")
     threshold: float | None = setting(
@@ -65,6 +75,10 @@ class PredictConfig:
                 raise UserError("give the file to continue by output=", option=option)
         if self.append and self.resume:
             raise UserError("append= continues an interrupted file, too; leave this out", option="resume")
+        if self.excel is not None and not (self.output or "").lower().endswith(".csv"):
+            raise UserError("give a .csv file by output=", option="excel", value=self.excel)
+        if self.quiet and self.output is None and self.report is None:
+            raise UserError("prints no rows; give a file by output=", option="quiet")
         if self.prevalence is not None and self.uncalibrated:
             raise UserError(
                 "moves the export's probabilities, which uncalibrated= leaves out; leave out one of them",
