@@ -29,7 +29,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 @pytest.mark.parametrize(("function", "config"), [(fit, FitConfig), (predict, PredictConfig)])
 def test_a_command_has_one_option_for_each_field(function, config):
-    own = {"fit": {"ctx", "resume", "open"}, "predict": {"paths", "model"}}[function.__name__]
+    own = {"fit": {"ctx", "folder", "resume", "open"}, "predict": {"paths", "model"}}[function.__name__]
     parameters = {name: p.default for name, p in inspect.signature(function).parameters.items() if name not in own}
     assert parameters == {field.name: field.default for field in fields(config)}
     options = {param.name: param for param in COMMANDS[function.__name__].params}
@@ -253,9 +253,22 @@ def test_memory_that_runs_out_is_one_line(run, refused, an_image, export, monkey
     refused(run("predict", an_image, "--model", export), "out of memory; lower --batch-size, or close other programs")
 
 
-def test_serve_takes_the_export_as_an_argument_too(run, refused, tmp_path):
-    refused(run("serve", tmp_path / "none"), f"{tmp_path / 'none'}: not an export")
-    refused(run("serve", tmp_path, "--model", tmp_path), f"--model {tmp_path}: {tmp_path} is given, too")
+@pytest.mark.parametrize("command", ["evaluate", "interpret", "recalibrate", "serve", "verify", "export"])
+def test_an_export_is_an_argument_and_an_option(command, run, refused):
+    refused(run(command, "none"), "none: no")
+    refused(run(command, "--model", "none"), "none: no")
+    result = run(command, "a", "--model", "b")
+    assert (result.exit_code, result.stderr) == (2, "Error: --model b: a is given, too; leave one of them out\n")
+
+
+def test_the_data_are_an_argument_and_an_option(run, calls):
+    assert run("fit", "folder", "--epochs", 3).exit_code == 0
+    assert run("fit", "--resume", "--data", "folder").exit_code == 0
+    assert run("fit", "folder", "--resume").exit_code == 0
+    resumed = ((), {"resume": True, "data": "folder"})
+    assert calls == [((FitConfig(data="folder", epochs=3),), {}), resumed, resumed]
+    result = run("fit", "a", "--data", "b")
+    assert (result.exit_code, result.stderr) == (2, "Error: --data b: a is given, too; leave one of them out\n")
 
 
 def test_a_terminal_without_unicode(start, export, tmp_path):

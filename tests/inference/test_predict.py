@@ -39,7 +39,8 @@ def read(path):
     """Read an output file with pandas or json, not with the reader that continues it."""
     if path.suffix == ".csv":
         return pd.read_csv(path)
-    return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
+    table = pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
+    return table.astype({"unlike": float})  # without a gate all are null
 
 
 # what is predicted
@@ -130,7 +131,7 @@ def test_uncertain_rows_are_counted_with_their_reasons_and_continued(gated, file
     whole = Path("out.csv").read_bytes()
     Path("out.csv").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
     without = says(*files, "--output", "out.csv", "--threshold", 0.5, "--resume")
-    refused(without, "--resume: ", "is uncertain, and would not be now")
+    refused(without, "--resume: ", "is uncertain, and would not be now; give the same options (--no-gate, --abstain)")
     result = says(*files, *options, "--resume")
     assert result.exit_code == 0 and summary in result.output and Path("out.csv").read_bytes() == whole
 
@@ -191,8 +192,10 @@ def test_the_stream_gives_logits_in_order(model, files):
 
 
 def test_an_output_that_is_not_a_number_is_an_error_of_the_row(model, files, monkeypatch):
-    for way in ("logits", "outputs"):
-        monkeypatch.setattr(type(model), way, lambda self, images: torch.full((len(images), 2), torch.nan))
+    def nan(self, images, exact=False):
+        return torch.full((len(images), 2), torch.nan), torch.zeros(len(images), 4)
+
+    monkeypatch.setattr(type(model), "logits_and_features", nan)
     for some in (files[:2], files[:10]):  # the first way, and the second
         table = predict(some, model)
         assert table.prediction.isna().all() and "not a number" in table.error[0]
@@ -584,9 +587,16 @@ def test_heat_maps(says, files, model, monkeypatch):
     assert says(*files[14:18], "--heatmaps", "ramps", "--threshold", 0, "--batch-size", 3).exit_code == 0
     assert asked == [1, 1, 1, 1]  # the class that is called
     with Image.open(f"ramps/{Path(files[14]).stem}.png") as picture:
-        assert (picture.mode, picture.size) == ("RGB", (40, 48))
-        blue_to_red = np.asarray(picture).astype(int)
+        assert picture.mode == "RGB" and picture.size[0] == heat_maps.LEAST_WIDTH and picture.size[1] > 432
+        blue_to_red = np.asarray(picture).astype(int)[:432]  # 40 x 48 pixels, nine times as large
     assert (blue_to_red[:, -1, 0] > blue_to_red[:, -1, 2]).all()
+    with Image.open(f"ramps/{Path(files[14]).stem}.png") as picture:
+        assert np.asarray(picture)[432:].any()  # the words
+    asked.clear()
+    assert says(*files[14:16], "--heatmaps", "both", "--threshold", 1, "--batch-size", 3).exit_code == 0
+    assert asked == [0, 1, 0, 1]  # the class to detect beside the one that is called
+    with Image.open(f"both/{Path(files[14]).stem}.png") as picture:
+        assert picture.size[0] == 2 * heat_maps.LEAST_WIDTH
 
 
 def test_heat_maps_of_rows_that_do_not_stand_go(says, files, monkeypatch):

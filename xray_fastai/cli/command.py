@@ -26,6 +26,10 @@ DEBUG = "XRAY_FASTAI_DEBUG"
 _HOME = re.compile(r"^(--[a-z-]+=|)(~(?:/.*)?)$", re.DOTALL)
 
 
+class WrongCommandLine(UserError):
+    """Arguments and options that cannot stand together; the exit code is 2."""
+
+
 class Commands(typer.core.TyperGroup):
     """Groups the commands. If several processes find the same wrong option, only the first prints it."""
 
@@ -43,8 +47,8 @@ class Commands(typer.core.TyperGroup):
 class Command(typer.core.TyperCommand):
     """Runs one command and turns its errors into one line on standard error.
 
-    Exit codes: 1 for an error that the user can fix and for a bug, 130 for Ctrl-C, 143 for SIGTERM, 141 if standard
-    output was closed.
+    Exit codes: 1 for an error that the user can fix and for a bug, 2 for a wrong command line, 130 for Ctrl-C, 143 for
+    SIGTERM, 141 if standard output was closed.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -71,7 +75,7 @@ class Command(typer.core.TyperCommand):
         except UserError as error:
             text = error.on_command_line(self.option_names())
             distributed.tell("; ".join([f"Error: {text}", *getattr(error, "__notes__", [])]))
-            raise typer.Exit(1) from None
+            raise typer.Exit(2 if isinstance(error, WrongCommandLine) else 1) from None
         except KeyboardInterrupt as stop:
             notes = "; ".join(getattr(stop, "__notes__", ["nothing was written."]))
             distributed.tell(f"\nStopped; {notes}")

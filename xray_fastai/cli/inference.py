@@ -1,12 +1,13 @@
 """Defines the commands that use a model on new images: `predict`, `serve`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from xray_fastai.cli.options import settings_from
-from xray_fastai.cli.shared import Device, Export, Prevalence, check_export
+from xray_fastai.cli.shared import Device, Export, Model, Prevalence, check_export, chosen_export
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.inference.inputs import check_paths
 from xray_fastai.system.errors import UserError
@@ -20,13 +21,18 @@ def predict(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH...", help="Files, folders, or - for a list of paths on standard input.")
     ],
-    model: Export = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
+    ] = None,
     **settings: Any,
 ) -> None:
     """Predict new images. The exit code is 3 if some files could not be read."""
     config = PredictConfig(**settings)
     check_paths(paths, config)
     check_export(model)
+    for path in paths:
+        if (Path(path) / "model.json").is_file():
+            raise UserError(f"{path}: an export, no images; give it as --model {shlex.quote(path)}, and images besides")
     from xray_fastai.inference.predict_files import predict_command as run
 
     errors = run(paths, model, config)
@@ -35,10 +41,8 @@ def predict(
 
 
 def serve(
-    export: Annotated[
-        Path | None, typer.Argument(metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
-    ] = None,
-    model: Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="The same.")] = None,
+    export: Export = None,
+    model: Model = None,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 admits other machines.")
     ] = "127.0.0.1",
@@ -48,10 +52,7 @@ def serve(
     open: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
     """Serve a page to drop images on, and POST /predict for programs. Ctrl-C ends it."""
-    if export is not None and model is not None:
-        raise UserError(f"{export} is given, too; leave one of them out", option="model", value=model)
-    model = export if model is None else model
-    check_export(model)
+    model = chosen_export(export, model)
     from xray_fastai.serving.server import serve as run
 
     run(model, host, port, prevalence=prevalence, device=device, open=open)

@@ -1,25 +1,38 @@
 """Holds the options that several commands have, and what they do before and after their function."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
+from xray_fastai.cli.command import WrongCommandLine
 from xray_fastai.cli.options import option_of
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.system import distributed
 
+Value = TypeVar("Value")
+
 Export = Annotated[
-    Path | None, typer.Option("--model", metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
+    Path | None, typer.Argument(metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
 ]
+Model = Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="The same as EXPORT.")]
 Data = Annotated[
-    Path | None, typer.Option("--data", metavar="DIR", help="Folder of the images. [default: the folder that fit used]")
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR|FILE",
+        help="Folder of the images, or a table of them, as .csv. [default: the one that fit used]",
+    ),
 ]
+Images = Annotated[str | None, option_of(FitConfig, "images")]
+Column = Annotated[list[str] | None, option_of(FitConfig, "column")]
 Device = Annotated[str, option_of(PredictConfig, "device")]
 Precision = Annotated[str, option_of(PredictConfig, "precision")]
 Uncalibrated = Annotated[bool, option_of(PredictConfig, "uncalibrated")]
 Prevalence = Annotated[float | None, option_of(PredictConfig, "prevalence")]
+Gate = Annotated[bool, option_of(PredictConfig, "gate")]
+Abstain = Annotated[float, option_of(PredictConfig, "abstain")]
 Tta = Annotated[bool, option_of(PredictConfig, "tta")]
 Exclude = Annotated[str | None, option_of(FitConfig, "exclude")]
 Patients = Annotated[
@@ -38,8 +51,42 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Open = Annotated[bool, typer.Option("--open", help="Show report.html in the browser at the end.")]
 
 
+def either(argument: Value | None, option: Value | None, name: str) -> Value | None:
+    """Return an argument, or the option that stands for the same.
+
+    Args:
+        argument: the positional argument, such as EXPORT.
+        option: the option's value.
+        name: Python's name of the option.
+
+    Raises:
+        WrongCommandLine: both are given.
+    """
+    if argument is None or option is None:
+        return option if argument is None else argument
+    raise WrongCommandLine(f"{argument} is given, too; leave one of them out", option=name, value=option)
+
+
+def chosen_export(argument: Path | None, option: Path | None) -> Path | None:
+    """Return the export that EXPORT or --model names; None if neither is given.
+
+    A wrong path is answered at once; the imports of the command itself take seconds.
+
+    Raises:
+        WrongCommandLine: both are given.
+        UserError: there is no such export.
+    """
+    model = either(argument, option, "model")
+    check_export(model)
+    return model
+
+
 def check_export(model: Path | None) -> None:
-    """Answer a wrong --model at once; the imports of the command itself take seconds."""
+    """Check that an export exists, without torch.
+
+    Raises:
+        UserError: it does not.
+    """
     from xray_fastai.export.reader import find_export
 
     if distributed.rank() == 0:

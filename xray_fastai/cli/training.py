@@ -6,7 +6,18 @@ from typing import Annotated, Any
 import typer
 
 from xray_fastai.cli.options import settings_from
-from xray_fastai.cli.shared import Device, Exclude, Open, check_export, open_report
+from xray_fastai.cli.shared import (
+    Column,
+    Device,
+    Exclude,
+    Export,
+    Images,
+    Model,
+    Open,
+    chosen_export,
+    either,
+    open_report,
+)
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.system import distributed
@@ -16,6 +27,9 @@ from xray_fastai.system.errors import UserError
 @settings_from(FitConfig)
 def fit(
     ctx: typer.Context,
+    folder: Annotated[
+        str | None, typer.Argument(metavar="FOLDER", help="Folder of the images: the same as --data.")
+    ] = None,
     *,
     resume: Annotated[
         str | None,
@@ -23,13 +37,14 @@ def fit(
             "--resume",
             metavar="[RUN]",
             help="Resume an interrupted fit with its settings: the run of this name, or the newest if no name is "
-            "given. Only --data, --device, --workers, --no-cache, --exports and --open may be given with it.",
+            "given. Only --data, --images, --device, --workers, --no-cache, --exports and --open may be given with it.",
         ),
     ] = None,
     open: Open = False,
     **settings: Any,
 ) -> None:
     """Train on images in train/ and val/ (without any, on a synthetic data set) and write exports/RUN."""
+    settings["data"] = either(folder, settings["data"], "data")
     config = FitConfig(**settings)
     if resume is None and distributed.rank() == 0:
         _check_paths(config)
@@ -40,7 +55,8 @@ def fit(
         if resume is None:
             result = run(config)
         else:
-            result = run(resume=resume or True, **{k: v for k, v in settings.items() if _is_given(ctx, k)})
+            given = {name for name in settings if _is_given(ctx, name)} | ({"data"} if folder is not None else set())
+            result = run(resume=resume or True, **{name: settings[name] for name in given})
     except FitInterrupted as stop:
         result = stop.result
     if open and distributed.rank() == 0:
@@ -57,13 +73,18 @@ def fit(
 
 def _check_paths(config: FitConfig) -> None:
     """Answer a wrong --data, --name or folder in --weights at once; the imports of `fit` itself take seconds."""
-    from xray_fastai.data.dataset import find_root
+    from xray_fastai.data.folders import find_root
+    from xray_fastai.data.table import check_for_table, is_table
     from xray_fastai.export.reader import export_in_weights
     from xray_fastai.export.run_folder import check_name
 
     check_name(config.exports, config.name)
     export_in_weights(config.weights)
-    if config.data is not None:
+    check_for_table(config.data, config.images, config.column)
+    if config.data is not None and not is_table(config.data):
+        if (Path(config.data) / "model.json").is_file():
+            advice = "to continue from it, give it by weights=, and a folder of images here"
+            raise UserError(f"an export, no images; {advice}", option="data", value=config.data)
         find_root(config.data)
 
 
@@ -73,12 +94,15 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
 
 
 def recalibrate(
-    export: Annotated[
-        Path | None, typer.Argument(metavar="EXPORT", help="Export to fit. [default: the newest in ./exports]")
-    ] = None,
+    export: Export = None,
+    model: Model = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="DIR", help="Labelled local images, in folders named as the model's classes."),
+        typer.Option(
+            "--data",
+            metavar="DIR|FILE",
+            help="Labelled local images, in folders named as the model's classes, or a table, as .csv.",
+        ),
     ] = None,
     split: Annotated[
         str | None,
@@ -116,6 +140,8 @@ def recalibrate(
             help="List of the patients: a .csv file with the columns file and patient.",
         ),
     ] = None,
+    images: Images = None,
+    column: Column = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", metavar="DIR", help="New export. [default: EXPORT-recalibrated, beside EXPORT]"),
@@ -123,13 +149,13 @@ def recalibrate(
     device: Device = PredictConfig.device,
 ) -> None:
     """Fit an export's probabilities and threshold to another place's images, and write a new export."""
-    check_export(export)
+    model = chosen_export(export, model)
     from xray_fastai.training.recalibrate import recalibrate as run
 
     print(
         run(
-            export, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
+            model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
             target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
-            output=output, device=device,
+            images=images, column=column, output=output, device=device,
         )
     )  # fmt: skip

@@ -37,7 +37,7 @@ class PredictConfig:
     )
     quiet: bool = setting(False, "Print errors and the last line only.")
     log: str | None = setting(None, "Add what is printed to this file, with times.", metavar="FILE")
-    heatmaps: str | None = setting(None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR")
+    heatmaps: str | None = setting(None, "Write pictures of the heat maps (Grad-CAM) into this folder.", metavar="DIR")
     recursive: bool = setting(False, "Search the subfolders, too.")
     threshold: float | None = setting(
         None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1

@@ -207,11 +207,12 @@ class _Run:
         shared = predict_sharded(model, sources, config.batch_size, config.tta, with_images=self.maps is not None)
         with closing(shared) as batches, bar as advance:
             for batch in batches:
-                rows = self.builder.rows(batch, counts.total(), facts)
-                with nullcontext() if self.maps is None else self.maps.written(batch, rows):
+                results = self.builder.results(batch, counts.total(), facts)
+                rows = [self.builder.row(result) for result in results]
+                with nullcontext() if self.maps is None else self.maps.written(batch, results):
                     for write in writers:
                         write(rows)
-                counts.update(self.builder.withheld(row) or row["prediction"] for row in rows)
+                counts.update(result.withheld or result.label for result in results)
                 if output is not None or counts.total() > MAX_ROWS:
                     advance(counts.total())
         seconds, new = time.perf_counter() - start, counts.total() - before
@@ -226,7 +227,7 @@ class _Run:
             self.messages.say(f"{'tta':<14}{describe_tta(seconds)}")
         self.messages.say(f"{'predictions':<14}{self.summary(counts)}")
         if reasons := {reason: counts[reason] for reason in Withheld if counts[reason]}:
-            listed = ", ".join(f"{number:,} {self.builder.why(reason)}" for reason, number in reasons.items())
+            listed = ", ".join(f"{number:,} {self.builder.rule.why(reason)}" for reason, number in reasons.items())
             self.messages.say(f"{UNCERTAIN:<14}{sum(reasons.values()):,} {UNCERTAIN}: {listed}")
         return counts
 

@@ -89,7 +89,7 @@ class Report:
             if row["error"] is not None:
                 self.unreadable.add(0, (row["path"], row["error"].removeprefix(f"{row['path']}: ")))
             elif (reason := self.builder.withheld(row)) is not None:
-                self.uncertain.add(self._score(row), (row, self.builder.why(reason)))
+                self.uncertain.add(self._score(row), (row, self.builder.rule.why(reason)))
             else:
                 self.called.add(self._score(row), (row, ""))
                 self.by_class[row["prediction"]] += 1
@@ -111,8 +111,8 @@ class Report:
             ("Uncertain", f"{self.uncertain.total:,}"),
             ("Could not be read", f"{self.unreadable.total:,}"),
         ]
-        if self.builder.threshold is not None:
-            facts.append(("Threshold", f"{model.positive} from {self.builder.threshold:.4g}"))
+        if self.builder.rule.threshold is not None:
+            facts.append(("Threshold", f"{model.positive} from {self.builder.rule.threshold:.4g}"))
         text = _template().render(
             mark=MARK,
             disclaimer=DISCLAIMER,

@@ -2,7 +2,7 @@
 
 from xray_fastai.config.class_names import UNCERTAIN
 from xray_fastai.inference.row_file import Row
-from xray_fastai.inference.rows import DIGITS, RowBuilder, probability_column, written_digits
+from xray_fastai.inference.rows import DIGITS, RowBuilder, probability_column
 from xray_fastai.system.text import WIDTH, printable, shorten
 
 MAX_ROWS = 50
@@ -13,7 +13,7 @@ SHOWN_DIGITS = 4
 
 def shown_digits(builder: RowBuilder) -> int:
     """Return the decimal places of a probability that people are shown."""
-    return SHOWN_DIGITS + written_digits(builder.model, builder.threshold) - DIGITS
+    return SHOWN_DIGITS + builder.rule.digits - DIGITS
 
 
 class Table:

@@ -2,14 +2,13 @@
 
 import io
 
-import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field
 
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model
-from xray_fastai.inference.rows import ImageResult, call, columns_of
+from xray_fastai.inference.rows import DecisionRule, ImageResult, columns_of
 from xray_fastai.inference.stream import predict_batches
 from xray_fastai.serving.decoding import Decoder
 from xray_fastai.system.errors import ImageError
@@ -150,18 +149,16 @@ def predict_file(model: Model, decoder: Decoder, name: str, content: bytes, heat
     (batch,) = predict_batches(model, [pixels], 1)
     if batch.errors[0] is not None:
         return unreadable(model, name, batch.errors[0].message)
-    (logits,) = batch.logits
-    if not np.isfinite(logits).all():
-        return unreadable(model, name, "the network's output is not a number")
-    prediction = _prediction(model, call(model, name, logits, model.threshold_of()))
-    if picture is not None:
+    result = DecisionRule(model, model.threshold_of()).result(name, batch.logits[0])
+    prediction = _prediction(model, result)
+    if picture is not None and result.label is not None:
         prediction.image = _jpeg_uri(picture)
         prediction.seen = _jpeg_uri(Image.fromarray(model.seen(batch.images)[0, 0].numpy()))
-        (cam,) = grad_cam(model, batch.images, [model.classes.index(prediction.prediction)])  # (h, w)
+        (cam,) = grad_cam(model, batch.images, [model.classes.index(result.label)])  # (h, w)
         if cam.size == 1:
             prediction.note = f"No heat map: at {model.size} pixels it has one cell for the whole image"
         elif not cam.any():
-            prediction.note = f"No heat map: no region of the image supports {prediction.prediction}"
+            prediction.note = f"No heat map: no region of the image supports {result.label}"
         else:
             prediction.heatmap = _jpeg_uri(overlay(picture, cam))
     return prediction
@@ -169,8 +166,7 @@ def predict_file(model: Model, decoder: Decoder, name: str, content: bytes, heat
 
 def unreadable(model: Model, name: str, reason: str) -> Prediction:
     """Return the answer for a file that cannot be read."""
-    error = f"{name}: {reason}"
-    return _prediction(model, ImageResult(name, model.threshold_of(), error=error, prevalence=model.prevalence))
+    return _prediction(model, DecisionRule(model, model.threshold_of()).unreadable(name, reason))
 
 
 def _prediction(model: Model, result: ImageResult) -> Prediction:
