@@ -28,8 +28,8 @@ def predict(
 ) -> None:
     """Predict new images. The exit code is 3 if some files could not be read."""
     config = PredictConfig(**settings)
-    check_paths(paths, config)
     check_export(model)
+    check_paths(paths, config)
     for path in paths:
         if (Path(path) / "model.json").is_file():
             raise UserError(f"{path}: an export, no images; give it as --model {shlex.quote(path)}, and images besides")
