@@ -68,8 +68,8 @@ class Messages:
         for line in filter(str.strip, text.splitlines()):
             self._logger.info("%s", shown(line, 4096))
 
-    def log_errors(self, rows: Iterable[Row]) -> None:
-        """Write to the log which files could not be read."""
+    def add(self, rows: Iterable[Row]) -> None:
+        """Write to the log which files of a batch could not be read."""
         for row in rows:
             if row["error"] is not None:
                 self.log(f"Error: {row['error']}")

@@ -179,28 +179,23 @@ class _Run:
         """
         model, config, output, counts = self.builder.model, self.builder.config, self.output, Counter()
         facts = Facts(model, config)
-        writers, ledger = [self.messages.log_errors], None
-        if self.report is not None:
-            writers.append(self.report.add)
-        if output is None and config.quiet:
+        write, ledger = (lambda rows: None) if output is None else output.write, None
+        if output is None:
             sources = facts.noted(sources)
-        elif output is None:
-            sources = facts.noted(sources)
-            names = list(islice(sources, MAX_ROWS))
-            sources = chain(names, sources)
-            writers.insert(0, Table(model.classes, names, shown_digits(self.builder)).write)
-            self.messages.say("")
+            if not config.quiet:
+                names = list(islice(sources, MAX_ROWS))
+                sources = chain(names, sources)
+                write = Table(model.classes, names, shown_digits(self.builder)).write
+                self.messages.say("")
         elif config.append:
             ledger = Ledger(output, facts.of_run)
             sources = facts.noted(sources, ledger.is_new)
-            output.write([])
-            writers = [output.write, ledger.supersede, *writers]
+            write([])
         else:
             if config.resume:
                 counts = skip_done(output, sources, self.builder)
             sources = facts.noted(sources)
-            output.write([])
-            writers.insert(0, output.write)
+            write([])
             if counts:
                 self.messages.say(f"{'continued':<14}after {count_of(counts.total(), 'row')} of {output.path}")
         before, start = counts.total(), time.perf_counter()
@@ -210,8 +205,9 @@ class _Run:
                 results = self.builder.results(batch, counts.total(), facts)
                 rows = [self.builder.row(result) for result in results]
                 with nullcontext() if self.maps is None else self.maps.written(batch, results):
-                    for write in writers:
-                        write(rows)
+                    write(rows)
+                for note in filter(None, (ledger, self.report, self.messages)):
+                    note.add(rows)
                 counts.update(result.withheld or result.label for result in results)
                 if output is not None or counts.total() > MAX_ROWS:
                     advance(counts.total())

@@ -261,6 +261,7 @@ class RowFile:
                 value=self.path,
             ) from None
         finally:
+            self._file.close()
             self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
 
     def _line(self, row: Row) -> bytes:
