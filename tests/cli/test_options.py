@@ -41,7 +41,13 @@ def test_a_command_has_one_option_for_each_field(function, config):
 
 def other_values(config, *without):
     """Return a value for each field but one that is not its default, and the command line that gives these values."""
-    texts = {"output": "text.csv", "valid": "0.2", "class_weights": "1,2"}
+    texts = {
+        "output": "text.csv",
+        "valid": "0.2",
+        "class_weights": "1,2",
+        "weights_range": "-1,1",
+        "column": "label=text",
+    }
     by_type = {bool: None, int: 40, float: 0.25, str: "text"}
     values, args = {}, []
     wanted = [field for field in fields(config) if field.name not in without]
@@ -69,6 +75,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
 
     monkeypatch.setattr(training, "_check_paths", lambda config: None)
+    monkeypatch.setattr(inference, "_check_images", lambda paths: None)
     monkeypatch.setattr(inference, "check_export", lambda path: None)
     monkeypatch.setattr(inference, "check_paths", lambda paths, config: None)
     replace("xray_fastai.training.fit.fit", SimpleNamespace(error=None, signal=None))
@@ -167,7 +174,9 @@ def test_a_new_option_needs_one_new_field():
         (FitConfig, {"target_sensitivity": 1.5}, "target_sensitivity 1.5: give a number that is above 0 and at most 1"),
         (FitConfig, {"seed": 2**32}, "seed 4294967296: give a number that is at least 0 and below 4294967296"),
         (FitConfig, {"device": "tpu"}, "device tpu: choose one of auto, cpu, cuda, mps"),
-        (FitConfig, {"valid": "0.9"}, "valid 0.9: give auto, folder, or a fraction from 0.02 to 0.5"),
+        (FitConfig, {"valid": "0.9"}, "valid 0.9: give auto, folder, a fraction from 0.02 to 0.5, or group:NAME"),
+        (FitConfig, {"column": "Finding"}, "column Finding: give NAME=HEADER, as in label=Finding"),
+        (FitConfig, {"valid": "group:"}, "valid group:: give auto, folder"),
         (FitConfig, {"class_weights": "1,inf"}, "class_weights 1,inf: give balanced, none, or numbers above 0"),
         (FitConfig, {"class_weights": "3:1:1"}, "class_weights 3:1:1: give balanced, none, or numbers above 0"),
         (FitConfig, {"class_weights": "A=1,2"}, "class_weights A=1,2: give balanced, none, or numbers above 0"),

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -60,13 +59,8 @@ def test_a_log_that_cannot_be_written(says, refused, files):
 # what is read
 
 
-@pytest.mark.slow
-def test_what_does_not_exist_is_said_before_torch_is_imported(export):
-    code = "import sys; from xray_fastai.cli import app\n"
-    code += "try: app(['predict', 'nosuch.jpg', 'b', '--model', sys.argv[1]])\n"
-    code += "except SystemExit as stop: sys.exit('torch' if 'torch' in sys.modules else stop.code)"
-    result = subprocess.run([sys.executable, "-c", code, export], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr == "Error: nosuch.jpg: no such file or folder (and 1 more)\n"
+def test_what_does_not_exist_is_said_at_once(run, refused):
+    refused(run("predict", "nosuch.jpg", "b"), "nosuch.jpg: no such file or folder (and 1 more)")  # there is no export
 
 
 def test_a_missing_inbox_is_no_success(says, refused, files):

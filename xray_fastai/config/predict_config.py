@@ -16,42 +16,61 @@ class PredictConfig:
             names its option.
     """
 
-    output: str | None = setting(None, "Write the rows to this new .csv, .jsonl or .xlsx file.", metavar="FILE")
-    append: bool = setting(
-        False, "Add to output= the files that have no row in it, by path and content; files with an error again."
+    output: str | None = setting(
+        None, "Write the rows to this new .csv, .jsonl or .xlsx file.", metavar="FILE", panel="Output"
     )
-    resume: bool = setting(False, "Continue an interrupted output= over the same inputs in the same order.")
+    append: bool = setting(
+        False,
+        "Add to output= the files that have no row in it, by path and content; files with an error again.",
+        panel="Output",
+    )
     provenance: bool = setting(
-        False, "Columns: sha256 of the file, the model and its sha256, the options, the time. append= has them."
+        False,
+        "Columns: sha256 of the file, the model and its sha256, the options, the time. append= has them.",
+        panel="Output",
     )
     identifiers: bool = setting(
-        False, "Columns with StudyInstanceUID, SOPInstanceUID and AccessionNumber of DICOM files: patient data."
+        False,
+        "Columns with StudyInstanceUID, SOPInstanceUID and AccessionNumber of DICOM files: patient data.",
+        panel="Output",
     )
     excel: str | None = setting(
         None,
         "Write a .csv file that Excel opens rightly, where its language has a decimal point, or a decimal comma.",
         choices=("point", "comma"),
+        panel="Output",
     )
     report: str | None = setting(
-        None, "Write a page with the pictures by their probability, and those to look at.", metavar="FILE.html"
+        None,
+        "Write a page with the pictures by their probability, and those to look at.",
+        metavar="FILE.html",
+        panel="Output",
     )
-    quiet: bool = setting(False, "Print errors and the last line only.")
-    log: str | None = setting(None, "Add what is printed to this file, with times.", metavar="FILE")
-    heatmaps: str | None = setting(None, "Write pictures of the heat maps (Grad-CAM) into this folder.", metavar="DIR")
-    recursive: bool = setting(False, "Search the subfolders, too.")
+    quiet: bool = setting(False, "Print errors and the last line only.", panel="Output")
+    log: str | None = setting(None, "Add what is printed to this file, with times.", metavar="FILE", panel="Output")
+    resume: bool = setting(
+        False, "Continue an interrupted output= over the same inputs in the same order.", panel="Output"
+    )
+    heatmaps: str | None = setting(
+        None, "Write pictures of the heat maps (Grad-CAM) into this folder.", metavar="DIR", panel="Output"
+    )
+    recursive: bool = setting(False, "Search the subfolders, too.", panel="Images")
     threshold: float | None = setting(
-        None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
+        None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1, panel="Decision"
     )
-    gate: bool = setting(True, "Predict uncertain for an image that is unlike the training images.")
+    gate: bool = setting(True, "Call an image uncertain if it is unlike the training images.", panel="Decision")
     abstain: float = setting(
         0.0,
-        "Predict uncertain where the probability that is written is within this distance of the threshold; for two "
-        "classes.",
+        "Call an image uncertain if its probability as it is written (with prevalence=, the moved one) is within this "
+        "distance of the threshold; for two classes.",
         metavar="WIDTH",
         min=0,
         below=0.5,
+        panel="Decision",
     )
-    uncalibrated: bool = setting(False, "Give the softmax of the network's outputs, without fit's calibration=.")
+    uncalibrated: bool = setting(
+        False, "Give the softmax of the network's outputs, without fit's calibration=.", panel="Decision"
+    )
     prevalence: float | None = setting(
         None,
         "Share of the class to detect where the images come from, such as 0.03: the probabilities are moved to it. "
@@ -59,14 +78,16 @@ class PredictConfig:
         metavar="P",
         above=0,
         below=1,
+        panel="Decision",
     )
-    tta: bool = setting(False, "Test-time augmentation: the mean over five views of an image.")
-    batch_size: int = setting(32, "Batch size.", min=1)
-    device: str = setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
+    tta: bool = setting(False, "Test-time augmentation: the mean over five views of an image.", panel="Images")
+    batch_size: int = setting(32, "Batch size.", min=1, panel="Machine")
+    device: str = setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES, panel="Machine")
     precision: str = setting(
         "auto",
         f"Precision: {', '.join(INFERENCE_PRECISIONS)}. auto is bf16 if the model was trained in it.",
         choices=INFERENCE_PRECISIONS,
+        panel="Machine",
     )
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ def check_paths(paths: list[str], config: PredictConfig) -> None:
     missing = [path for path in paths if path != "-" and not os.path.lexists(path)]
     if missing and (config.append or len(missing) == len(paths)):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]}: no such file or folder{more}")
+        raise UserError(f"{missing[0]}: no such file or folder{more}; give images, or folders of them")
 
 
 def without_outputs(sources: Iterable[str], config: PredictConfig) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from xray_fastai import DISCLAIMER
 from xray_fastai.config.class_names import UNCERTAIN
 from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.export.reader import why_chosen
 from xray_fastai.inference.append import Ledger
 from xray_fastai.inference.facts import Facts
 from xray_fastai.inference.heat_maps import HeatMaps, check_outside
@@ -76,7 +77,7 @@ def _predict(paths: list[str], model: Path | None, config: PredictConfig, messag
     bar = progress_bar(None if unknown else lambda: sum(1 for _ in image_sources(paths, config.recursive)))
     try:
         messages.say(DISCLAIMER)
-        messages.say(f"{'model':<14}{opened.path}" + (" (the newest in ./exports)" if model is None else ""))
+        messages.say(f"{'model':<14}{opened.path}{why_chosen(model)}")
         processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
         messages.say(f"{'device':<14}{describe(opened.device)}{processes}, precision {opened.precision}")
         messages.say(str(builder))

@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.export.reader import why_chosen
 from xray_fastai.inference.model import open_model
 from xray_fastai.serving.app import Predictor, create_app
 from xray_fastai.serving.connections import MAX_CONNECTIONS, Connection
@@ -51,14 +52,14 @@ def serve(
             logging.disable()  # the log of a library may contain what a client sent
         try:
             with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has ended
-                _run(predictor, listener, host, newest=model is None, show=open)
+                _run(predictor, listener, host, why_chosen(model), show=open)
             print("\nStopped.", flush=True)
         finally:
             predictor.close()
             logging.disable(logging.NOTSET)
 
 
-def _run(predictor: Predictor, listener: socket.socket, host: str, newest: bool, show: bool) -> None:
+def _run(predictor: Predictor, listener: socket.socket, host: str, why: str, show: bool) -> None:
     facts, port = predictor.facts, listener.getsockname()[1]
     local, on_all_addresses = _is_local(listener), host in ("0.0.0.0", "::")
     address = f"http://{'localhost' if on_all_addresses else f'[{host}]' if ':' in host else host}:{port}"
@@ -66,7 +67,7 @@ def _run(predictor: Predictor, listener: socket.socket, host: str, newest: bool,
     if facts.threshold is not None:
         rule = f"{facts.positive} from a probability of {facts.threshold:.4g}"
     lines = {
-        "model": f"{predictor.model.path}" + (" (the newest in ./exports)" if newest else ""),
+        "model": f"{predictor.model.path}{why}",
         "classes": f"{', '.join(facts.classes)}; {rule}",
         "probabilities": "" if facts.prevalence is None else facts.probabilities,
         "trained on": "synthetic X-rays: the model knows nothing of patients" if facts.rehearsal else "",
