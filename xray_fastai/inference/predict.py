@@ -84,7 +84,8 @@ def predict(
     images = image_sources(sources, config.recursive)
     with closing(predict_batches(opened, images, config.batch_size, config.tta)) as batches:
         rows = [row for batch in batches for row in builder.rows(batch)]
-    return pd.DataFrame(rows, columns=[column.name for column in builder.columns])
+    table = pd.DataFrame(rows, columns=[column.name for column in builder.columns])
+    return table.astype({column.name: float for column in builder.columns if column.type is float})  # None: NaN
 
 
 def _as_list(paths: Source | Iterable[Source]) -> list[Source]:

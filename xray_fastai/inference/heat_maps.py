@@ -1,0 +1,113 @@
+"""Writes a Grad-CAM overlay of each predicted image into a folder."""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from xray_fastai.config.class_names import UNCERTAIN
+from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.data.images import has_no_extension, open_image
+from xray_fastai.inference.gradcam import grad_cam, overlay
+from xray_fastai.inference.model import Model
+from xray_fastai.inference.row_file import Row
+from xray_fastai.inference.rows import probability_column
+from xray_fastai.inference.stream import Batch
+from xray_fastai.system.errors import UserError
+from xray_fastai.system.parallel import map_in_threads
+
+
+def check_outside(paths: list[str], config: PredictConfig) -> None:
+    """Check that the heat maps do not come among the images, where the next run would read them.
+
+    Raises:
+        UserError: the folder of the heat maps is one of the image folders, or in one that is searched recursively.
+    """
+    if config.heatmaps is None:
+        return
+    maps = Path(config.heatmaps).resolve()
+    for path in filter(os.path.isdir, paths):
+        folder = Path(path).resolve()
+        if maps == folder or (config.recursive and folder in maps.parents):
+            raise UserError(
+                f"inside the images of {path}; give a folder outside of it", option="heatmaps", value=config.heatmaps
+            )
+
+
+class HeatMaps:
+    """Writes Grad-CAM overlays into a folder, named as the images are; a number is added to a name that exists."""
+
+    def __init__(self, folder: Path, model: Model):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot be made ({error.strerror}); give another folder", option="heatmaps", value=folder
+            ) from None
+        self.folder, self.model = folder, model
+        self.numbers: dict[str, int] = {}  # the last number of a name that exists more than once
+        self.written_files: list[Path] = []  # of the current batch
+
+    @contextmanager
+    def written(self, batch: Batch, rows: list[Row]) -> Iterator[None]:
+        """Write the overlays of a batch, each for the class that its row predicts.
+
+        If the block ends with an error or Ctrl-C, its rows are not kept, and all overlays of the batch are deleted.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written to.
+        """
+        self.written_files.clear()
+        try:
+            self._write(batch, rows)
+            yield
+        except BaseException:
+            for path in self.written_files:
+                with suppress(OSError):
+                    path.unlink()
+            raise
+
+    def _write(self, batch: Batch, rows: list[Row]) -> None:
+        predicted = [(source, row) for source, row in zip(batch.sources, rows, strict=True) if row["error"] is None]
+        if len(predicted) < len(batch.images) or not predicted:  # an output is not a number: no maps either
+            return
+        targets = [self.model.classes.index(self._class_of(row)) for _, row in predicted]
+        maps = grad_cam(self.model, batch.images, targets=np.array(targets))  # (readable, h, w)
+        with closing(map_in_threads(open_image, [source for source, _ in predicted])) as pictures:
+            for picture, (_, row), cam in zip(pictures, predicted, maps, strict=True):
+                self._save(overlay(picture, cam), _stem(row["path"]))
+
+    def _class_of(self, row: Row) -> str:
+        """Return the class that a row predicts, or would predict if its image were called."""
+        if row["prediction"] != UNCERTAIN:
+            return row["prediction"]
+        probabilities = np.array([[row[probability_column(name)] for name in self.model.classes]])
+        return self.model.classes[int(self.model.decide(probabilities, row["threshold"])[0])]
+
+    def _save(self, picture: Image.Image, stem: str) -> None:
+        for number in count(self.numbers.get(stem, 0) + 1):
+            path = self.folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            try:
+                with path.open("xb") as stream:
+                    self.written_files.append(path)
+                    picture.save(stream, "PNG")
+            except FileExistsError:
+                self.numbers[stem] = number
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"cannot be written ({error.strerror or error}); free space, or give another folder",
+                    option="heatmaps",
+                    value=path,
+                ) from None
+            return
+
+
+def _stem(path: str) -> str:
+    """Return a file's name without its extension; the DICOM name 1.2.840 has no extension."""
+    name = Path(path).name
+    return name if has_no_extension(name) else Path(path).stem
