@@ -27,6 +27,7 @@ from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
 from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.serving import connections, decoding, uploads
+from xray_fastai.serving import server as server_module
 from xray_fastai.serving.app import MAX_OF_CLIENT, MAX_REQUESTS, Predictor, create_app
 from xray_fastai.serving.connections import client_of
 from xray_fastai.serving.decoding import Decoder, Wanted
@@ -514,6 +515,15 @@ def test_errors_of_the_command_are_one_line(run, refused, export, tmp_path, serv
     refused(run("serve", "--model", tmp_path, "--port", 0), tmp_path)
     refused(run("serve", "--port", 0), "no export in it", "--model")
     assert run("serve", "--port", 70000).exit_code == 2
+
+
+def test_the_gate_and_the_band_are_options(run, refused, export, monkeypatch):
+    configs = []
+    monkeypatch.setattr(server_module, "serve", lambda *args, config, **options: configs.append(config))
+    for options in ([], ["--no-gate"], ["--abstain", 0.1]):
+        assert run("serve", export, *options).exit_code == 0
+    assert configs == [PredictConfig(), PredictConfig(gate=False), PredictConfig(abstain=0.1)]
+    refused(run("serve", export, "--abstain", 0.5), "--abstain 0.5")
 
 
 @pytest.mark.slow
