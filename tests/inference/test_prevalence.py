@@ -14,7 +14,7 @@ from scipy.special import softmax
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import predict
 from xray_fastai.inference.model import open_model
-from xray_fastai.inference.rows import call
+from xray_fastai.inference.rows import DecisionRule
 from xray_fastai.inference.stream import predict_stream
 from xray_fastai.serving.app import _render
 from xray_fastai.serving.decoding import Decoder
@@ -75,7 +75,7 @@ def test_the_decision_is_made_on_the_number_that_is_written(fitted):
     steps = np.geomspace(1e-12, 1, 121)  # some of them below half a unit of the last place, whatever it is
     for margin in (*-steps, *steps):
         logits = np.array([0.0, 0.8 * (at + margin - model.scaling.intercept_of(1))])
-        result = call(model, "a.jpeg", logits, threshold)
+        result = DecisionRule(model, threshold).result("a.jpeg", logits)
         assert (result.probabilities["PNEUMONIA"] >= threshold) == (result.prediction == "PNEUMONIA")
         if abs(margin) > 2e-6:
             assert (result.prediction == "PNEUMONIA") == (margin > 0), margin
@@ -153,3 +153,15 @@ def test_the_server_moves_them_too(fitted, files):
     assert facts.prevalence == 0.03 and facts.probabilities.startswith("for a prevalence of 3 %, moved from 74 %; ")
     page = _render(facts)
     assert 'data-prevalence="0.03"' in page and facts.probabilities in page and "&#34;prevalence&#34;" in page
+
+
+def test_the_band_is_of_the_probabilities_that_are_written(fitted, files):
+    """At a small prevalence all of them are small, and a band among them is narrow."""
+    options = {"prevalence": 1e-7, "device": "cpu", "precision": "fp32"}
+    before = predict(files, fitted, **options)
+    distances = (before.p_PNEUMONIA - before.threshold).abs()
+    width = float(distances.sort_values().iloc[3:5].mean())
+    assert width < 1e-7
+    table = predict(files, fitted, abstain=width, **options)
+    assert ((table.prediction == "uncertain") == (distances <= width)).all()
+    assert (table.prediction == "uncertain").sum() == 4

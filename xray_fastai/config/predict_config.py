@@ -25,7 +25,8 @@ class PredictConfig:
     gate: bool = setting(True, "Predict uncertain for an image that is unlike the training images.")
     abstain: float = setting(
         0.0,
-        "Predict uncertain within this distance of the threshold; for two classes.",
+        "Predict uncertain where the probability that is written is within this distance of the threshold; for two "
+        "classes.",
         metavar="WIDTH",
         min=0,
         below=0.5,

@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from xray_fastai.config.class_names import UNCERTAIN
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.images import has_no_extension, open_image
 from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import Model
-from xray_fastai.inference.row_file import Row
-from xray_fastai.inference.rows import probability_column
+from xray_fastai.inference.rows import ImageResult
 from xray_fastai.inference.stream import Batch
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.parallel import map_in_threads
@@ -53,8 +51,8 @@ class HeatMaps:
         self.written_files: list[Path] = []  # of the current batch
 
     @contextmanager
-    def written(self, batch: Batch, rows: list[Row]) -> Iterator[None]:
-        """Write the overlays of a batch, each for the class that its row predicts.
+    def written(self, batch: Batch, results: list[ImageResult]) -> Iterator[None]:
+        """Write the overlays of a batch, each for the class that is predicted, or would be if the image were called.
 
         If the block ends with an error or Ctrl-C, its rows are not kept, and all overlays of the batch are deleted.
 
@@ -63,7 +61,7 @@ class HeatMaps:
         """
         self.written_files.clear()
         try:
-            self._write(batch, rows)
+            self._write(batch, results)
             yield
         except BaseException:
             for path in self.written_files:
@@ -71,22 +69,15 @@ class HeatMaps:
                     path.unlink()
             raise
 
-    def _write(self, batch: Batch, rows: list[Row]) -> None:
-        predicted = [(source, row) for source, row in zip(batch.sources, rows, strict=True) if row["error"] is None]
+    def _write(self, batch: Batch, results: list[ImageResult]) -> None:
+        predicted = [(source, r) for source, r in zip(batch.sources, results, strict=True) if r.label is not None]
         if len(predicted) < len(batch.images) or not predicted:  # an output is not a number: no maps either
             return
-        targets = [self.model.classes.index(self._class_of(row)) for _, row in predicted]
+        targets = [self.model.classes.index(result.label) for _, result in predicted]
         maps = grad_cam(self.model, batch.images, targets=np.array(targets))  # (readable, h, w)
         with closing(map_in_threads(open_image, [source for source, _ in predicted])) as pictures:
-            for picture, (_, row), cam in zip(pictures, predicted, maps, strict=True):
-                self._save(overlay(picture, cam), _stem(row["path"]))
-
-    def _class_of(self, row: Row) -> str:
-        """Return the class that a row predicts, or would predict if its image were called."""
-        if row["prediction"] != UNCERTAIN:
-            return row["prediction"]
-        probabilities = np.array([[row[probability_column(name)] for name in self.model.classes]])
-        return self.model.classes[int(self.model.decide(probabilities, row["threshold"])[0])]
+            for picture, (_, result), cam in zip(pictures, predicted, maps, strict=True):
+                self._save(overlay(picture, cam), _stem(result.path))
 
     def _save(self, picture: Image.Image, stem: str) -> None:
         for number in count(self.numbers.get(stem, 0) + 1):

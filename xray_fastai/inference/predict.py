@@ -45,8 +45,9 @@ def predict(
             positive; None takes the export's own.
         gate: predict `uncertain` for an image that is unlike the training images, if the export has a gate. The column
             `unlike` is the percentage of training images that are more like the others than the image is.
-        abstain: predict `uncertain` where the probability of the class to detect is within this distance of the
-            threshold, from 0 to below 0.5; for two classes.
+        abstain: predict `uncertain` where the probability of the class to detect, as it stands in the table (moved to
+            `prevalence` if that is given), is within this distance of the threshold, from 0 to below 0.5; for two
+            classes.
         uncalibrated: give the softmax of the network's outputs, without temperature and intercepts. The export's own
             threshold is moved accordingly, so that the decisions stay the same.
         prevalence: the share of the class to detect where the images come from. The probabilities are moved to it

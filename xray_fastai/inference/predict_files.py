@@ -17,7 +17,7 @@ from xray_fastai.inference.heat_maps import HeatMaps, check_outside
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.resume import skip_done
 from xray_fastai.inference.row_file import RowFile
-from xray_fastai.inference.rows import DIGITS, RowBuilder, Withheld, written_digits
+from xray_fastai.inference.rows import DIGITS, RowBuilder, Withheld
 from xray_fastai.inference.sharding import follow, predict_sharded
 from xray_fastai.inference.stream import Source, check_folders, image_sources
 from xray_fastai.inference.terminal_table import MAX_ROWS, SHOWN_DIGITS, Table
@@ -110,7 +110,7 @@ def _run(
     model, config, counts = builder.model, builder.config, Counter()
     if file is None:
         names = list(islice(sources, MAX_ROWS))
-        digits = SHOWN_DIGITS + written_digits(model, builder.threshold) - DIGITS
+        digits = SHOWN_DIGITS + builder.rule.digits - DIGITS
         table, sources = Table(model.classes, names, digits), chain(names, sources)
         print()
     else:
@@ -122,10 +122,10 @@ def _run(
     shared = predict_sharded(model, sources, config.batch_size, config.tta, with_images=maps is not None)
     with closing(shared) as batches, bar as advance:
         for batch in batches:
-            rows = builder.rows(batch, counts.total())
-            with nullcontext() if maps is None else maps.written(batch, rows):
-                (table if file is None else file).write(rows)
-            counts.update(builder.withheld(row) or row["prediction"] for row in rows)
+            results = builder.results(batch, counts.total())
+            with nullcontext() if maps is None else maps.written(batch, results):
+                (table if file is None else file).write([builder.row(result) for result in results])
+            counts.update(result.withheld or result.label for result in results)
             if file is not None or counts.total() > MAX_ROWS:
                 advance(counts.total())
     seconds, new = time.perf_counter() - start, counts.total() - before
@@ -135,7 +135,7 @@ def _run(
     by_class = ", ".join(f"{counts[name]:,} {name}" for name in model.classes)
     print(f"{'predictions':<14}{by_class}; errors: {counts[None]:,}")
     if reasons := {reason: counts[reason] for reason in Withheld if counts[reason]}:
-        listed = ", ".join(f"{number:,} {builder.why(reason)}" for reason, number in reasons.items())
+        listed = ", ".join(f"{number:,} {builder.rule.why(reason)}" for reason, number in reasons.items())
         print(f"{UNCERTAIN:<14}{sum(reasons.values()):,} {UNCERTAIN}: {listed}")
     if file is not None:
         print(f"{'written':<14}{file.path}, {count_of(file.rows, 'row')}")

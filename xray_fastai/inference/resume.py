@@ -30,9 +30,9 @@ def skip_done(file: RowFile, sources: Iterator[Source], builder: RowBuilder) -> 
             raise UserError(
                 f"row {number} of {file.path} is {row['path']}, but {instead}; give the same inputs", option="resume"
             )
-        if row["threshold"] != builder.threshold:
+        if row["threshold"] != builder.rule.threshold:
             raise UserError(
-                f"the threshold in {file.path} is {row['threshold']}, here {builder.threshold}; give the same "
+                f"the threshold in {file.path} is {row['threshold']}, here {builder.rule.threshold}; give the same "
                 "model= and threshold=",
                 option="resume",
             )
@@ -45,8 +45,8 @@ def skip_done(file: RowFile, sources: Iterator[Source], builder: RowBuilder) -> 
         reason = builder.withheld(row)
         if (row["prediction"] == UNCERTAIN) != (reason is not None):
             raise UserError(
-                f"row {number} of {file.path} is {row['prediction']}, and would not be now; give the same gate= and "
-                "abstain=",
+                f"row {number} of {file.path} is {row['prediction']}, and would not be now; give the same options "
+                "(gate=False, abstain=)",
                 option="resume",
             )
         counts[reason or row["prediction"]] += 1

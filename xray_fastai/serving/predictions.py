@@ -3,15 +3,15 @@
 import io
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-import torch
 from PIL import Image
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.inference.gradcam import grad_cam, overlay
-from xray_fastai.inference.rows import RowBuilder, Withheld, probability_column
-from xray_fastai.inference.stream import Batch, predict_batches
+from xray_fastai.inference.model import Model
+from xray_fastai.inference.rows import ImageResult, RowBuilder, Withheld
+from xray_fastai.inference.stream import predict_batches
 from xray_fastai.serving.decoding import Decoder, Wanted
 from xray_fastai.system.errors import ImageError
 from xray_fastai.system.text import data_uri
@@ -82,8 +82,8 @@ class ModelFacts(BaseModel):
             threshold=model.threshold_of(),
             prevalence=model.prevalence,
             has_gate=model.gate is not None,
-            limit=builder.limit,
-            abstain=builder.config.abstain,
+            limit=builder.rule.limit,
+            abstain=builder.rule.abstain,
             calibrated=model.scaling.kind != "none",
             probabilities=model.describe_probabilities(),
             calibration=settings["calibration"],
@@ -203,54 +203,49 @@ def predict_file(
     except ImageError as error:
         return unreadable(builder, name, error.message)
     (batch,) = predict_batches(model, [decoded.pixels], 1)
-    prediction = _prediction(builder, replace(batch, sources=[name]))
+    (result,) = builder.results(replace(batch, sources=[name]))
+    prediction = _prediction(builder, result)
     if decoded.window is not None:
         prediction.window = GreyWindow(**asdict(decoded.window))
-    if decoded.picture is not None and prediction.error is None:
-        _add_pictures(prediction, builder, batch.images, decoded.picture)
+    if decoded.picture is not None and result.label is not None:
+        prediction.image = _jpeg_uri(decoded.picture)
+        prediction.seen = _jpeg_uri(Image.fromarray(model.seen(batch.images)[0, 0].numpy()))
+        prediction.heatmap, prediction.note = _heat_map(model, batch.images, decoded.picture, result)
     return prediction
 
 
-def _add_pictures(prediction: Prediction, builder: RowBuilder, images: torch.Tensor, picture: Image.Image) -> None:
-    """Add the pictures of an image (1, 1, size, size), 8-bit, or a note why it has no heat map."""
-    model = builder.model
-    prediction.image = _jpeg_uri(picture)
-    prediction.seen = _jpeg_uri(Image.fromarray(model.seen(images)[0, 0].numpy()))
-    reason = builder.withheld(prediction.row)
-    if reason is Withheld.UNLIKE:
-        prediction.note = f"No heat map: the image is {reason.value}"
-        return
-    explained = prediction.prediction if reason is None else model.positive
+def _heat_map(model: Model, images: Tensor, picture: Image.Image, result: ImageResult) -> tuple[str | None, str | None]:
+    """Return the heat map of an image (1, 1, size, size), 8-bit, drawn over its picture; or None, and the reason why.
+
+    Too close to the threshold, the class to detect is explained, and no class of an image that is unlike the training
+    images.
+    """
+    if result.withheld is Withheld.UNLIKE:
+        return None, f"No heat map: the image is {result.reason}"
+    explained = result.label if result.withheld is None else model.positive
     (cam,) = grad_cam(model, images, [model.classes.index(explained)])  # (h, w)
     if cam.size == 1:
-        prediction.note = f"No heat map: at {model.size} pixels it has one cell for the whole image"
-    elif not cam.any():
-        prediction.note = f"No heat map: no region of the image supports {explained}"
-    else:
-        prediction.heatmap = _jpeg_uri(overlay(picture, cam))
+        return None, f"No heat map: at {model.size} pixels it has one cell for the whole image"
+    if not cam.any():
+        return None, f"No heat map: no region of the image supports {explained}"
+    return _jpeg_uri(overlay(picture, cam)), None
 
 
 def unreadable(builder: RowBuilder, name: str, reason: str) -> Prediction:
     """Return the answer for a file that cannot be read."""
-    nothing = torch.empty(0, 1, builder.model.size, builder.model.size, dtype=torch.uint8)
-    logits = np.empty((0, len(builder.model.classes)), np.float32)
-    return _prediction(builder, Batch([name], [ImageError(reason)], nothing, logits))
+    return _prediction(builder, builder.rule.unreadable(name, reason))
 
 
-def _prediction(builder: RowBuilder, batch: Batch) -> Prediction:
-    """Return the answer for a batch of one file."""
-    (row,) = builder.rows(batch)
-    reason = builder.withheld(row)
-    by_class = {label: row[probability_column(label)] for label in builder.model.classes}
+def _prediction(builder: RowBuilder, result: ImageResult) -> Prediction:
     return Prediction(
-        file=row["path"],
-        prediction=row["prediction"],
-        uncertain=None if reason is None else builder.why(reason),
-        probabilities=by_class if row["error"] is None else None,
-        threshold=row["threshold"],
-        unlike=row["unlike"],
-        error=row["error"],
-        row=row,
+        file=result.path,
+        prediction=result.prediction,
+        uncertain=result.reason,
+        probabilities=result.probabilities or None,
+        threshold=result.threshold,
+        unlike=result.unlike,
+        error=result.error,
+        row=builder.row(result),
     )
 
 
