@@ -41,7 +41,7 @@ def test_an_empty_folder(refuse, tmp_path):
 
 
 def test_no_train(refuse, tmp_path):
-    refuse(draw_collection(tmp_path, {"training/A": 2, "val/A": 2}), "no train/", "training, val")
+    refuse(draw_collection(tmp_path, {"trains/A": 2, "val/A": 2}), "no train/", "trains, val")
 
 
 def test_an_empty_class(refuse, collection):

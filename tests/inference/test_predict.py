@@ -162,7 +162,7 @@ def test_uncertain_rows_are_counted_with_their_reasons_and_continued(gated, file
     whole = Path("out.csv").read_bytes()
     Path("out.csv").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
     without = says(*files, "--output", "out.csv", "--threshold", 0.5, "--resume")
-    refused(without, "--resume: ", "is uncertain, and would not be now")
+    refused(without, "--resume: ", "is uncertain, and would not be now; give the same options (--no-gate, --abstain)")
     result = says(*files, *options, "--resume")
     assert result.exit_code == 0 and summary in result.output and Path("out.csv").read_bytes() == whole
 
@@ -618,9 +618,16 @@ def test_heat_maps(says, files, model, monkeypatch):
     assert says(*files[14:18], "--heatmaps", "ramps", "--threshold", 0, "--batch-size", 3).exit_code == 0
     assert asked == [1, 1, 1, 1]  # the class that is called
     with Image.open(f"ramps/{Path(files[14]).stem}.png") as picture:
-        assert (picture.mode, picture.size) == ("RGB", (40, 48))
-        blue_to_red = np.asarray(picture).astype(int)
+        assert picture.mode == "RGB" and picture.size[0] == heat_maps.LEAST_WIDTH and picture.size[1] > 432
+        blue_to_red = np.asarray(picture).astype(int)[:432]  # 40 x 48 pixels, nine times as large
     assert (blue_to_red[:, -1, 0] > blue_to_red[:, -1, 2]).all()
+    with Image.open(f"ramps/{Path(files[14]).stem}.png") as picture:
+        assert np.asarray(picture)[432:].any()  # the words
+    asked.clear()
+    assert says(*files[14:16], "--heatmaps", "both", "--threshold", 1, "--batch-size", 3).exit_code == 0
+    assert asked == [0, 1, 0, 1]  # the class to detect beside the one that is called
+    with Image.open(f"both/{Path(files[14]).stem}.png") as picture:
+        assert picture.size[0] == 2 * heat_maps.LEAST_WIDTH
 
 
 def test_heat_maps_of_rows_that_do_not_stand_go(says, files, monkeypatch):

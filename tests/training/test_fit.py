@@ -128,7 +128,8 @@ def test_the_frozen_phase_does_not_change_the_backbone(collection, monkeypatch, 
     """Neither its weights nor the statistics of batch norm; the head trains."""
     from fastai.vision.all import ProgressCallback
 
-    from xray_fastai.data.dataset import check_files, read_split
+    from xray_fastai.data.dataset import check_files
+    from xray_fastai.data.folders import read_split
     from xray_fastai.data.splits import assign_validation
     from xray_fastai.model.learner import build_learner, parameter_counts
     from xray_fastai.model.loaders import make_loaders
@@ -337,7 +338,10 @@ def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
         (collection / "train" / "NORMAL" / name).write_bytes(b"")
     result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--skip-bad")
     assert result.exit_code == 0, result.output
-    assert "left out by --skip-bad: 2 images" in result.stdout and "IM-a.jpeg: the file is empty" in result.stdout
+    assert (
+        "left out, as they cannot be read: 2 images" in result.stdout
+        and "IM-a.jpeg: the file is empty" in result.stdout
+    )
     (model,) = Path("exports").glob("*/model.json")
     assert "IM-a" not in model.read_text()
 

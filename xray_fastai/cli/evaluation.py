@@ -6,10 +6,14 @@ from typing import Annotated
 import typer
 
 from xray_fastai.cli.shared import (
+    Abstain,
+    Column,
     Data,
     Device,
     Exclude,
     Export,
+    Gate,
+    Images,
     Json,
     Model,
     Open,
@@ -38,10 +42,18 @@ def evaluate(
     ] = "auto",
     uncalibrated: Uncalibrated = PredictConfig.uncalibrated,
     prevalence: Prevalence = PredictConfig.prevalence,
+    gate: Gate = PredictConfig.gate,
+    abstain: Abstain = PredictConfig.abstain,
     tta: Tta = PredictConfig.tta,
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Output = None,
+    statement: Annotated[
+        bool,
+        typer.Option("--statement", help="Write methods, results, CLAIM and TRIPOD+AI for a manuscript (Markdown)."),
+    ] = False,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
     json: Json = False,
@@ -52,8 +64,9 @@ def evaluate(
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
-        model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, tta=tta, exclude=exclude,
-        patients=patients, output=output, device=device, precision=precision,
+        model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, gate=gate, abstain=abstain,
+        tta=tta, exclude=exclude, patients=patients, images=images, column=column, output=output, statement=statement,
+        device=device, precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:
@@ -64,13 +77,18 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="The first export.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The second, of the same classes.")],
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="Folder of the images. [default: that of both fits]")
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR|FILE", help="Folder of the images, or a table as .csv. [default: those of both fits]"
+        ),
     ] = None,
     split: Annotated[
         str, typer.Option(help="Split: test, valid (the images that both validated on) or train.")
     ] = "test",
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to. [default: this folder]")
     ] = None,
@@ -84,8 +102,9 @@ def compare(
     from xray_fastai.evaluation.compare import compare as run
 
     result = run(
-        a, b, data, split, exclude=exclude, patients=patients, output=output, device=device, precision=precision
-    )
+        a, b, data, split, exclude=exclude, patients=patients, images=images, column=column, output=output,
+        device=device, precision=precision,
+    )  # fmt: skip
     print(result.to_json() if json else result)
 
 
@@ -105,6 +124,8 @@ def interpret(
     ] = False,
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Output = None,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
@@ -116,7 +137,7 @@ def interpret(
 
     result = run(
         model, data, split, top, label=label, only_errors=only_errors, confident=confident, exclude=exclude,
-        patients=patients, output=output, device=device, precision=precision,
+        patients=patients, images=images, column=column, output=output, device=device, precision=precision,
     )  # fmt: skip
     print(result)
     if open:

@@ -31,7 +31,7 @@ def settings_from(config: type) -> Callable[[Function], Function]:
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
-                annotation=Annotated[field.type, _option(field)],
+                annotation=Annotated[list[str] | None if setting_of(field).repeatable else field.type, _option(field)],
             )
             for field in fields(config)
         ]

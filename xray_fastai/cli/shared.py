@@ -18,8 +18,15 @@ Export = Annotated[
 ]
 Model = Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="The same as EXPORT.")]
 Data = Annotated[
-    Path | None, typer.Option("--data", metavar="DIR", help="Folder of the images. [default: the folder that fit used]")
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR|FILE",
+        help="Folder of the images, or a table of them, as .csv. [default: the one that fit used]",
+    ),
 ]
+Images = Annotated[str | None, option_of(FitConfig, "images")]
+Column = Annotated[list[str] | None, option_of(FitConfig, "column")]
 Device = Annotated[str, option_of(PredictConfig, "device")]
 Precision = Annotated[str, option_of(PredictConfig, "precision")]
 Uncalibrated = Annotated[bool, option_of(PredictConfig, "uncalibrated")]

@@ -24,6 +24,11 @@ from xray_fastai.config.choices import (
 from xray_fastai.config.setting import check_fields, setting
 from xray_fastai.system.errors import UserError
 
+VALID_GROUP = "group:"
+"""The beginning of `valid` that holds out a whole group of a table."""
+COLUMN_PARTS = re.compile(r",(?=\s*\w+\s*=)")
+"""Separates the columns in `column`; a header may hold a comma."""
+
 
 def _number(text: str) -> float | None:
     try:
@@ -34,9 +39,18 @@ def _number(text: str) -> float | None:
 
 def _check_valid(text: str) -> str | None:
     fraction = _number(text)
+    if text.startswith(VALID_GROUP) and text != VALID_GROUP:
+        return None
     if text in ("auto", "folder") or (fraction is not None and 0.02 <= fraction <= 0.5):
         return None
-    return "give auto, folder, or a fraction from 0.02 to 0.5"
+    return "give auto, folder, a fraction from 0.02 to 0.5, or group:NAME"
+
+
+def check_column(text: str) -> str | None:
+    parts = COLUMN_PARTS.split(text)
+    if all(re.fullmatch(r"\s*\w+\s*=\s*\S.*", part, re.DOTALL) for part in parts):
+        return None
+    return "give NAME=HEADER, as in label=Finding"
 
 
 def _check_class_weights(text: str) -> str | None:
@@ -83,9 +97,22 @@ class FitConfig:
 
     data: str | None = setting(
         None,
-        "Folder with train/CLASS/* and val/CLASS/*. [default: ./chest_xray, else phantom]",
-        metavar="DIR",
+        "Folder with train/CLASS/* and val/CLASS/*, or a table of images, as .csv. [default: ./chest_xray, else "
+        "phantom]",
+        metavar="DIR|FILE",
         printable=True,
+    )
+    images: str | None = setting(
+        None, "Folder of the images that a table lists. [default: that of the table]", metavar="DIR", printable=True
+    )
+    column: str | None = setting(
+        None,
+        "Column of a table by what it holds: path, label, split, patient, or a name of your own to keep it by, such as "
+        "group=Hospital. Repeat it for others. [default: by the names of the columns]",
+        metavar="NAME=HEADER",
+        check=check_column,
+        printable=True,
+        repeatable=True,
     )
     epochs: int = setting(100, "Maximum number of epochs in each phase.", min=1)
     freeze_epochs: int | None = setting(
@@ -164,10 +191,11 @@ class FitConfig:
     dropout: float = setting(0.5, "Dropout probability before the last layer.", min=0, below=1)
     valid: str = setting(
         "auto",
-        "Validation images: folder (val/), a fraction of train/ such as 0.1, or auto (val/ if it is large enough, "
-        "else val/ and a tenth of train/).",
-        metavar="auto|folder|FRACTION",
+        "Validation images: folder (val/), a fraction of train/ such as 0.1, auto (val/ if it is large enough, "
+        "else val/ and a tenth of train/), or group:NAME (of a table, the images with this text in column group=).",
+        metavar="auto|folder|FRACTION|group:NAME",
         check=_check_valid,
+        printable=True,
     )
     positive: str | None = setting(
         None,

@@ -17,7 +17,7 @@ class PredictConfig:
 
     output: str | None = setting(None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE")
     resume: bool = setting(False, "Continue an interrupted output=.")
-    heatmaps: str | None = setting(None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR")
+    heatmaps: str | None = setting(None, "Write pictures of the heat maps (Grad-CAM) into this folder.", metavar="DIR")
     recursive: bool = setting(False, "Search the subfolders, too.")
     threshold: float | None = setting(
         None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
