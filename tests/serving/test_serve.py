@@ -14,6 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import requests
+import torch
 import uvicorn
 from PIL import Image
 from starlette.responses import PlainTextResponse
@@ -23,6 +24,7 @@ from tests.serving.conftest import BROKEN, address_of, dicom, noise, send
 from xray_fastai import DISCLAIMER
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.images import open_image
+from xray_fastai.inference.gradcam import grad_cam, overlay
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
 from xray_fastai.inference.rows import RowBuilder
@@ -31,7 +33,7 @@ from xray_fastai.serving import server as server_module
 from xray_fastai.serving.app import MAX_OF_CLIENT, MAX_REQUESTS, Predictor, create_app
 from xray_fastai.serving.connections import client_of
 from xray_fastai.serving.decoding import Decoder, Wanted
-from xray_fastai.serving.predictions import ModelFacts, Options, predict_file
+from xray_fastai.serving.predictions import ModelFacts, Options, _jpeg_uri, predict_file
 from xray_fastai.system.errors import ImageError
 
 UPLOAD = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
@@ -78,9 +80,30 @@ def test_what_is_unlike_the_training_images_is_uncertain(gated, photos, decoder,
             assert found.image and found.seen
         else:
             assert found.prediction in gated.classes and found.uncertain is None
-            assert found.note.startswith("No heat map: at 32 pixels")
+            assert found.heatmap or found.note == f"No heat map: no region of the image supports {found.prediction}"
+            assert found.prediction == "NORMAL" or found.positive_heatmap is None
         assert sum(found.probabilities.values()) == pytest.approx(1) and found.error is None
     assert ModelFacts.of(builder).limit == (gated.gate.limit if gate else None) and ModelFacts.of(builder).has_gate
+
+
+def test_the_class_to_detect_is_mapped_beside_the_one_that_is_called(gated, photos, decoder):
+    """And alone where an image is too close to the threshold."""
+    opened, model = open_image(photos[0]), dataclasses.replace(gated, gate=None)
+    image = torch.from_numpy(np.array(open_image(photos[0], model.size)))[None, None]
+    normal, pneumonia = (
+        _jpeg_uri(overlay(opened, cam)) if cam.any() else None
+        for cam in grad_cam(model, image.expand(2, -1, -1, -1), [0, 1])
+    )
+    assert normal != pneumonia
+    for threshold, width, maps in (
+        (0.99, 0.0, (normal, pneumonia)),
+        (0.01, 0.0, (pneumonia, None)),
+        (0.99, 0.499, (normal, pneumonia)),
+        (0.5, 0.499, (pneumonia, None)),
+    ):
+        builder = RowBuilder(model, PredictConfig(threshold=threshold, abstain=width))
+        found = predict_file(builder, decoder, "a.jpeg", photos[0].read_bytes())
+        assert (found.heatmap, found.positive_heatmap) == maps, (threshold, width, found.prediction)
 
 
 def test_what_is_near_the_threshold_is_uncertain(gated, photos, decoder):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from xray_fastai import DISCLAIMER, __version__
-from xray_fastai.inference.gradcam import grad_cam, overlay
+from xray_fastai.inference.gradcam import grad_cam, mapped_classes, overlay
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.rows import ImageResult, RowBuilder, Withheld
 from xray_fastai.inference.stream import predict_batches
@@ -140,8 +140,12 @@ class Prediction(BaseModel):
     )
     heatmap: str | None = Field(
         None,
-        description="The same picture under the Grad-CAM heat map of the predicted class (red: most important), or of "
-        "`positive` where the probability is too close to the threshold, as a data URI.",
+        description="The same picture under the Grad-CAM heat map of the predicted class, or of `positive` where the "
+        "probability is too close to the threshold, as a data URI. Red is 1; the strongest cell has the class's "
+        "probability.",
+    )
+    positive_heatmap: str | None = Field(
+        None, description="The same for `positive` where another class is predicted; null if no region supports it."
     )
     note: str | None = Field(None, description="Why there is no heat map.")
     seen: str | None = Field(
@@ -210,25 +214,30 @@ def predict_file(
     if decoded.picture is not None and result.label is not None:
         prediction.image = _jpeg_uri(decoded.picture)
         prediction.seen = _jpeg_uri(Image.fromarray(model.seen(batch.images)[0, 0].numpy()))
-        prediction.heatmap, prediction.note = _heat_map(model, batch.images, decoded.picture, result)
+        _add_heat_maps(prediction, model, batch.images, decoded.picture, result)
     return prediction
 
 
-def _heat_map(model: Model, images: Tensor, picture: Image.Image, result: ImageResult) -> tuple[str | None, str | None]:
-    """Return the heat map of an image (1, 1, size, size), 8-bit, drawn over its picture; or None, and the reason why.
+def _add_heat_maps(
+    prediction: Prediction, model: Model, images: Tensor, picture: Image.Image, result: ImageResult
+) -> None:
+    """Draw the heat maps of an image (1, 1, size, size), 8-bit, over its picture, or note why there is none.
 
     Too close to the threshold, the class to detect is explained, and no class of an image that is unlike the training
     images.
     """
     if result.withheld is Withheld.UNLIKE:
-        return None, f"No heat map: the image is {result.reason}"
+        prediction.note = f"No heat map: the image is {result.reason}"
+        return
     explained = result.label if result.withheld is None else model.positive
-    (cam,) = grad_cam(model, images, [model.classes.index(explained)])  # (h, w)
-    if cam.size == 1:
-        return None, f"No heat map: at {model.size} pixels it has one cell for the whole image"
-    if not cam.any():
-        return None, f"No heat map: no region of the image supports {explained}"
-    return _jpeg_uri(overlay(picture, cam)), None
+    called, *others = mapped_classes(model, model.classes.index(explained))
+    cam, *other_cams = grad_cam(model, images.expand(1 + len(others), -1, -1, -1), [called, *others])  # (h, w) each
+    if cam.any():
+        prediction.heatmap = _jpeg_uri(overlay(picture, cam))
+    else:
+        prediction.note = f"No heat map: no region of the image supports {model.classes[called]}"
+    if other_cams and other_cams[0].any():
+        prediction.positive_heatmap = _jpeg_uri(overlay(picture, other_cams[0]))
 
 
 def unreadable(builder: RowBuilder, name: str, reason: str) -> Prediction:

@@ -6,7 +6,7 @@ const MAX_TRIES = 60; // requests for one file while the server is busy
 const NO_VALUES = Object.fromEntries(columns.map(({ name }) => [name, null]));
 const NO_PREDICTION = {
   prediction: null, uncertain: null, probabilities: null, threshold: facts.threshold, unlike: null,
-  image: null, heatmap: null, note: null, seen: null, window: null,
+  image: null, heatmap: null, positive_heatmap: null, note: null, seen: null, window: null,
 }; // prettier-ignore
 
 function failed(file, why, answer = {}) {

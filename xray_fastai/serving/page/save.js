@@ -3,7 +3,7 @@
 import { byId, columns, countOf, disclaimer, facts, formula, make } from "./facts.js";
 import { fillCard, fillRow } from "./results.js";
 
-const NO_PICTURES = { image: null, heatmap: null, note: null, seen: null };
+const NO_PICTURES = { image: null, heatmap: null, positive_heatmap: null, note: null, seen: null };
 const POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:";
 
 function download(name, type, parts) {
