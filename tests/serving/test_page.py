@@ -293,7 +293,7 @@ def test_a_hundred_files_are_paged(page, photos, tmp_path):
         page.keyboard.press("Enter")
     assert page.locator("#where").inner_text() == "97 to 100 of 100" and page.locator(".card").count() == 4
     assert page.locator(".card h3").all_inner_texts() == [file.name for file in files[96:]]
-    assert page.locator(".card img").count() == 8 and following.evaluate("one => one === document.activeElement")
+    assert following.evaluate("one => one === document.activeElement")
     assert following.get_attribute("aria-disabled") == "true" and previous.get_attribute("aria-disabled") == "false"
     assert [row["path"] for row in saved_rows(page)] == [file.name for file in files]
 

@@ -56,21 +56,23 @@ export function windowText({ window }, chosen) {
 
 export function pictures({ file, result, chosen }) {
   const { positive, size } = facts;
-  const mapped = result.uncertain ? positive : result.prediction;
+  const mapped = isUnlike(result) ? null : result.uncertain ? positive : result.prediction;
   const shownPictures = [
     picture(result.image, `X-ray ${file.name}`, result.window ? `As read, ${windowText(result, chosen)}` : "As read"),
     picture(result.seen, `What the network sees of ${file.name}`, `What the network sees: ${size} × ${size}`, "seen"),
     heatMap(file, result.heatmap, mapped, result.note),
   ];
-  if (positive && mapped !== positive) {
+  if (mapped && positive && mapped !== positive) {
     const none = `No heat map: no region of the image supports ${positive}`;
     shownPictures.push(heatMap(file, result.positive_heatmap, positive, none));
   }
   return shownPictures;
 }
 
-const heatMap = (file, source, name, note) =>
-  picture(source, source ? `Heat map of ${file.name}: the regions that support ${name}` : note, `What speaks for ${name}`);
+function heatMap(file, source, name, note) {
+  const alt = source ? `Heat map of ${file.name}: the regions that support ${name}` : note;
+  return picture(source, alt, name ? `What speaks for ${name}` : "Heat map");
+}
 
 function why(result) {
   const mark = result.threshold === null ? "" : `the threshold of ${significant(result.threshold)} (the mark)`;
