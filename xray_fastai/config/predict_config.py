@@ -22,11 +22,11 @@ class PredictConfig:
     threshold: float | None = setting(
         None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1
     )
-    gate: bool = setting(True, "Predict uncertain for an image that is unlike the training images.")
+    gate: bool = setting(True, "Call an image uncertain if it is unlike the training images.")
     abstain: float = setting(
         0.0,
-        "Predict uncertain where the probability that is written is within this distance of the threshold; for two "
-        "classes.",
+        "Call an image uncertain if its probability as it is written (with prevalence=, the moved one) is within this "
+        "distance of the threshold; for two classes.",
         metavar="WIDTH",
         min=0,
         below=0.5,
