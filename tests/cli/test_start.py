@@ -106,7 +106,8 @@ def test_the_tests_above_see_what_a_command_imports_and_name_the_module_that_did
     [
         (["fit", "--data", "nowhere"], "--data nowhere: no such folder"),
         (["fit", "--name", "taken"], "--name taken: exports/taken already exists"),
-        (["predict", "a.jpeg", "--model", "nowhere"], "nowhere: not an export"),
+        (["predict", "a.jpeg", "--model", "nowhere"], "a.jpeg: no such file or folder; give images"),
+        (["predict", "exports", "--model", "nowhere"], "nowhere: not an export"),
         (["evaluate"], "exports: no export in it"),
         (["serve", "--model", "nowhere"], "nowhere: not an export"),
     ],

@@ -1,4 +1,4 @@
-"""Runs `xray-fastai predict`: rows on the terminal or in an output file, heat maps, and `--resume`."""
+"""Runs `xray-fastai predict`: rows on the terminal or in an output file, which a later run may continue."""
 
 import os
 import signal
@@ -13,6 +13,9 @@ from pathlib import Path
 from xray_fastai import DISCLAIMER
 from xray_fastai.config.class_names import UNCERTAIN
 from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.export.reader import why_chosen
+from xray_fastai.inference.append import Ledger
+from xray_fastai.inference.facts import Facts
 from xray_fastai.inference.heat_maps import HeatMaps, check_outside
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.resume import skip_done
@@ -35,11 +38,11 @@ def predict_command(paths: list[str], model: Path | None, config: PredictConfig)
     Args:
         paths: files and folders; `-` is a list of paths on standard input.
         model: an export's folder; None takes the newest in ./exports.
-        config: `resume` continues `output` after its last row; `heatmaps` is a folder that gets an overlay of each
-            image, and keeps the files that it has.
+        config: `append` adds to `output` what has no row in it, `resume` continues it after its last row; `heatmaps` is
+            a folder that gets an overlay of each image, and keeps the files that it has.
 
     Returns:
-        How many rows say that a file could not be read, including those of a continued file; the same in each process.
+        How many files could not be read, with `resume` including those of the continued file; the same in each process.
 
     Raises:
         UserError: as `predict`; or the output file exists, cannot be written to, or does not fit these inputs.
@@ -57,8 +60,8 @@ def predict_command(paths: list[str], model: Path | None, config: PredictConfig)
 def _predict(paths: list[str], model: Path | None, config: PredictConfig) -> int:
     output = None if config.output is None else Path(config.output)
     if output is not None:
-        RowFile.check(output, config.resume)
-    check_folders(paths, config.recursive)
+        RowFile.check(output, config.append or config.resume)
+    check_folders(paths, config.recursive, or_empty=config.append)
     check_outside(paths, config)
     opened = open_model(model, config.device, config.precision).at_prevalence(config.prevalence)
     builder = RowBuilder(opened, config)
@@ -66,19 +69,22 @@ def _predict(paths: list[str], model: Path | None, config: PredictConfig) -> int
     listed = chain.from_iterable(_standard_input() if path == "-" else [path] for path in paths)
     passed_over: Counter[str] = Counter()
     sources = image_sources(listed, config.recursive, passed_over)
-    bar = progress_bar(None if "-" in paths else lambda: sum(1 for _ in image_sources(paths, config.recursive)))
+    unknown = "-" in paths or config.append
+    bar = progress_bar(None if unknown else lambda: sum(1 for _ in image_sources(paths, config.recursive)))
     try:
         print(DISCLAIMER)
-        print(f"{'model':<14}{opened.path}" + (" (the newest in ./exports)" if model is None else ""))
+        print(f"{'model':<14}{opened.path}{why_chosen(model)}")
         processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
         print(f"{'device':<14}{describe(opened.device)}{processes}, precision {opened.precision}")
         print(builder, flush=True)
         types = {column.name: column.type for column in builder.columns}
-        with nullcontext() if output is None else RowFile(output, types, config.resume) as file:
+        continued = config.append or config.resume, "append" if config.append else "resume"
+        with nullcontext() if output is None else RowFile(output, types, *continued) as file:
             try:
                 counts = _run(builder, sources, file, maps, bar)
             except KeyboardInterrupt:
-                kept = "" if file is None else f"; {output} has {count_of(file.rows, 'row')}, continue it by --resume"
+                how = "run the same command again" if config.append else "continue it by --resume"
+                kept = "" if file is None else f"; {output} has {count_of(file.rows, 'row')}, {how}"
                 print(f"\nStopped{kept}.", file=sys.stderr)
                 raise SystemExit(130) from None
         if passed_over:
@@ -108,13 +114,20 @@ def _run(
         the uncertain ones under their reasons.
     """
     model, config, counts = builder.model, builder.config, Counter()
+    facts, ledger = Facts(model, config), None
     if file is None:
+        sources = facts.noted(sources)
         names = list(islice(sources, MAX_ROWS))
         digits = SHOWN_DIGITS + builder.rule.digits - DIGITS
         table, sources = Table(model.classes, names, digits), chain(names, sources)
         print()
+    elif config.append:
+        ledger = Ledger(file, facts.of_run)
+        sources = facts.noted(sources, ledger.is_new)
+        file.write([])
     else:
         counts = skip_done(file, sources, builder)
+        sources = facts.noted(sources)
         file.write([])
         if counts:
             print(f"{'continued':<14}after {count_of(counts.total(), 'row')} of {file.path}", flush=True)
@@ -122,14 +135,21 @@ def _run(
     shared = predict_sharded(model, sources, config.batch_size, config.tta, with_images=maps is not None)
     with closing(shared) as batches, bar as advance:
         for batch in batches:
-            results = builder.results(batch, counts.total())
+            results = builder.results(batch, counts.total(), facts)
+            rows = [builder.row(result) for result in results]
             with nullcontext() if maps is None else maps.written(batch, results):
-                (table if file is None else file).write([builder.row(result) for result in results])
+                (table if file is None else file).write(rows)
+            if ledger is not None:
+                ledger.supersede(rows)
             counts.update(result.withheld or result.label for result in results)
             if file is not None or counts.total() > MAX_ROWS:
                 advance(counts.total())
+    if ledger is not None:
+        ledger.close()
     seconds, new = time.perf_counter() - start, counts.total() - before
     print(f"\n{'predicted':<14}{count_of(new, 'file')} in {seconds:.1f} s, {new / seconds:.0f} images/s")
+    if ledger is not None:
+        print(f"{'known':<14}{count_of(ledger.known, 'file')} with a row in {file.path}")
     if config.tta:
         print(f"{'tta':<14}{describe_tta(seconds)}")
     by_class = ", ".join(f"{counts[name]:,} {name}" for name in model.classes)

@@ -13,6 +13,7 @@ import uvicorn
 
 from xray_fastai import DISCLAIMER
 from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.export.reader import why_chosen
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.serving.app import Predictor, create_app
@@ -53,14 +54,14 @@ def serve(
             logging.disable()  # the log of a library may contain what a client sent
         try:
             with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has ended
-                _run(predictor, listener, host, newest=model is None, show=open)
+                _run(predictor, listener, host, why_chosen(model), show=open)
             print("\nStopped.", flush=True)
         finally:
             predictor.close()
             logging.disable(logging.NOTSET)
 
 
-def _run(predictor: Predictor, listener: socket.socket, host: str, newest: bool, show: bool) -> None:
+def _run(predictor: Predictor, listener: socket.socket, host: str, why: str, show: bool) -> None:
     port = listener.getsockname()[1]
     local, on_all_addresses = _is_local(listener), host in ("0.0.0.0", "::")
     address = f"http://{'localhost' if on_all_addresses else f'[{host}]' if ':' in host else host}:{port}"
@@ -72,7 +73,7 @@ def _run(predictor: Predictor, listener: socket.socket, host: str, newest: bool,
         "API": f"{address}/openapi.json",
     }
     print(DISCLAIMER)
-    print(f"{'model':<14}{model.path}" + (" (the newest in ./exports)" if newest else ""))
+    print(f"{'model':<14}{model.path}{why}")
     print(predictor.builder)
     print("\n".join(f"{name:<14}{text}" for name, text in lines.items() if text))
     print("Images stay in memory and are never written to disk. Press Ctrl-C to stop.", flush=True)
