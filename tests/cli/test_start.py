@@ -61,11 +61,14 @@ model = open_model(export)
 predict_all(model, [image])
 
 import xray_fastai.serving.server  # `serve` until it is ready, and an answer without a heat map
+from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.serving.app import Predictor, create_app
-from xray_fastai.serving.predictions import predict_file
-predictor = Predictor(model)
+from xray_fastai.serving.predictions import Options, predict_file
+builder = RowBuilder(model, PredictConfig())
+predictor = Predictor(builder)
 create_app(predictor, {"localhost"})
-assert predict_file(model, predictor.decoder, "a.jpeg", open(image, "rb").read(), heatmap=False).prediction
+assert predict_file(builder, predictor.decoder, "a.jpeg", open(image, "rb").read(), Options(heatmap=False)).prediction
 predictor.close()
 """
     imports_none_of(["fastai", "matplotlib", "sklearn", "pandas", "scipy"], code, resnet18_export, an_image)

@@ -10,7 +10,7 @@ import typer
 
 from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import settings_from
-from xray_fastai.cli.shared import Device, Export, Model, Prevalence, check_export, either
+from xray_fastai.cli.shared import Abstain, Device, Export, Gate, Model, Prevalence, check_export, either
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.inference.inputs import check_paths
 from xray_fastai.system.errors import UserError
@@ -64,6 +64,8 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
     prevalence: Prevalence = PredictConfig.prevalence,
+    gate: Gate = PredictConfig.gate,
+    abstain: Abstain = PredictConfig.abstain,
     device: Device = PredictConfig.device,
     open: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
 ) -> None:
@@ -72,4 +74,5 @@ def serve(
     check_export(model)
     from xray_fastai.serving.server import serve as run
 
-    run(model, host, port, prevalence=prevalence, device=device, open=open)
+    config = PredictConfig(prevalence=prevalence, gate=gate, abstain=abstain, device=device)
+    run(model, host, port, config=config, open=open)

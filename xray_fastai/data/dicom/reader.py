@@ -63,7 +63,7 @@ def has_mark(source: bytes | str | os.PathLike) -> bool:
         return False
 
 
-def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
+def open_dicom(content: bytes, max_pixels: int, window: tuple[float, float] | None = None) -> Image.Image:
     """Read the one image of a DICOM file.
 
     Grey values go through the modality LUT or rescale, then the first VOI LUT or, without one, the first window.
@@ -75,10 +75,11 @@ def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
     Args:
         content: the bytes of the file.
         max_pixels: the number of pixels above which the image is refused.
+        window: centre and width to show the values by, in place of the file's own window or LUT.
 
     Returns:
         A PIL image of mode "L", or "RGB" if the file has colours. Its `info["note"]` says what was read in another way
-        than the header says.
+        than the header says. `info["window"]` of a grey image is its `grey.Window`, or None.
 
     Raises:
         ImageError: pydicom is not installed, or the file is not one complete X-ray. The message holds no values from
@@ -89,9 +90,15 @@ def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
         apply_groups(header)
         note = check(header, max_pixels)
         pixels, photometric = decode(header)
-        image = Image.fromarray(as_grey(pixels, header) if photometric in GREYS else as_colour(pixels, header))
+        if photometric in GREYS:
+            shown, applied = as_grey(pixels, header, window)
+        elif window is None:
+            shown, applied = as_colour(pixels, header), None
+        else:
+            raise ImageError("in colour, so it has no window; leave it out")
+        image = Image.fromarray(shown)
         image.format = FORMAT
-        image.info = {"photometric": photometric} | ({} if note is None else {"note": note})
+        image.info = {"photometric": photometric, "window": applied} | ({} if note is None else {"note": note})
         return image
 
 
