@@ -292,7 +292,7 @@ def test_a_path_that_is_not_an_export(refuse, data, tmp_path):
 
 
 def test_data_that_is_gone(run, refused, export):
-    refused(run("evaluate", "--model", export), f"--data {settings_of(export)['settings']['data']}: no such folder")
+    refused(run("evaluate", "--model", export), "Error: the data folder of the fit,", "(no such folder", "by --data")
 
 
 def test_no_such_split(refuse, collection):

@@ -55,7 +55,7 @@ def test_every_item_is_answered_or_open(stated):
     assert "- [ ] 14 Fairness" in text and "- [ ] 17 Ethical approval" in text
 
 
-def test_what_was_not_recorded_stays_open(stated):
+def test_what_was_not_recorded_stays_open(stated, export):
     gap = {"metric": "roc_auc", "best": "F", "worst": "M", "difference": 0.1, "low": 0.01, "high": 0.2, "groups": 2}
     text = stated(groups=[{"column": "sex", "gaps": [gap]}])
     said = "By sex, the ROC AUC of F exceeds that of M by 0.100 (0.010 to 0.200), the largest difference"
@@ -63,6 +63,10 @@ def test_what_was_not_recorded_stays_open(stated):
     assert "- [ ] 24 Model updating" in text
     updated = {"recalibrated": {"created": "2026-11-20T00:00:00", "images": 80}}
     assert "fitted to another place on 2026-11-20, with 80 images" in stated(updated)
+    settings = settings_of(export)["settings"]
+    assert f"with batches of {settings['batch_size']}, a peak learning rate of {settings['lr']:g}, the schedule" in text
+    by_hand = stated({"settings": settings | {"lr": None, "batch_size": None}, "best": None})
+    assert "with the schedule" in by_hand and "- [ ] Methods, training: choice of the final model" in by_hand
     plain = stated({"class_weights": None})
     assert "- [ ] 13 Class imbalance" in plain and "weighted by class" not in plain
 

@@ -35,37 +35,6 @@ from xray_fastai.system.errors import UserError
 COLUMNS = ["path", "prediction", "p_NORMAL", "p_PNEUMONIA", "threshold", "unlike", "error"]
 
 
-@pytest.fixture(scope="session")
-def images(export):
-    """The folders NORMAL, with 16 images, and PNEUMONIA, with 24."""
-    return export.parent / "moved" / "train"
-
-
-@pytest.fixture(scope="session")
-def files(images):
-    return [str(path) for path in sorted(images.glob("*/*"))]
-
-
-@pytest.fixture(scope="session")
-def model(export):
-    return open_model(export, "cpu", "fp32")
-
-
-@pytest.fixture
-def says(export, model, monkeypatch):
-    """Run `predict` with the small export, opened once for all tests, on these lines of standard input."""
-    opened = predict_files.open_model
-    monkeypatch.setattr(
-        predict_files, "open_model", lambda path, *args: model if path == export else opened(path, *args)
-    )
-
-    def says(*args, stdin=None):
-        command = ["predict", *map(str, args), "--model", str(export), "--device", "cpu"]
-        return CliRunner().invoke(app, command, input=stdin, prog_name="xray-fastai")
-
-    return says
-
-
 def read(path):
     """Read an output file with pandas or json, not with the reader that continues it."""
     if path.suffix == ".csv":
@@ -253,7 +222,7 @@ def test_more_than_two_classes(run, tmp_path):
 def test_a_column_is_added_in_one_place(model, says, files, monkeypatch):
     """Text stays text and numbers stay numbers, in the data frame, in both files, and when they are continued."""
 
-    def columns_of(classes, at_prevalence=False):
+    def columns_of(classes, at_prevalence=False, facts=()):
         extra = [
             Column("folder", str, lambda result: result.path.split("/")[-2]),
             Column("seven", float, lambda _: 7.0),
@@ -294,7 +263,7 @@ def test_folders(says, images, tmp_path):
 def test_a_list_on_standard_input(says, files, images):
     listed = "\n".join([files[3], "", files[3], "nowhere.png", str(images / "NORMAL")]) + "\r\n"
     result = says(files[0], "-", files[1], "--output", "out.csv", stdin=listed)
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     rows = read(Path("out.csv"))
     assert rows.path.tolist() == [files[0], files[3], files[3], "nowhere.png", *files[:16], files[1]]
     assert rows.error.dropna().tolist() == ["nowhere.png: no such file"]
@@ -306,7 +275,7 @@ def test_what_can_not_be_read_is_a_row(says, files, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "cut.jpeg").write_bytes(Path(files[0]).read_bytes()[:400])
     result = says("nowhere.png", tmp_path, files[0], "--output", "out.jsonl")
-    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert result.exit_code == 3 and "Traceback" not in result.output
     assert result.stderr == "Error: 5 of 6 files could not be read; the column error of out.jsonl says why\n"
     rows = read(Path("out.jsonl"))
     names = ["nowhere.png", "broken.png", "cut.jpeg", "empty.png", "text.jpeg", Path(files[0]).name]
@@ -432,7 +401,7 @@ def whole(says, files):
 
     def whole(suffix):
         path = Path("whole" + suffix)
-        assert says(*inputs, "--output", path).exit_code == 1
+        assert says(*inputs, "--output", path).exit_code == 3
         return inputs, path.read_bytes()
 
     return whole
@@ -457,7 +426,7 @@ def test_a_file_cut_anywhere_is_continued_to_the_same(suffix, says, whole):
     ]:
         output.write_bytes(content[:end])
         result = says(*inputs, "--output", output, "--resume", "--batch-size", 5)
-        assert result.exit_code == 1, result.output
+        assert result.exit_code == 3, result.output
         rows, expected = read(output), read(Path("whole" + suffix))
         pd.testing.assert_frame_equal(rows, expected, atol=1e-5)
         assert "Error: 2 of 12 files" in result.stderr and "12 rows" in result.stdout
@@ -604,7 +573,7 @@ def test_heat_maps(says, files, model, monkeypatch):
     Path("bad.jpeg").write_text("text")
     for _ in range(2):  # what is there stays
         result = says(*files[:2], "same", "bad.jpeg", "--heatmaps", "maps")
-        assert result.exit_code == 1, result.output
+        assert result.exit_code == 3, result.output
     first, second = Path(files[0]).stem, Path(files[1]).stem
     names = [f"{first}.png", f"{second}.png", f"{first}-2.png", f"{first}-3.png", f"{second}-2.png", f"{first}-4.png"]
     assert sorted(path.name for path in Path("maps").iterdir()) == sorted(names)

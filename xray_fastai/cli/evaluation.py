@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.shared import (
     Abstain,
     Column,
@@ -35,10 +36,18 @@ def evaluate(
     model: Model = None,
     data: Data = None,
     split: Annotated[
-        str, typer.Option(help="Split: test, valid (the images that fit validated on) or train.")
+        str,
+        typer.Option(
+            metavar="test|valid|train",
+            rich_help_panel="Data",
+            help="Split: test, valid (the images that fit validated on) or train.",
+        ),
     ] = "test",
     threshold: Annotated[
-        str, typer.Option(metavar="auto|T", help="Decision threshold; auto is the one that fit chose.")
+        str,
+        typer.Option(
+            metavar="auto|T", rich_help_panel="Decision", help="Decision threshold; auto is the one that fit chose."
+        ),
     ] = "auto",
     uncalibrated: Uncalibrated = PredictConfig.uncalibrated,
     prevalence: Prevalence = PredictConfig.prevalence,
@@ -60,7 +69,7 @@ def evaluate(
     open: Open = False,
 ) -> None:
     """Measure how good a model is: metrics with 95 % intervals, a table of predictions and plots."""
-    model = chosen_export(export, model)
+    model = chosen_export(export, model, quiet=json)
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
@@ -71,6 +80,8 @@ def evaluate(
     print(result.to_json() if json else result)
     if open:
         open_report(result.path.parent)
+    if not json:
+        next_command("interpret", model, *_same(data, split))
 
 
 def compare(
@@ -79,18 +90,29 @@ def compare(
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", metavar="DIR|FILE", help="Folder of the images, or a table as .csv. [default: those of both fits]"
+            "--data",
+            metavar="DIR|FILE",
+            rich_help_panel="Data",
+            help="Folder of the images, or a table as .csv. [default: those of both fits]",
         ),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Split: test, valid (the images that both validated on) or train.")
+        str,
+        typer.Option(
+            metavar="test|valid|train",
+            rich_help_panel="Data",
+            help="Split: test, valid (the images that both validated on) or train.",
+        ),
     ] = "test",
     exclude: Exclude = None,
     patients: Patients = None,
     images: Images = None,
     column: Column = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to. [default: this folder]")
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", rich_help_panel="Output", help="Folder to write to. [default: this folder]"
+        ),
     ] = None,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
@@ -113,14 +135,28 @@ def interpret(
     model: Model = None,
     data: Data = None,
     split: Annotated[
-        str, typer.Option(help="Split: valid (the images that fit validated on), test or train.")
+        str,
+        typer.Option(
+            metavar="test|valid|train",
+            rich_help_panel="Data",
+            help="Split: valid (the images that fit validated on), test or train.",
+        ),
     ] = "valid",
-    top: Annotated[int, typer.Option(min=1, help="Number of images.")] = 16,
-    label: Annotated[str | None, typer.Option("--class", metavar="CLASS", help="Only images of this class.")] = None,
-    only_errors: Annotated[bool, typer.Option("--only-errors", help="Only images with a wrong prediction.")] = False,
+    top: Annotated[int, typer.Option(min=1, rich_help_panel="Images", help="Number of images.")] = 16,
+    label: Annotated[
+        str | None,
+        typer.Option("--class", metavar="CLASS", rich_help_panel="Images", help="Only images of this class."),
+    ] = None,
+    only_errors: Annotated[
+        bool, typer.Option("--only-errors", rich_help_panel="Images", help="Only images with a wrong prediction.")
+    ] = False,
     confident: Annotated[
         bool,
-        typer.Option("--confident", help="Show the correct predictions of the highest confidence, not the top losses."),
+        typer.Option(
+            "--confident",
+            rich_help_panel="Images",
+            help="Show the correct predictions of the highest confidence, not the top losses.",
+        ),
     ] = False,
     exclude: Exclude = None,
     patients: Patients = None,
@@ -142,3 +178,9 @@ def interpret(
     print(result)
     if open:
         open_report(result.path.parent)
+    next_command("predict", "IMAGE_OR_FOLDER", "--model", model)
+
+
+def _same(data: Path | None, split: str) -> list[str]:
+    """Return the options for the same images."""
+    return [*([] if data is None else ["--data", str(data)]), "--split", split]

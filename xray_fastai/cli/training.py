@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import settings_from
 from xray_fastai.cli.shared import (
     Column,
@@ -36,8 +37,10 @@ def fit(
         typer.Option(
             "--resume",
             metavar="[RUN]",
+            rich_help_panel="Run",
             help="Resume an interrupted fit with its settings: the run of this name, or the newest if no name is "
-            "given. Only --data, --images, --device, --workers, --no-cache, --exports and --open may be given with it.",
+            "given. Only --data, --images, --device, --workers, --no-cache, --exports, --quiet, --log and --open may "
+            "be given with it.",
         ),
     ] = None,
     open: Open = False,
@@ -101,35 +104,58 @@ def recalibrate(
         typer.Option(
             "--data",
             metavar="DIR|FILE",
+            rich_help_panel="Data",
             help="Labelled local images, in folders named as the model's classes, or a table, as .csv.",
         ),
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Folder in --data that holds these folders. [default: --data itself]"),
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel="Data",
+            help="Folder in --data that holds these folders. [default: --data itself]",
+        ),
     ] = None,
     unlabelled: Annotated[
         Path | None,
-        typer.Option("--unlabelled", metavar="DIR", help="Local images without labels: batch norm is adapted to them."),
+        typer.Option(
+            "--unlabelled",
+            metavar="DIR",
+            rich_help_panel="Data",
+            help="Local images without labels: batch norm is adapted to them.",
+        ),
     ] = None,
     match_scores: Annotated[
         bool,
         typer.Option(
             "--match-scores",
+            rich_help_panel="Calibration",
             help="Instead, move the operating point so that the share of them called positive fits validation's.",
         ),
     ] = False,
     prevalence: Annotated[
         float | None,
-        typer.Option(metavar="P", help="Share of positive images in --unlabelled, which --match-scores needs."),
+        typer.Option(
+            metavar="P",
+            rich_help_panel="Calibration",
+            help="Share of positive images in --unlabelled, which --match-scores needs.",
+        ),
     ] = None,
     target_sensitivity: Annotated[
         float | None,
-        typer.Option(metavar="S", help="Choose the threshold for this sensitivity. [default: by Youden's J]"),
+        typer.Option(
+            metavar="S",
+            rich_help_panel="Calibration",
+            help="Choose the threshold for this sensitivity. [default: by Youden's J]",
+        ),
     ] = None,
     cost_ratio: Annotated[
         float | None,
-        typer.Option(metavar="R", help="Choose it for R false alarms being as bad as one missed positive image."),
+        typer.Option(
+            metavar="R",
+            rich_help_panel="Calibration",
+            help="Choose it for R false alarms being as bad as one missed positive image.",
+        ),
     ] = None,
     exclude: Exclude = None,
     patients: Annotated[
@@ -137,6 +163,7 @@ def recalibrate(
         typer.Option(
             "--patients",
             metavar="LIST.csv",
+            rich_help_panel="Data",
             help="List of the patients: a .csv file with the columns file and patient.",
         ),
     ] = None,
@@ -144,7 +171,12 @@ def recalibrate(
     column: Column = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="DIR", help="New export. [default: EXPORT-recalibrated, beside EXPORT]"),
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            rich_help_panel="Output",
+            help="New export. [default: EXPORT-recalibrated, beside EXPORT]",
+        ),
     ] = None,
     device: Device = PredictConfig.device,
 ) -> None:
@@ -152,10 +184,10 @@ def recalibrate(
     model = chosen_export(export, model)
     from xray_fastai.training.recalibrate import recalibrate as run
 
-    print(
-        run(
-            model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
-            target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
-            images=images, column=column, output=output, device=device,
-        )
+    result = run(
+        model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
+        target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
+        images=images, column=column, output=output, device=device,
     )  # fmt: skip
+    print(result)
+    next_command("predict", "IMAGE_OR_FOLDER", "--model", result.path)

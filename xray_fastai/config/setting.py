@@ -17,6 +17,8 @@ from xray_fastai.system.text import fault_of, shown
 
 MAX_TEXT = 4096
 """Characters of an option's text."""
+PANELS = ("Data", "Images", "Network", "Training", "Calibration", "Decision", "Output", "Run", "Machine")
+"""The purposes that `--help` divides options by, in its order."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Setting:
     """Describes one option: its help text, and which values it may have. None leaves a limit out."""
 
     help: str
+    panel: str | None = None  # one of PANELS: where `--help` shows the option; None is at the end
     metavar: str | None = None  # stands for the value in the help text: DIR
     choices: tuple[str, ...] = ()
     min: float | None = None  # the smallest value

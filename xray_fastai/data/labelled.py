@@ -233,10 +233,10 @@ def _listed_folders(model: dict[str, Any], wanted: Request, rule: PatientRule) -
         return _Listed(read_split(root, folder, classes, rule, partial=True), root, "test", notes)
     split = split or "test"
     folder = "train" if split == "valid" else split
-    if wanted.data is None and model["data"]["rehearsal"]:
-        root = cached()
+    if wanted.data is not None:
+        root = find_root(wanted.data, folder, classes)
     else:
-        root = find_root(model["settings"]["data"] if wanted.data is None else wanted.data, folder, classes)
+        root = cached() if model["data"]["rehearsal"] else _root_of_fit(model["settings"]["data"], folder, classes)
     parts = [read_split(root, folder, classes, rule, partial=True)]
     if split == "valid" and split_folder(root, "val") is not None:
         parts.append(read_split(root, "val", classes, rule, partial=True))
@@ -272,6 +272,21 @@ def _holds_classes(data: str | Path, classes: list[str]) -> bool:
         return False
     names = [path.name for path in class_folders(folder)]
     return not any(map(split_of, names)) and bool({class_of(name) for name in names} & {class_of(c) for c in classes})
+
+
+def _root_of_fit(recorded: str, split: str, classes: list[str]) -> Path:
+    """Return the folder that holds the split in the data folder of the fit.
+
+    Raises:
+        UserError: it is not there, or lacks the split; the user has not typed it, so the message says whose it is.
+    """
+    try:
+        return find_root(recorded, split, classes)
+    except UserError as error:
+        where = "" if os.path.isabs(recorded) else " from the folder in which fit ran (the export's fit.log names it)"
+        raise UserError(
+            f"the data folder of the fit, {recorded}{where}, cannot be used ({error.message}); give its images by data="
+        ) from None
 
 
 def _class_root(data: str | Path | None, classes: list[str]) -> tuple[Path, str]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from xray_fastai.data.table_columns import GROUP
 from xray_fastai.metrics.comparison import Called
 from xray_fastai.metrics.groups import NAMES, by_group, in_bands
 from xray_fastai.metrics.table import title_of
 from xray_fastai.system.text import WIDTH, format_interval, shorten, wrap
 
-PREFIX = "group:"
 _NAME_WIDTH, _COUNT_WIDTH = 12, 7
 
 
@@ -25,11 +25,11 @@ def groups_of(images: pd.DataFrame, called: Called, classes: list[str]) -> list[
         called: their predictions at the chosen threshold.
         classes: the names of the classes.
     """
-    return [_of_column(name.removeprefix(PREFIX), images[name], called, classes) for name in _columns(images)]
+    return [_of_column(name.removeprefix(GROUP), images[name], called, classes) for name in _columns(images)]
 
 
 def _columns(images: pd.DataFrame) -> list[str]:
-    return [str(name) for name in images.columns if str(name).startswith(PREFIX)]
+    return [str(name) for name in images.columns if str(name).startswith(GROUP)]
 
 
 def _of_column(name: str, values: pd.Series, called: Called, classes: list[str]) -> dict[str, Any]:

@@ -189,8 +189,7 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
     settings, training, preprocessing = model["settings"], model["training"], model["preprocessing"]
     size = preprocessing["size"]
     equalized = ", histogram equalised" if preprocessing.get("contrast") == "equalize" else ""
-    changes = [text.format(model["augmentation"][key]) for key, text in AUGMENTED.items() if _varies(model, key)]
-    varied = f"Training images were varied by {', '.join(changes)}." if changes else "Training images were not varied."
+    varied = _variation(model.get("augmentation"), settings["augment"])
     phases = " and ".join(f"{count_of(phase['epochs'], 'epoch')} {phase['name']}" for phase in training["phases"])
     weights = model.get("class_weights")
     loss = "cross-entropy"
@@ -208,9 +207,7 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         f"{model['dropout']:g} and one linear layer, {training['parameters']['total']:,} parameters; it maps an "
         f"image to the probabilities of {', '.join(model['classes'])}.",
         "weights": f"Initial weights: {training['weights']}.",
-        "training": f"It was trained for {phases}, with batches of {settings['batch_size']}, a learning rate of "
-        f"{settings['lr']:g} at its peak ({settings['schedule']}), the seed {settings['seed']} and as loss {loss}. "
-        f"{varied}",
+        "training": f"It was trained for {phases}{_hyperparameters(settings)}, and with {loss} as loss. {varied}",
         "selection": best
         and f"The weights are those of epoch {best['epoch']} of the {best['phase']} phase, whose validation loss was "
         "lowest.",
@@ -229,8 +226,20 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
     }
 
 
-def _varies(model: Mapping[str, Any], key: str) -> bool:
-    return bool(model["augmentation"].get(key)) and model["augmentation"][key] != 1
+def _hyperparameters(settings: Mapping[str, Any]) -> str:
+    """Return those that are known: an export that was trained by hand has not all."""
+    texts = {"batch_size": "batches of {}", "lr": "a peak learning rate of {:g}", "schedule": "the schedule {}"}
+    texts["seed"] = "the seed {}"
+    known = [text.format(settings[name]) for name, text in texts.items() if settings.get(name) is not None]
+    return f", with {', '.join(known)}" if known else ""
+
+
+def _variation(values: Mapping[str, float] | None, name: str) -> str:
+    """Say how training images were varied; an export of 0.1.0 has the name of its augmentation only."""
+    if values is None:
+        return f"Augmentation of training images: {name}."
+    changes = [text.format(values[key]) for key, text in AUGMENTED.items() if values.get(key) not in (None, 0, 1)]
+    return f"Training images were varied by {', '.join(changes)}." if changes else "Training images were not varied."
 
 
 def _on_results(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str | None]:

@@ -57,8 +57,7 @@ class HeatMaps:
 
     @contextmanager
     def written(self, batch: Batch, results: list[ImageResult]) -> Iterator[None]:
-        """Write the pictures of a batch: the map of the class that is predicted, or would be if the image were called,
-        and that of the class to detect.
+        """Write the pictures of a batch: the map of the class called (or withheld), and of the one to detect.
 
         If the block ends with an error or Ctrl-C, its rows are not kept, and all pictures of the batch are deleted.
 

@@ -7,7 +7,7 @@ line's output file (`row_file`) and its `--resume` follow from it.
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from operator import attrgetter
@@ -17,6 +17,7 @@ from PIL import Image
 
 from xray_fastai.config.class_names import UNCERTAIN
 from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.inference.facts import Facts, fact_columns
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.row_file import Row
 from xray_fastai.inference.stream import Batch, Source
@@ -52,6 +53,7 @@ class ImageResult:
     reason: str | None = None  # the same in words
     error: str | None = None  # why there is no prediction
     prevalence: float | None = None  # that the probabilities were moved to; None: as the export's are
+    facts: dict[str, str | None] = field(default_factory=dict)  # by column, see `facts.Facts`
 
     @property
     def prediction(self) -> str | None:
@@ -68,12 +70,13 @@ class Column:
     value: Callable[[ImageResult], str | float | None]
 
 
-def columns_of(classes: Sequence[str], at_prevalence: bool = False) -> list[Column]:
+def columns_of(classes: Sequence[str], at_prevalence: bool = False, facts: Sequence[str] = ()) -> list[Column]:
     """Return the columns for a model of these classes, in their order; a new column is added here alone.
 
     Args:
         classes: of the model.
         at_prevalence: whether the probabilities were moved to a prevalence, which then has a column.
+        facts: names of further columns, see `facts.fact_columns`.
     """
     return [
         Column("path", str, attrgetter("path")),
@@ -83,6 +86,7 @@ def columns_of(classes: Sequence[str], at_prevalence: bool = False) -> list[Colu
         Column("unlike", float, attrgetter("unlike")),
         *([Column("prevalence", float, attrgetter("prevalence"))] if at_prevalence else []),
         Column("error", str, attrgetter("error")),
+        *(Column(name, str, partial(_fact, name)) for name in facts),
     ]
 
 
@@ -93,6 +97,10 @@ def probability_column(label: str) -> str:
 
 def _probability(label: str, result: ImageResult) -> float | None:
     return result.probabilities.get(label)
+
+
+def _fact(name: str, result: ImageResult) -> str | None:
+    return result.facts.get(name)
 
 
 def digits_of(*thresholds: float | None) -> int:
@@ -228,25 +236,32 @@ class RowBuilder:
 
     def __init__(self, model: Model, config: PredictConfig):
         self.model, self.config, self.rule = model, config, DecisionRule.of(model, config)
-        self.columns = columns_of(model.classes, model.prevalence is not None)
+        self.columns = columns_of(model.classes, model.prevalence is not None, fact_columns(config))
 
-    def results(self, batch: Batch, first: int = 0) -> list[ImageResult]:
-        """Return what is known of each source of a batch; `first` is the position of its first source among all."""
+    def results(self, batch: Batch, first: int = 0, facts: Facts | None = None) -> list[ImageResult]:
+        """Return what is known of each source of a batch.
+
+        Args:
+            batch: sources with their logits.
+            first: the position of its first source among all.
+            facts: through which the sources came; None leaves their columns empty.
+        """
         unlike = iter([None] * len(batch.logits) if batch.unlike is None else batch.unlike.tolist())
         named = (
             (_name_of(source, n), logits, error) for n, (source, logits, error) in enumerate(batch.outputs(), first)
         )
-        return [
+        results = [
             self.rule.result(name, logits, next(unlike)) if error is None else self.rule.unreadable(name, error.message)
             for name, logits, error in named
         ]
+        return results if facts is None else [replace(result, facts=facts.next()) for result in results]
 
     def row(self, result: ImageResult) -> Row:
         return {column.name: column.value(result) for column in self.columns}
 
-    def rows(self, batch: Batch, first: int = 0) -> list[Row]:
-        """Return the rows of a batch; `first` is as in `results`."""
-        return [self.row(result) for result in self.results(batch, first)]
+    def rows(self, batch: Batch, first: int = 0, facts: Facts | None = None) -> list[Row]:
+        """Return the rows of a batch; `first` and `facts` are as in `results`."""
+        return [self.row(result) for result in self.results(batch, first, facts)]
 
     def withheld(self, row: Row) -> Withheld | None:
         """Return why the image of a row is not called; None if it is called, or cannot be read."""

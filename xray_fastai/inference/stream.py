@@ -189,8 +189,8 @@ def image_sources(
             yield path
 
 
-def check_folders(paths: Iterable[Source], recursive: bool = False) -> None:
-    """Check that each folder among `paths` holds an image.
+def check_folders(paths: Iterable[Source], recursive: bool = False, or_empty: bool = False) -> None:
+    """Check that each folder among `paths` holds an image, or with `or_empty` only that it can be read.
 
     Raises:
         UserError: a folder has no image, or cannot be read.
@@ -202,7 +202,7 @@ def check_folders(paths: Iterable[Source], recursive: bool = False) -> None:
             os.scandir(path).close()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        if next(_images_in(os.fspath(path), recursive, Counter()), None) is None:
+        if not or_empty and next(_images_in(os.fspath(path), recursive, Counter()), None) is None:
             advice = "" if recursive else "; to search its subfolders, too, give recursive=True"
             raise UserError(f"{path}: no image in this folder (looked for {' '.join(EXTENSIONS)}){advice}")
 

@@ -289,8 +289,9 @@ def _band(scored: Scored, resamples: int) -> np.ndarray:
     """Return the limits (2, 101) of the sensitivity at `FALSE_POSITIVE_RATES`, pointwise.
 
     They are Wilson's, with the effective number of images of a bootstrap over patients (Field & Welsh, Bootstrapping
-    clustered data, JRSS B 2007). It follows from the mean and the standard error of the drawn sensitivities. These are
-    smooth. The sensitivity itself has steps: with it, the number would fall at each step, and the lower limit too.
+    clustered data, JRSS B 2007). It follows from the mean and the standard error of the drawn sensitivities: with the
+    sensitivity itself, which has steps, the number would fall at each step, and the lower limit with it. The curve
+    never falls, so a lower limit holds for all higher rates of false positives too, and an upper one for all lower.
     """
     positive = scored.y_true == 1
     count = np.unique(scored.patients[positive]).size
@@ -299,7 +300,8 @@ def _band(scored: Scored, resamples: int) -> np.ndarray:
     drawn = np.concatenate([sensitivities(scored, w) for w in patient_weights(scored.patients, resamples)])
     (value,) = sensitivities(scored, np.ones((1, len(positive))))
     number = _effective_number(np.nanmean(drawn, axis=0), np.nanstd(drawn, axis=0), count, positive.sum())
-    return np.stack(_wilson(value, number, t.ppf(0.975, count - 1)))
+    low, high = _wilson(value, number, t.ppf(0.975, count - 1))
+    return np.stack([np.maximum.accumulate(low), np.minimum.accumulate(high[::-1])[::-1]])
 
 
 def _effective_number(p: np.ndarray, error: np.ndarray, fewest: np.ndarray, most: np.ndarray) -> np.ndarray:

@@ -102,7 +102,9 @@ def _as_learner(config: FitConfig, learn: Learner) -> FitConfig:
     about = about_of(learn)
     if not is_table(config.data):
         root = cached() if config.data is None else find_root(config.data)
-        _check_classes(sorted(list_split(split_folder(root, "train"))), learn, config.data)
+        folder = split_folder(root, "train")
+        assert folder is not None, "find_root looks for it"
+        _check_classes(sorted(list_split(folder)), learn, config.data)
     model, settings, preprocessing = about.settings, about.settings["settings"], about.settings["preprocessing"]
     own = {"size": preprocessing["size"], "contrast": preprocessing.get("contrast", "none")}
     for name, value in own.items():
