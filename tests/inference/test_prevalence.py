@@ -1,10 +1,12 @@
 """Probabilities for another prevalence: their odds are moved, the decisions stay, and are made on what is written."""
 
+import html
 import json
 import os
 import shutil
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -153,8 +155,8 @@ def test_the_server_moves_them_too(fitted, files):
         assert found.prediction == row.prediction and found.threshold == row.threshold
     decoder.close()
     assert facts.prevalence == 0.03 and facts.probabilities.startswith("for a prevalence of 3 %, moved from 74 %; ")
-    page = _render(facts)
-    assert 'data-prevalence="0.03"' in page and facts.probabilities in page and "&#34;prevalence&#34;" in page
+    page = html.unescape(_render(SimpleNamespace(builder=builder, facts=facts)))
+    assert '"prevalence":0.03' in page and facts.probabilities in page and '"name": "prevalence"' in page
 
 
 def test_the_band_is_of_the_probabilities_that_are_written(fitted, files):
