@@ -13,12 +13,13 @@ from scipy.special import softmax
 
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import predict
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.inference.model import open_model
-from xray_fastai.inference.rows import DecisionRule
+from xray_fastai.inference.rows import DecisionRule, RowBuilder
 from xray_fastai.inference.stream import predict_stream
 from xray_fastai.serving.app import _render
 from xray_fastai.serving.decoding import Decoder
-from xray_fastai.serving.predictions import ModelFacts, predict_file
+from xray_fastai.serving.predictions import ModelFacts, Options, predict_file
 
 SHARES = {"temperature": 0.8, "intercepts": [0.7, -0.9], "prior": [0.26, 0.74], "calibration_kind": "validation"}
 SCORES = ["p_NORMAL", "p_PNEUMONIA"]
@@ -142,10 +143,11 @@ def test_another_model_is_not_continued_though_all_probabilities_are_small(fitte
 
 def test_the_server_moves_them_too(fitted, files):
     model = open_model(fitted, "cpu", "fp32").at_prevalence(0.03)
-    facts, decoder = ModelFacts.of(model), Decoder()
+    builder, decoder = RowBuilder(model, PredictConfig()), Decoder()
+    facts = ModelFacts.of(builder)
     expected = predict(files[:2], fitted, prevalence=0.03, device="cpu", precision="fp32")
     for file, (_, row) in zip(files, expected.iterrows(), strict=False):
-        found = predict_file(model, decoder, str(file), file.read_bytes(), heatmap=False)
+        found = predict_file(builder, decoder, str(file), file.read_bytes(), Options(heatmap=False))
         assert list(found.row) == list(expected.columns) and found.row["prevalence"] == 0.03
         assert found.row["p_PNEUMONIA"] == pytest.approx(row.p_PNEUMONIA, rel=1e-4)
         assert found.prediction == row.prediction and found.threshold == row.threshold
