@@ -150,4 +150,5 @@ def overlay(image: Image.Image, cam: np.ndarray) -> Image.Image:
 
 def _scaled(maps: np.ndarray) -> np.ndarray:
     """Divide each map (B, h, w) by its maximum; a map of zeros stays."""
-    return maps / (1e-7 + maps.max(axis=(1, 2), keepdims=True))
+    highest = maps.max(axis=(1, 2), keepdims=True)
+    return np.divide(maps, highest, out=np.zeros_like(maps), where=highest > 0)
