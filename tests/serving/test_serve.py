@@ -95,11 +95,12 @@ def test_the_class_to_detect_is_mapped_beside_the_one_that_is_called(gated, phot
         for cam in grad_cam(model, image.expand(2, -1, -1, -1), [0, 1])
     )
     assert normal != pneumonia
+    p = predict(photos[0], model).p_PNEUMONIA[0]
     for threshold, width, maps in (
         (0.99, 0.0, (normal, pneumonia)),
-        (0.01, 0.0, (pneumonia, None)),
-        (0.99, 0.499, (normal, pneumonia)),
-        (0.5, 0.499, (pneumonia, None)),
+        (0.0, 0.0, (pneumonia, None)),
+        (0.99, 0.98 - p, (normal, pneumonia)),
+        (p + 0.001, 0.002, (pneumonia, None)),
     ):
         builder = RowBuilder(model, PredictConfig(threshold=threshold, abstain=width))
         found = predict_file(builder, decoder, "a.jpeg", photos[0].read_bytes())
