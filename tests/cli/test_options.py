@@ -41,7 +41,13 @@ def test_a_command_has_one_option_for_each_field(function, config):
 
 def other_values(config, *without):
     """Return a value for each field but one that is not its default, and the command line that gives these values."""
-    texts = {"valid": "0.2", "class_weights": "1,2", "weights_range": "-1,1", "column": "label=text"}
+    texts = {
+        "output": "text.csv",
+        "valid": "0.2",
+        "class_weights": "1,2",
+        "weights_range": "-1,1",
+        "column": "label=text",
+    }
     by_type = {bool: None, int: 40, float: 0.25, str: "text"}
     values, args = {}, []
     wanted = [field for field in fields(config) if field.name not in without]
@@ -71,6 +77,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(training, "_check_paths", lambda config: None)
     monkeypatch.setattr(inference, "_check_images", lambda paths: None)
     monkeypatch.setattr(inference, "check_export", lambda path: None)
+    monkeypatch.setattr(inference, "check_paths", lambda paths, config: None)
     replace("xray_fastai.training.fit.fit", SimpleNamespace(error=None, signal=None))
     replace("xray_fastai.inference.predict_files.predict_command", 2)  # unreadable files
     return calls

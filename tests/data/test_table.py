@@ -252,6 +252,8 @@ def test_validation_is_held_out_by_patient_or_as_the_table_says(with_sites, imag
     split = ["test" if of_val else "train" for of_val in val]
     with pytest.raises(UserError, match="valid folder: no row of the table is for validation"):
         read_collection(config_of(images=str(images), valid="folder"), with_sites.assign(split=split))
+    with pytest.raises(UserError, match=r"one class only to train on \(A\)"):
+        read_collection(config, with_sites.assign(label="A"))
     with_sites.loc[val, "label"] = "OTHER"
     with pytest.raises(UserError, match="the validation part has other classes than the training images: OTHER"):
         read_collection(config, with_sites.assign(is_valid=val))

@@ -12,6 +12,7 @@ from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import settings_from
 from xray_fastai.cli.shared import Abstain, Device, Export, Gate, Model, Prevalence, check_export, either
 from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.inference.inputs import check_paths
 from xray_fastai.system.errors import UserError
 
 UNREADABLE = 3
@@ -36,24 +37,23 @@ def predict(
     """Predict new images. The exit code is 3 if some files could not be read."""
     config = PredictConfig(**settings)
     _check_images(paths)
+    check_paths(paths, config)
     check_export(model)
     from xray_fastai.inference.predict_files import predict_command as run
 
     errors = run(paths, model, config)
-    if sys.stdout.isatty() and not any(settings.get(name) for name in ("output", "heatmaps", "quiet")):
+    if sys.stdout.isatty() and not any(settings.get(name) for name in ("output", "heatmaps", "report")):
         next_command("predict", *paths, "--heatmaps", "maps")
     if errors:
         raise typer.Exit(UNREADABLE)
 
 
 def _check_images(paths: list[str]) -> None:
-    """Answer a folder that is an export, and names of which none exists, before the model is loaded."""
+    """Answer a folder that is an export before the model is loaded."""
     for path in paths:
         if os.path.isfile(os.path.join(path, "model.json")):
             advice = f"give it as --model {shlex.quote(path)}, and images besides"
             raise UserError(f"{path}: an export, no images; {advice}")
-    if not any(path == "-" or os.path.lexists(path) for path in paths):
-        raise UserError(f"{paths[0]}: no such file or folder; give images, or folders of them")
 
 
 def serve(

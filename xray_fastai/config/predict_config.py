@@ -17,7 +17,7 @@ class PredictConfig:
     """
 
     output: str | None = setting(
-        None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE", panel="Output"
+        None, "Write the rows to this new .csv, .jsonl or .xlsx file.", metavar="FILE", panel="Output"
     )
     append: bool = setting(
         False,
@@ -34,6 +34,20 @@ class PredictConfig:
         "Columns with StudyInstanceUID, SOPInstanceUID and AccessionNumber of DICOM files: patient data.",
         panel="Output",
     )
+    excel: str | None = setting(
+        None,
+        "Write a .csv file that Excel opens rightly, where its language has a decimal point, or a decimal comma.",
+        choices=("point", "comma"),
+        panel="Output",
+    )
+    report: str | None = setting(
+        None,
+        "Write a page with the pictures by their probability, and those to look at.",
+        metavar="FILE.html",
+        panel="Output",
+    )
+    quiet: bool = setting(False, "Print errors and the last line only.", panel="Output")
+    log: str | None = setting(None, "Add what is printed to this file, with times.", metavar="FILE", panel="Output")
     resume: bool = setting(
         False, "Continue an interrupted output= over the same inputs in the same order.", panel="Output"
     )
@@ -83,6 +97,10 @@ class PredictConfig:
                 raise UserError("give the file to continue by output=", option=option)
         if self.append and self.resume:
             raise UserError("append= continues an interrupted file, too; leave this out", option="resume")
+        if self.excel is not None and not (self.output or "").lower().endswith(".csv"):
+            raise UserError("give a .csv file by output=", option="excel", value=self.excel)
+        if self.quiet and self.output is None and self.report is None:
+            raise UserError("prints no rows; give a file by output=", option="quiet")
         if self.prevalence is not None and self.uncalibrated:
             raise UserError(
                 "moves the export's probabilities, which uncalibrated= leaves out; leave out one of them",

@@ -179,6 +179,9 @@ def _listed_table(config: FitConfig, frame: pd.DataFrame | None, of_model: Seque
         raise UserError("none of its rows is for training", option="data", value=source.name)
     table = with_patients(table, listing, patient_rule(config.patient_pattern, config.patients))
     classes = _checked_classes(config, table[table.split == "train"])
+    if len(classes) < 2:
+        message = f"one class only to train on ({classes[0]}); give rows of two or more, or another column of labels"
+        raise UserError(message, option="data", value=source.name)
     if has_val and "val" in wanted:
         _check_classes_of_val(table, classes, part)
     names = ("the training part" if listing.has_splits else "the table", part)

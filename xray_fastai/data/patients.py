@@ -151,9 +151,10 @@ def patients_in(table: pd.DataFrame, rule: PatientRule) -> list[str]:
     Raises:
         UserError: see `patients_of`.
     """
-    by_list = [(patient := rule.listed.get(named(file))) and f"\1{patient}" for file in table.file]
+    names = list(map(named, table.file))
+    by_list = [(patient := rule.listed.get(name)) and f"\1{patient}" for name in names]
     by_pattern = [None] * len(table) if rule.pattern is None else _by_pattern(table, rule.pattern)
-    in_table = [(patient := rule.in_table.get(named(file))) and f"\3{patient}" for file in table.file]
+    in_table = [(patient := rule.in_table.get(name)) and f"\3{patient}" for name in names]
     found = [
         of_list or of_pattern or of_table
         for of_list, of_pattern, of_table in zip(by_list, by_pattern, in_table, strict=True)

@@ -163,7 +163,7 @@ def read_table(source: Source) -> Listing:
     faults = [*of_rows, *_fault("no-row", without, "without a row")]
     known = {named(file): patient for file, patient in zip(table.file, table.patient, strict=True) if patient}
     table = table.drop(columns="patient").sort_values(["split", "label", "file"], ignore_index=True)
-    table.insert(0, "path", [str(source.root / file) for file in table.file])
+    table.insert(0, "path", [os.path.join(source.root, file) for file in table.file])
     read_as = ", ".join(f"{role} {shown(header)}" for role, header in headers.items())
     notes = [f"columns: {read_as}", *filter(None, [labels.note])]
     return Listing(source.root, table, known, "split" in rows, is_decided, faults, notes)

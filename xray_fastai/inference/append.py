@@ -59,7 +59,7 @@ class Ledger:
         self._done.add((path, digest))
         return True
 
-    def supersede(self, rows: list[Row]) -> None:
+    def add(self, rows: list[Row]) -> None:
         """Note that these rows have been written."""
         for row in rows:
             self._superseded += self._failed.pop(self._file.path_of(row["path"]), [])

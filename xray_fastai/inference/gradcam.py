@@ -71,10 +71,15 @@ def _maps(model: Model, images: torch.Tensor, targets: Sequence[int] | None) -> 
     layers = _layers(model.network[0])
     last: dict[int, tuple[int, torch.Tensor]] = {}  # by cells a side: the last layer with so many, and its output
 
-    def keep(number: int):
-        return lambda _module, _inputs, output: last.update({output.shape[-1]: (number, output)})
+    def keep(number: int, output: torch.Tensor) -> None:
+        last[output.shape[-1]] = number, output
+        for side in [side for side in last if side > FINER * output.shape[-1]]:
+            del last[side]
 
-    hooks = [layer.register_forward_hook(keep(number)) for number, layer in enumerate(layers)]
+    hooks = [
+        layer.register_forward_hook(lambda _module, _inputs, output, number=number: keep(number, output))
+        for number, layer in enumerate(layers)
+    ]
     try:
         logits = model.logits(images)  # (B, classes)
     finally:
@@ -82,7 +87,7 @@ def _maps(model: Model, images: torch.Tensor, targets: Sequence[int] | None) -> 
             hook.remove()
     probabilities = model.probabilities(logits.numpy())
     chosen = np.asarray(model.decide(probabilities) if targets is None else targets)  # (B,)
-    number, output = last[max(side for side in last if side <= FINER * min(last))]
+    number, output = last[max(last)]
     behind = nn.Sequential(*layers[number + 1 :], model.network[1])
     parts = [
         _evidence(behind, output[start : start + _CHUNK], chosen[start : start + _CHUNK])

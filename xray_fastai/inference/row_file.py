@@ -4,6 +4,7 @@ Whatever happens, the file ends with a whole row, and `--append` or `--resume` c
 program in the middle of a write, the next `write` deletes the half row.)
 """
 
+import codecs
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ class RowFile:
         columns: Mapping[str, type],  # name and type (str or float) of each, in this order; `path` is the first
         resume: bool = False,  # continue the file if it exists
         option: str = "resume",  # by which the user continues it
+        excel: str | None = None,  # of a .csv file, for Excel in a language with a decimal `point` or `comma`
     ):
         """Open the file, or make it.
 
@@ -65,7 +68,8 @@ class RowFile:
             raise UserError(f"cannot be written to ({error.strerror})", option="output", value=path) from None
         self._lock = lock
         self._csv = self.path.suffix.lower() == ".csv"
-        self._head = _csv_line(list(columns)) if self._csv else b""
+        self._style = STYLES[excel]
+        self._head = self._style.bom + self._style.line(list(columns)) if self._csv else b""
         self._end = 0  # where the last whole row ends, in bytes
         self._writing = False
 
@@ -77,7 +81,7 @@ class RowFile:
             UserError: the suffix is another one, `path` is a folder, or the file exists and `resume` is false.
         """
         if path.suffix.lower() not in (".csv", ".jsonl"):
-            raise UserError("give a name that ends in .csv or .jsonl", option="output", value=path)
+            raise UserError("give a name that ends in .csv, .jsonl or .xlsx", option="output", value=path)
         if path.is_dir():
             raise UserError("a folder, not a file", option="output", value=path)
         if path.exists() and not resume:
@@ -137,12 +141,18 @@ class RowFile:
 
     def _other_columns(self, line: bytes) -> UserError:
         """Return the error for a file whose first line has other columns."""
-        try:
-            text = line.decode()
-            found = next(csv.reader([text])) if self._csv else list(json.loads(text))
-        except (ValueError, TypeError, csv.Error):
-            found = []
         advice = "give another output="
+        try:
+            text = line.decode("utf-8-sig").rstrip("\n")
+            found = (
+                max((text.split(s.separator) for s in STYLES.values()), key=len)
+                if self._csv
+                else list(json.loads(text))
+            )
+        except (ValueError, TypeError):
+            found = []
+        if found == list(self.columns):
+            advice = f"it was written with another excel=; give the same, or {advice}"
         if missing := [name for name in self.columns if name not in found] if "path" in found else []:
             advice = (
                 f"it lacks {', '.join(missing)}, so an earlier version wrote it, or a run with other options; {advice}"
@@ -166,9 +176,10 @@ class RowFile:
 
         def parsed() -> Iterator[Row]:
             if self._csv:
-                for texts in csv.reader(lines(), strict=True):
+                read = {str: from_csv, float: self._style.number}
+                for texts in csv.reader(lines(), delimiter=self._style.separator, strict=True):
                     row = dict(zip(self.columns, texts, strict=True))
-                    yield {name: self.columns[name](from_csv(text)) if text else None for name, text in row.items()}
+                    yield {name: read[self.columns[name]](text) if text else None for name, text in row.items()}
             else:
                 for line in lines():
                     row = json.loads(line)
@@ -250,11 +261,12 @@ class RowFile:
                 value=self.path,
             ) from None
         finally:
+            self._file.close()
             self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
 
     def _line(self, row: Row) -> bytes:
         if self._csv:
-            return _csv_line([row[name] for name in self.columns])
+            return self._style.line([row[name] for name in self.columns])
         return json.dumps({name: row[name] for name in self.columns}, allow_nan=False).encode() + b"\n"
 
 
@@ -264,10 +276,32 @@ def _copy(source: io.BufferedReader, target: io.BufferedWriter, size: int) -> No
         size -= len(block)
 
 
-def _csv_line(values: list) -> bytes:
-    text = io.StringIO()
-    values = [csv_text(value) if isinstance(value, str) else value for value in values]
-    # most readers end a line at a lone "\r", which `QUOTE_MINIMAL` does not quote
-    quoting = csv.QUOTE_ALL if any("\r" in str(value) for value in values) else csv.QUOTE_MINIMAL
-    csv.writer(text, lineterminator="\n", quoting=quoting).writerow(values)
-    return text.getvalue().encode()
+@dataclass(frozen=True)
+class Style:
+    """Describes a .csv file."""
+
+    bom: bytes = b""  # by which Excel knows UTF-8
+    separator: str = ","
+    decimal: str = "."
+
+    def line(self, values: list) -> bytes:
+        """Return a row."""
+        text = io.StringIO()
+        values = [self._cell(value) for value in values]
+        # most readers end a line at a lone "\r", which `QUOTE_MINIMAL` does not quote
+        quoting = csv.QUOTE_ALL if any("\r" in str(value) for value in values) else csv.QUOTE_MINIMAL
+        csv.writer(text, delimiter=self.separator, lineterminator="\n", quoting=quoting).writerow(values)
+        return text.getvalue().encode()
+
+    def number(self, text: str) -> float:
+        """Return the number that a cell holds."""
+        return float(text.replace(self.decimal, "."))
+
+    def _cell(self, value: str | float | None) -> str | None:
+        if isinstance(value, float):
+            return str(value).replace(".", self.decimal)
+        return csv_text(value) if isinstance(value, str) else value
+
+
+STYLES = {None: Style(), "point": Style(codecs.BOM_UTF8), "comma": Style(codecs.BOM_UTF8, ";", ",")}
+"""By `excel`: Excel separates cells by a semicolon where a comma is the decimal sign, else by a comma."""

@@ -260,7 +260,7 @@ class RowBuilder:
         return {column.name: column.value(result) for column in self.columns}
 
     def rows(self, batch: Batch, first: int = 0, facts: Facts | None = None) -> list[Row]:
-        """Return the rows of a batch; the arguments are those of `results`."""
+        """Return the rows of a batch; `first` and `facts` are as in `results`."""
         return [self.row(result) for result in self.results(batch, first, facts)]
 
     def withheld(self, row: Row) -> Withheld | None:

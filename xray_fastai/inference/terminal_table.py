@@ -2,13 +2,18 @@
 
 from xray_fastai.config.class_names import UNCERTAIN
 from xray_fastai.inference.row_file import Row
-from xray_fastai.inference.rows import probability_column
+from xray_fastai.inference.rows import DIGITS, RowBuilder, probability_column
 from xray_fastai.system.text import WIDTH, printable, shorten
 
 MAX_ROWS = 50
 """Rows that the terminal shows; an output file gets all."""
 SHOWN_DIGITS = 4
 """Decimal places of a probability on the terminal, where a row has `rows.DIGITS`."""
+
+
+def shown_digits(builder: RowBuilder) -> int:
+    """Return the decimal places of a probability that people are shown."""
+    return SHOWN_DIGITS + builder.rule.digits - DIGITS
 
 
 class Table:

@@ -133,18 +133,18 @@ def recalibrate(
     target = Path(os.path.expanduser(output)) if output is not None else _free(opened.path)
     if target.exists():
         raise UserError("it already exists; give another folder", option="output", value=target)
-    about, adapted, images = [("model", f"{opened.path}: {opened.settings['architecture']}")], opened, 0
+    about, adapted, unlabelled_images = [("model", f"{opened.path}: {opened.settings['architecture']}")], opened, 0
     if unlabelled is not None:
         listed = patients if data is None else None
         done = without.without_labels(opened, without.Request(unlabelled, match_scores, prevalence, listed))
-        adapted, images = done.model, done.images
+        adapted, unlabelled_images = done.model, done.images
         about += [("unlabelled", line) for line in done.lines]
-    record = _record(adapted, unlabelled=images)
+    record = _record(adapted, unlabelled=unlabelled_images)
     settings = adapted.settings
     if data is not None:
         labelled = _labelled(opened, Request(data, split, exclude, patients, images, column))
         about += _described(labelled, data, split)
-        settings, record = _fitted(opened, adapted, labelled, rule, images)
+        settings, record = _fitted(opened, adapted, labelled, rule, unlabelled_images)
     about.append(("probabilities", replace(adapted, settings=settings).describe_probabilities()))
     if settings["threshold"] is not None:
         about.append(("threshold", f"{settings['threshold']:.4g}, before {opened.settings['threshold']:.4g}"))
