@@ -454,7 +454,9 @@ def closed(connection):
 @pytest.mark.slow
 def test_a_request_that_is_cut_by_the_end_of_the_server_is_answered(export, start):
     process = start("serve", "--model", export, "--port", 0, "--device", "cpu")
-    with connect(address_of(process)[0]) as connection:
+    address = address_of(process)[0]
+    wait_for(lambda: reachable(address))  # before that, the end of the server resets a connection
+    with connect(address) as connection:
         part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + "-" * 400_000
         connection.sendall(f"{UPLOAD}Content-Length: 1000000\r\n\r\n{part}".encode())  # fast enough for 20 s
         time.sleep(0.5)
