@@ -96,6 +96,7 @@ def test_other_tools_names_lead_to_options_and_commands_that_exist():
         ("test", "No such command 'test'; did you mean 'xray-fastai evaluate'?"),
         ("evalaute", "No such command 'evalaute'; did you mean 'xray-fastai evaluate'?"),
         ("chek", "No such command 'chek'; did you mean 'xray-fastai data check'?"),
+        ("data audit", "No such command 'audit'; did you mean 'xray-fastai data check'?"),
         ("data validate-all", "No such command 'validate-all'; see 'xray-fastai data --help'"),
         ("fit --bs 3", "No such option: --bs; did you mean --batch-size?"),
         ("fit --learning_rate 1", "No such option: --learning_rate; did you mean --lr?"),
@@ -128,6 +129,7 @@ def test_a_folder_or_a_file_in_place_of_a_command(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir(), (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.json").write_text(""), (tmp_path / "a b.jpeg").write_text("")
+    assert "did you mean" not in run("data", "images").stderr
     for path, meant in (("images", "fit images"), ("run", "evaluate run"), ("a b.jpeg", "predict 'a b.jpeg'")):
         assert f"; did you mean 'xray-fastai {meant}'?" in run(path).stderr.splitlines()[-1]
 

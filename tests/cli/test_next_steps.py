@@ -66,5 +66,3 @@ def test_the_next_command_is_the_last_line_and_not_beside_json(run, exports, mon
         "result", "next: xray-fastai interpret exports/first --data 'a b' --split test",
     ]  # fmt: skip
     assert run("evaluate", "--json").stdout == "{}\n"
-    monkeypatch.setattr("xray_fastai.system.distributed.rank", lambda: 1)
-    assert run("evaluate", "exports/first").stdout == "result\n"

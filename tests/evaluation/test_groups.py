@@ -50,6 +50,7 @@ def test_the_terminals_table_fits_and_says_what_it_leaves_out():
     lines = lines_of(found)
     assert all(len(line) <= 80 for line in lines)
     text = "\n".join(lines)
+    assert lines[0].split() == ["by", "sex", "images", "ROC", "AUC", "sensitivity", "specificity"]
     f, m = (next(line for line in lines if line.startswith(name)) for name in ("F ", "M "))
     assert f.split()[1] == m.split()[1] == "200" and len(f.split()) == 2 + 3 * 4
     assert any(line.split() == ["old", "12", "-", "-", "-"] for line in lines)

@@ -300,7 +300,7 @@ def test_the_same_map_as_pytorch_grad_cam(arch, layer_of):
     with package.GradCAM(model.network, [layer_of(model.network[0])]) as cam:
         expected = cam(batch, log_odds)
     for ours, theirs, target, p in zip(maps, expected, targets, probabilities, strict=True):
-        assert ours.min() == 0 and ours.max() == pytest.approx(p[target], abs=1e-5)
+        assert ours.min() >= 0 and ours.max() == pytest.approx(p[target], abs=1e-5)
         fine = upsample(ours, (size, size))  # the package scales each map to its own minimum and maximum
         np.testing.assert_allclose((fine - fine.min()) / (fine.max() - fine.min()), theirs, atol=1e-3)
 

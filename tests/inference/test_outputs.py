@@ -90,7 +90,10 @@ def test_a_csv_for_excel(excel, separator, decimal, says, refused, files, model)
     assert Path("out.csv").read_bytes().startswith(b"\xef\xbb\xbfpath" + separator.encode() + b"prediction")
     table = pd.read_csv("out.csv", sep=separator, decimal=decimal, encoding="utf-8-sig")
     expected = predict(inputs, model)
-    pd.testing.assert_frame_equal(table, expected, check_dtype=False, atol=1e-6)
+    assert table.columns.tolist() == expected.columns.tolist()
+    pd.testing.assert_frame_equal(
+        table.drop(columns="error"), expected.drop(columns="error"), check_dtype=False, atol=1e-6
+    )
     refused(says(*inputs, "--output", "out.csv", "--resume"), "it was written with another --excel; give the same")
     assert says(*inputs, "--output", "a.csv", "--append", "--excel", excel).exit_code == 0
     assert "known         4 files" in says(*inputs, "--output", "a.csv", "--append", "--excel", excel).stdout

@@ -349,7 +349,7 @@ def test_a_name_that_is_not_utf8(says, files):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--output", "out.txt"], "ends in .csv or .jsonl"),
+        (["--output", "out.txt"], "ends in .csv, .jsonl or .xlsx"),
         (["--output", "there.csv"], "--output there.csv: already exists"),
         (["--output", "nowhere/out.csv"], "nowhere/out.csv: cannot be written to (No such file or directory)"),
         (["--output", "folder.csv"], "a folder, not a file"),

@@ -88,6 +88,13 @@ def test_gaps_of_more_groups_allow_for_all_pairs():
     assert of_pair.high - of_pair.low < four.gaps[0].high - four.gaps[0].low
 
 
+def test_groups_that_are_alike_have_a_gap_of_zero_between_two():
+    y_true = np.tile(np.repeat([1, 0], 20), 2)
+    called = Called(Scored(y_true, np.eye(2)[y_true], np.arange(80), 1), y_true)
+    for gap in by_group(called, np.repeat(["F", "M"], 40), CLASSES).gaps:
+        assert (gap.best, gap.worst, gap.difference) == ("M", "F", 0) and gap.low < 0 < gap.high
+
+
 def test_a_small_group_says_what_it_lacks():
     called, groups = drawn(3, (1.0, 2.0))
     groups = groups.astype(object)

@@ -255,7 +255,7 @@ class FitConfig:
     valid: str = setting(
         "auto",
         "Validation images: folder (val/), a fraction of train/ such as 0.1, auto (val/ if it is large enough, "
-        "else val/ and a tenth of train/), or group:NAME (of a table, the images with this text in column group=).",
+        "else val/ and a tenth of train/), or group:NAME (of a table, the images with this text in the column group).",
         metavar="auto|folder|FRACTION|group:NAME",
         check=_check_valid,
         panel="Data",

@@ -99,7 +99,7 @@ def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, pat
     rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
     caption = 6.4 * point
     heights = [caption + max(sizes[i][1] for i in row) + gap for row in rows]
-    header, foot = 1.15, 0.45
+    header, foot = 1.36, 0.45
     height = header + sum(heights) + foot
 
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")

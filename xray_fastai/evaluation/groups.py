@@ -62,7 +62,7 @@ def lines_of(columns: list[dict[str, Any]]) -> list[str]:
     """Return the tables of all columns for the terminal, each with an empty line behind it."""
     lines = []
     for column in columns:
-        heads = "".join(f"{title_of(name):<20}" for name in NAMES).rstrip()
+        heads = "".join(f"{_title(name):<20}" for name in NAMES).rstrip()
         by = shorten(f"by {column['column']}", _NAME_WIDTH - 1)
         lines.append(f"{by:<{_NAME_WIDTH}}{'images':<{_COUNT_WIDTH}}{heads}")
         for group in column["groups"]:
@@ -75,6 +75,10 @@ def lines_of(columns: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _title(name: str) -> str:
+    return title_of(name).partition(" (")[0]
+
+
 def cell_of(metric: dict[str, float | None]) -> str:
     """Return a metric of a group with two digits; `-` where the group is too small."""
     return "-" if metric["value"] is None else format_interval(**metric, digits=2)
@@ -83,7 +87,7 @@ def cell_of(metric: dict[str, float | None]) -> str:
 def remarks_on(column: dict[str, Any]) -> list[str]:
     """Return the gaps, how numbers were cut, and which groups are too small, a sentence each."""
     remarks = [
-        f"{title_of(gap['metric'])}, {gap['best']} less {gap['worst']}: "
+        f"{_title(gap['metric'])}, {gap['best']} less {gap['worst']}: "
         f"{format_interval(gap['difference'], gap['low'], gap['high'])}"
         + (f", allowing for the choice among {gap['groups']} groups." if gap["groups"] > 2 else ".")
         for gap in column["gaps"]

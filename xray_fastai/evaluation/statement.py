@@ -250,7 +250,11 @@ def _on_results(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[st
         known = [name for name in names if found.get(name) and found[name]["value"] is not None]
         return "; ".join(f"{title_of(name)} {format_interval(**found[name])}" for name in known)
 
-    at = "with the most probable class called" if chosen["threshold"] is None else f"at {chosen['threshold']:.4g}"
+    at = (
+        "with the most probable class called"
+        if chosen["threshold"] is None
+        else f"at the threshold {chosen['threshold']:.4g}"
+    )
     intervals = f"{summary['intervals'].rstrip('.')}."
     measures = ", ".join(METRICS[name].title for name in found if name in METRICS)
     rows = chosen["confusion"]

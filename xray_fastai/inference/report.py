@@ -28,7 +28,7 @@ from xray_fastai.system.text import data_uri, printable, shown
 
 MAX_PICTURES, MAX_LINES = 200, 1_000
 """Images of a part that the page shows with a picture, and further ones that it lists. Two parts have pictures, so
-there are 400 at most. On drawn X-rays a picture takes 3 kB and a page with 400 of them 1.5 MB."""
+there are 400 at most. One takes 6.6 kB (24 real X-rays), so they take 2.7 MB."""
 SIDE, QUALITY = 170, 80
 """Longest side of a picture in pixels, and its JPEG quality."""
 MARK = "xray-fastai predict"
@@ -120,6 +120,7 @@ class Report:
             facts=[(term, printable(value)) for term, value in facts],
             positive=model.positive,
             score="probability" if model.positive is None else f"probability of {model.positive}",
+            column="probability" if model.positive is None else probability_column(model.positive),
             where="" if output is None else f"; {printable(output)} has them",
             uncertain=uncertain,
             called=called,

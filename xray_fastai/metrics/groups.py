@@ -192,7 +192,7 @@ def _gap(metric: str, patients: np.ndarray, members: dict[str, np.ndarray], part
     if len(enough) < 2:
         return None
     values = {name: float(METRICS[metric].value(*part)) for name, part in enough.items()}
-    best, worst = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
+    worst, *_, best = sorted(values, key=values.__getitem__)
     level = 1 - 0.05 / (len(enough) * (len(enough) - 1) / 2)
     intervals = [interval_of(metric, enough[name].scored, level, enough[name].y_pred) for name in (worst, best)]
     sums = [

@@ -172,9 +172,9 @@ class Trainer:
     def _time_is_up(self, name: str) -> bool:
         """Return whether a time limit leaves no time for the rest of a phase; the first epoch of all always runs."""
         limit = self.plan.config.seconds_allowed
-        if limit is None or self.best.row is None:
+        if limit is None:
             return False
-        return distributed.share(self.progress.elapsed >= phase_end(limit, name, 0.0))
+        return distributed.share(self.best.row is not None and self.progress.elapsed >= phase_end(limit, name, 0.0))
 
     def _phase(self, name: str, epochs: int) -> Phase:
         config = self.plan.config

@@ -126,7 +126,8 @@ class Pace(Callback):
         if self.following is not None:
             of_one = self.following.seconds(seconds)
             rest += self.following.epochs * of_one
-            parts += f", then at most {self.following.epochs} unfrozen of about {in_words(of_one)} each"
+            about = "about " if of_one >= 1 else ""
+            parts += f", then at most {self.following.epochs} unfrozen of {about}{in_words(of_one)} each"
         if self.limit is not None:
             text += f"{self.epochs} of {count_of(self.n_epoch, 'epoch')} fit into the time limit; "
             rest = min(rest, max(0.0, self.limit - self.clock()))
