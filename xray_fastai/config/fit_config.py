@@ -58,8 +58,9 @@ def check_column(text: str) -> str | None:
 
 def range_of(text: str | None) -> tuple[float, float] | None:
     """Return the two numbers of `weights_range`: what black and white are. None if it is None or not two numbers."""
-    numbers = [number for part in (text or "").split(",") if (number := _number(part)) is not None]
-    if len(numbers) == (text or "").count(",") + 1 == 2 and all(map(math.isfinite, numbers)) and len({*numbers}) == 2:
+    parts = (text or "").split(",")
+    numbers = [n for part in parts if (n := _number(part)) is not None and math.isfinite(n)]
+    if len(parts) == len(numbers) == 2 and numbers[0] != numbers[1]:
         return numbers[0], numbers[1]
     return None
 
