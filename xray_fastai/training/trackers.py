@@ -78,6 +78,23 @@ class TensorBoard:
         """Do nothing: fastai's callback closes its file at the end of each phase."""
 
 
+class LogEpochs(Callback):
+    "Record the losses, metrics and rate of each epoch; a step is an epoch of either phase."
+
+    order = Recorder.order + 1
+
+    def __init__(
+        self,
+        record: Callable[..., Any],  # takes numbers by name, and the step
+    ):
+        self.record = record
+
+    def after_epoch(self):
+        row = self.recorder.history[-1]
+        values = {name: value for name, value in row.items() if name not in ("phase", "epoch")}
+        self.record(values | {"unfrozen": float(trains_all(self))}, step=len(self.recorder.history))
+
+
 class MLflow:
     """Writes `mlruns`, for `mlflow ui`."""
 
@@ -91,17 +108,7 @@ class MLflow:
         mlflow.start_run(run_name=run.name)
         mlflow.log_params(settings)
 
-        class LogEpochs(Callback):
-            """Records each epoch, counted over both phases."""
-
-            order = Recorder.order + 1
-
-            def after_epoch(self):
-                row = self.recorder.history[-1]
-                values = {name: value for name, value in row.items() if name not in ("phase", "epoch")}
-                mlflow.log_metrics(values | {"unfrozen": float(trains_all(self))}, step=len(self.recorder.history))
-
-        self.callback = LogEpochs()
+        self.callback = LogEpochs(mlflow.log_metrics)
 
     def finish(self, figures: dict[str, float], export: Path) -> None:
         self.mlflow.log_metrics({f"export_{name}": value for name, value in figures.items()})
@@ -113,16 +120,19 @@ class MLflow:
 
 
 class WeightsAndBiases:
-    """Writes `wandb`, for `wandb sync`, by fastai's callback; offline unless `WANDB_MODE` is set."""
+    """Writes `wandb`, for `wandb sync`; offline unless `WANDB_MODE` is set.
+
+    fastai's `WandbCallback` fails where it reads the learner's arguments (fastai 2.8.12: "vars() argument must have
+    __dict__ attribute").
+    """
 
     def __init__(self, run: Reservation, settings: dict[str, Any]):
         import wandb
-        from fastai.callback.wandb import WandbCallback
 
         self.wandb = wandb
         mode = os.environ.get("WANDB_MODE", "offline")
         self.run = wandb.init(project=PROJECT, name=run.name, dir=run.exports.parent, mode=mode, config=settings)
-        self.callback = WandbCallback(log=None, log_preds=False)  # predictions would change the random states
+        self.callback = LogEpochs(self.run.log)
 
     def finish(self, figures: dict[str, float], export: Path) -> None:
         self.run.summary.update({f"export_{name}": value for name, value in figures.items()})
