@@ -182,6 +182,7 @@ def test_a_run_that_ends_before_errors_are_deleted(night, inbox, files, monkeypa
         assert night().exit_code == 130
     rows = read()
     assert rows.path.tolist().count("inbox/1.jpeg") == 2  # both are there
+    os.remove(inbox / "1.jpeg")
     assert night().exit_code == 0
     rows = read()
     assert rows.path.tolist().count("inbox/1.jpeg") == 1 and rows.error.isna().all()
