@@ -138,7 +138,7 @@ def _checklist(name: str, items: tuple, facts: dict[str, str]) -> list[str]:
     left = [f"- [ ] {topic}" for topic, fact in items if fact not in facts]
     return [
         f"## {name}",
-        f"{len(answered)} of {len(items)} items have an answer or a part of one:",
+        f"{len(answered)} of {len(items)} topics have an answer or a part of one:",
         "\n".join(answered),
         "Open, for the authors:",
         "\n".join(left),
