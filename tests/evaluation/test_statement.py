@@ -48,7 +48,7 @@ def test_every_item_is_answered_or_open(stated):
         answered = [line for line in lines if line.startswith("- [x] ")]
         left = [line for line in lines if line.startswith("- [ ] ")]
         assert len(answered) + len(left) == len(items)
-        assert f"{len(answered)} of {len(items)} items" in section(text, title)
+        assert f"{len(answered)} of {len(items)} topics" in section(text, title)
         assert all(any(topic in line for line in lines) for topic, _ in items)
         assert all(re.fullmatch(r"- \[x\] \*\*.+?\.\*\* .+\.", line) for line in answered)
     assert [int(topic.split()[0]) for topic, _ in TRIPOD] == list(range(1, 28))
