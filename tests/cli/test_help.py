@@ -39,6 +39,7 @@ def test_a_page_fits_and_names_each_option(page, width, run, monkeypatch):
     text, _, examples = result.stdout.partition("\nExamples\n")
     assert max(map(len, text.splitlines())) <= min(width, 100)
     assert "\x1b" not in text
+    assert ("\u256d" in text) == (width >= 60)  # a frame's corner: a narrow page has none
     for option in options_of(COMMANDS.get(page) or GROUPS.get(page) or ROOT):
         assert re.search(rf"{option}\b", text), option
     for _, line in EXAMPLES[page]:
