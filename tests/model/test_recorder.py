@@ -59,6 +59,16 @@ def test_values_are_fastais(ours, fastais, classes):
         assert float(ours.value) == float(fastais.value)
 
 
+def test_a_network_that_is_very_sure_still_ranks():
+    """In fp32 all of these probabilities are 1."""
+    metric, targets = EpochMetric(RocAucBinary()), torch.tensor([0, 0, 1, 1])
+    logits = torch.tensor([[0.0, 20.0], [0.0, 22.0], [0.0, 24.0], [0.0, 26.0]])
+    assert len(logits.softmax(1)[:, 1].unique()) == 1
+    metric.reset()
+    metric.accumulate(SimpleNamespace(pred=logits, y=targets))
+    assert metric.value == 1 and metric.value == 1
+
+
 def loss_in_batches(size: int, loss_func, logits: torch.Tensor, targets: torch.Tensor) -> float:
     """Return the validation loss of logits (N, classes) and targets (N,) that come in batches of a size."""
     metric = EpochLoss()

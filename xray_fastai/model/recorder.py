@@ -6,7 +6,7 @@ a weighted validation loss (`EpochLoss`).
 
 import torch
 from fastai.learner import AvgSmoothLoss
-from fastai.vision.all import AccumMetric, AvgLoss, AvgMetric, Recorder, find_bs
+from fastai.vision.all import AccumMetric, ActivationType, AvgLoss, AvgMetric, Metric, Recorder, find_bs
 
 COLUMNS = {"roc_auc_score": "roc_auc"}
 """The columns of the history whose names are not those of fastai's metrics."""
@@ -43,27 +43,39 @@ class SmoothLoss(AvgSmoothLoss):
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 
-class EpochMetric(AccumMetric):
-    "Computes a metric of scikit-learn once an epoch, from all outputs."
+class EpochMetric(Metric):
+    """Computes a metric of scikit-learn once an epoch, from the probabilities of all images, on the CPU.
+
+    The probabilities are in fp64, which fastai's own metrics make fp32: there those of a network that is very sure are
+    all 1, so that images tie.
+    """
 
     def __init__(
         self,
-        metric: AccumMetric,  # such as `RocAucBinary()`
+        metric: AccumMetric,  # of probabilities: `RocAucBinary()`, or `RocAuc()`
     ):
-        super().__init__(
-            metric.func, metric.dim_argmax, metric.activation, metric.thresh, metric.to_np, metric.invert_args,
-            metric.flatten, metric.name, **metric.kwargs,
-        )  # fmt: skip
+        self.metric = metric
 
-    def accum_values(self, preds, targs, learn=None):
-        self.preds.append(preds.detach())
-        self.targs.append(targs.detach())
+    def reset(self):
+        self.preds, self.targs = [], []
+
+    def accumulate(self, learn):
+        self.preds.append(learn.pred.detach())
+        self.targs.append(learn.y.detach())
 
     @property
     def value(self):
-        if self.preds:
-            self.preds, self.targs = ([torch.cat(parts).cpu()] for parts in (self.preds, self.targs))
-        return super().value
+        if not self.preds:
+            return None
+        self.preds, self.targs = ([torch.cat(parts).cpu()] for parts in (self.preds, self.targs))
+        probabilities = self.preds[0].double().softmax(1).numpy()  # (N, classes)
+        if self.metric.activation == ActivationType.BinarySoftmax:
+            probabilities = probabilities[:, -1]
+        return self.metric.func(self.targs[0].numpy(), probabilities, **self.metric.kwargs)
+
+    @property
+    def name(self):
+        return self.metric.name
 
 
 class EpochRecorder(Recorder):
