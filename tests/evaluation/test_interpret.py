@@ -188,7 +188,7 @@ def test_a_folder_of_something_else_stays(look, refused, tmp_path):
     ("options", "words"),
     [
         (["--class", "FLU"], ["--class FLU", "NORMAL, PNEUMONIA"]),
-        (["--split", "validation"], ["--split validation", "test, valid, train"]),
+        (["--split", "holdout"], ["--split holdout", "test, valid, train"]),
         (["--only-errors", "--confident"], ["--confident", "--only-errors"]),
         (["--model", "nowhere"], ["nowhere: not an export"]),
     ],

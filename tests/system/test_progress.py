@@ -63,7 +63,7 @@ def test_a_fits_bar_by_place(page, monkeypatch):
     assert isinstance(bar, TerminalBar)
     bar.begin(1, "training", 8)
     bar.advance()
-    bar.print("row 1")
+    print("row 1")
     bar.close()
     assert "row 1\n" in sys.stdout.getvalue() and "epoch 2 training" in sys.stdout.getvalue()
     monkeypatch.setattr(sys, "stdout", io.StringIO())
@@ -77,7 +77,7 @@ def test_a_notebook_has_one_place_for_all_bars_of_a_fit_and_plain_rows(page, cap
             bar.begin(epoch, part, batches)
             for _ in range(batches):
                 bar.advance()
-        bar.print(f"row {epoch}")
+        print(f"row {epoch}")
     bar.close()
     bars = [updates for updates in page if "<style>" not in str(updates[0])]
     assert len(bars) == 1

@@ -6,7 +6,8 @@ a weighted validation loss (`EpochLoss`).
 
 import torch
 from fastai.learner import AvgSmoothLoss
-from fastai.vision.all import AccumMetric, ActivationType, AvgLoss, AvgMetric, Metric, Recorder, find_bs
+from fastai.metrics import ActivationType
+from fastai.vision.all import AccumMetric, AvgLoss, AvgMetric, Metric, Recorder, find_bs
 
 COLUMNS = {"roc_auc_score": "roc_auc"}
 """The columns of the history whose names are not those of fastai's metrics."""
