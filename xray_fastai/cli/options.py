@@ -1,6 +1,7 @@
 """Makes a command's options of the fields of `FitConfig` or `PredictConfig`."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Annotated, Any, TypeVar
@@ -48,15 +49,15 @@ def option_of(config: type, name: str) -> Any:
     return _option(next(field for field in fields(config) if field.name == name))
 
 
-def one_of(*choices: str) -> Callable[[str | None], str | None]:
-    """Return typer's callback that accepts only these values.
+def one_of(*choices: str, pattern: str | None = None) -> Callable[[str | None], str | None]:
+    """Return typer's callback that accepts only these values, and those that match a regular expression.
 
     Raises:
         BadParameter: the value is another one; the exit code is 2.
     """
 
     def check(value: str | None) -> str | None:
-        if value is not None and value not in choices:
+        if value is not None and value not in choices and not (pattern and re.fullmatch(pattern, value)):
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.")
         return value
 
@@ -69,7 +70,7 @@ def _option(field: Field[Any]) -> Any:
         option = f"{option}/--no{option[1:]}"
     details: dict[str, Any] = {"help": as_typed(setting.help, {}), "metavar": setting.metavar}
     if setting.choices:
-        details["callback"] = one_of(*setting.choices)
+        details["callback"] = one_of(*setting.choices, pattern=setting.pattern)
         details["metavar"] = "|".join(setting.choices) if len(setting.choices) < 5 else "NAME"
     if setting.is_closed:  # typer has no open ranges: those are checked by `config` alone
         details |= {"min": setting.min, "max": setting.max}

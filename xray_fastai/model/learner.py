@@ -19,7 +19,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from xray_fastai.config.fit_config import FitConfig
-from xray_fastai.model.architectures import build_backbone, build_head, split_parameters
+from xray_fastai.model.architectures import build_backbone, build_head, features_of, split_parameters
 from xray_fastai.model.optimizer import FusedAdam
 from xray_fastai.model.recorder import EpochAverage, EpochMetric, EpochRecorder
 from xray_fastai.model.xray_learner import NeedsImages, XrayLearner
@@ -74,6 +74,7 @@ def build_learner(
     class_weights: Sequence[float] | None = None,
     pretrained: dict[str, torch.Tensor] | None = None,
     start: dict[str, torch.Tensor] | None = None,
+    size: int | None = None,
 ) -> XrayLearner:
     """Build a learner as fastai's `vision_learner` does: torchvision's `arch`, a head of pooling, dropout, one layer.
 
@@ -84,6 +85,7 @@ def build_learner(
         class_weights: the cross-entropy's weights, in the order of the classes; None weighs all classes equally.
         pretrained: tensors of the backbone under torchvision's names (`pretrained.pretrained_state`); None leaves
             random weights.
+        size: side of the images, which timm's networks need.
         start: tensors of an export to continue from, under the names of its `model.safetensors`.
 
     Returns:
@@ -93,10 +95,10 @@ def build_learner(
     classes = len(dls.vocab)
     weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32, device=dls.device)
     model = create_vision_model(
-        partial(build_backbone, arch, pretrained),
+        partial(build_backbone, arch, pretrained, size),
         classes,
         pretrained=False,  # `build_backbone` loads the weights
-        custom_head=build_head(arch, classes, dropout),
+        custom_head=build_head(features_of(arch, size), classes, dropout),
     )
     learn = XrayLearner(
         dls,
