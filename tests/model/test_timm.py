@@ -130,7 +130,7 @@ def test_another_timm_network_is_refused(tmp_path):
 
 
 def test_names_that_timm_does_not_know():
-    with pytest.raises(UserError, match=r"arch timm/resnet10: timm .* has no such network; did you mean resnet101"):
+    with pytest.raises(UserError, match=r"arch timm/resnet10: timm .* has no such network; did you mean resnet10"):
         build_backbone("timm/resnet10", None, SIZE)
     for text in ("timm/hf-hub:someone/model", "timm/../x", "timm/", "resnet10t"):
         with pytest.raises(UserError, match="choose one of"):

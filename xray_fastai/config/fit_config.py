@@ -43,8 +43,9 @@ def _check_valid(text: str) -> str | None:
 
 def range_of(text: str | None) -> tuple[float, float] | None:
     """Return the two numbers of `weights_range`: what black and white are. None if it is None or not two numbers."""
-    numbers = [_number(part) for part in (text or "").split(",")]
-    if len(numbers) == 2 and all(n is not None and math.isfinite(n) for n in numbers) and numbers[0] != numbers[1]:
+    parts = (text or "").split(",")
+    numbers = [n for part in parts if (n := _number(part)) is not None and math.isfinite(n)]
+    if len(parts) == len(numbers) == 2 and numbers[0] != numbers[1]:
         return numbers[0], numbers[1]
     return None
 

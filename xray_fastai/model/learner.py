@@ -23,6 +23,7 @@ from xray_fastai.model.architectures import build_backbone, build_head, features
 from xray_fastai.model.optimizer import FusedAdam
 from xray_fastai.model.recorder import EpochAverage, EpochMetric, EpochRecorder
 from xray_fastai.model.xray_learner import NeedsImages, XrayLearner
+from xray_fastai.system.errors import UserError
 
 
 class CalibratedCrossEntropy(CrossEntropyLossFlat):
@@ -85,12 +86,15 @@ def build_learner(
         class_weights: the cross-entropy's weights, in the order of the classes; None weighs all classes equally.
         pretrained: tensors of the backbone under torchvision's names (`pretrained.pretrained_state`); None leaves
             random weights.
-        size: side of the images, which timm's networks need.
         start: tensors of an export to continue from, under the names of its `model.safetensors`.
+        size: side of the images, which timm's networks need.
 
     Returns:
         A learner with three parameter groups (early layers, late layers, head), none of them frozen. The network maps
         (B, 3, H, W) to logits (B, classes).
+
+    Raises:
+        UserError: timm is not installed or does not know the network, or `start` is for another size.
     """
     classes = len(dls.vocab)
     weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32, device=dls.device)
@@ -110,7 +114,11 @@ def build_learner(
         train_bn=False,
     )
     if start is not None:
-        learn.model.load_state_dict(learn.model.state_dict() | start)
+        own = learn.model.state_dict()
+        if bent := [name for name, tensor in start.items() if name not in own or own[name].shape != tensor.shape]:
+            fault = f"the export's {bent[0]} is of another network, or for another size; leave it out"
+            raise UserError(fault, option="size", value=size)
+        learn.model.load_state_dict(own | start)
     learn.remove_cb(Recorder)
     learn.add_cbs([EpochRecorder(), NeedsImages()])
     learn.arch = arch

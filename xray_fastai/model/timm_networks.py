@@ -1,6 +1,7 @@
 """Builds timm's networks (`--arch timm/NAME`) as backbones that give feature maps. timm is an extra of this package."""
 
 import copy
+import difflib
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -76,7 +77,7 @@ def create(arch: str, **options: Any) -> nn.Module:
     """
     timm, name = import_timm(), arch.removeprefix(TIMM)
     if not timm.is_model(name):
-        known = timm.list_models(f"*{name.partition('.')[0]}*")[:3]
+        known = difflib.get_close_matches(name.partition(".")[0], timm.list_models())
         hint = f"did you mean {', '.join(known)}?" if known else "see timm.list_models()"
         raise UserError(f"timm {timm.__version__} has no such network; {hint}", option="arch", value=arch)
     try:
