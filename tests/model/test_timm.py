@@ -137,6 +137,11 @@ def test_names_that_timm_does_not_know():
             FitConfig(arch=text)
 
 
+def test_a_fit_says_so_before_it_reads_the_images(tmp_path):
+    with pytest.raises(UserError, match="has no such network"):
+        fit(data=tmp_path / "nowhere", arch="timm/resnet10", exports=str(tmp_path / "exports"))
+
+
 def test_a_size_that_the_network_does_not_take():
     with pytest.raises(UserError, match="size 50: timm/swin_tiny_patch4_window7_224 does not take such images"):
         build_backbone("timm/swin_tiny_patch4_window7_224", None, 50)

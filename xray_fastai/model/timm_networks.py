@@ -69,19 +69,30 @@ def import_timm() -> Any:
     return timm
 
 
-def create(arch: str, **options: Any) -> nn.Module:
-    """Build one of timm's networks without a classifier and with random weights, unless `options` say something else.
+def check_name(arch: str | None) -> None:
+    """Check that the installed timm knows a network; one that is not timm's, or None, passes.
 
     Raises:
         UserError: timm is not installed, or does not know the network.
     """
+    if arch is None or not arch.startswith(TIMM):
+        return
     timm, name = import_timm(), arch.removeprefix(TIMM)
     if not timm.is_model(name):
         known = difflib.get_close_matches(name.partition(".")[0], timm.list_models())
         hint = f"did you mean {', '.join(known)}?" if known else "see timm.list_models()"
         raise UserError(f"timm {timm.__version__} has no such network; {hint}", option="arch", value=arch)
+
+
+def create(arch: str, **options: Any) -> nn.Module:
+    """Build one of timm's networks without a classifier and with random weights, unless `options` say something else.
+
+    Raises:
+        UserError: as `check_name`; or timm cannot build it.
+    """
+    check_name(arch)
     try:
-        return timm.create_model(name, num_classes=0, **options)
+        return import_timm().create_model(arch.removeprefix(TIMM), num_classes=0, **options)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         fault = f"timm cannot build it ({shown(error, 200)}); give another"
         raise UserError(fault, option="arch", value=arch) from None
