@@ -21,6 +21,7 @@ from xray_fastai.model.architectures import build_backbone, build_network, split
 from xray_fastai.model.folding import fold_batch_norm
 from xray_fastai.model.preprocessing import Preprocessing
 from xray_fastai.model.pretrained import pretrained_state
+from xray_fastai.model.timm_networks import bare, build_timm
 from xray_fastai.system.errors import UserError
 
 NAMES = ("tf_efficientnet_lite0", "convnextv2_atto", "resnet10t", "vit_tiny_patch16_224", "mobilenetv4_conv_small")
@@ -125,7 +126,7 @@ def test_batch_norm_is_folded(name):
 
 def test_another_timm_network_is_refused(tmp_path):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"not the weights of this arch= \(\d+ missing: .*unknown: "):
+    with pytest.raises(UserError, match=r"not the weights of this arch= \(\d+ missing: "):
         pretrained_state("timm/convnextv2_atto", str(tmp_path / "weights.pth"))
 
 
@@ -143,8 +144,17 @@ def test_a_fit_says_so_before_it_reads_the_images(tmp_path):
 
 
 def test_a_size_that_the_network_does_not_take():
-    with pytest.raises(UserError, match="size 50: timm/swin_tiny_patch4_window7_224 does not take such images"):
-        build_backbone("timm/swin_tiny_patch4_window7_224", None, 50)
+    with pytest.raises(UserError, match="size 32: timm/inception_v3 does not take such images"):
+        build_backbone("timm/inception_v3", None, 32)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_weights_for_one_size_are_fitted_to_another(name):
+    weights = bare(f"timm/{name}").state_dict()
+    fitted, random = (build_timm(f"timm/{name}", SIZE, state).state_dict() for state in (weights, None))
+    assert {key: t.shape for key, t in fitted.items()} == {key: t.shape for key, t in random.items()}
+    same = [key for key, t in weights.items() if torch.equal(fitted[f"network.{key}"], t)]
+    assert len(weights) // 2 < len(same) < len(weights)
 
 
 def test_without_timm_one_line_says_what_to_install(monkeypatch):

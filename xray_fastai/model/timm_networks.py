@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -99,7 +100,12 @@ def create(arch: str, **options: Any) -> nn.Module:
 
 
 def config_of(arch: str) -> Any:
-    """Return timm's `pretrained_cfg`: normalization, names of the first layer and the classifier."""
+    """Return timm's `pretrained_cfg`: normalization, names of the first layer and the classifier.
+
+    Raises:
+        UserError: as `check_name`.
+    """
+    check_name(arch)
     return import_timm().get_pretrained_cfg(arch.removeprefix(TIMM))
 
 
@@ -153,14 +159,31 @@ def build_timm(arch: str, size: int, weights: dict[str, torch.Tensor] | None = N
         UserError: as `layout_of`.
     """
     layout = layout_of(arch, size)
-    if weights is None:
-        network = create(arch, **_for_size(arch, size))
-    else:
-        network = create(arch)
-        network.load_state_dict(network.state_dict() | weights)
-        if _for_size(arch, size):
-            network.set_input_size(img_size=(size, size))  # interpolates the embeddings of positions
+    network = create(arch, **_for_size(arch, size))
+    if weights is not None:
+        network.load_state_dict(network.state_dict() | _for_shapes_of(network, weights, arch, size))
     return TimmBackbone(_without(network, layout.unused), layout)
+
+
+def _for_shapes_of(
+    network: nn.Module, weights: dict[str, torch.Tensor], arch: str, size: int
+) -> dict[str, torch.Tensor]:
+    """Return weights in which the embeddings of positions are interpolated for images of `size`.
+
+    The module of a network in timm has the function by which timm itself does so, under a name that is not documented.
+
+    Raises:
+        UserError: timm has none for this network.
+    """
+    own = network.state_dict()
+    if all(own[name].shape == tensor.shape for name, tensor in weights.items()):
+        return weights
+    interpolated = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    fitted = {} if interpolated is None else interpolated(dict(weights), network)
+    if any(name not in fitted or fitted[name].shape != own[name].shape for name in weights):
+        native = config_of(arch).input_size[-1]
+        raise UserError(f"weights of {arch} are for {native} pixels; give these", option="size", value=size)
+    return {name: fitted[name] for name in weights}
 
 
 def bare(arch: str) -> nn.Module:
