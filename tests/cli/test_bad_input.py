@@ -41,7 +41,7 @@ def test_an_empty_folder(refuse, tmp_path):
 
 
 def test_no_train(refuse, tmp_path):
-    refuse(draw_collection(tmp_path, {"training/A": 2, "val/A": 2}), "no train/", "training, val")
+    refuse(draw_collection(tmp_path, {"trains/A": 2, "val/A": 2}), "no train/", "trains, val")
 
 
 def test_an_empty_class(refuse, collection):
@@ -115,15 +115,11 @@ def test_a_web_page_for_weights(refuse, collection, tmp_path):
         refuse(collection, "(it is damaged, or holds something else)", options=options)
 
 
-def test_a_folder_without_its_option(run, collection, tmp_path):
-    result = run("fit", collection)
+def test_a_folder_of_the_other_kind(run, refused, collection, export, an_image):
+    refused(run("fit", export), f"--data {export}: an export, no images", "--weights")
+    refused(run("predict", export, an_image), f"{export}: an export, no images", f"--model {export}")
+    result = run("evaluate", export, collection)
     assert result.exit_code == 2 and f"did you mean --data {collection}?" in " ".join(result.stderr.split())
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "model.json").write_text("{}")
-    result = run("evaluate", tmp_path / "run")
-    assert result.exit_code == 2 and f"did you mean --model {tmp_path / 'run'}?" in " ".join(result.stderr.split())
-    result = run("fit", "nowhere")
-    assert result.exit_code == 2 and "(nowhere)" in result.stderr and "did you mean" not in result.stderr
 
 
 def test_a_class_in_other_letters(refuse, collection):

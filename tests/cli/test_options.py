@@ -12,10 +12,12 @@ from typer.testing import CliRunner
 
 import xray_fastai
 from xray_fastai import FitConfig
-from xray_fastai.cli import main
+from xray_fastai.cli import evaluation, inference, training
 from xray_fastai.cli.command import Command
-from xray_fastai.cli.main import app, fit, predict
+from xray_fastai.cli.inference import predict
+from xray_fastai.cli.main import app
 from xray_fastai.cli.options import settings_from
+from xray_fastai.cli.training import fit
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.config.setting import setting, setting_of
 from xray_fastai.export.schema import Settings
@@ -27,7 +29,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 @pytest.mark.parametrize(("function", "config"), [(fit, FitConfig), (predict, PredictConfig)])
 def test_a_command_has_one_option_for_each_field(function, config):
-    own = {"fit": {"ctx", "resume", "open"}, "predict": {"paths", "model"}}[function.__name__]
+    own = {"fit": {"ctx", "folder", "resume", "open"}, "predict": {"paths", "model"}}[function.__name__]
     parameters = {name: p.default for name, p in inspect.signature(function).parameters.items() if name not in own}
     assert parameters == {field.name: field.default for field in fields(config)}
     options = {param.name: param for param in COMMANDS[function.__name__].params}
@@ -37,12 +39,18 @@ def test_a_command_has_one_option_for_each_field(function, config):
         assert options[field.name].default == field.default
 
 
-def other_values(config, without=None):
+def other_values(config, *without):
     """Return a value for each field but one that is not its default, and the command line that gives these values."""
-    texts = {"valid": "0.2", "class_weights": "1,2", "weights_range": "-1,1"}
+    texts = {
+        "output": "text.csv",
+        "valid": "0.2",
+        "class_weights": "1,2",
+        "weights_range": "-1,1",
+        "column": "label=text",
+    }
     by_type = {bool: None, int: 40, float: 0.25, str: "text"}
     values, args = {}, []
-    wanted = [field for field in fields(config) if field.name != without]
+    wanted = [field for field in fields(config) if field.name not in without]
     for field in wanted:
         (kind,) = (kind for kind in by_type if kind in (field.type, *get_args(field.type)))
         option = f"--{field.name.replace('_', '-')}"
@@ -66,8 +74,10 @@ def calls(monkeypatch):
     def replace(function, result):
         monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
 
-    monkeypatch.setattr(main, "_check_paths", lambda config: None)
-    monkeypatch.setattr(main, "_check_export", lambda path: None)
+    monkeypatch.setattr(training, "_check_paths", lambda config: None)
+    monkeypatch.setattr(inference, "_check_images", lambda paths: None)
+    monkeypatch.setattr(inference, "check_export", lambda path: None)
+    monkeypatch.setattr(inference, "check_paths", lambda paths, config: None)
     replace("xray_fastai.training.fit.fit", SimpleNamespace(error=None, signal=None))
     replace("xray_fastai.inference.predict_files.predict_command", 2)  # unreadable files
     return calls
@@ -99,17 +109,17 @@ def test_a_resumed_fit_gets_only_the_options_that_were_given(run, calls):
     ]
 
 
-@pytest.mark.parametrize("without", ["prevalence", "uncalibrated"])  # they exclude each other
+@pytest.mark.parametrize("without", [("prevalence", "append"), ("uncalibrated", "resume")])  # they exclude each other
 def test_every_option_reaches_the_prediction(without, run, calls):
-    values, args = other_values(PredictConfig, without)
+    values, args = other_values(PredictConfig, *without)
     result = run("predict", "a", "-", *args)
     assert calls == [((["a", "-"], None, PredictConfig(**values)), {})]
-    assert result.exit_code == 1  # for the unreadable files
+    assert result.exit_code == 3  # for the unreadable files
 
 
 @pytest.mark.parametrize("name", ["evaluate", "interpret"])
 def test_a_command_and_its_function_have_the_same_defaults(name):
-    command, function = (inspect.signature(getattr(home, name)).parameters for home in (main, xray_fastai))
+    command, function = (inspect.signature(getattr(home, name)).parameters for home in (evaluation, xray_fastai))
     assert set(function) <= set(command)
     for parameter in function.values():
         assert command[parameter.name].default == parameter.default, parameter
@@ -164,7 +174,9 @@ def test_a_new_option_needs_one_new_field():
         (FitConfig, {"target_sensitivity": 1.5}, "target_sensitivity 1.5: give a number that is above 0 and at most 1"),
         (FitConfig, {"seed": 2**32}, "seed 4294967296: give a number that is at least 0 and below 4294967296"),
         (FitConfig, {"device": "tpu"}, "device tpu: choose one of auto, cpu, cuda, mps"),
-        (FitConfig, {"valid": "0.9"}, "valid 0.9: give auto, folder, or a fraction from 0.02 to 0.5"),
+        (FitConfig, {"valid": "0.9"}, "valid 0.9: give auto, folder, a fraction from 0.02 to 0.5, or group:NAME"),
+        (FitConfig, {"column": "Finding"}, "column Finding: give NAME=HEADER, as in label=Finding"),
+        (FitConfig, {"valid": "group:"}, "valid group:: give auto, folder"),
         (FitConfig, {"class_weights": "1,inf"}, "class_weights 1,inf: give balanced, none, or numbers above 0"),
         (FitConfig, {"class_weights": "3:1:1"}, "class_weights 3:1:1: give balanced, none, or numbers above 0"),
         (FitConfig, {"class_weights": "A=1,2"}, "class_weights A=1,2: give balanced, none, or numbers above 0"),
@@ -250,9 +262,22 @@ def test_memory_that_runs_out_is_one_line(run, refused, an_image, export, monkey
     refused(run("predict", an_image, "--model", export), "out of memory; lower --batch-size, or close other programs")
 
 
-def test_serve_takes_the_export_as_an_argument_too(run, refused, tmp_path):
-    refused(run("serve", tmp_path / "none"), f"{tmp_path / 'none'}: not an export")
-    refused(run("serve", tmp_path, "--model", tmp_path), f"--model {tmp_path}: {tmp_path} is given, too")
+@pytest.mark.parametrize("command", ["evaluate", "interpret", "recalibrate", "serve", "verify", "export"])
+def test_an_export_is_an_argument_and_an_option(command, run, refused):
+    refused(run(command, "none"), "none: no")
+    refused(run(command, "--model", "none"), "none: no")
+    result = run(command, "a", "--model", "b")
+    assert (result.exit_code, result.stderr) == (2, "Error: --model b: a is given, too; leave one of them out\n")
+
+
+def test_the_data_are_an_argument_and_an_option(run, calls):
+    assert run("fit", "folder", "--epochs", 3).exit_code == 0
+    assert run("fit", "--resume", "--data", "folder").exit_code == 0
+    assert run("fit", "folder", "--resume").exit_code == 0
+    resumed = ((), {"resume": True, "data": "folder"})
+    assert calls == [((FitConfig(data="folder", epochs=3),), {}), resumed, resumed]
+    result = run("fit", "a", "--data", "b")
+    assert (result.exit_code, result.stderr) == (2, "Error: --data b: a is given, too; leave one of them out\n")
 
 
 def test_a_terminal_without_unicode(start, export, tmp_path):
@@ -260,4 +285,4 @@ def test_a_terminal_without_unicode(start, export, tmp_path):
     for encoding in ("ascii", "cp1252"):
         process = start("predict", tmp_path, "--model", export, env={"PYTHONIOENCODING": encoding}, encoding=encoding)
         output, errors = process.communicate()
-        assert process.returncode == 1 and "\\u0141" in output and "bug" not in errors, errors
+        assert process.returncode == 3 and "\\u0141" in output and "bug" not in errors, errors

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from fastai.vision.all import Callback, CancelFitException, L
+from fastai.vision.all import Callback, CancelFitException
 
 from tests.conftest import settings_of
 from tests.small_network import NAME as SMALL
 from xray_fastai import fit
-from xray_fastai.export.schema import HISTORY_COLUMNS
-from xray_fastai.training import callbacks
-from xray_fastai.training.callbacks import Autocast, CudaAutocast, EpochLog, Schedule, precision_callbacks
+from xray_fastai.training.callbacks import Autocast, CudaAutocast, Schedule, precision_callbacks
 from xray_fastai.training.frozen_features import NextView
 from xray_fastai.training.stopping import EarlyStopping, StopOnNonFiniteLoss
 
@@ -224,56 +222,3 @@ def test_the_precision_chooses_the_callback():
     assert precision_callbacks("fp32", torch.device("cuda")) == []
     (callback,) = precision_callbacks("bf16", torch.device("cpu"))
     assert isinstance(callback, Autocast)
-
-
-def rows_of(log, losses, seconds, monkeypatch, capsys, epoch=0):
-    """Let a log print one row for each validation loss; return what each says after the AUC."""
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock.now)
-    recorder = SimpleNamespace(history=[])
-    log.learn = SimpleNamespace(n_epoch=10, metrics=L([None, None]))
-    log.before_fit()
-    for loss, length in zip(losses, seconds, strict=True):
-        log.learn = SimpleNamespace(epoch=epoch, n_epoch=10, recorder=recorder)
-        log.before_epoch()
-        clock.now += length
-        recorder.history.append(dict.fromkeys(HISTORY_COLUMNS, 0.5) | {"valid_loss": loss})
-        log.after_epoch()
-        clock.now += 1  # a checkpoint is written
-        epoch += 1
-    title, *rows = capsys.readouterr().out.strip().splitlines()
-    assert title.split()[-2:] == ["time", "left"] and {len(row) for row in rows} <= {68, 80}
-    return [row[60:].split() for row in rows]
-
-
-def test_from_the_second_epoch_on_a_row_tells_the_least_and_the_most_time_left(monkeypatch, capsys):
-    """The first epoch takes a minute more; another program slows the last ones; the lowest loss is the third."""
-    log = EpochLog([], "unfrozen", EarlyStopping(patience=4))
-    losses, seconds = [3, 2, 1, 1, 2, 2, 2], [70, 9, 9, 9, 9, 19, 19]
-    assert rows_of(log, losses, seconds, monkeypatch, capsys) == [
-        ["1:10"],
-        ["0:09", "0:40-1:20"],
-        ["0:09", "0:40-1:10"],
-        ["0:09", "0:30-1:00"],
-        ["0:09", "0:20-0:50"],
-        ["0:19", "0:12-0:48"],
-        ["0:19", "0:00"],
-    ]
-
-
-def test_a_resumed_phase_counts_its_earlier_epochs_and_measures_anew(monkeypatch, capsys):
-    frozen = [{"phase": "frozen", "valid_loss": 0.1}]
-    history = frozen + [{"phase": "unfrozen", "valid_loss": loss} for loss in (3, 1, 2, 2)]
-    log = EpochLog(history, "unfrozen", EarlyStopping(patience=5))
-    assert rows_of(log, [2, 2, 0.5], [600, 599, 599], monkeypatch, capsys, epoch=4) == [
-        ["10:00"],
-        ["9:59", "10:00-40:00"],
-        ["9:59", "30:00"],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3599.4, "59:59"), (3599.6, "1h00"), (90059, "25h00")]
-)
-def test_durations(seconds, text):
-    assert callbacks.short_duration(seconds) == text

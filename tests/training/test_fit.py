@@ -76,6 +76,7 @@ def test_a_fit_prints_its_choices_and_writes_a_complete_export(collection, run):
     assert sorted(file.name for file in export.iterdir()) == [
         "batch.png",
         "curves.png",
+        "fit.log",
         "history.csv",
         "learner.pkl",
         "model.json",
@@ -121,7 +122,8 @@ def test_the_frozen_phase_does_not_change_the_backbone(collection, monkeypatch, 
     """Neither its weights nor the statistics of batch norm; the head trains."""
     from fastai.vision.all import ProgressCallback
 
-    from xray_fastai.data.dataset import check_files, read_split
+    from xray_fastai.data.dataset import check_files
+    from xray_fastai.data.folders import read_split
     from xray_fastai.data.splits import assign_validation
     from xray_fastai.model.learner import build_learner, parameter_counts
     from xray_fastai.model.loaders import make_loaders
@@ -330,7 +332,10 @@ def test_skip_bad_leaves_images_out_and_counts_them(collection, run):
         (collection / "train" / "NORMAL" / name).write_bytes(b"")
     result = run("fit", "--data", collection, *QUICK, "--weights", "none", "--epochs", 1, "--skip-bad")
     assert result.exit_code == 0, result.output
-    assert "left out by --skip-bad: 2 images" in result.stdout and "IM-a.jpeg: the file is empty" in result.stdout
+    assert (
+        "left out, as they cannot be read: 2 images" in result.stdout
+        and "IM-a.jpeg: the file is empty" in result.stdout
+    )
     (model,) = Path("exports").glob("*/model.json")
     assert "IM-a" not in model.read_text()
 

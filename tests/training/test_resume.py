@@ -272,6 +272,25 @@ def test_resume_takes_the_newest_run_and_its_last_undamaged_checkpoint(crashed, 
     assert settings_of(crashed / "newer")["settings"]["data"] == "moved"
 
 
+def test_resume_from_another_folder_finds_the_images(crashed, fits, run, refused, monkeypatch):
+    """`model.json` has a relative path again, which names no folder above the data's."""
+    exports, images = crashed.resolve(), Path("images").absolute()
+    path = crashed / ".crashed.partial" / "checkpoint" / "settings.json"
+    kept = read_json(path)
+    assert kept["folder"] == str(fits.root / "data") and kept["settings"]["data"] == "data"
+    path.unlink()  # it is a hard link
+    write_json(path, kept | {"folder": str(images)})
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    resume = ["fit", "--resume", exports / ".crashed.partial"]
+    refused(run(*resume), f"the images of crashed were in {images}, where there is nothing now", "--data")
+    images.symlink_to(fits.root / "data")
+    Path("weights.pth").symlink_to(fits.root / "weights.pth")
+    result = run(*resume)
+    assert result.exit_code == 0, result.output
+    assert settings_of(exports / "crashed")["settings"]["data"] == "../images"
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

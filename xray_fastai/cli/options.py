@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from xray_fastai.cli.command import WrongValue
 from xray_fastai.config.setting import setting_of
 from xray_fastai.system.text import as_typed
 
@@ -32,7 +33,7 @@ def settings_from(config: type) -> Callable[[Function], Function]:
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
-                annotation=Annotated[field.type, _option(field)],
+                annotation=Annotated[list[str] | None if setting_of(field).repeatable else field.type, _option(field)],
             )
             for field in fields(config)
         ]
@@ -53,12 +54,12 @@ def one_of(*choices: str, pattern: str | None = None) -> Callable[[str | None], 
     """Return typer's callback that accepts only these values, and those that match a regular expression.
 
     Raises:
-        BadParameter: the value is another one; the exit code is 2.
+        WrongValue: the value is another one; the exit code is 2.
     """
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in choices and not (pattern and re.fullmatch(pattern, value)):
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.")
+            raise WrongValue(f"choose one of {', '.join(choices)}" if choices[1:] else f"only {choices[0]} is known")
         return value
 
     return check
@@ -68,10 +69,24 @@ def _option(field: Field[Any]) -> Any:
     setting, option = setting_of(field), f"--{field.name.replace('_', '-')}"
     if field.default is True:
         option = f"{option}/--no{option[1:]}"
-    details: dict[str, Any] = {"help": as_typed(setting.help, {}), "metavar": setting.metavar}
+    details: dict[str, Any] = {
+        "help": as_typed(setting.help, {}),
+        "metavar": setting.metavar,
+        "rich_help_panel": setting.panel,
+    }
     if setting.choices:
         details["callback"] = one_of(*setting.choices, pattern=setting.pattern)
+        details["autocompletion"] = _completion(setting.choices)
         details["metavar"] = "|".join(setting.choices) if len(setting.choices) < 5 else "NAME"
     if setting.is_closed:  # typer has no open ranges: those are checked by `config` alone
         details |= {"min": setting.min, "max": setting.max}
     return typer.Option(option, **details)
+
+
+def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """Return the function by which the shell completes an option's value."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete

@@ -35,6 +35,8 @@ INFERENCE_PRECISIONS = ("auto", "fp32", "bf16")
 CONTRASTS = ("equalize", "none")
 AUGMENTATIONS = ("strong", "light", "none")
 SCHEDULES = ("adaptive", "constant")
+TOOLS = ("tensorboard", "mlflow", "wandb")
+"""The tools that can record a fit; each is the name of its package, and of an extra."""
 CALIBRATIONS = ("cautious", "validation", "none")
 RECIPES: dict[str, dict[str, str]] = {
     "default": {

@@ -22,9 +22,16 @@ from xray_fastai.config.choices import (
     RECIPES,
     SCHEDULES,
     TIMM_PATTERN,
+    TOOLS,
 )
 from xray_fastai.config.setting import check_fields, setting
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import seconds_of
+
+VALID_GROUP = "group:"
+"""The beginning of `valid` that holds out a whole group of a table."""
+COLUMN_PARTS = re.compile(r",(?=\s*\w+\s*=)")
+"""Separates the columns in `column`; a header may hold a comma."""
 
 
 def _number(text: str) -> float | None:
@@ -36,9 +43,18 @@ def _number(text: str) -> float | None:
 
 def _check_valid(text: str) -> str | None:
     fraction = _number(text)
+    if text.startswith(VALID_GROUP) and text != VALID_GROUP:
+        return None
     if text in ("auto", "folder") or (fraction is not None and 0.02 <= fraction <= 0.5):
         return None
-    return "give auto, folder, or a fraction from 0.02 to 0.5"
+    return "give auto, folder, a fraction from 0.02 to 0.5, or group:NAME"
+
+
+def check_column(text: str) -> str | None:
+    parts = COLUMN_PARTS.split(text)
+    if all(re.fullmatch(r"\s*\w+\s*=\s*\S.*", part, re.DOTALL) for part in parts):
+        return None
+    return "give NAME=HEADER, as in label=Finding"
 
 
 def range_of(text: str | None) -> tuple[float, float] | None:
@@ -73,6 +89,17 @@ def _check_patient_pattern(text: str) -> str | None:
     return None
 
 
+def _check_log(text: str) -> str | None:
+    names = [name.strip() for name in text.split(",")]
+    if set(names) <= set(TOOLS) and len(names) == len(set(names)):
+        return None
+    return f"give one or more of {', '.join(TOOLS)}, with a comma between"
+
+
+def _check_time_limit(text: str) -> str | None:
+    return None if seconds_of(text) else "give a time such as 90s, 30m, 2h, 1h30m, or a number of seconds"
+
+
 WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 """Names of devices, with any extension, that no file or folder can have on Windows."""
 
@@ -98,44 +125,76 @@ class FitConfig:
 
     data: str | None = setting(
         None,
-        "Folder with train/CLASS/* and val/CLASS/*. [default: ./chest_xray, else phantom]",
+        "Folder with train/CLASS/* and val/CLASS/*, or a table of images, as .csv. [default: ./chest_xray, else "
+        "phantom]",
+        metavar="DIR|FILE",
+        printable=True,
+        panel="Data",
+    )
+    images: str | None = setting(
+        None,
+        "Folder of the images that a table lists. [default: that of the table]",
         metavar="DIR",
         printable=True,
+        panel="Data",
     )
-    epochs: int = setting(100, "Maximum number of epochs in each phase.", min=1)
+    column: str | None = setting(
+        None,
+        "Column of a table by what it holds: path, label, split, patient, or a name of your own to keep it by, such as "
+        "group=Hospital. Repeat it for others. [default: by the names of the columns]",
+        metavar="NAME=HEADER",
+        check=check_column,
+        printable=True,
+        repeatable=True,
+        panel="Data",
+    )
+    epochs: int = setting(100, "Maximum number of epochs in each phase.", min=1, panel="Training")
     freeze_epochs: int | None = setting(
-        None, "Maximum number of epochs with the backbone frozen. [default: as epochs=]", min=0
+        None, "Maximum number of epochs with the backbone frozen. [default: as epochs=]", min=0, panel="Training"
     )
     frozen_views: int = setting(
         2,
         "Number of augmented views of each image that the frozen phase trains on in turn. 0 draws a new view in each "
         "epoch, which is much slower.",
         min=0,
+        panel="Training",
+    )
+    time_limit: str | None = setting(
+        None,
+        "Time that the fit may take: 30m, 2h, 1h30m or seconds. Both phases are planned into it, so that the learning "
+        "rate falls at the end.",
+        metavar="TIME",
+        check=_check_time_limit,
+        panel="Training",
     )
     patience: int | None = setting(
         None,
         "Stop a phase after this many epochs without a lower validation loss. [default: 20; phantom: 4]",
         min=1,
+        panel="Training",
     )
     min_delta: float | None = setting(
         None,
         "A validation loss counts as lower, for patience=, if it is lower by more than this. [default: 0; "
         "phantom: 0.1]",
         min=0,
+        panel="Training",
     )
-    batch_size: int | None = setting(None, "Batch size. [default: 80; phantom: 16]", min=1)
+    batch_size: int | None = setting(None, "Batch size. [default: 80; phantom: 16]", min=1, panel="Training")
     lr: float | None = setting(
         None,
         "Peak learning rate of the head. In the unfrozen phase the earlier layers have a lower rate. [default: 0.002; "
         "phantom: 0.001]",
         above=0,
         below=10,
+        panel="Training",
     )
     size: int | None = setting(
         None,
         "Side in pixels to resize images to. [default: that of an export in weights=; 224; phantom: 48]",
         min=MIN_SIZE,
         max=MAX_SIZE,
+        panel="Network",
     )
     arch: str | None = setting(
         None,
@@ -143,6 +202,7 @@ class FitConfig:
         "export in weights=; resnet50]",
         choices=tuple(ARCHITECTURES),
         pattern=TIMM_PATTERN,
+        panel="Network",
     )
     weights: str | None = setting(
         None,
@@ -151,6 +211,7 @@ class FitConfig:
         "[default: imagenet; phantom: none]",
         metavar="imagenet|xrv|none|EXPORT|FILE",
         printable=True,
+        panel="Network",
     )
     weights_range: str | None = setting(
         None,
@@ -158,26 +219,33 @@ class FitConfig:
         "such as -1,1. A network for one channel needs them. [default: ImageNet's normalization]",
         metavar="BLACK,WHITE",
         check=_check_weights_range,
+        panel="Network",
     )
     recipe: str = setting(
         "default",
         "Gives contrast=, augment=, schedule= and class_weights= their values where you do not. plain has the "
         "values of the earlier work that this project follows.",
         choices=tuple(RECIPES),
+        panel="Training",
     )
     contrast: str | None = setting(
         None,
         "Contrast of the images: equalize (histogram equalization, which removes differences in exposure) or none. "
         "[default: that of an export in weights=; by recipe]",
         choices=CONTRASTS,
+        panel="Network",
     )
     augment: str | None = setting(
         None,
         f"How much training images are varied: {', '.join(AUGMENTATIONS)}. [default: by recipe]",
         choices=AUGMENTATIONS,
+        panel="Training",
     )
     schedule: str | None = setting(
-        None, f"Learning rate schedule: {' or '.join(SCHEDULES)}. [default: by recipe]", choices=SCHEDULES
+        None,
+        f"Learning rate schedule: {' or '.join(SCHEDULES)}. [default: by recipe]",
+        choices=SCHEDULES,
+        panel="Training",
     )
     class_weights: str | None = setting(
         None,
@@ -185,19 +253,23 @@ class FitConfig:
         "in their order (3,1), or of two classes the other and the one to detect (3:1). [default: by recipe]",
         metavar="balanced|none|LIST",
         check=_check_class_weights,
+        panel="Training",
     )
-    dropout: float = setting(0.5, "Dropout probability before the last layer.", min=0, below=1)
+    dropout: float = setting(0.5, "Dropout probability before the last layer.", min=0, below=1, panel="Network")
     valid: str = setting(
         "auto",
-        "Validation images: folder (val/), a fraction of train/ such as 0.1, or auto (val/ if it is large enough, "
-        "else val/ and a tenth of train/).",
-        metavar="auto|folder|FRACTION",
+        "Validation images: folder (val/), a fraction of train/ such as 0.1, auto (val/ if it is large enough, "
+        "else val/ and a tenth of train/), or group:NAME (of a table, the images with this text in the column group).",
+        metavar="auto|folder|FRACTION|group:NAME",
         check=_check_valid,
+        panel="Data",
+        printable=True,
     )
     positive: str | None = setting(
         None,
         "Class to detect. [default: PNEUMONIA, or of two classes the one that is not named NORMAL, No Finding, ...]",
         metavar="CLASS",
+        panel="Data",
     )
     target_sensitivity: float | None = setting(
         None,
@@ -205,12 +277,14 @@ class FitConfig:
         "probability of 0.95. [default: Youden's J]",
         above=0,
         max=1,
+        panel="Calibration",
     )
     calibration: str = setting(
         "validation",
         "How outputs become probabilities: validation (slope and intercept fitted to the validation images), cautious "
         "(one temperature, the largest that they allow) or none.",
         choices=CALIBRATIONS,
+        panel="Calibration",
     )
     patient_pattern: str | None = setting(
         None,
@@ -219,30 +293,64 @@ class FitConfig:
         metavar="REGEX",
         check=_check_patient_pattern,
         printable=True,
+        panel="Data",
     )
     patients: str | None = setting(
-        None, "List of the patients: a .csv file with the columns file and patient.", metavar="LIST.csv", printable=True
+        None,
+        "List of the patients: a .csv file with the columns file and patient.",
+        metavar="LIST.csv",
+        printable=True,
+        panel="Data",
     )
-    skip_bad: bool = setting(False, "Leave out images that cannot be read, instead of stopping.")
+    skip_bad: bool = setting(False, "Leave out images that cannot be read, instead of stopping.", panel="Data")
     exclude: str | None = setting(
-        None, "List of files to leave out, as 'data check --fix' writes it.", metavar="LIST.csv"
+        None, "List of files to leave out, as 'data check --fix' writes it.", metavar="LIST.csv", panel="Data"
     )
-    seed: int = setting(42, "Seed of all random numbers.", min=0, below=2**32)
-    device: str = setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES)
-    precision: str = setting("auto", f"Precision: {', '.join(PRECISIONS)}.", choices=PRECISIONS)
+    seed: int = setting(42, "Seed of all random numbers.", min=0, below=2**32, panel="Run")
+    device: str = setting("auto", f"Device: {', '.join(DEVICES)}.", choices=DEVICES, panel="Machine")
+    precision: str = setting("auto", f"Precision: {', '.join(PRECISIONS)}.", choices=PRECISIONS, panel="Machine")
     workers: int | None = setting(
         None,
         "Number of processes that load images where decoded ones are not cached. [default: by device and cores]",
         min=0,
+        panel="Machine",
     )
-    cache: bool = setting(True, "Keep decoded images in the user's cache folder, for later epochs and fits.")
-    name: str | None = setting(None, "Name of the run. [default: date and time]", metavar="RUN", check=_check_name)
-    exports: str = setting("exports", "Folder to write the run's folder into.", metavar="DIR", printable=True)
+    cache: bool = setting(
+        True, "Keep decoded images in the user's cache folder, for later epochs and fits.", panel="Machine"
+    )
+    name: str | None = setting(
+        None, "Name of the run. [default: date and time]", metavar="RUN", check=_check_name, panel="Run"
+    )
+    exports: str = setting(
+        "exports", "Folder to write the run's folder into.", metavar="DIR", printable=True, panel="Run"
+    )
+    log: str | None = setting(
+        None,
+        f"Record the fit in {', '.join(TOOLS)}, or several with a comma between: local files beside the exports.",
+        metavar="|".join(TOOLS),
+        check=_check_log,
+        panel="Run",
+    )
+    quiet: bool = setting(
+        False, "Show only errors and warnings; fit.log in the run's folder has the rest.", panel="Run"
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.time_limit, (int, float)) and not isinstance(self.time_limit, bool):
+            object.__setattr__(self, "time_limit", f"{self.time_limit}")  # seconds, as Python counts time
         check_fields(self)
         if self.weights_range is not None and self.weights in (None, "none", *PUBLISHED_WEIGHTS):
             raise UserError("is for a file in weights=; leave it out", option="weights_range", value=self.weights_range)
+
+    @property
+    def tools(self) -> list[str]:
+        """The tools that `log` names."""
+        return [] if self.log is None else [name.strip() for name in self.log.split(",")]
+
+    @property
+    def seconds_allowed(self) -> float | None:
+        """The time limit in seconds; None if there is none."""
+        return None if self.time_limit is None else seconds_of(self.time_limit)
 
     def check_target_sensitivity(self, classes: Sequence[str]) -> None:
         """Check that a sensitivity to reach is given for two classes only.

@@ -23,6 +23,8 @@ from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import acquire, release, sync_folder
 
 CHECKPOINT, SETTINGS_FILE = "checkpoint", "settings.json"
+LOG = "fit.log"
+"""What a fit showed, with times; it names folders of the machine."""
 
 
 class Reservation:
@@ -81,7 +83,14 @@ def check_name(exports: str | Path, name: str | None) -> None:
         UserError: the name is taken.
     """
     if name is not None and os.path.exists(taken := Reservation(Path(exports), name).final):
-        raise UserError(f"{taken} already exists; give another name", option="name", value=name)
+        advice = advice_on_taken(Reservation(Path(exports), name))
+        raise UserError(f"{taken} already exists; {advice}give another name", option="name", value=name)
+
+
+def advice_on_taken(run: Reservation) -> str:
+    """Return how to resume the run that has a name already; an empty text if it cannot be resumed."""
+    interrupted = (run.final / CHECKPOINT / SETTINGS_FILE).is_file()
+    return f"resume it by '{run.resume_command}', or " if interrupted else ""
 
 
 @contextlib.contextmanager
@@ -115,7 +124,7 @@ def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> It
             if lock is None:
                 fault = f"a running fit writes {run.partial}; give another name"
             elif run.final.exists():
-                fault = f"{run.final} already exists; give another name"
+                fault = f"{run.final} already exists; {advice_on_taken(run)}give another name"
             elif run.partial.exists():
                 advice = "delete it"
                 if (run.checkpoint / SETTINGS_FILE).is_file():

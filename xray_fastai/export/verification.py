@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xray_fastai.export.reader import path_of
+from xray_fastai.export.run_folder import CHECKPOINT, LOG
 from xray_fastai.export.schema import HISTORY_COLUMNS, LIMIT, SETTINGS, WEIGHTS, parse
 from xray_fastai.export.weights_file import read_weights
 from xray_fastai.system.errors import UserError
@@ -29,7 +30,7 @@ UNPACKED = 1_000_000_000
 """The largest size in bytes to which one file of an archive is unpacked."""
 PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".ckpt", ".joblib")
 REPORT_ADVICE = "'xray-fastai evaluate' writes it again"
-KNOWN = ("curves.png", "batch.png", "checkpoint")
+KNOWN = ("curves.png", "batch.png", CHECKPOINT, LOG)
 PICKLE_NOTE = "loading a pickle can run code, so it was not opened. Delete it, unless you made it"
 
 

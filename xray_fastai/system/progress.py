@@ -1,6 +1,7 @@
 """Show progress bars: on a terminal, or in a notebook with the bars that fastai shows there (fastprogress).
 
-Elsewhere nothing is shown. Libraries of bars are imported where one is shown.
+Elsewhere, and in a quiet command, nothing is shown. Libraries of bars are imported where one is shown. A log of the
+command (`run_log`) gets the lines that are printed, and no bars.
 """
 
 import os
@@ -8,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
+
+from xray_fastai.system.run_log import Shown, is_quiet, log_of, without_log
 
 Step = TypeVar("Step")
 
@@ -32,12 +35,19 @@ class TerminalBar:
     """Shows the batches of the current part of an epoch below the printed rows."""
 
     def __init__(self) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        before = sys.stdout, sys.stderr
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, transient=True)
+        self._bar = Progress(*columns, transient=True, console=Console(file=without_log(sys.stdout)))
         self._task = self._bar.add_task("")
         self._bar.start()
+        # rich puts streams there that print above the bar, and log nothing; at its end it puts back those from before
+        if sys.stdout is not before[0]:
+            sys.stdout = Shown(sys.stdout, log_of(before[0]))  # type: ignore[assignment]
+        if sys.stderr is not before[1]:
+            sys.stderr = Shown(sys.stderr, log_of(before[1]))  # type: ignore[assignment]
 
     def begin(self, epoch: int, part: str, batches: int) -> None:
         """Begin a part, "training" or "validation", of an epoch, which is counted from 0."""
@@ -46,10 +56,6 @@ class TerminalBar:
     def advance(self) -> None:
         """Count a batch."""
         self._bar.advance(self._task)
-
-    def print(self, text: str) -> None:
-        """Print a row above the bar."""
-        self._bar.console.print(text, highlight=False)
 
     def close(self) -> None:
         """Remove the bar."""
@@ -76,10 +82,6 @@ class NotebookBar:
         self._done += 1
         self._batches.update(self._done)
 
-    def print(self, text: str) -> None:
-        """Print a row."""
-        print(text, flush=True)
-
     def close(self) -> None:
         """Remove the bars."""
         self._epochs.on_iter_end()
@@ -87,6 +89,8 @@ class NotebookBar:
 
 def epoch_bar(epochs: int) -> TerminalBar | NotebookBar | None:
     """Return a bar for the batches of a fit, or None if standard output is neither a terminal nor a notebook."""
+    if is_quiet(sys.stdout):
+        return None
     if in_notebook():
         return NotebookBar(epochs)
     return TerminalBar() if on_terminal(sys.stdout) else None
@@ -109,7 +113,7 @@ def progress_bar(total: Callable[[], int] | None) -> Iterator[Callable[[int], No
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = [BarColumn(), MofNCompleteColumn(), "{task.fields[rate]:.0f} images/s", TimeRemainingColumn()]
-    console = Console(stderr=True)
+    console = Console(file=without_log(sys.stderr))
     bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
     task = bar.add_task("", total=None if total is None else total(), rate=0.0)
 
@@ -139,13 +143,17 @@ def transfer_bar(total: int | None, done: int) -> Iterator[Callable[[int], None]
 
     columns = [BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
     hidden = not on_terminal(sys.stderr)
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+    console = Console(file=without_log(sys.stderr))
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total, completed=done)
         yield lambda count: bar.advance(task, count)
 
 
 def track(steps: Iterable[Step], what: str, total: int) -> Iterator[Step]:
     """Iterate over `steps`, with a bar if standard error is a terminal, or on the page of a notebook."""
+    if is_quiet(sys.stdout):
+        yield from steps
+        return
     if in_notebook():
         from fastprogress.fastprogress import NBProgressBar
 
@@ -157,4 +165,4 @@ def track(steps: Iterable[Step], what: str, total: int) -> Iterator[Step]:
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(steps, what, total, transient=True, console=Console(stderr=True))
+    yield from track(steps, what, total, transient=True, console=Console(file=without_log(sys.stderr)))

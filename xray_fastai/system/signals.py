@@ -1,4 +1,4 @@
-"""End a command at SIGTERM, and when the reader of its output has closed the pipe."""
+"""End a command at SIGTERM, when its terminal is closed, and when the reader of its output has closed the pipe."""
 
 import contextlib
 import errno
@@ -7,26 +7,46 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from xray_fastai.system.run_log import discard_closed_terminal
+
+HANGUP = getattr(signal, "SIGHUP", None)
+"""The signal of a terminal that was closed; Windows has none."""
+
 
 class Terminated(KeyboardInterrupt):
-    """Raised at SIGTERM, as `KeyboardInterrupt` is at Ctrl-C."""
+    """Raised at SIGTERM and SIGHUP, as `KeyboardInterrupt` is at Ctrl-C."""
+
+    def __init__(self, number: int = signal.SIGTERM):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def ends_by_hangup() -> bool:
+    """Return whether a closed terminal ends this process; not with nohup, which ignores the signal."""
+    return HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM, so that unfinished files are deleted. (Training stops after the batch instead.)"""
+    """Raise `Terminated` at SIGTERM and SIGHUP, so that unfinished files are deleted.
 
-    def terminate(_number, _frame):
-        raise Terminated
+    (Training stops after the batch instead.)
+    """
 
-    previous = None
+    def terminate(number, _frame):
+        if number == HANGUP:
+            discard_closed_terminal()
+        raise Terminated(number)
+
+    previous = {}
     with contextlib.suppress(ValueError):  # only the main thread can set a handler
-        previous = signal.signal(signal.SIGTERM, terminate)
+        for number in (signal.SIGTERM, HANGUP) if ends_by_hangup() else (signal.SIGTERM,):
+            previous[number] = signal.signal(number, terminate)
     try:
         yield
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def output_is_closed(error: OSError) -> bool:

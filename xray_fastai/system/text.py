@@ -165,3 +165,19 @@ def format_interval(value: float, low: float | None, high: float | None, digits:
 def data_uri(content: bytes, mime_type: str) -> str:
     """Return `content` as a data URI (RFC 2397), which a page shows without loading a file."""
     return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"
+
+
+DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?", re.IGNORECASE)
+
+
+def seconds_of(text: str) -> float | None:
+    """Return the seconds of a duration; None for another text.
+
+    >>> [seconds_of(text) for text in ("90s", "30m", "1h30m", "7200", "soon")]
+    [90.0, 1800.0, 5400.0, 7200.0, None]
+    """
+    found = DURATION.fullmatch(text.strip())
+    if found is None or not found[0]:
+        return None
+    hours, minutes, seconds = (float(found[unit] or 0) for unit in "hms")
+    return 3600 * hours + 60 * minutes + seconds

@@ -1,10 +1,7 @@
 """The callbacks that a fit adds to fastai's training loop; each has one purpose."""
 
 import math
-import time
-from collections import deque
 from collections.abc import Sequence
-from statistics import fmean
 
 import torch
 from fastai.vision.all import (
@@ -15,10 +12,6 @@ from fastai.vision.all import (
     to_float,
 )
 from torch.nn.functional import cross_entropy
-
-from xray_fastai.export.schema import HISTORY_COLUMNS
-from xray_fastai.system.progress import epoch_bar
-from xray_fastai.training.stopping import EarlyStopping
 
 BACKBONE = "0."
 """The names of the backbone's tensors begin with this; it does not change in the frozen phase."""
@@ -126,6 +119,7 @@ class Schedule(TrackerCallback):
     """
 
     order = TrackerCallback.order + 2
+    epochs: int | None = None  # planned by a time limit; None is all of the phase
 
     def __init__(
         self,
@@ -151,10 +145,15 @@ class Schedule(TrackerCallback):
     def scale(self, epochs: float, step: float) -> float:
         "Return the rate after `epochs`, as a fraction of the peak; one step is `step` epochs long."
         scale = self.cut * min(1.0, (epochs + step) / self.warmup)
-        start = max(self.warmup, (1 - self.cooldown) * self.n_epoch)
+        end = self.epochs or self.n_epoch
+        start = self.falls_from(end)
         if epochs > start:
-            scale *= 0.5 * (1 + math.cos(math.pi * (epochs - start) / (self.n_epoch - start)))
+            scale *= 0.5 * (1 + math.cos(math.pi * (epochs - start) / (end - start)))
         return scale
+
+    def falls_from(self, end: int) -> float:
+        "Return after how many epochs the rate begins to fall, if the phase has `end` epochs."
+        return max(self.warmup, (1 - self.cooldown) * end)
 
     def after_epoch(self):
         super().after_epoch()
@@ -218,90 +217,3 @@ class BestWeights(TrackerCallback):
         "Load the best weights into the model, if an epoch was completed."
         if self.row is not None:
             model.load_state_dict(self.state)
-
-
-def short_duration(seconds: float) -> str:
-    """Return a duration as minutes and seconds, or, from an hour on, as hours and minutes.
-
-    >>> [short_duration(s) for s in (0.4, 75, 3599.4, 3599.6, 90000)]
-    ['0:00', '1:15', '59:59', '1h00', '25h00']
-    """
-    seconds = round(seconds)
-    return f"{seconds // 60}:{seconds % 60:02}" if seconds < 3600 else f"{seconds // 3600}h{seconds // 60 % 60:02}"
-
-
-class EpochLog(Callback):
-    """Record the history, and print one row an epoch, with a progress bar on a terminal or in a notebook.
-
-    From the second epoch on, a row tells the time that the phase still takes, at the speed of the last epochs: at least
-    (if no epoch improves on the lowest validation loss, early stopping ends it), and at most (all epochs). The first
-    epoch that a process trains also fills caches; it says little about the others.
-    """
-
-    order = TrackerCallback.order - 1
-
-    def __init__(
-        self,
-        history: list[dict],  # gets one row an epoch, with the keys `HISTORY_COLUMNS`
-        phase: str,  # "frozen" or "unfrozen"
-        early: EarlyStopping,  # ends the phase
-    ):
-        self.history, self.phase, self.early, self.bar = history, phase, early, None
-
-    def before_fit(self):
-        self.logged = None  # when the last row was printed
-        self.between = deque(maxlen=5)  # seconds from row to row: few, since other programs come and go
-        titles = f"{'phase':<9}{'epoch':>9}{'train loss':>12}{'valid loss':>12}{'accuracy':>10}{'AUC':>8}{'time':>8}"
-        added = "".join(f"{name[:14]:>16}" for name in self.metrics[len(OWN_METRICS) :].attrgot("name"))
-        print(f"\n{titles}{'left':>12}{added}")
-        self.bar = epoch_bar(self.n_epoch)
-
-    def before_epoch(self):
-        self.start = time.perf_counter()
-
-    def _start_bar(self, part: str):
-        if self.bar is not None:
-            self.bar.begin(self.epoch, part, len(self.dl))
-
-    def before_train(self):
-        self._start_bar("training")
-
-    def before_validate(self):
-        self._start_bar("validation")
-
-    def after_batch(self):
-        if self.bar is not None:
-            self.bar.advance()
-
-    def after_epoch(self):
-        row = self.recorder.history[-1] | {"phase": self.phase, "epoch": self.epoch + 1}
-        self.history.append({name: row[name] for name in (*HISTORY_COLUMNS, *row)})
-        values = [row[name] for name in ("train_loss", "valid_loss", *OWN_METRICS)]
-        now = time.perf_counter()
-        epoch = f"{self.epoch + 1}/{self.n_epoch}"
-        text = f"{self.phase:<9}{epoch:>9}{values[0]:>12.4f}{values[1]:>12.4f}{values[2]:>10.3f}{values[3]:>8.3f}"
-        text += f"{short_duration(now - self.start):>8}"
-        if self.logged is not None:
-            self.between.append(now - self.logged)
-            text += f"{self.left():>12}"
-        if added := [value for name, value in row.items() if name not in HISTORY_COLUMNS]:
-            text = f"{text:<80}" + "".join(f"{value:>16.4f}" for value in added)
-        self.logged = now
-        if self.bar is None:
-            print(text, flush=True)
-        else:
-            self.bar.print(text)
-
-    def left(self) -> str:
-        "Return the least and the most time that the phase still takes, as `0:20-3:10`; one time if they are equal."
-        losses = [row["valid_loss"] for row in self.history if row["phase"] == self.phase]
-        most = self.n_epoch - (self.epoch + 1)
-        least = min(most, self.early.least(losses))
-        times = [short_duration(epochs * fmean(self.between)) for epochs in (least, most)]
-        return times[0] if least in (0, most) else "-".join(times)
-
-    def close(self):
-        "Remove the progress bar."
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

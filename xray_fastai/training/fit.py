@@ -4,30 +4,35 @@ import gc
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from fastai.vision.all import Callback, Metric
 
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import fingerprint, read_collection
 from xray_fastai.data.sources.phantom import cached
+from xray_fastai.data.table import FRAME, Data
 from xray_fastai.export.run_folder import SETTINGS_FILE, Reservation, Unfinished, reopen, reserve
 from xray_fastai.model.timm_networks import check_name
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.options import takes_options
+from xray_fastai.system.run_log import RunLog, logging_to
 from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.training.checkpoint import Checkpoints, Saved, check_space, kept_settings
 from xray_fastai.training.loop import Added, Trainer
-from xray_fastai.training.messages import announce, name_leftovers, report_resume
+from xray_fastai.training.messages import announce, name_leftovers, name_same, report_resume
 from xray_fastai.training.origin import Origin, with_parents_choices
 from xray_fastai.training.plan import make_plan
+from xray_fastai.training.provenance import folder_of, log_images, log_path, log_start, take_over_log
+from xray_fastai.training.trackers import check_trackers, figures_of, tracking
 from xray_fastai.training.write_export import FitInterrupted, Result, export_learner
 
-CHANGEABLE = ("data", "device", "workers", "cache", "exports")
+CHANGEABLE = ("data", "images", "device", "workers", "cache", "exports", "quiet", "log")
 """Settings that may change when a fit is resumed. `data` must hold the same images."""
 
 
@@ -48,7 +53,7 @@ OTHER_NAMES = {
 
 @takes_options(FitConfig, OTHER_NAMES)
 def fit(
-    data: str | Path | FitConfig | None = None,
+    data: Data | FitConfig | None = None,
     *,
     resume: bool | str | Path = False,
     callbacks: Sequence[Callback] = (),
@@ -68,8 +73,9 @@ def fit(
     If torchrun started several processes, each must call this with the same arguments, and gets the same result.
 
     Args:
-        data: the folder with train/CLASS/* and val/CLASS/*; None takes ./chest_xray if it exists, else X-rays that the
-            package draws. Or a `FitConfig`, which holds all options.
+        data: the folder with train/CLASS/* and val/CLASS/*, or a table of images, a .csv file or a data frame
+            (`data.table`); None takes ./chest_xray if it exists, else X-rays that the package draws. Or a `FitConfig`,
+            which holds all options.
         resume: the name of an unfinished run to resume with its settings; True resumes the newest. Of `settings`, only
             those in `CHANGEABLE` may then differ.
         callbacks: fastai callbacks, added to both phases.
@@ -79,8 +85,8 @@ def fit(
 
     Raises:
         UserError: wrong input. Nothing is written, except a checkpoint that can be resumed.
-        FitInterrupted: Ctrl-C, SIGTERM, or an interrupt of the notebook's kernel, after the export was written; a
-            `KeyboardInterrupt`, whose `result` is what `fit` would have returned.
+        FitInterrupted: Ctrl-C, SIGTERM, a closed terminal (SIGHUP), or an interrupt of the notebook's kernel, after the
+            export was written; a `KeyboardInterrupt`, whose `result` is what `fit` would have returned.
 
     Examples:
         >>> result = fit("chest_xray", arch="resnet18", size=32, weights="none", epochs=1, batch_size=8, name="quick")
@@ -90,7 +96,8 @@ def fit(
         'quick'
     """
     started = time.perf_counter()
-    added = Added(callbacks, metrics)
+    added = Added(callbacks, metrics, data if isinstance(data, pd.DataFrame) else None)
+    data = FRAME if added.frame is not None else data
     distributed.check_installed()
     try:
         with distributed.session() as first, sigterm_raises():
@@ -99,12 +106,12 @@ def fit(
             elif resume is False:
                 config = _config(data, settings)
                 with reserve(config.exports, config.name) as run:
-                    result = _fit(config, run, None, started, added)
+                    result = _logged(config, run, None, started, added)
             else:
                 given = _given(data, settings)
                 name = None if resume is True else str(resume)
                 with reopen(given.get("exports", FitConfig.exports), name) as (run, found):
-                    result = _fit(_settings(found, run, given), run, found, started, added)
+                    result = _logged(_settings(found, run, given), run, found, started, added)
     finally:
         gc.collect()  # a learner and its callbacks refer to each other: with ResNet18, 220 MB would stay in memory
     if result.signal is not None:
@@ -121,7 +128,7 @@ def _config(data: str | Path | FitConfig | None, settings: dict[str, Any]) -> Fi
     if isinstance(data, FitConfig):
         return replace(data, **settings)
     if data is not None and not isinstance(data, (str, os.PathLike)):
-        raise UserError("give a folder, or a FitConfig", option="data", value=f"of type {type(data).__name__}")
+        raise UserError("give a folder, a table, or a FitConfig", option="data", value=f"of type {type(data).__name__}")
     return FitConfig(data=None if data is None else os.fspath(data), **settings)
 
 
@@ -139,8 +146,9 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
     Raises:
         UserError: `given` changes others, or the settings are not readable.
     """
+    kept = kept_settings(found.checkpoint)
     try:
-        config = FitConfig(**kept_settings(found.checkpoint)["settings"])
+        config = FitConfig(**kept["settings"])
     except (KeyError, TypeError) as error:
         path = found.checkpoint / SETTINGS_FILE
         raise UserError(
@@ -152,7 +160,7 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
             option="data",
             value=given["data"],
         )
-    given = given | {"exports": str(run.exports)}
+    given = {"quiet": False} | given | {"exports": str(run.exports)}
     if changed := [k for k, v in given.items() if k not in CHANGEABLE and v != getattr(config, k)]:
         others = " and ".join(f"{option}=" for option in changed[1:])
         raise UserError(
@@ -160,44 +168,79 @@ def _settings(found: Unfinished, run: Reservation, given: dict) -> FitConfig:
             "start a new fit",
             option=changed[0],
         )
-    return replace(config, **{k: v for k, v in given.items() if k in CHANGEABLE})
+    config = replace(config, **{k: v for k, v in given.items() if k in CHANGEABLE})
+    if "data" in given or config.data is None or os.path.exists(os.path.expanduser(config.data)):
+        return config
+    folder = kept.get("folder", config.data)  # earlier versions did not record where the fit ran
+    if not os.path.exists(folder):
+        raise UserError(
+            f"the images of {found.name} were in {folder}, where there is nothing now; give their folder by data="
+        )
+    return replace(config, data=os.path.relpath(folder))
 
 
-def _fit(
+def _logged(
     config: FitConfig,
     run: Reservation,
     found: Unfinished | None,  # the run to resume
     started: float,
     added: Added,
 ) -> Result:
+    """Run the fit, and write what it shows into its log, too."""
+    check_trackers(config)
+    if found is not None:
+        take_over_log(found, run)
+    with logging_to(lambda: log_path(run), config.quiet) as log:
+        log_start(log, config)
+        return _fit(config, run, found, Began(started, added, log))
+
+
+@dataclass(frozen=True)
+class Began:
+    """Holds what a fit began with, besides settings and folder."""
+
+    started: float  # `time.perf_counter()`
+    added: Added
+    log: RunLog
+
+
+def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: Began) -> Result:
     """Read the data, train and export: the whole fit in one process, or its part in the first of several."""
     checkpoints = Checkpoints(run)
     saved = origin = None
     if found is None:
         name_leftovers(run)
-        checkpoints.keep({"settings": config.to_dict()})
+        checkpoints.keep({"settings": config.to_dict(), "folder": folder_of(config)})
     if found is None or config.arch is None:
         config = with_parents_choices(config)
     check_name(config.arch)  # before the images are read, which takes minutes
-    config, data = read_collection(config.with_recipe())
+    config, data = read_collection(config.with_recipe(), began.added.frame)
     data.notes.extend(fit_notes(data))
     images = fingerprint(data)
+    log_images(began.log, config, images)
     if found is not None:
         saved, origin = _read_checkpoint(found, checkpoints, images, config)
+    else:
+        name_same(run, config)
     plan = make_plan(config, data, origin)
-    trainer = Trainer(plan, checkpoints=checkpoints, saved=saved, added=added, started=started)
+    trainer = Trainer(plan, checkpoints=checkpoints, saved=saved, started=began.started)
     announce(plan, trainer.parameters)
     if found is not None:
         checkpoints.take_over(found.checkpoint)
         report_resume(found, run, plan, saved)
     kept = {"data": images, "origin": plan.origin.name, "pretrained": plan.origin.pretrained}
-    kept["lineage"] = plan.origin.lineage
+    kept |= {"lineage": plan.origin.lineage, "folder": folder_of(config)}
     checkpoints.keep({"settings": config.to_dict(), **kept})
     check_space(run.partial, trainer.learn.model)
     chosen = replace(plan.config, device=plan.device.type, precision=plan.precision)
     distributed.share((chosen, data, plan.origin, saved))
-    trainer.train()
-    return distributed.share(export_learner(trainer, run))
+    with tracking(config, run) as trackers:
+        trainer.added = replace(began.added, callbacks=[*began.added.callbacks, *(t.callback for t in trackers)])
+        trainer.train()
+        result = export_learner(trainer, run)
+        for tracker in trackers:
+            tracker.finish(figures_of(result.path), result.path)
+    return distributed.share(result)
 
 
 def _follow(started: float, added: Added) -> Result:

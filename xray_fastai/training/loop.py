@@ -6,19 +6,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.all import Callback, CancelFitException, Metric, ProgressCallback
 
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.model.learner import parameter_counts
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.memory import is_out_of_memory
+from xray_fastai.system.signals import HANGUP
 from xray_fastai.training import frozen_features
-from xray_fastai.training.callbacks import BestWeights, EpochLog, FrozenBody, Schedule, precision_callbacks
+from xray_fastai.training.callbacks import BestWeights, FrozenBody, Schedule, precision_callbacks
 from xray_fastai.training.checkpoint import Checkpoints, Saved
+from xray_fastai.training.epoch_log import EpochLog
 from xray_fastai.training.messages import report_smaller_batch
 from xray_fastai.training.out_of_memory import AccumulateGradients, smaller
+from xray_fastai.training.pace import TRAINING, Following, Pace, phase_end
 from xray_fastai.training.plan import Plan
 from xray_fastai.training.state import (
     Progress,
@@ -37,6 +42,15 @@ class Added:
 
     callbacks: Sequence[Callback] = ()
     metrics: Sequence[Metric | Callable] = ()  # as fastai's `Learner` takes them
+    frame: pd.DataFrame | None = None  # the table of images, where it is not a file
+
+
+class Phase:
+    """Holds the callbacks that may end a phase, and with it the reason."""
+
+    def __init__(self, name: str, epochs: int, config: FitConfig, pace: Pace):
+        self.name, self.epochs, self.pace = name, epochs, pace
+        self.early, self.finite = EarlyStopping(config.patience, config.min_delta), StopOnNonFiniteLoss()
 
 
 class Trainer:
@@ -139,32 +153,64 @@ class Trainer:
         if self.saved is not None:
             restore_best(self.best, self.saved)
             restore_model(self.learn, self.saved)
-        config = self.plan.config
         for name, epochs in self.plan.phases[len(self.progress.ends) :]:
-            early, finite = EarlyStopping(config.patience, config.min_delta), StopOnNonFiniteLoss()
+            if self._time_is_up(name):
+                self.best.restore(self.learn.model)
+                self.progress.ends.append("the time limit")
+                continue
+            phase = self._phase(name, epochs)
             try:
-                self._fit_phase(name, epochs, early, finite)
+                self._fit_phase(phase)
             except (RuntimeError, CancelFitException):
                 # a SIGTERM to the whole job also ends torch's loading processes, which fails the batch
                 if self.stop.received is None or distributed.world_size() > 1:
                     raise
                 self.best.restore(self.learn.model)
-            if not self._end_phase(name, epochs, early, finite):
+            if not self._end_phase(phase):
                 return
 
-    def _fit_phase(self, name: str, epochs: int, early: EarlyStopping, finite: StopOnNonFiniteLoss) -> None:
+    def _time_is_up(self, name: str) -> bool:
+        """Return whether a time limit leaves no time for the rest of a phase; the first epoch of all always runs."""
+        limit = self.plan.config.seconds_allowed
+        if limit is None:
+            return False
+        return distributed.share(self.best.row is not None and self.progress.elapsed >= phase_end(limit, name, 0.0))
+
+    def _phase(self, name: str, epochs: int) -> Phase:
+        config = self.plan.config
+        schedule = Schedule(patience=max(1, config.patience // 2)) if config.schedule == "adaptive" else None
+        following = None
+        if name == "frozen":
+            following = Following(config.epochs, lambda seconds: self._unfrozen_epoch(epochs, seconds))
+        pace = Pace(lambda: self.progress.elapsed, name, config.seconds_allowed, schedule, following)
+        return Phase(name, epochs, config, pace)
+
+    def _unfrozen_epoch(self, epochs: int, seconds: float) -> float:
+        """Estimate what an epoch of the unfrozen phase takes: from the features, or from an epoch of the frozen phase.
+
+        Args:
+            epochs: of the frozen phase.
+            seconds: of an epoch of it, in which the backbone runs if there are no features.
+        """
+        train, valid = len(self.plan.data.train), len(self.plan.data.valid)
+        views = frozen_features.views(self.plan, epochs)
+        of_an_image = self.features_took / (views * train + valid) if views else seconds / (train + valid)
+        return of_an_image * (TRAINING * train + valid)
+
+    def _fit_phase(self, phase: Phase) -> None:
         """Run one phase: one `learn.fit`."""
-        plan, config, learn = self.plan, self.plan.config, self.learn
-        log = EpochLog(self.progress.history, name, early)
+        plan, learn, name, pace = self.plan, self.learn, phase.name, phase.pace
+        log = EpochLog(self.progress.history, name, phase.early, pace)
         precision = precision_callbacks(plan.precision, plan.device)
-        callbacks = [log, self.best, early, finite, self.stop, *precision, *self._phase_callbacks(name), ChannelsLast()]
-        if config.schedule == "adaptive":
-            callbacks.append(Schedule(patience=max(1, config.patience // 2)))
-        features = contextlib.nullcontext([])
+        callbacks = [log, self.best, phase.early, phase.finite, pace, self.stop, *precision]
+        callbacks += [*self._phase_callbacks(name), ChannelsLast()]
+        if pace.schedule is not None:
+            callbacks.append(pace.schedule)
+        features, started = contextlib.nullcontext([]), self.progress.elapsed
         if name == "frozen":
             learn.freeze()
             callbacks.append(FrozenBody())
-            if self.checkpoints is not None and (views := frozen_features.views(plan, epochs)):
+            if self.checkpoints is not None and (views := frozen_features.views(plan, phase.epochs)):
                 folder = self.checkpoints.run.partial
                 features = frozen_features.instead_of_images(learn, plan, views, folder, self.stop)
         else:
@@ -173,7 +219,10 @@ class Trainer:
         learn.metrics = [*own_metrics, *self.added.metrics]
         try:
             with features as more, learn.no_logging():  # `log` prints the rows
-                learn.fit(epochs, lr=self._rate(name), cbs=[*callbacks, *more, *self.added.callbacks], reset_opt=True)
+                self.features_took = self.progress.elapsed - started
+                learn.fit(
+                    phase.epochs, lr=self._rate(name), cbs=[*callbacks, *more, *self.added.callbacks], reset_opt=True
+                )
         finally:
             learn.metrics = own_metrics  # the export need not hold the user's
             log.close()
@@ -206,21 +255,23 @@ class Trainer:
             return slice(config.lr / 200, config.lr / 2)
         return config.lr
 
-    def _end_phase(self, name: str, epochs: int, early: EarlyStopping, finite: StopOnNonFiniteLoss) -> bool:
+    def _end_phase(self, phase: Phase) -> bool:
         """Record what ended a phase, and return whether the next phase may begin."""
         ends = self.progress.ends
         if self.checkpoints is not None and self.checkpoints.failed:
             self.checkpoints.wait()
         if self.stop.due():
-            ends.append("an interruption")
+            ends.append("a closed terminal" if self.stop.received == HANGUP else "an interruption")
             return False
-        if finite.where:
-            ends.append(f"the loss was not finite at {finite.where}")
-            self.error = f"{name} phase: {ends[-1]}"
+        if phase.finite.where:
+            ends.append(f"the loss was not finite at {phase.finite.where}")
+            self.error = f"{phase.name} phase: {ends[-1]}"
             return False
-        if early.stopped:
+        if phase.early.stopped:
             ends.append("early stopping")
-        elif sum(row["phase"] == name for row in self.progress.history) < epochs:
+        elif phase.pace.stopped:
+            ends.append("the time limit")
+        elif sum(row["phase"] == phase.name for row in self.progress.history) < phase.epochs:
             ends.append("a callback")
         else:
             ends.append("reaching its last epoch")

@@ -3,14 +3,20 @@
 from pathlib import Path
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.classes import only_class, positive_note
 from xray_fastai.data.patients import unknown
 from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
 from xray_fastai.system import distributed
+from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, format_interval
-from xray_fastai.training.checkpoint import Saved
+from xray_fastai.training.checkpoint import Saved, kept_settings
+from xray_fastai.training.pace import FROZEN_SHARE, in_words
 from xray_fastai.training.plan import Plan
+
+OF_THE_RUN = ("name", "exports", "device", "workers", "cache", "quiet")
+"""The settings that two fits of the same model may have different."""
 
 
 def announce(plan: Plan, parameters: tuple[int, int]) -> None:
@@ -58,6 +64,9 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
     print(f"phases        {phases}")
     by = f", lower by {config.min_delta:g}" if config.min_delta else ""
     print(f"              each ends after {count_of(config.patience, 'epoch')} without a lower validation loss{by}")
+    if (limit := config.seconds_allowed) is not None:
+        frozen = f", {in_words(FROZEN_SHARE * limit)} for the frozen phase" if len(plan.phases) > 1 else ""
+        print(f"time limit    {in_words(limit)} for the whole fit{frozen}; the first epoch tells how many fit")
     if not plan.origin.pretrained:
         shown = len(plan.phases) > 1
         what = "only to show it: the head trains on random features" if shown else "skipped: the features are random"
@@ -102,6 +111,27 @@ def name_leftovers(run: Reservation) -> None:
         if old.path.name.startswith("."):
             resume = f"resume it with '{Reservation(run.exports, old.name).resume_command}', or " if old.usable else ""
             print(f"unfinished    {old}; {resume}delete it")
+
+
+def name_same(run: Reservation, config: FitConfig) -> None:
+    """Print the newest interrupted fit of the same settings, which the user may want to resume instead.
+
+    Args:
+        run: of this fit.
+        config: with the choices by recipe and data, as a checkpoint keeps it.
+    """
+    settings = {name: value for name, value in config.to_dict().items() if name not in OF_THE_RUN}
+    for old in unfinished(run.exports):
+        if old.path.name.startswith(".") or not old.usable:
+            continue  # `name_leftovers` names it
+        try:
+            kept = kept_settings(old.checkpoint)["settings"]
+        except UserError:
+            continue  # damaged, or of another version: it cannot be resumed
+        if {name: kept.get(name) for name in settings} == settings:
+            command = Reservation(run.exports, old.name).resume_command
+            print(f"unfinished    {old} had the same settings and was interrupted; to continue it, {command}")
+            return
 
 
 def _intercepts(model: dict) -> str:
@@ -173,5 +203,5 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
             f"resume: {run.resume_command} (needs {path / CHECKPOINT}, {size:,.0f} MB; delete that folder if you will "
             "not resume)"
         )
-    print(f"next: xray-fastai evaluate --model {path}\n      xray-fastai interpret --model {path}")
+    print(f"next: xray-fastai evaluate {path}")
     print(DISCLAIMER)

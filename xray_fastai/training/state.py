@@ -16,9 +16,10 @@ from fastai.vision.all import Callback, CancelEpochException, CancelFitException
 
 from xray_fastai.training.callbacks import BACKBONE, BestWeights, Schedule, copied
 from xray_fastai.training.checkpoint import UNCHANGING, Best, Checkpoints, Parts, Saved, Tensors
+from xray_fastai.training.pace import Pace
 from xray_fastai.training.stopping import EarlyStopping
 
-COUNTERS = {EarlyStopping: ("best", "wait"), Schedule: ("best", "wait", "cut")}
+COUNTERS = {EarlyStopping: ("best", "wait"), Schedule: ("best", "wait", "cut"), Pace: ("measured", "planned")}
 """The attributes of each callback that change from epoch to epoch."""
 
 
@@ -54,7 +55,9 @@ class SaveCheckpoint(Callback):
     The last epoch of a phase gets none: `save_between_phases` saves one after it.
     """
 
-    order = TrackerCallback.order + 4  # after early stopping, which ends the phase before this is reached
+    order = (
+        TrackerCallback.order + 5
+    )  # after early stopping and a time limit, which end the phase before this is reached
 
     def __init__(
         self,

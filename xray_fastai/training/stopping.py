@@ -1,4 +1,4 @@
-"""Ends a fit: early stopping, a loss that is not finite, Ctrl-C and SIGTERM. (`Trainer` records which one it was.)"""
+"""Ends a fit: early stopping, a loss that is not finite, Ctrl-C, SIGTERM, SIGHUP. (`Trainer` records which it was.)"""
 
 import contextlib
 import os
@@ -9,6 +9,8 @@ import torch
 from fastai.vision.all import Callback, CancelFitException, TrackerCallback
 
 from xray_fastai.system import distributed
+from xray_fastai.system.run_log import say_at_once
+from xray_fastai.system.signals import HANGUP, ends_by_hangup
 
 
 class EarlyStopping(TrackerCallback):
@@ -95,24 +97,24 @@ class StopOnNonFiniteLoss(Callback):
             raise CancelFitException
 
 
-STOPPING = b"\nStopping after this batch, then exporting the best weights; press Ctrl-C again to stop at once.\n"
+STOPPING = "\nStopping after this batch, then exporting the best weights; press Ctrl-C again to stop at once.\n"
+HUNG_UP = "\nThe terminal was closed (SIGHUP): stopping after this batch, then exporting the best weights.\n"
 
 
 class StopOnSignal(Callback):
-    """Stop after the batch at Ctrl-C or SIGTERM, and at once at a second Ctrl-C; a context around the fit.
+    """Stop after the batch at Ctrl-C, SIGTERM or SIGHUP, and at once at a second Ctrl-C; a context around the fit.
 
     Loading processes are forked inside the context and inherit its handlers. So a Ctrl-C, which the terminal sends to
     them too, does not end them.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
     noted: int | None = None  # the signal that this process received
     received: int | None = None  # the signal that ends the fit; several processes agree on it in `due`
 
     def __enter__(self):
         self.before, self.process = {}, os.getpid()
         with contextlib.suppress(ValueError):  # only the main thread can set handlers
-            for number in self.signals:
+            for number in (signal.SIGINT, signal.SIGTERM, *([HANGUP] if ends_by_hangup() else [])):
                 self.before[number] = signal.signal(number, self.receive)
         return self
 
@@ -120,14 +122,16 @@ class StopOnSignal(Callback):
         # torchrun and a cluster's scheduler may both send SIGTERM, and torchrun also when another process failed
         ignore = distributed.world_size() > 1 and (kind is not None or self.received is not None)
         for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_IGN if ignore else handler)
+            # a shell passes on the SIGHUP that the system has sent already
+            again = number == HANGUP == self.received
+            signal.signal(number, signal.SIG_IGN if ignore or again else handler)
 
     def receive(self, number, _frame):
         if self.noted == number == signal.SIGINT:
             raise KeyboardInterrupt
         if distributed.world_size() == 1:
             if self.noted is None and os.getpid() == self.process:  # not in a loading process
-                os.write(2, STOPPING)
+                say_at_once(HUNG_UP if number == HANGUP else STOPPING)
             self.received = number
         self.noted = number
 
@@ -136,7 +140,7 @@ class StopOnSignal(Callback):
         if distributed.world_size() > 1 and self.received is None:
             self.received = distributed.any_of(self.noted)
             if self.received is not None and distributed.rank() == 0:
-                os.write(2, STOPPING)
+                say_at_once(HUNG_UP if self.received == HANGUP else STOPPING)
         return self.received is not None
 
     def after_batch(self):

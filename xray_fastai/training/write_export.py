@@ -24,11 +24,11 @@ from xray_fastai.config.choices import TIMM
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.labelled import contents_of, file_key
-from xray_fastai.data.patients import unknown
+from xray_fastai.data.patients import images_by_source, unknown
 from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
-from xray_fastai.export.run_folder import Reservation
+from xray_fastai.export.run_folder import LOG, Reservation
 from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, QUANTILES, SETTINGS, WEIGHTS
 from xray_fastai.export.weights_file import FACTS, facts_hash
 from xray_fastai.inference.gate import Gate
@@ -42,9 +42,9 @@ from xray_fastai.training.gate import settle_gate
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import conclude
 from xray_fastai.training.plan import Plan
+from xray_fastai.training.provenance import LIBRARIES
 
 CURVES = "curves.png"
-LIBRARIES = ("torch", "torchvision", "fastai", "numpy", "pillow", "scikit-learn", "safetensors")
 
 
 class AnySystem:
@@ -146,6 +146,7 @@ def _summary(data: Collection) -> dict:
             "train": int(data.train.patient.nunique()),
             "valid": int(data.valid.patient.nunique()),
             "images_without": int(unknown(data.table).sum()),
+            "known_by": images_by_source(data.table),  # images by what names their patient
         },
         "notes": data.notes,
         "valid_files": sorted(file_key(file) for file in data.valid.file),
@@ -195,9 +196,10 @@ def write_export(
                 os.fsync(stream.fileno())
         return run.publish(keep_checkpoint=model["status"] == "interrupted")
     except Exception as error:
-        with contextlib.suppress(OSError):  # the checkpoint is kept
+        with contextlib.suppress(OSError):  # checkpoint and log are kept
             for file in filter(Path.is_file, folder.iterdir()):
-                file.unlink()
+                if file.name != LOG:
+                    file.unlink()
         # the report's own message is for an export that was given, not for one that is being written
         cause = (error.__context__ or error) if isinstance(error, UserError) else error
         if not is_write_error(cause):
