@@ -47,6 +47,8 @@ def other_values(config, *without):
         "class_weights": "1,2",
         "weights_range": "-1,1",
         "column": "label=text",
+        "time_limit": "2h",
+        "log": "tensorboard",
     }
     by_type = {bool: None, int: 40, float: 0.25, str: "text"}
     values, args = {}, []

@@ -66,7 +66,7 @@ def import_timm() -> Any:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f'{error.name} is not installed; pip install "xray-fastai[timm]"', option="arch") from None
+        raise UserError(f'timm/NAME needs {error.name}, not installed; pip install "xray-fastai[timm]"') from None
     return timm
 
 
