@@ -120,6 +120,7 @@ def test_batch_norm_is_folded(name):
     network = build_network(f"timm/{name}", 2, 0.5, SIZE).eval()
     folded = fold_batch_norm(network)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+    assert not any("batch_norm" in str(node.target) for node in folded.graph.nodes)
     batch = Preprocessing("none")(images())
     with torch.no_grad():
         assert torch.allclose(folded(batch), network(batch), atol=1e-4)
@@ -171,7 +172,8 @@ def test_a_size_that_the_network_does_not_take():
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_weights_for_one_size_are_fitted_to_another(name):
     weights = bare(f"timm/{name}").state_dict()
-    fitted, random = (build_timm(f"timm/{name}", SIZE, state).state_dict() for state in (weights, None))
+    fitted, again, random = (build_timm(f"timm/{name}", SIZE, w).state_dict() for w in (weights, weights, None))
+    assert all(torch.equal(again[key], t) for key, t in fitted.items())
     assert {key: t.shape for key, t in fitted.items()} == {key: t.shape for key, t in random.items()}
     same = [key for key, t in weights.items() if torch.equal(fitted[f"network.{key}"], t)]
     assert len(weights) // 2 < len(same) < len(weights)
