@@ -41,7 +41,7 @@ def test_help_says_what_each_option_does():
         ("fit", fit, {"folder", "open"}, {"callbacks", "metrics"}),
         ("evaluate", evaluate, {"export", "json", "open"}, set()),
         ("interpret", interpret, {"export", "open"}, set()),
-        ("predict", predict, {"output", "resume", "heatmaps"}, set()),
+        ("predict", predict, {"output", "append", "resume", "heatmaps", "report", "excel", "quiet", "log"}, set()),
         ("verify", verify, {"export", "model"}, {"path"}),
         ("check", check_data, {"folder", "fix", "json"}, {"data"}),
     ],
@@ -67,7 +67,7 @@ def test_names_and_defaults_are_those_of_the_command(name, function, of_the_comm
         ({"item_tfms": []}, f"item_tfms: no such option; {OTHER_NAMES['item_tfms']}"),
         ({"zzz": 1}, "zzz: no such option; fit takes data, resume, "),
         ({"size": (64, 64)}, "size (64, 64): give a value of type int"),
-        ({"data": 3}, "data of type int: give a folder, or a FitConfig"),
+        ({"data": 3}, "data of type int: give a folder, a table, or a FitConfig"),
     ],
 )
 def test_a_wrong_argument_of_fit_is_answered_in_one_line(wrong, message):

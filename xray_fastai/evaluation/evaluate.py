@@ -113,8 +113,8 @@ def evaluate(
     Images of another folder than that of the fit get `evaluation-<split>-<folder>/`, beside it.
 
     Args:
-        model: the export's folder, an open model, or a learner that `load_learner` opened; None is the newest in
-            ./exports.
+        model: the export's folder, an open model, or a learner that `load_learner` opened; None is the
+            default export (`xray-fastai default`), else the newest in ./exports.
         data: the folder that holds the split, or folders of the model's classes without splits; or a table of images,
             a .csv file or a data frame (`data.table`); None is what `fit` used.
         split: test, valid (the images that `fit` validated on) or train.

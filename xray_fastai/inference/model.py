@@ -239,7 +239,7 @@ def open_model(
 
     Args:
         source: its folder; a learner that `load_learner` opened, whose export is opened again; or an open model, which
-            is returned as it is. None takes the newest in ./exports.
+            is returned as it is. None takes the default (`export.reader.find_export`).
         device: auto, cpu, cuda or mps.
         precision: fp32, bf16, or auto: bf16 if the model was trained in it and the device computes in it.
 

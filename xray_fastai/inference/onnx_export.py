@@ -64,7 +64,7 @@ def export_onnx(export: str | Path | None = None, output: str | Path | None = No
     """Write an export as an ONNX file, and check that it gives torch's probabilities; otherwise no file is left.
 
     Args:
-        export: its folder; None takes the newest in ./exports.
+        export: its folder; None takes the default (`export.reader.find_export`).
         output: a new file; None takes <run>.onnx in the current folder.
 
     Raises:

@@ -41,8 +41,8 @@ def predict(
 
     Args:
         paths: one or many: files, folders, PIL images, or arrays as `images.open_image` takes them.
-        model: an export's folder, an open model, or a learner that `load_learner` opened; None takes the newest in
-            ./exports.
+        model: an export's folder, an open model, or a learner that `load_learner` opened; None takes the
+            default export (`xray-fastai default`), else the newest in ./exports.
         recursive: search the subfolders of folders, too.
         threshold: the probability of the class to detect, as it stands in the table, from which an image is called
             positive; None takes the export's own.

@@ -43,7 +43,7 @@ def predict_command(paths: list[str], model: Path | None, config: PredictConfig)
 
     Args:
         paths: files and folders; `-` is a list of paths on standard input.
-        model: an export's folder; None takes the newest in ./exports.
+        model: an export's folder; None takes the default (`export.reader.find_export`).
         config: `append` adds to `output` what has no row in it, `resume` continues it after its last row; `heatmaps` is
             a folder that gets an overlay of each image, and keeps the files that it has.
 

@@ -37,7 +37,7 @@ def serve(
     """Serve the page and the API until Ctrl-C or SIGTERM.
 
     Args:
-        model: an export's folder; None takes the newest in ./exports.
+        model: an export's folder; None takes the default (`export.reader.find_export`).
         host: the address to listen on, or its name.
         port: the port to listen on; 0 takes a free one.
         config: of its options, `prevalence`, `gate`, `abstain` and `device` count; the server computes in fp32.

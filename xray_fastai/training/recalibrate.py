@@ -96,8 +96,8 @@ def recalibrate(
     local images; its `lineage` names the one that it comes from.
 
     Args:
-        model: the export's folder, an open model, or a learner that `load_learner` opened; None is the newest in
-            ./exports.
+        model: the export's folder, an open model, or a learner that `load_learner` opened; None is the
+            default export (`xray-fastai default`), else the newest in ./exports.
         data: a folder of labelled local images, whose subfolders are the model's classes; or a table of images, as in
             `evaluate`.
         split: the subfolder of `data` that holds the folders of the classes, such as test; None: `data` itself.
