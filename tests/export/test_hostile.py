@@ -193,7 +193,17 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "format": [(0, "greater than or equal to 1"), (True, "valid integer"), ("1", "valid integer")],
     "created": [("yesterday", "Invalid isoformat")],
     "status": [("sound", "complete")],
-    "architecture": [("vit_b_16", "resnet18"), (["resnet18"], "resnet18")],
+    "architecture": [
+        ("vit_b_16", "resnet18"),
+        (["resnet18"], "resnet18"),
+        ("timm/hf-hub:someone/model", "is none of"),
+        ("timm/resnet10t", "backbone: missing"),
+    ],
+    "backbone": [
+        ({"features": 64, "tensors": {"0.0.a": [1]}}, "whose tensors are known"),
+        ({"features": 64, "tensors": {"0.0.a": [0]}}, "greater than or equal to 1"),
+        ({"features": 64, "tensors": {f"{i}": [1] for i in range(5001)}}, "5,001 entries, more than 5,000"),
+    ],
     "classes": [
         (["A"], "at least 2 items"),
         (["NORMAL", "NORMAL"], "appears twice"),
@@ -280,7 +290,7 @@ def test_each_key_is_needed(copy, run, refused):
         ("called",),
         ("scores",),
     ]
-    later += [("intercepts",), ("prior",), ("calibration_kind",), ("lineage",), ("by_hand",), ("gate",)]
+    later += [("intercepts",), ("prior",), ("calibration_kind",), ("lineage",), ("by_hand",), ("gate",), ("backbone",)]
     later += [("worst_group", "groups"), ("worst_group", "expected")]
 
     def paths(node, above=()):

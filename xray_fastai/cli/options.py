@@ -1,6 +1,7 @@
 """Makes a command's options of the fields of `FitConfig` or `PredictConfig`."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Annotated, Any, TypeVar
@@ -49,15 +50,15 @@ def option_of(config: type, name: str) -> Any:
     return _option(next(field for field in fields(config) if field.name == name))
 
 
-def one_of(*choices: str) -> Callable[[str | None], str | None]:
-    """Return typer's callback that accepts only these values.
+def one_of(*choices: str, pattern: str | None = None) -> Callable[[str | None], str | None]:
+    """Return typer's callback that accepts only these values, and those that match a regular expression.
 
     Raises:
         WrongValue: the value is another one; the exit code is 2.
     """
 
     def check(value: str | None) -> str | None:
-        if value is not None and value not in choices:
+        if value is not None and value not in choices and not (pattern and re.fullmatch(pattern, value)):
             raise WrongValue(f"choose one of {', '.join(choices)}" if choices[1:] else f"only {choices[0]} is known")
         return value
 
@@ -74,7 +75,7 @@ def _option(field: Field[Any]) -> Any:
         "rich_help_panel": setting.panel,
     }
     if setting.choices:
-        details["callback"] = one_of(*setting.choices)
+        details["callback"] = one_of(*setting.choices, pattern=setting.pattern)
         details["autocompletion"] = _completion(setting.choices)
         details["metavar"] = "|".join(setting.choices) if len(setting.choices) < 5 else "NAME"
     if setting.is_closed:  # typer has no open ranges: those are checked by `config` alone

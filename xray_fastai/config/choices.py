@@ -23,8 +23,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "efficientnet_b0": Architecture(1280, "classifier", early_layers=5),
 }
 """The backbones, by torchvision's names. To add one, add it to this table."""
+TIMM = "timm/"
+"""How the names of timm's networks begin here."""
+TIMM_PATTERN = r"timm/[a-z0-9_]+(\.[a-z0-9_]+)?"
+"""timm's name of a network, and of its weights. It holds no address, so opening an export downloads nothing."""
 PUBLISHED_WEIGHTS = ("imagenet", "xrv")
-"""The weights that `fit` downloads: torchvision's, and torchxrayvision's ResNet50."""
+"""The weights that `fit` downloads: torchvision's or timm's, and torchxrayvision's ResNet50."""
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INFERENCE_PRECISIONS = ("auto", "fp32", "bf16")

@@ -21,6 +21,7 @@ from xray_fastai.config.choices import (
     PUBLISHED_WEIGHTS,
     RECIPES,
     SCHEDULES,
+    TIMM_PATTERN,
     TOOLS,
 )
 from xray_fastai.config.setting import check_fields, setting
@@ -197,8 +198,10 @@ class FitConfig:
     )
     arch: str | None = setting(
         None,
-        f"Backbone: {', '.join(ARCHITECTURES)}. [default: that of an export in weights=; resnet50]",
+        f"Backbone: {', '.join(ARCHITECTURES)}, or timm/NAME (pip install 'xray-fastai[timm]'). [default: that of an "
+        "export in weights=; resnet50]",
         choices=tuple(ARCHITECTURES),
+        pattern=TIMM_PATTERN,
         panel="Network",
     )
     weights: str | None = setting(

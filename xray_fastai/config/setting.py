@@ -29,6 +29,7 @@ class Setting:
     panel: str | None = None  # one of PANELS: where `--help` shows the option; None is at the end
     metavar: str | None = None  # stands for the value in the help text: DIR
     choices: tuple[str, ...] = ()
+    pattern: str | None = None  # regular expression of further choices
     min: float | None = None  # the smallest value
     max: float | None = None  # the largest value
     above: float | None = None  # all values are larger
@@ -49,13 +50,17 @@ class Setting:
 
     def advice(self, value: Any) -> str | None:
         """Return what the user has to do about a wrong value; None for a right one."""
-        if self.choices and value not in self.choices:
+        if self.choices and not self.is_choice(value):
             return f"choose one of {', '.join(self.choices)}"
         if not self._is_within(value):
             return f"give {self._limits()}"
         if self.printable and (fault := fault_of(value, MAX_TEXT)):
             return f"{fault}; give another text"
         return None if self.check is None else self.check(value)
+
+    def is_choice(self, value: Any) -> bool:
+        """Return whether a value is one of the choices, or matches `pattern`."""
+        return value in self.choices or (self.pattern is not None and re.fullmatch(self.pattern, value) is not None)
 
     def _is_within(self, value: Any) -> bool:
         # in this direction each comparison is False for NaN

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.config.choices import ARCHITECTURES
+from xray_fastai.config.choices import ARCHITECTURES, TIMM
 from xray_fastai.metrics.table import METRICS, title_of
 from xray_fastai.system.text import count_of, format_interval
 
@@ -198,7 +198,7 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         loss += f", weighted by class ({pairs})"
     best, updated = model["best"], model.get("recalibrated")
     architecture = model["architecture"]
-    known = architecture in ARCHITECTURES
+    known = architecture in ARCHITECTURES or architecture.startswith(TIMM)
     return {
         "preprocessing": f"Each whole image was resized to {size} x {size} pixels of grey{equalized}, and normalised "
         "with the mean and the standard deviation of ImageNet.",

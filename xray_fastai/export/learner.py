@@ -3,10 +3,9 @@
 import os
 from pathlib import Path
 
-import torch
-
 from xray_fastai.export.network import load_weights
 from xray_fastai.export.reader import find_export, path_of, read
+from xray_fastai.model.architectures import on_start
 from xray_fastai.model.learner import build_learner, set_scaling
 from xray_fastai.model.loaders import empty_loaders
 from xray_fastai.model.xray_learner import About, XrayLearner
@@ -40,9 +39,13 @@ def load_learner(path: str | Path) -> XrayLearner:
     model = read(folder)
     preprocessing = model["preprocessing"]
     dls = empty_loaders(model["classes"], preprocessing["size"], preprocessing.get("contrast", "none"))
-    with torch.device("meta"):  # as in `load_network`
+    with on_start(model["architecture"]):
         learn = build_learner(
-            dls, model["architecture"], dropout=model["dropout"], class_weights=model["class_weights"]
+            dls,
+            model["architecture"],
+            dropout=model["dropout"],
+            class_weights=model["class_weights"],
+            size=preprocessing["size"],
         )
     load_weights(learn.model, folder, model)
     set_scaling(learn, model["temperature"], model.get("intercepts"))

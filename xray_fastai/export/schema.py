@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from xray_fastai.config.choices import ARCHITECTURES, CONTRASTS, MAX_SIZE, MIN_SIZE
+from xray_fastai.config.choices import ARCHITECTURES, CONTRASTS, MAX_SIZE, MIN_SIZE, TIMM, TIMM_PATTERN
 from xray_fastai.config.class_names import MAX_CLASSES, class_fault
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.system.errors import UserError
@@ -53,6 +53,8 @@ NODES = 10_000
 memory."""
 ENTRIES = 1_000
 """The largest number of entries of a table of names, and of each list but that of the validation files."""
+TENSORS = 5_000
+"""The largest number of a backbone's tensors; timm's largest networks have 3,000."""
 QUANTILES = 101
 """How many values describe the scores of a class."""
 
@@ -69,6 +71,12 @@ def _class(name: str) -> str:
     return name
 
 
+def _architecture(name: Any) -> Any:
+    if not isinstance(name, str) or (name not in ARCHITECTURES and not re.fullmatch(TIMM_PATTERN, name)):
+        raise ValueError(f"{shown(name)} is none of {', '.join(ARCHITECTURES)}, timm/NAME")
+    return name
+
+
 def _date(text: str) -> str:
     datetime.fromisoformat(text)
     return text
@@ -77,6 +85,12 @@ def _date(text: str) -> str:
 def _small_table(table: Any) -> Any:
     if isinstance(table, dict) and len(table) > ENTRIES:
         raise ValueError(f"{len(table):,} entries, more than {ENTRIES:,}")
+    return table
+
+
+def _tensor_table(table: Any) -> Any:
+    if isinstance(table, dict) and len(table) > TENSORS:
+        raise ValueError(f"{len(table):,} entries, more than {TENSORS:,}")
     return table
 
 
@@ -106,6 +120,15 @@ class Part(BaseModel):
             for i, part in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(part, Part):
                     yield from part.unknown(f"{where}{name}[{i}]." if isinstance(value, list) else f"{where}{name}.")
+
+
+class Backbone(Part):
+    features: Annotated[int, Field(ge=1, le=100_000)]
+    # the shapes of its tensors
+    tensors: Annotated[
+        dict[Text, Annotated[list[Annotated[int, Field(ge=1, le=10**7)]], Field(max_length=8, fail_fast=True)]],
+        BeforeValidator(_tensor_table),
+    ]
 
 
 class Preprocessing(Part):
@@ -266,7 +289,8 @@ class Export(Part):
     created: Date
     status: Literal["complete", "interrupted", "diverged"]
     disclaimer: Text
-    architecture: Literal[tuple(ARCHITECTURES)]
+    architecture: Annotated[str, BeforeValidator(_architecture)]
+    backbone: Backbone | None = None  # of timm's networks; the others' are in `backbones.json`
     classes: Annotated[list[Class], Field(min_length=2, max_length=MAX_CLASSES, fail_fast=True)]
     positive: str | None
     dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -303,6 +327,8 @@ class Export(Part):
 
     @model_validator(mode="after")
     def _agrees(self) -> "Export":
+        if (self.backbone is None) == self.architecture.startswith(TIMM):
+            raise ValueError(f"backbone: missing, or not for {shown(self.architecture)}, whose tensors are known")
         known, two = set(self.classes), len(self.classes) == 2
         if len(known) < len(self.classes):
             raise ValueError("classes: one of them appears twice")

@@ -49,17 +49,24 @@ def _backbones() -> dict[str, dict[str, list[int]]]:
     return json.loads(files("xray_fastai.export").joinpath(BACKBONES).read_text(encoding="utf-8"))
 
 
-def layout_of(architecture: str, classes: int) -> Layout:
+def layout_of(architecture: str, classes: int, backbone: dict[str, Any] | None = None) -> Layout:
     """Return the tensors of a network (`architectures.build_network`).
 
     Args:
-        architecture: a name in `ARCHITECTURES`.
+        architecture: a name in `ARCHITECTURES`, or timm/NAME.
         classes: how many.
+        backbone: `backbone` in `model.json`, for timm/NAME.
     """
-    features = ARCHITECTURES[architecture].features
-    shapes = _backbones()[architecture] | {"1.3.weight": [classes, features], "1.3.bias": [classes]}
+    features = features_of(architecture, backbone)
+    tensors = _backbones()[architecture] if backbone is None else backbone["tensors"]
+    shapes = tensors | {"1.3.weight": [classes, features], "1.3.bias": [classes]}
     counters = "num_batches_tracked"  # of batch norm: the only integers
     return {name: ("I64" if name.endswith(counters) else "F32", shape) for name, shape in shapes.items()}
+
+
+def features_of(architecture: str, backbone: dict[str, Any] | None) -> int:
+    """Return the channels of a backbone's last feature maps; the arguments are those of `layout_of`."""
+    return ARCHITECTURES[architecture].features if backbone is None else backbone["features"]
 
 
 def gate_layout_of(model: dict[str, Any]) -> Layout:
@@ -72,7 +79,7 @@ def gate_layout_of(model: dict[str, Any]) -> Layout:
         return {}
     shapes, classes = {"upright": [GATE_SIDE**2]}, len(model["classes"])
     for name, length in GATE_SPACES.items():
-        length = length or ARCHITECTURES[model["architecture"]].features
+        length = length or features_of(model["architecture"], model.get("backbone"))
         k = model["gate"]["dimensions"][name]
         parts = {"mean": [length], "directions": [k, length], "centres": [classes, k]}
         shapes |= {f"{name}.{part}": shape for part, shape in parts.items()}
@@ -119,7 +126,7 @@ def read_weights(folder: Path, name: str, model: dict[str, Any]) -> dict[str, np
             that are not finite.
     """
     architecture, classes = model["architecture"], len(model["classes"])
-    file, layout = folder / name, layout_of(architecture, classes) | gate_layout_of(model)
+    file, layout = folder / name, layout_of(architecture, classes, model.get("backbone")) | gate_layout_of(model)
     expected = size_of(layout)
     with open_received(folder, name) as (stream, size):
         start = stream.read(8)

@@ -119,7 +119,7 @@ def _fused(folded: fx.GraphModule) -> fx.GraphModule:
 
     for node in list(graph.graph.nodes):
         convolution = layer(node)
-        if not isinstance(convolution, nn.Conv2d) or convolution.padding_mode != "zeros":
+        if type(convolution) is not nn.Conv2d or convolution.padding_mode != "zeros":
             continue
         last, inputs = node, node.args
         following = follower(last)

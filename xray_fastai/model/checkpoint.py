@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from xray_fastai.config.choices import ARCHITECTURES
-from xray_fastai.model.architectures import build_whole
+from xray_fastai.config.choices import ARCHITECTURES, TIMM
+from xray_fastai.model.architectures import build_whole, on_start
+from xray_fastai.model.timm_networks import classifier_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown
 
@@ -122,7 +123,7 @@ class Match:
 
     @property
     def classifier(self) -> list[str]:
-        start = f"{self.prefix}{ARCHITECTURES[self.arch].classifier}."
+        start = f"{self.prefix}{_classifier(self.arch)}."
         return [name for name in self.rest if name.startswith(start)]
 
     @property
@@ -159,7 +160,7 @@ class Match:
         text = f"{count_of(len(self.found), 'tensor')} loaded{under}, all of the backbone"
         classifier, others = self.classifier, [name for name in self.rest if name not in set(self.classifier)]
         if classifier:
-            text += f", without the classifier ({ARCHITECTURES[self.arch].classifier}: {len(classifier)})"
+            text += f", without the classifier ({_classifier(self.arch)}: {len(classifier)})"
         if others:
             text += f"{' and' if classifier else ', without'} {count_of(len(others), 'other')} ({shown(others[0], 60)}"
             text += ", ...)" if len(others) > 1 else ")"
@@ -172,9 +173,9 @@ class Match:
 
 def match(arch: str, tensors: dict[str, torch.Tensor]) -> Match:
     """Find the backbone of an architecture among tensors, where most of its names are."""
-    with torch.device("meta"):
-        network = build_whole(arch)
-    classifier = f"{ARCHITECTURES[arch].classifier}."
+    with on_start(arch):
+        network = build_whole(arch).to("meta")
+    classifier = f"{_classifier(arch)}."
     own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(classifier)}
     candidates = []
     for names in _names(arch, network, own):
@@ -222,7 +223,8 @@ def _names(arch: str, network: nn.Module, own: dict[str, torch.Tensor]) -> list[
     numbered = {}
     for name in own:
         part, _, rest = name.partition(".")
-        numbered[f"{numbers[part]}.{rest}"] = name
+        if part in numbers:
+            numbered[f"{numbers[part]}.{rest}"] = name
     ways = [{name: name for name in own}, numbered]
     if arch in OTHER_NAMES:
         other = {}
@@ -240,6 +242,11 @@ def _has_shape_of(tensor: torch.Tensor, own: torch.Tensor) -> bool:
     if own.ndim == 4 and own.shape[1] == CHANNELS and tensor.ndim == 4 and tensor.shape[1] == 1:
         return (tensor.shape[0], *tensor.shape[2:]) == (own.shape[0], *own.shape[2:])
     return [side for side in tensor.shape if side != 1] == [side for side in own.shape if side != 1]
+
+
+def _classifier(arch: str) -> str:
+    """Return the prefix of the classifier's tensors."""
+    return classifier_of(arch) if arch.startswith(TIMM) else ARCHITECTURES[arch].classifier
 
 
 def _rank(prefix: str) -> int:

@@ -19,10 +19,11 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from xray_fastai.config.fit_config import FitConfig
-from xray_fastai.model.architectures import build_backbone, build_head, split_parameters
+from xray_fastai.model.architectures import build_backbone, build_head, features_of, split_parameters
 from xray_fastai.model.optimizer import FusedAdam
 from xray_fastai.model.recorder import EpochAverage, EpochMetric, EpochRecorder
 from xray_fastai.model.xray_learner import NeedsImages, XrayLearner
+from xray_fastai.system.errors import UserError
 
 
 class CalibratedCrossEntropy(CrossEntropyLossFlat):
@@ -74,6 +75,7 @@ def build_learner(
     class_weights: Sequence[float] | None = None,
     pretrained: dict[str, torch.Tensor] | None = None,
     start: dict[str, torch.Tensor] | None = None,
+    size: int | None = None,
 ) -> XrayLearner:
     """Build a learner as fastai's `vision_learner` does: torchvision's `arch`, a head of pooling, dropout, one layer.
 
@@ -85,18 +87,22 @@ def build_learner(
         pretrained: tensors of the backbone under torchvision's names (`pretrained.pretrained_state`); None leaves
             random weights.
         start: tensors of an export to continue from, under the names of its `model.safetensors`.
+        size: side of the images, which timm's networks need.
 
     Returns:
         A learner with three parameter groups (early layers, late layers, head), none of them frozen. The network maps
         (B, 3, H, W) to logits (B, classes).
+
+    Raises:
+        UserError: timm is not installed or does not know the network, or `start` is for another size.
     """
     classes = len(dls.vocab)
     weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32, device=dls.device)
     model = create_vision_model(
-        partial(build_backbone, arch, pretrained),
+        partial(build_backbone, arch, pretrained, size),
         classes,
         pretrained=False,  # `build_backbone` loads the weights
-        custom_head=build_head(arch, classes, dropout),
+        custom_head=build_head(features_of(arch, size), classes, dropout),
     )
     learn = XrayLearner(
         dls,
@@ -108,7 +114,11 @@ def build_learner(
         train_bn=False,
     )
     if start is not None:
-        learn.model.load_state_dict(learn.model.state_dict() | start)
+        own = learn.model.state_dict()
+        if bent := [name for name, tensor in start.items() if name not in own or own[name].shape != tensor.shape]:
+            fault = f"the export's {bent[0]} is of another network, or for another size; leave it out"
+            raise UserError(fault, option="size", value=size)
+        learn.model.load_state_dict(own | start)
     learn.remove_cb(Recorder)
     learn.add_cbs([EpochRecorder(), NeedsImages()])
     learn.arch = arch

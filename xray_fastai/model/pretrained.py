@@ -13,9 +13,13 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from xray_fastai.config.choices import TIMM
 from xray_fastai.config.fit_config import range_of
+from xray_fastai.model.architectures import build_whole
 from xray_fastai.model.checkpoint import Match, backbone_of, tensors_of
 from xray_fastai.model.input_range import fold_input, of_range
+from xray_fastai.model.preprocessing import MEAN, STD
+from xray_fastai.model.timm_networks import check_first_layer, config_of, published
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import on_terminal
 from xray_fastai.system.text import shown
@@ -48,6 +52,9 @@ def pretrained_state(arch: str, weights: str, weights_range: str | None = None) 
         UserError: the weights are not cached and cannot be downloaded, or the file is missing, holds no weights, or
             those of another network; or its network takes one channel, and the range is missing.
     """
+    if weights == "imagenet" and arch.startswith(TIMM):
+        tensors, name = published(arch)
+        return _for_our_input(backbone_of(arch, tensors, name), *_normalization(arch)), name
     if weights == "imagenet":
         tensors, name = _imagenet(arch)
         return backbone_of(arch, tensors, name).state(), name
@@ -67,16 +74,36 @@ def pretrained_state(arch: str, weights: str, weights_range: str | None = None) 
             option="weights_range",
         )
     taken = "" if black_white is None else f", for an input of {black_white[0]:g} to {black_white[1]:g}"
-    state = found.state() if black_white is None else _for_our_input(found, black_white)
-    return state, f"{path.name}: {found.describe()}{taken}"
+    mean, std = _normalization(arch) if black_white is None else of_range(*black_white)
+    return _for_our_input(found, mean, std), f"{path.name}: {found.describe()}{taken}"
 
 
-def _for_our_input(found: Match, black_white: tuple[float, float]) -> dict[str, torch.Tensor]:
-    """Return the tensors with a first layer that takes images as `Preprocessing` gives them."""
+def _normalization(arch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation of the channels that published weights of an architecture expect."""
+    if not arch.startswith(TIMM):
+        return MEAN, STD
+    config = config_of(arch)
+    return tuple(config.mean), tuple(config.std)
+
+
+def _for_our_input(found: Match, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, torch.Tensor]:
+    """Return the tensors with a first layer that takes images as `Preprocessing` gives them.
+
+    Args:
+        found: the tensors of a network that was trained on another input.
+        mean: of its channels, or of one for all of them.
+        std: as `mean`.
+
+    Raises:
+        UserError: the first layer of one of timm's networks cannot be rewritten.
+    """
     state = found.state()
-    mean, std = of_range(*black_white)
-    weight = fold_input(state[found.first_layer], mean * found.channels, std * found.channels)
-    return state | {found.first_layer: weight}
+    if (mean, std) == (MEAN, STD):
+        return state
+    if found.arch.startswith(TIMM):
+        check_first_layer(build_whole(found.arch), found.first_layer, found.arch)
+    mean, std = (values * found.channels if len(values) == 1 else values for values in (mean, std))
+    return state | {found.first_layer: fold_input(state[found.first_layer], mean, std)}
 
 
 def _xrv(arch: str) -> tuple[dict[str, torch.Tensor], str]:
@@ -89,7 +116,8 @@ def _xrv(arch: str) -> tuple[dict[str, torch.Tensor], str]:
     file = _in_cache(XRV_URL)
     file = file if file.exists() else _download(XRV_URL, "xrv")
     found = backbone_of(arch, _read(file), file.name)
-    return _for_our_input(found, XRV_RANGE), f"torchxrayvision resnet50-res512-all ({file.name}: {found.describe()})"
+    name = f"torchxrayvision resnet50-res512-all ({file.name}: {found.describe()})"
+    return _for_our_input(found, *of_range(*XRV_RANGE)), name
 
 
 def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:

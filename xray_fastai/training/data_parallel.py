@@ -218,6 +218,10 @@ class _Normalised(torch.autograd.Function):
         return of_x.to(x.dtype), of_weight, of_bias, None
 
 
+def _activated(norm: nn.Module, _: tuple, normalised: torch.Tensor) -> torch.Tensor:
+    return norm.act(norm.drop(normalised))
+
+
 def sync_batch_norm(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, nn.Module]]:
     """Replace each batch norm by one with the same tensors that sees the whole batch.
 
@@ -235,7 +239,10 @@ def sync_batch_norm(model: nn.Module, device: torch.device) -> list[tuple[nn.Mod
             new = nn.SyncBatchNorm.convert_sync_batchnorm(child)
         else:
             new = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            for tensor, value in (*child.named_parameters(), *child.named_buffers()):
+            for tensor, value in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)):
                 setattr(new, tensor, value)
+        if hasattr(child, "act"):  # timm's batch norm has the activation inside
+            new.drop, new.act = child.drop, child.act
+            new.register_forward_hook(_activated)
         setattr(parent, name, new)
     return replaced

@@ -17,6 +17,7 @@ from xray_fastai.data.dataset import fingerprint, read_collection
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.table import FRAME, Data
 from xray_fastai.export.run_folder import SETTINGS_FILE, Reservation, Unfinished, reopen, reserve
+from xray_fastai.model.timm_networks import check_name
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.options import takes_options
@@ -212,6 +213,7 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
         checkpoints.keep({"settings": config.to_dict(), "folder": folder_of(config)})
     if found is None or config.arch is None:
         config = with_parents_choices(config)
+    check_name(config.arch)  # before the images are read, which takes minutes
     config, data = read_collection(config.with_recipe(), began.added.frame)
     data.notes.extend(fit_notes(data))
     images = fingerprint(data)

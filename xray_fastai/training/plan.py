@@ -9,6 +9,7 @@ from fastai.vision.all import set_seed
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.pixel_cache import PixelCache
+from xray_fastai.model.architectures import described
 from xray_fastai.model.augmentation import augmentation_values
 from xray_fastai.model.learner import build_learner, class_weight_values, settle_batch_norm
 from xray_fastai.model.loaders import XrayDataLoaders, default_workers, make_loaders
@@ -59,7 +60,7 @@ class Plan:
         config = self.config
         learn = build_learner(
             dls, config.arch, dropout=config.dropout, class_weights=self.class_weights, pretrained=self.pretrained,
-            start=self.start,
+            start=self.start, size=config.size,
         )  # fmt: skip
         settle_batch_norm(learn.model, max(1, len(self.data.train) // self.batch_size))
         learn.freeze()
@@ -70,6 +71,7 @@ class Plan:
         config, data = self.config, self.data
         return {
             "architecture": config.arch,
+            "backbone": described(config.arch, config.size),
             "classes": data.classes,
             "positive": data.positive,
             "dropout": config.dropout,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from fastai.vision.all import GatherPredsCallback
 
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.export.reader import lineage_of, read
 from xray_fastai.export.run_folder import reserve
 from xray_fastai.export.schema import HISTORY_COLUMNS
+from xray_fastai.model.architectures import on_start
 from xray_fastai.model.learner import build_learner, parameter_counts, set_scaling
 from xray_fastai.model.loaders import XrayDataLoaders
 from xray_fastai.model.xray_learner import About, XrayLearner
@@ -111,9 +111,12 @@ def _copied(learn: XrayLearner, dls: XrayDataLoaders, plan: Plan) -> XrayLearner
     state = {name: tensor.detach().cpu() for name, tensor in learn.model.state_dict().items()}
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError("its weights are not finite; train it with a lower rate", option="learn")
-    with torch.device("meta"):  # as in `load_network`
-        copied = build_learner(dls, learn.arch, dropout=plan.config.dropout, class_weights=plan.class_weights)
-    copied.model.to_empty(device="cpu")
+    with on_start(learn.arch):
+        copied = build_learner(
+            dls, learn.arch, dropout=plan.config.dropout, class_weights=plan.class_weights, size=plan.config.size
+        )
+    if next(copied.model.parameters()).is_meta:
+        copied.model.to_empty(device="cpu")
     try:
         copied.model.load_state_dict(state)
     except RuntimeError:

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from xray_fastai import DISCLAIMER, __version__
+from xray_fastai.config.choices import TIMM
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.labelled import contents_of, file_key
@@ -114,9 +115,15 @@ def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str
         "gate": judgement.gate and judgement.gate.numbers(),
         "scores": judgement.scores,
         "by_hand": outcome.by_hand,
-        "versions": {"xray-fastai": __version__, "python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": _versions(plan.config.arch),
     }
+
+
+def _versions(arch: str) -> dict[str, str]:
+    """Return the versions of this package, Python and the libraries; that of timm where the network is timm's."""
+    libraries = (*LIBRARIES, "timm") if arch.startswith(TIMM) else LIBRARIES
+    own = {"xray-fastai": __version__, "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in libraries}
 
 
 def phase_records(history: list[dict], phases: list[tuple[str, int]], ends: list[str]) -> list[dict]:
