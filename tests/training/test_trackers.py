@@ -60,6 +60,7 @@ def test_tensorboard_gets_both_the_history_and_the_export(settings):
 @pytest.mark.slow
 def test_mlflow_gets_both_the_history_and_the_export(settings):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is an extra that is not installed here")
+    pytest.importorskip("sqlalchemy", reason="mlflow-skinny keeps no database")
     result = fit(**settings, log="mlflow")
     (run,) = mlflow.search_runs(experiment_names=["xray-fastai"], output_format="list")
     assert run.info.status == "FINISHED" and run.data.params["epochs"] == "2"
