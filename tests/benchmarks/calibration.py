@@ -34,7 +34,7 @@ from scipy.special import log_softmax, softmax
 from tests.benchmarks.measuring import whole_number
 from tests.benchmarks.shift import held_out, link
 from xray_fastai import fit
-from xray_fastai.data.dataset import find_root, read_split
+from xray_fastai.data.folders import find_root, read_split
 from xray_fastai.data.images import open_image
 from xray_fastai.data.sources import phantom
 from xray_fastai.evaluation.subgroups import appearance

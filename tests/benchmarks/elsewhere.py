@@ -24,7 +24,7 @@ import pandas as pd
 from tests.benchmarks.measuring import whole_number
 from tests.benchmarks.shift import HOLDOUTS, held_out, link
 from xray_fastai import fit
-from xray_fastai.data.dataset import find_root, read_split
+from xray_fastai.data.folders import find_root, read_split
 from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.evaluation.subgroups import appearance
 from xray_fastai.inference.model import Model, open_model

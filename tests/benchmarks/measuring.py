@@ -25,7 +25,7 @@ from fastai.vision.all import (
 
 from xray_fastai import fit
 from xray_fastai.config.fit_config import FitConfig
-from xray_fastai.data.dataset import find_root, read_split
+from xray_fastai.data.folders import find_root, read_split
 from xray_fastai.data.sources import phantom
 from xray_fastai.model.augmentation import AUGMENT, FASTAI_VALUES
 from xray_fastai.system.device import choose_device, choose_precision

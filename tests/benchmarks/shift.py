@@ -49,7 +49,7 @@ from tests.benchmarks.measuring import whole_number
 from tests.benchmarks.robustness import SIDE, narrowed, widened
 from tests.benchmarks.views import MAX_CHANGES, views
 from xray_fastai import fit
-from xray_fastai.data.dataset import find_root, read_split
+from xray_fastai.data.folders import find_root, read_split
 from xray_fastai.data.images import open_image
 from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.sources import phantom

@@ -26,7 +26,7 @@ from sklearn.model_selection import GroupKFold
 from torch import nn
 from torchvision.models import resnet18
 
-from xray_fastai.data.dataset import find_root, read_split
+from xray_fastai.data.folders import find_root, read_split
 from xray_fastai.data.images import open_image
 from xray_fastai.data.sources import phantom
 from xray_fastai.model.preprocessing import equalize

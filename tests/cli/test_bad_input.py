@@ -41,7 +41,7 @@ def test_an_empty_folder(refuse, tmp_path):
 
 
 def test_no_train(refuse, tmp_path):
-    refuse(draw_collection(tmp_path, {"training/A": 2, "val/A": 2}), "no train/", "training, val")
+    refuse(draw_collection(tmp_path, {"trains/A": 2, "val/A": 2}), "no train/", "trains, val")
 
 
 def test_an_empty_class(refuse, collection):
@@ -93,10 +93,10 @@ def test_weights_of_another_network(refuse, collection, tmp_path):
     options = ["--arch", "resnet18", "--weights"]
     refuse(collection, "other.safetensors", "unknown: layer1.2", options=[*options, tmp_path / "other.safetensors"])
     state = torchvision.models.resnet18(weights=None).state_dict()
-    state["conv1.weight"] = state["conv1.weight"][:, :1].contiguous()
+    state["conv1.weight"] = state["conv1.weight"][:, :2].contiguous()
     del state["layer1.0.bn1.bias"]
     save_file(state, tmp_path / "bent.safetensors")
-    words = ["missing: layer1.0.bn1.bias", "of another shape: conv1.weight [64, 1, 7, 7] instead of [64, 3, 7, 7]"]
+    words = ["missing: layer1.0.bn1.bias", "of another shape: conv1.weight [64, 2, 7, 7] instead of [64, 3, 7, 7]"]
     refuse(collection, *words, options=[*options, tmp_path / "bent.safetensors"])
 
 
@@ -131,7 +131,7 @@ def test_a_text_named_as_an_image(refuse, collection):
     refuse(collection, "not an image: its content, whatever its name, is none of .jpeg")
 
 
-def test_a_weights_file_that_contains_code(refuse, collection, tmp_path):
+def test_a_weights_file_that_contains_code(run, collection, tmp_path):
     trace = tmp_path / "trace"
 
     class Hostile:
@@ -139,7 +139,11 @@ def test_a_weights_file_that_contains_code(refuse, collection, tmp_path):
             return open, (str(trace), "w")
 
     torch.save({"conv1.weight": Hostile()}, tmp_path / "hostile.pth")
-    refuse(collection, "could run code", options=["--weights", tmp_path / "hostile.pth"])
+    result = run("fit", "--data", collection, *QUICK, *FIT, "--weights", tmp_path / "hostile.pth")
+    first, *lines = result.stderr.strip().splitlines()
+    assert (result.exit_code == 1 and not Path("exports").exists()) or not list(Path("exports").iterdir())
+    assert "hostile.pth: holds io.open besides tensors, so that loading it could run code" in first
+    assert len(lines) == 2 and "weights_only = False" in lines[0]
     assert not trace.exists()
 
 

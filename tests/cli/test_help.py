@@ -39,6 +39,7 @@ def test_a_page_fits_and_names_each_option(page, width, run, monkeypatch):
     text, _, examples = result.stdout.partition("\nExamples\n")
     assert max(map(len, text.splitlines())) <= min(width, 100)
     assert "\x1b" not in text
+    assert ("\u256d" in text) == (width >= 60)  # a frame's corner: a narrow page has none
     for option in options_of(COMMANDS.get(page) or GROUPS.get(page) or ROOT):
         assert re.search(rf"{option}\b", text), option
     for _, line in EXAMPLES[page]:
@@ -96,6 +97,7 @@ def test_other_tools_names_lead_to_options_and_commands_that_exist():
         ("test", "No such command 'test'; did you mean 'xray-fastai evaluate'?"),
         ("evalaute", "No such command 'evalaute'; did you mean 'xray-fastai evaluate'?"),
         ("chek", "No such command 'chek'; did you mean 'xray-fastai data check'?"),
+        ("data audit", "No such command 'audit'; did you mean 'xray-fastai data check'?"),
         ("data validate-all", "No such command 'validate-all'; see 'xray-fastai data --help'"),
         ("fit --bs 3", "No such option: --bs; did you mean --batch-size?"),
         ("fit --learning_rate 1", "No such option: --learning_rate; did you mean --lr?"),
@@ -128,6 +130,7 @@ def test_a_folder_or_a_file_in_place_of_a_command(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir(), (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.json").write_text(""), (tmp_path / "a b.jpeg").write_text("")
+    assert "did you mean" not in run("data", "images").stderr
     for path, meant in (("images", "fit images"), ("run", "evaluate run"), ("a b.jpeg", "predict 'a b.jpeg'")):
         assert f"; did you mean 'xray-fastai {meant}'?" in run(path).stderr.splitlines()[-1]
 
@@ -159,4 +162,5 @@ def test_completion_knows_commands_and_options():
         return process.stdout.split()
 
     assert completed("xray-fastai ev") == ["evaluate"]
+    assert completed("xray-fastai fit --device c") == ["cpu", "cuda"]
     assert completed("xray-fastai fit a b --patience 3 --batch") == ["--batch-size"]

@@ -39,12 +39,18 @@ def test_a_command_has_one_option_for_each_field(function, config):
         assert options[field.name].default == field.default
 
 
-def other_values(config, without=None):
+def other_values(config, *without):
     """Return a value for each field but one that is not its default, and the command line that gives these values."""
-    texts = {"valid": "0.2", "class_weights": "1,2"}
+    texts = {
+        "output": "text.csv",
+        "valid": "0.2",
+        "class_weights": "1,2",
+        "weights_range": "-1,1",
+        "column": "label=text",
+    }
     by_type = {bool: None, int: 40, float: 0.25, str: "text"}
     values, args = {}, []
-    wanted = [field for field in fields(config) if field.name != without]
+    wanted = [field for field in fields(config) if field.name not in without]
     for field in wanted:
         (kind,) = (kind for kind in by_type if kind in (field.type, *get_args(field.type)))
         option = f"--{field.name.replace('_', '-')}"
@@ -69,7 +75,9 @@ def calls(monkeypatch):
         monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
 
     monkeypatch.setattr(training, "_check_paths", lambda config: None)
+    monkeypatch.setattr(inference, "_check_images", lambda paths: None)
     monkeypatch.setattr(inference, "check_export", lambda path: None)
+    monkeypatch.setattr(inference, "check_paths", lambda paths, config: None)
     replace("xray_fastai.training.fit.fit", SimpleNamespace(error=None, signal=None))
     replace("xray_fastai.inference.predict_files.predict_command", 2)  # unreadable files
     return calls
@@ -101,12 +109,12 @@ def test_a_resumed_fit_gets_only_the_options_that_were_given(run, calls):
     ]
 
 
-@pytest.mark.parametrize("without", ["prevalence", "uncalibrated"])  # they exclude each other
+@pytest.mark.parametrize("without", [("prevalence", "append"), ("uncalibrated", "resume")])  # they exclude each other
 def test_every_option_reaches_the_prediction(without, run, calls):
-    values, args = other_values(PredictConfig, without)
+    values, args = other_values(PredictConfig, *without)
     result = run("predict", "a", "-", *args)
     assert calls == [((["a", "-"], None, PredictConfig(**values)), {})]
-    assert result.exit_code == 1  # for the unreadable files
+    assert result.exit_code == 3  # for the unreadable files
 
 
 @pytest.mark.parametrize("name", ["evaluate", "interpret"])
@@ -166,7 +174,9 @@ def test_a_new_option_needs_one_new_field():
         (FitConfig, {"target_sensitivity": 1.5}, "target_sensitivity 1.5: give a number that is above 0 and at most 1"),
         (FitConfig, {"seed": 2**32}, "seed 4294967296: give a number that is at least 0 and below 4294967296"),
         (FitConfig, {"device": "tpu"}, "device tpu: choose one of auto, cpu, cuda, mps"),
-        (FitConfig, {"valid": "0.9"}, "valid 0.9: give auto, folder, or a fraction from 0.02 to 0.5"),
+        (FitConfig, {"valid": "0.9"}, "valid 0.9: give auto, folder, a fraction from 0.02 to 0.5, or group:NAME"),
+        (FitConfig, {"column": "Finding"}, "column Finding: give NAME=HEADER, as in label=Finding"),
+        (FitConfig, {"valid": "group:"}, "valid group:: give auto, folder"),
         (FitConfig, {"class_weights": "1,inf"}, "class_weights 1,inf: give balanced, none, or numbers above 0"),
         (FitConfig, {"class_weights": "3:1:1"}, "class_weights 3:1:1: give balanced, none, or numbers above 0"),
         (FitConfig, {"class_weights": "A=1,2"}, "class_weights A=1,2: give balanced, none, or numbers above 0"),
@@ -275,4 +285,4 @@ def test_a_terminal_without_unicode(start, export, tmp_path):
     for encoding in ("ascii", "cp1252"):
         process = start("predict", tmp_path, "--model", export, env={"PYTHONIOENCODING": encoding}, encoding=encoding)
         output, errors = process.communicate()
-        assert process.returncode == 1 and "\\u0141" in output and "bug" not in errors, errors
+        assert process.returncode == 3 and "\\u0141" in output and "bug" not in errors, errors

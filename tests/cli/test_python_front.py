@@ -38,11 +38,11 @@ def test_help_says_what_each_option_does():
 @pytest.mark.parametrize(
     ("name", "function", "of_the_command", "of_python"),
     [
-        ("fit", fit, {"open"}, {"callbacks", "metrics"}),
-        ("evaluate", evaluate, {"json", "open"}, set()),
-        ("interpret", interpret, {"open"}, set()),
+        ("fit", fit, {"folder", "open"}, {"callbacks", "metrics"}),
+        ("evaluate", evaluate, {"export", "json", "open"}, set()),
+        ("interpret", interpret, {"export", "open"}, set()),
         ("predict", predict, {"output", "resume", "heatmaps"}, set()),
-        ("verify", verify, {"export"}, {"path"}),
+        ("verify", verify, {"export", "model"}, {"path"}),
         ("check", check_data, {"folder", "fix", "json"}, {"data"}),
     ],
 )

@@ -61,11 +61,14 @@ model = open_model(export)
 predict_all(model, [image])
 
 import xray_fastai.serving.server  # `serve` until it is ready, and an answer without a heat map
+from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.serving.app import Predictor, create_app
-from xray_fastai.serving.predictions import predict_file
-predictor = Predictor(model)
+from xray_fastai.serving.predictions import Options, predict_file
+builder = RowBuilder(model, PredictConfig())
+predictor = Predictor(builder)
 create_app(predictor, {"localhost"})
-assert predict_file(model, predictor.decoder, "a.jpeg", open(image, "rb").read(), heatmap=False).prediction
+assert predict_file(builder, predictor.decoder, "a.jpeg", open(image, "rb").read(), Options(heatmap=False)).prediction
 predictor.close()
 """
     imports_none_of(["fastai", "matplotlib", "sklearn", "pandas", "scipy"], code, resnet18_export, an_image)
@@ -103,7 +106,8 @@ def test_the_tests_above_see_what_a_command_imports_and_name_the_module_that_did
     [
         (["fit", "--data", "nowhere"], "--data nowhere: no such folder"),
         (["fit", "--name", "taken"], "--name taken: exports/taken already exists"),
-        (["predict", "a.jpeg", "--model", "nowhere"], "nowhere: not an export"),
+        (["predict", "a.jpeg", "--model", "nowhere"], "a.jpeg: no such file or folder; give images"),
+        (["predict", "exports", "--model", "nowhere"], "nowhere: not an export"),
         (["evaluate"], "exports: no export in it"),
         (["serve", "--model", "nowhere"], "nowhere: not an export"),
     ],

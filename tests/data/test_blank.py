@@ -8,7 +8,8 @@ from PIL import Image
 
 from tests.conftest import draw_collection
 from xray_fastai.data.audit.check import check_data
-from xray_fastai.data.dataset import check_files, read_split
+from xray_fastai.data.dataset import check_files
+from xray_fastai.data.folders import read_split
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
 from xray_fastai.inference.stream import predict_all

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from xray_fastai.data.dataset import check_files, find_root, read_split
+from xray_fastai.data.dataset import check_files
+from xray_fastai.data.folders import find_root, read_split
 from xray_fastai.data.patients import PatientRule
 from xray_fastai.data.splits import assign_validation, hold_out
 from xray_fastai.system.errors import UserError

@@ -563,8 +563,8 @@ def worked(patients, tmp_path_factory, run):
     broken = root / "broken.dcm"
     broken.write_bytes((patients / "test" / "NORMAL" / "a120.dcm").read_bytes()[:-3000])
     new = [patients / "test" / "NORMAL", patients / "test" / "PNEUMONIA", broken]
-    command("predict", *new, "--model", export, "--heatmaps", root / "maps", "--output", root / "p.csv", code=1)
-    command("predict", *new, "--model", export, code=1)
+    command("predict", *new, "--model", export, "--heatmaps", root / "maps", "--output", root / "p.csv", code=3)
+    command("predict", *new, "--model", export, code=3)
     broken.unlink()
     os.chdir(here)
     return root, export, outputs, checkpoint

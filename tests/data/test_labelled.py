@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from xray_fastai.data.labelled import Request, contents_of, labelled_images
+from xray_fastai.data.labelled import Request, contents_of, labelled_images, split_named
 from xray_fastai.system.errors import UserError
 
 FIT = ["--weights", "none", "--epochs", 1, "--exports", ".", "--name", "model", "--valid", "0.25"]
@@ -84,7 +84,7 @@ def test_exclude(trained, data):
     )
     found = images(model, data, "test", exclude="x.csv")
     assert len(found.table) == 11 and "test/NORMAL/IM-test0.jpeg" not in set(found.table.file)
-    assert found.notes == ["left out by --exclude: 1 image", "named by --exclude, but missing: 1 file"]
+    assert found.notes == ["left out by the list x.csv: 1 image", "named by the list x.csv, but missing: 1 file"]
 
 
 def test_an_export_that_does_not_know(trained):
@@ -102,6 +102,39 @@ def test_train_where_no_image_is_what_it_was(trained, data):
         images(trained[0], data, "train")
 
 
+def test_a_folder_of_the_models_classes_is_a_data_set(trained, data, monkeypatch):
+    model, _ = trained
+    month = Path(shutil.copytree(data / "test", data.parent / "month2"))
+    for folder in (month, data / "test"):
+        found = images(model, folder, "test")
+        assert (len(found.table), found.split, found.notes) == (12, "test", [])
+        assert found.table.label.value_counts().to_dict() == {"NORMAL": 6, "PNEUMONIA": 6}
+    monkeypatch.chdir(month)
+    found = images(model, ".", "valid")
+    assert (len(found.table), found.split) == (12, "test")
+    assert found.notes == ["no splits in it: all images are used, not only those of valid"]
+    found = images(model, data / "train", "test")
+    assert found.split == "test" and "the model was trained on" in found.notes[0]
+    shutil.rmtree(month / "PNEUMONIA")
+    assert images(model, month, "test").table.label.unique().tolist() == ["NORMAL"]
+    (month / "NORMAL").rename(month / "OTHER")
+    with pytest.raises(
+        UserError, match=r"expected folders such as test/NORMAL and .*, or NORMAL and PNEUMONIA without"
+    ):
+        images(model, month, "test")
+
+
+def test_names_of_splits(trained, data):
+    model, _ = trained
+    (data / "test").rename(data / "Testing")
+    assert len(images(model, data, split_named("TEST")).table) == 12
+    assert {split_named(name) for name in ("val", "valid", "Validation")} == {"valid"}
+    with pytest.raises(UserError, match="split holdout: choose one of test, valid, train"):
+        split_named("holdout")
+    shutil.copytree(data / "Testing", data / "external")
+    assert images(model, data, "test").notes == ["not used: external/"]
+
+
 @pytest.mark.slow
 def test_evaluate_and_interpret_say_so(trained, data, run, tmp_path):
     model, _ = trained
@@ -109,12 +142,18 @@ def test_evaluate_and_interpret_say_so(trained, data, run, tmp_path):
     pd.DataFrame({"file": ["test/NORMAL/IM-test0.jpeg"], "action": ["leave out"]}).to_csv("x.csv")
     options = ["--model", model, "--data", data, "--split", "test", "--exclude", "x.csv", "--output", tmp_path]
     counts = {use: sum(settings_of(model)["data"][use].values()) for use in ("train", "valid")}
+    month = shutil.copytree(data / "test", tmp_path / "month2")
+    for command in (["evaluate", "--split", "val"], ["interpret"], ["compare", model]):
+        result = run(*command, *([model] if command[0] == "compare" else ["--model", model]), "--data", month)
+        assert result.exit_code == 0, result.output
+        assert "no splits in it: all images are used" in " ".join(result.stdout.split()) or command[0] == "compare"
+    assert (model / "evaluation-test-month2").is_dir() and (model / "interpretation-test-month2").is_dir()
     said = f"of 43 images, the model was trained on {counts['train']} and chosen on {counts['valid']}: expect less"
     for command in ("evaluate", "interpret"):
         result = run(command, *options)
         assert result.exit_code == 0, result.output
         text = " ".join(result.stdout.split())
-        assert said in text and "left out by --exclude: 1 image" in text
+        assert said in text and "left out by the list x.csv: 1 image" in text
     summary = json.loads((tmp_path / "evaluation-test" / "metrics.json").read_text())
     assert summary["seen_in_fit"] == counts and any(said in note for note in summary["notes"])
     assert said in (tmp_path / "report.html").read_text()

@@ -14,7 +14,8 @@ from PIL import Image
 from tests.conftest import draw_collection
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.audit.check import check_data
-from xray_fastai.data.dataset import find_images, read_collection, read_split
+from xray_fastai.data.dataset import read_collection
+from xray_fastai.data.folders import find_images, read_split
 from xray_fastai.data.image_facts import examine
 from xray_fastai.data.images import check_not_blank, contrast_of, open_image
 from xray_fastai.data.splits import hold_out

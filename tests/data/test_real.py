@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 from tests.conftest import settings_of
-from xray_fastai.data.dataset import check_files, find_root, read_split
+from xray_fastai.data.dataset import check_files
+from xray_fastai.data.folders import find_root, read_split
 from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.splits import assign_validation, hold_out
 

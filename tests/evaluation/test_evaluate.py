@@ -101,6 +101,7 @@ def test_what_is_written_and_printed(evaluated, export, data, tmp_path):
     head |= {"images": 23, "patients": 23, "counts": {"NORMAL": 12, "PNEUMONIA": 11}, "positive": "PNEUMONIA"}
     head |= {"calibrated": False, "temperature": 1.0, "intercepts": None}  # too few validation images
     head |= {"calibration": "none", "probabilities": "not calibrated"}
+    head |= {"patients_known_by": {"the file names": 23 - summary["images_without_patient"]}}
     assert {key: summary[key] for key in head} == head
     y_prob = table[["p_NORMAL", "p_PNEUMONIA"]].to_numpy()
     y_true, score = (table.truth == "PNEUMONIA").to_numpy().astype(int), table.p_PNEUMONIA.to_numpy()
@@ -279,7 +280,7 @@ def test_three_classes(evaluated, run, refused, tmp_path):
     assert chosen["confusion"] == sk.confusion_matrix(table.truth, table.prediction).tolist()
     assert chosen["metrics"]["accuracy"]["value"] == pytest.approx(sk.accuracy_score(table.truth, table.prediction))
     options = ["--model", tmp_path / "model", "--data", root, "--threshold", "0.3"]
-    refused(run("evaluate", *options), "--threshold 0.3: the export has 3 classes")
+    refused(run("evaluate", *options), "--threshold 0.3: a model of 3 classes")
 
 
 def test_no_export_at_all(run, refused, data):

@@ -125,6 +125,36 @@ def whole(bare):
     return bare
 
 
+def test_metrics_by_group(bare):
+    interval = {"value": 0.9, "low": 0.85, "high": 0.94}
+    groups = [
+        {"name": EVIL, "images": 500, "patients": 400, "metrics": {"roc_auc": interval}, "too_few": None},
+        {"name": "M", "images": 12, "patients": 9, "metrics": {"roc_auc": metric(None)}, "too_few": "9 patients; more"},
+    ]
+    gap = {"metric": "roc_auc", "best": "F", "worst": "M", "difference": 0.1, "low": 0.01, "high": 0.2, "groups": 2}
+    column = {"column": "sex", "bands": None, "groups": groups, "gaps": [gap]}
+    add(bare, "evaluation-test", evaluation(groups=[column]))
+    page = Page(write_report(bare))
+    assert EVIL not in page.source and "Metrics by sex, at the chosen threshold" in page.text
+    assert f"{EVIL} 500 400 0.900 0.850 to 0.940 M 12 9 too few" in page.text
+    assert "ROC AUC, F less M: 0.100 (0.010 to 0.200). M: 9 patients; more." in page.text
+
+
+def test_what_named_the_patients(bare, change):
+    known = {"PatientID": 600, "the file names": 1}
+    add(bare, "evaluation-test", evaluation(patients_known_by=known))
+    counts = settings_of(bare)["data"]["patients"] | {"known_by": {"the list of patients": 40}}
+    text = change(data=settings_of(bare)["data"] | {"patients": counts}).text
+    assert "Patients are known by PatientID (600 images) and by the file names (1 image)." in text
+    assert "Patients are known by the list of patients (40 images). An image without a patient" in text
+
+
+def test_an_earlier_export_does_not_say_what_named_the_patients(bare, change):
+    counts = {name: count for name, count in settings_of(bare)["data"]["patients"].items() if name != "known_by"}
+    text = change(data=settings_of(bare)["data"] | {"patients": counts}).text
+    assert "Patients are known from a list, file names or DICOM headers. An image without a patient" in text
+
+
 def test_after_fit(bare):
     page = Page(write_report(bare))
     model = settings_of(bare)

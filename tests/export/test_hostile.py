@@ -272,8 +272,14 @@ def test_each_key_is_needed(copy, run, refused):
     """Except those that exports of earlier versions lack."""
     model = settings_of(copy)
     later = [("preprocessing", "contrast"), ("worst_group",), ("calibrated",), ("augmentation",)]
-    tables = ("settings", "versions", "train", "valid", "augmentation", "called", "scores")
-    later += [("data", "patients", "images_without"), ("data", "contents"), ("called",), ("scores",)]
+    tables = ("settings", "versions", "train", "valid", "augmentation", "called", "scores", "known_by")
+    later += [
+        ("data", "patients", "images_without"),
+        ("data", "patients", "known_by"),
+        ("data", "contents"),
+        ("called",),
+        ("scores",),
+    ]
     later += [("intercepts",), ("prior",), ("calibration_kind",), ("lineage",), ("by_hand",), ("gate",)]
     later += [("worst_group", "groups"), ("worst_group", "expected")]
 

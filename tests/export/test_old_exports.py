@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.evaluation.test_report import evaluation
 from xray_fastai import load_learner, predict, verify
+from xray_fastai.evaluation.statement import statement
 from xray_fastai.export.schema import read_settings
 from xray_fastai.inference.scaling import Scaling
 
@@ -55,6 +57,11 @@ def test_an_export_of_0_1_0_says_in_its_note_whether_it_is_calibrated(export, tm
         settings = read_settings(tmp_path)
         assert settings["calibrated"] is calibrated
         assert settings["calibration_kind"] == ("earlier" if calibrated else "none")
+
+
+def test_a_statement_is_written_of_an_export_of_0_1_0(export):
+    text = statement(read_settings(export), evaluation())
+    assert "The network is a resnet18" in text and "Augmentation of training images: " in text
 
 
 def test_the_key_counts_and_not_the_words_of_the_note(export, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load
 
 from tests.conftest import settings_of
 from tests.small_network import NAME
-from xray_fastai import dataloaders, fit, open_learner, save_export, verify
+from xray_fastai import dataloaders, fit, open_learner, recalibrate, save_export, verify
 from xray_fastai.data.sources import phantom
 from xray_fastai.export.weights_file import GATE, gate_layout_of, size_of
 from xray_fastai.inference.gate import Gate, Measures
@@ -205,3 +205,18 @@ def test_features_are_what_the_last_layer_gets(model, folder):
         torch.testing.assert_close(expected, logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(exact[1], fast[1], rtol=1e-4, atol=1e-4)
     assert isinstance(model.gate, Gate)
+
+
+def test_recalibrate_keeps_it_with_labels_and_leaves_it_out_with_adapted_features(trained, folder, tmp_path):
+    """Labels change slope, intercept and threshold; batch norm changes the features that it compares."""
+    kept = recalibrate(trained, folder, "test", output=tmp_path / "kept", device="cpu")
+    adapted = recalibrate(trained, unlabelled=folder / "test", output=tmp_path / "adapted", device="cpu")
+    assert settings_of(kept.path)["gate"] == settings_of(trained)["gate"] is not None
+    assert settings_of(adapted.path)["gate"] is None and "gate: left out" in str(adapted)
+    for path in (kept.path, adapted.path):
+        tensors = load((path / "model.safetensors").read_bytes())
+        assert verify(path).ok and settings_of(path)["weights"]["tensors"] == len(tensors)
+        assert any(name.startswith(GATE) for name in tensors) == (path == kept.path)
+    (batch,) = predict_batches(open_model(kept.path, "cpu", "fp32"), xrays(folder)[:3])
+    (before,) = predict_batches(open_model(trained, "cpu", "fp32"), xrays(folder)[:3])
+    np.testing.assert_array_equal(batch.unlike, before.unlike)

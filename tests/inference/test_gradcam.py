@@ -1,13 +1,15 @@
-"""Grad-CAM shows the evidence for the chosen class; `tests/evaluation` compares it with pytorch-grad-cam."""
+"""Grad-CAM shows the evidence for the chosen class on a fixed scale; `tests/evaluation` compares it with a package."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from xray_fastai.inference.gradcam import grad_cam
+from xray_fastai.inference.gradcam import grad_cam, mapped_classes, overlay
+from xray_fastai.inference.scaling import softmax
 from xray_fastai.system.errors import UserError
 
 
@@ -19,30 +21,63 @@ class Halves(nn.Module):
         return torch.cat([images * left, images * (1 - left)], dim=1)  # (B, 2, 2, 2)
 
 
-def model_of_halves():
-    """A network in which only the left half raises the score of class 0, and only the right half that of class 1."""
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2, bias=False))
-    head[2].weight.data = torch.eye(2)
-    network = nn.Sequential(Halves(), head)
+def model_of(network):
+    """A model that predicts by a network alone."""
     return SimpleNamespace(
         network=network,
         device=torch.device("cpu"),
         logits=lambda images: network(images.float()).detach(),
-        probabilities=lambda logits: logits,
+        probabilities=softmax,
         decide=lambda probabilities: probabilities.argmax(axis=-1),
     )
+
+
+def model_of_halves(weight=1.0):
+    """A network in which only the left half raises the score of class 0, and only the right half that of class 1."""
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2, bias=False))
+    head[2].weight.data = weight * torch.eye(2)
+    return model_of(nn.Sequential(Halves(), head))
 
 
 def test_the_map_is_that_of_the_class_asked_for():
     images = torch.full((2, 1, 2, 2), 100, dtype=torch.uint8)
     maps = grad_cam(model_of_halves(), images, targets=[0, 1])
-    np.testing.assert_allclose(maps, [[[1, 0], [1, 0]], [[0, 1], [0, 1]]], atol=1e-6)
+    np.testing.assert_allclose(maps, [[[0.5, 0], [0.5, 0]], [[0, 0.5], [0, 0.5]]], atol=1e-6)
 
 
 def test_the_default_is_the_predicted_class():
     images = torch.tensor([[[[200, 10], [200, 10]]], [[[10, 200], [10, 200]]]], dtype=torch.uint8)
     maps = grad_cam(model_of_halves(), images)
     np.testing.assert_allclose(maps, [[[1, 0], [1, 0]], [[0, 1], [0, 1]]], atol=1e-6)
+
+
+def test_a_map_reaches_the_probability_of_its_class_so_weak_evidence_is_weak():
+    images = torch.tensor([[[[104, 100], [104, 100]]]], dtype=torch.uint8).repeat(12, 1, 1, 1)  # more than a chunk
+    p = 1 / (1 + np.exp(-0.2))  # of class 0: the logits are 5.2 and 5
+    maps = grad_cam(model_of_halves(0.1), images, targets=[0, 1] * 6)
+    np.testing.assert_allclose(maps.max(axis=(1, 2)), [p, 1 - p] * 6, atol=1e-5)
+    faint, strong = (np.asarray(overlay_of(value)).astype(int) for value in (1 - p, 1.0))
+    assert np.abs(faint - 100).max() < 0.8 * np.abs(strong - 100).max()
+
+
+def overlay_of(value):
+    return overlay(Image.new("L", (20, 20), 100), np.full((2, 2), value))
+
+
+@pytest.mark.parametrize("size, cells", [(64, 8), (48, 6), (32, 4), (112, 14)])
+def test_the_layer_has_up_to_four_times_the_cells_of_the_last_block(size, cells):
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(1 if i == 0 else 4, 4, 3, stride=2, padding=1) for i in range(5)]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    for backbone in (nn.Sequential(*blocks), nn.Sequential(nn.Sequential(*blocks), nn.ReLU(inplace=True))):
+        maps = grad_cam(model_of(nn.Sequential(backbone, head)), torch.zeros(1, 1, size, size, dtype=torch.uint8))
+        assert maps.shape == (1, cells, cells)
+
+
+def test_the_class_to_detect_is_mapped_beside_the_one_that_is_called():
+    model = SimpleNamespace(classes=["A", "B", "C"], positive="B")
+    assert [mapped_classes(model, called) for called in range(3)] == [[0, 1], [1], [2, 1]]
+    assert mapped_classes(SimpleNamespace(classes=["A", "B"], positive=None), 0) == [0]
 
 
 def test_too_little_memory_is_an_error_for_the_user():

@@ -124,6 +124,7 @@ def test_the_file_tells_what_it_is(written, export):
     metadata = {entry.key: entry.value for entry in file.metadata_props}
     assert json.loads(metadata["classes"]) == model["classes"] and metadata["positive"] == model["positive"]
     assert float(metadata["threshold"]) == model["threshold"] and float(metadata["temperature"]) == model["temperature"]
+    assert metadata["gate"].startswith("none: any picture gets probabilities") and "gate          none: any" in said
     assert metadata["calibration_kind"] == "none" and "intercepts" not in metadata and "not calibrated" in said
     assert metadata["weights_sha256"] == model["weights"]["sha256"] and metadata["export"] == "small"
     assert json.loads(metadata["preprocessing"]) == model["preprocessing"]

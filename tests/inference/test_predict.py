@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from tests.conftest import QUICK, draw_collection, settings_of, wait_for
 from xray_fastai import DISCLAIMER, load_learner
 from xray_fastai.cli import app
-from xray_fastai.inference import predict_files
+from xray_fastai.inference import heat_maps, predict_files
 from xray_fastai.inference import rows as rows_module
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.predict import predict
@@ -35,42 +35,12 @@ from xray_fastai.system.errors import UserError
 COLUMNS = ["path", "prediction", "p_NORMAL", "p_PNEUMONIA", "threshold", "unlike", "error"]
 
 
-@pytest.fixture(scope="session")
-def images(export):
-    """The folders NORMAL, with 16 images, and PNEUMONIA, with 24."""
-    return export.parent / "moved" / "train"
-
-
-@pytest.fixture(scope="session")
-def files(images):
-    return [str(path) for path in sorted(images.glob("*/*"))]
-
-
-@pytest.fixture(scope="session")
-def model(export):
-    return open_model(export, "cpu", "fp32")
-
-
-@pytest.fixture
-def says(export, model, monkeypatch):
-    """Run `predict` with the small export, opened once for all tests, on these lines of standard input."""
-    opened = predict_files.open_model
-    monkeypatch.setattr(
-        predict_files, "open_model", lambda path, *args: model if path == export else opened(path, *args)
-    )
-
-    def says(*args, stdin=None):
-        command = ["predict", *map(str, args), "--model", str(export), "--device", "cpu"]
-        return CliRunner().invoke(app, command, input=stdin, prog_name="xray-fastai")
-
-    return says
-
-
 def read(path):
     """Read an output file with pandas or json, not with the reader that continues it."""
     if path.suffix == ".csv":
         return pd.read_csv(path)
-    return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
+    table = pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
+    return table.astype({"unlike": float})  # without a gate all are null
 
 
 # what is predicted
@@ -161,7 +131,7 @@ def test_uncertain_rows_are_counted_with_their_reasons_and_continued(gated, file
     whole = Path("out.csv").read_bytes()
     Path("out.csv").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
     without = says(*files, "--output", "out.csv", "--threshold", 0.5, "--resume")
-    refused(without, "--resume: ", "is uncertain, and would not be now")
+    refused(without, "--resume: ", "is uncertain, and would not be now; give the same options (--no-gate, --abstain)")
     result = says(*files, *options, "--resume")
     assert result.exit_code == 0 and summary in result.output and Path("out.csv").read_bytes() == whole
 
@@ -222,8 +192,10 @@ def test_the_stream_gives_logits_in_order(model, files):
 
 
 def test_an_output_that_is_not_a_number_is_an_error_of_the_row(model, files, monkeypatch):
-    for way in ("logits", "outputs"):
-        monkeypatch.setattr(type(model), way, lambda self, images: torch.full((len(images), 2), torch.nan))
+    def nan(self, images, exact=False):
+        return torch.full((len(images), 2), torch.nan), torch.zeros(len(images), 4)
+
+    monkeypatch.setattr(type(model), "logits_and_features", nan)
     for some in (files[:2], files[:10]):  # the first way, and the second
         table = predict(some, model)
         assert table.prediction.isna().all() and "not a number" in table.error[0]
@@ -250,7 +222,7 @@ def test_more_than_two_classes(run, tmp_path):
 def test_a_column_is_added_in_one_place(model, says, files, monkeypatch):
     """Text stays text and numbers stay numbers, in the data frame, in both files, and when they are continued."""
 
-    def columns_of(classes, at_prevalence=False):
+    def columns_of(classes, at_prevalence=False, facts=()):
         extra = [
             Column("folder", str, lambda result: result.path.split("/")[-2]),
             Column("seven", float, lambda _: 7.0),
@@ -291,7 +263,7 @@ def test_folders(says, images, tmp_path):
 def test_a_list_on_standard_input(says, files, images):
     listed = "\n".join([files[3], "", files[3], "nowhere.png", str(images / "NORMAL")]) + "\r\n"
     result = says(files[0], "-", files[1], "--output", "out.csv", stdin=listed)
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     rows = read(Path("out.csv"))
     assert rows.path.tolist() == [files[0], files[3], files[3], "nowhere.png", *files[:16], files[1]]
     assert rows.error.dropna().tolist() == ["nowhere.png: no such file"]
@@ -303,7 +275,7 @@ def test_what_can_not_be_read_is_a_row(says, files, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "cut.jpeg").write_bytes(Path(files[0]).read_bytes()[:400])
     result = says("nowhere.png", tmp_path, files[0], "--output", "out.jsonl")
-    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert result.exit_code == 3 and "Traceback" not in result.output
     assert result.stderr == "Error: 5 of 6 files could not be read; the column error of out.jsonl says why\n"
     rows = read(Path("out.jsonl"))
     names = ["nowhere.png", "broken.png", "cut.jpeg", "empty.png", "text.jpeg", Path(files[0]).name]
@@ -377,7 +349,7 @@ def test_a_name_that_is_not_utf8(says, files):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--output", "out.txt"], "ends in .csv or .jsonl"),
+        (["--output", "out.txt"], "ends in .csv, .jsonl or .xlsx"),
         (["--output", "there.csv"], "--output there.csv: already exists"),
         (["--output", "nowhere/out.csv"], "nowhere/out.csv: cannot be written to (No such file or directory)"),
         (["--output", "folder.csv"], "a folder, not a file"),
@@ -429,7 +401,7 @@ def whole(says, files):
 
     def whole(suffix):
         path = Path("whole" + suffix)
-        assert says(*inputs, "--output", path).exit_code == 1
+        assert says(*inputs, "--output", path).exit_code == 3
         return inputs, path.read_bytes()
 
     return whole
@@ -454,7 +426,7 @@ def test_a_file_cut_anywhere_is_continued_to_the_same(suffix, says, whole):
     ]:
         output.write_bytes(content[:end])
         result = says(*inputs, "--output", output, "--resume", "--batch-size", 5)
-        assert result.exit_code == 1, result.output
+        assert result.exit_code == 3, result.output
         rows, expected = read(output), read(Path("whole" + suffix))
         pd.testing.assert_frame_equal(rows, expected, atol=1e-5)
         assert "Error: 2 of 12 files" in result.stderr and "12 rows" in result.stdout
@@ -601,7 +573,7 @@ def test_heat_maps(says, files, model, monkeypatch):
     Path("bad.jpeg").write_text("text")
     for _ in range(2):  # what is there stays
         result = says(*files[:2], "same", "bad.jpeg", "--heatmaps", "maps")
-        assert result.exit_code == 1, result.output
+        assert result.exit_code == 3, result.output
     first, second = Path(files[0]).stem, Path(files[1]).stem
     names = [f"{first}.png", f"{second}.png", f"{first}-2.png", f"{first}-3.png", f"{second}-2.png", f"{first}-4.png"]
     assert sorted(path.name for path in Path("maps").iterdir()) == sorted(names)
@@ -611,13 +583,20 @@ def test_heat_maps(says, files, model, monkeypatch):
         return np.tile(np.linspace(0, 1, 4), (len(images), 4, 1))
 
     asked = []
-    monkeypatch.setattr(predict_files, "grad_cam", ramp)  # at this size the network's own map is a single place
+    monkeypatch.setattr(heat_maps, "grad_cam", ramp)  # at this size the network's own map is a single place
     assert says(*files[14:18], "--heatmaps", "ramps", "--threshold", 0, "--batch-size", 3).exit_code == 0
     assert asked == [1, 1, 1, 1]  # the class that is called
     with Image.open(f"ramps/{Path(files[14]).stem}.png") as picture:
-        assert (picture.mode, picture.size) == ("RGB", (40, 48))
-        blue_to_red = np.asarray(picture).astype(int)
+        assert picture.mode == "RGB" and picture.size[0] == heat_maps.LEAST_WIDTH and picture.size[1] > 432
+        blue_to_red = np.asarray(picture).astype(int)[:432]  # 40 x 48 pixels, nine times as large
     assert (blue_to_red[:, -1, 0] > blue_to_red[:, -1, 2]).all()
+    with Image.open(f"ramps/{Path(files[14]).stem}.png") as picture:
+        assert np.asarray(picture)[432:].any()  # the words
+    asked.clear()
+    assert says(*files[14:16], "--heatmaps", "both", "--threshold", 1, "--batch-size", 3).exit_code == 0
+    assert asked == [0, 1, 0, 1]  # the class to detect beside the one that is called
+    with Image.open(f"both/{Path(files[14]).stem}.png") as picture:
+        assert picture.size[0] == 2 * heat_maps.LEAST_WIDTH
 
 
 def test_heat_maps_of_rows_that_do_not_stand_go(says, files, monkeypatch):

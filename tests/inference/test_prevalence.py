@@ -1,10 +1,12 @@
 """Probabilities for another prevalence: their odds are moved, the decisions stay, and are made on what is written."""
 
+import html
 import json
 import os
 import shutil
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,12 +15,13 @@ from scipy.special import softmax
 
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import predict
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.inference.model import open_model
-from xray_fastai.inference.rows import call
+from xray_fastai.inference.rows import DecisionRule, RowBuilder
 from xray_fastai.inference.stream import predict_stream
 from xray_fastai.serving.app import _render
 from xray_fastai.serving.decoding import Decoder
-from xray_fastai.serving.predictions import ModelFacts, predict_file
+from xray_fastai.serving.predictions import ModelFacts, Options, predict_file
 
 SHARES = {"temperature": 0.8, "intercepts": [0.7, -0.9], "prior": [0.26, 0.74], "calibration_kind": "validation"}
 SCORES = ["p_NORMAL", "p_PNEUMONIA"]
@@ -75,7 +78,7 @@ def test_the_decision_is_made_on_the_number_that_is_written(fitted):
     steps = np.geomspace(1e-12, 1, 121)  # some of them below half a unit of the last place, whatever it is
     for margin in (*-steps, *steps):
         logits = np.array([0.0, 0.8 * (at + margin - model.scaling.intercept_of(1))])
-        result = call(model, "a.jpeg", logits, threshold)
+        result = DecisionRule(model, threshold).result("a.jpeg", logits)
         assert (result.probabilities["PNEUMONIA"] >= threshold) == (result.prediction == "PNEUMONIA")
         if abs(margin) > 2e-6:
             assert (result.prediction == "PNEUMONIA") == (margin > 0), margin
@@ -142,14 +145,27 @@ def test_another_model_is_not_continued_though_all_probabilities_are_small(fitte
 
 def test_the_server_moves_them_too(fitted, files):
     model = open_model(fitted, "cpu", "fp32").at_prevalence(0.03)
-    facts, decoder = ModelFacts.of(model), Decoder()
+    builder, decoder = RowBuilder(model, PredictConfig()), Decoder()
+    facts = ModelFacts.of(builder)
     expected = predict(files[:2], fitted, prevalence=0.03, device="cpu", precision="fp32")
     for file, (_, row) in zip(files, expected.iterrows(), strict=False):
-        found = predict_file(model, decoder, str(file), file.read_bytes(), heatmap=False)
+        found = predict_file(builder, decoder, str(file), file.read_bytes(), Options(heatmap=False))
         assert list(found.row) == list(expected.columns) and found.row["prevalence"] == 0.03
         assert found.row["p_PNEUMONIA"] == pytest.approx(row.p_PNEUMONIA, rel=1e-4)
         assert found.prediction == row.prediction and found.threshold == row.threshold
     decoder.close()
     assert facts.prevalence == 0.03 and facts.probabilities.startswith("for a prevalence of 3 %, moved from 74 %; ")
-    page = _render(facts)
-    assert 'data-prevalence="0.03"' in page and facts.probabilities in page and "&#34;prevalence&#34;" in page
+    page = html.unescape(_render(SimpleNamespace(builder=builder, facts=facts)))
+    assert '"prevalence":0.03' in page and facts.probabilities in page and '"name": "prevalence"' in page
+
+
+def test_the_band_is_of_the_probabilities_that_are_written(fitted, files):
+    """At a small prevalence all of them are small, and a band among them is narrow."""
+    options = {"prevalence": 1e-7, "device": "cpu", "precision": "fp32"}
+    before = predict(files, fitted, **options)
+    distances = (before.p_PNEUMONIA - before.threshold).abs()
+    width = float(distances.sort_values().iloc[3:5].mean())
+    assert width < 1e-7
+    table = predict(files, fitted, abstain=width, **options)
+    assert ((table.prediction == "uncertain") == (distances <= width)).all()
+    assert (table.prediction == "uncertain").sum() == 4

@@ -12,14 +12,16 @@ from scipy.special import softmax
 
 from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import load_learner
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.images import open_image
 from xray_fastai.evaluation.evaluate import evaluate
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.onnx_export import export_onnx
 from xray_fastai.inference.predict import predict
+from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.inference.scaling import Scaling, prior_of
 from xray_fastai.serving.decoding import Decoder
-from xray_fastai.serving.predictions import ModelFacts, predict_file
+from xray_fastai.serving.predictions import ModelFacts, Options, predict_file
 
 FITTED = {"temperature": 0.8, "intercepts": [0.7, -0.9], "threshold": 0.3, "calibration_kind": "validation"}
 WORDS = "slope 1.25 and intercept -1.6 fitted to validation images"
@@ -51,11 +53,11 @@ def test_all_ways_to_predict_give_the_probabilities_of_the_export(fitted, export
     assert table[["p_NORMAL", "p_PNEUMONIA"]].to_numpy() == pytest.approx(expected, abs=1e-5)
     assert evaluated.summary["intercepts"] == [0.7, -0.9] and evaluated.about["probabilities"] == WORDS
     learn, model = load_learner(fitted), open_model(fitted, "cpu", "fp32")
-    decoder = Decoder()
+    decoder, builder = Decoder(), RowBuilder(model, PredictConfig())
     session = onnxruntime.InferenceSession(export_onnx(fitted, tmp_path / "fitted.onnx").path)
     for file, wanted in zip(files, expected, strict=True):
         assert learn.predict(file)[2].numpy() == pytest.approx(wanted, abs=1e-4)
-        served = predict_file(model, decoder, file.name, file.read_bytes(), heatmap=False).probabilities
+        served = predict_file(builder, decoder, file.name, file.read_bytes(), Options(heatmap=False)).probabilities
         assert list(served.values()) == pytest.approx(wanted, abs=1e-5)
         pixels = np.asarray(open_image(file, model.size))[None, None]
         assert session.run(None, {"images": pixels})[0][0] == pytest.approx(wanted, abs=1e-5)
@@ -63,7 +65,7 @@ def test_all_ways_to_predict_give_the_probabilities_of_the_export(fitted, export
 
 
 def test_the_ways_to_predict_say_how_the_probabilities_were_calibrated(fitted, export, run, an_image):
-    assert ModelFacts.of(open_model(fitted, "cpu")).probabilities == WORDS
+    assert ModelFacts.of(RowBuilder(open_model(fitted, "cpu"), PredictConfig())).probabilities == WORDS
     said = run("predict", an_image, "--model", fitted).stdout
     assert f"probabilities {WORDS}\n" in said
     said = " ".join(run("predict", an_image, "--model", fitted, "--tta").stdout.split())

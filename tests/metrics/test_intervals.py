@@ -213,6 +213,13 @@ def test_the_band_holds_the_curve():
     assert (low <= curve).all() and (curve <= high).all() and (high - low).min() > 0.01
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_edges_of_the_band_never_fall(seed):
+    """A sensitivity that holds at a rate of false positives holds at every higher one."""
+    band = measure(draw(2, images=80, seed=seed), {}, 100).curves[0].band
+    assert (np.diff(band) >= 0).all() and (band[1] - band[0]).max() > 0.1
+
+
 def test_images_of_a_patient_are_drawn_together():
     patients = draw(2).patients
     weights = np.concatenate(list(patient_weights(patients, 8, seed=3)))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import draw_collection
-from xray_fastai.data.dataset import check_files, read_split
+from xray_fastai.data.dataset import check_files
+from xray_fastai.data.folders import read_split
 from xray_fastai.data.pixel_cache import PixelCache
 from xray_fastai.model.loaders import make_loaders
 

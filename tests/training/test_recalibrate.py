@@ -16,6 +16,7 @@ from xray_fastai.inference.model import open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.training.calibration import Validated
 from xray_fastai.training.local_fit import FEWEST_FOR_SLOPE, Rule, fit_locally
+from xray_fastai.training.recalibrate import wrong_way
 
 
 def draw_local(folder, normal: int, pneumonia: int):
@@ -88,6 +89,26 @@ def test_the_threshold_follows_the_rule(rule, reached):
     images = simulated(4000, 1, 0)
     fitted = fit_locally(images, 1, rule)
     assert reached(fitted.probabilities(images.logits)[:, 1], images.targets, fitted.threshold)
+
+
+def test_a_model_that_ranks_the_wrong_way_round_is_warned_of(export, local, recalibrated, run, tmp_path):
+    """The folders of the two classes are swapped."""
+    for name, other in (("NORMAL", "PNEUMONIA"), ("PNEUMONIA", "NORMAL")):
+        shutil.copytree(local / name, tmp_path / "swapped" / other)
+    printed = run("recalibrate", export, "--data", tmp_path / "swapped", "--output", tmp_path / "out").output
+    assert "WARNING on these images a higher probability goes with the class less often" in " ".join(printed.split())
+    assert "WARNING" not in recalibrated[1]
+
+
+@pytest.mark.parametrize(
+    ("auc", "slopes", "warned"),
+    [(0.8, (0.5, 0.9), False), (0.4, (None, None), True), (0.6, (0.1, 0.0), True), (0.6, (-0.1, 0.1), True),
+     (None, (0.5, 0.5), False)],
+)  # fmt: skip
+def test_the_warning_needs_one_figure(auc, slopes, warned):
+    before, after = ([slope, None, None] for slope in slopes)
+    metrics = {"roc_auc": {"after": [auc, None, None]}, "calibration_slope": {"before": before, "after": after}}
+    assert (wrong_way(metrics) is not None) == warned and wrong_way({}) is None
 
 
 def test_the_command_shows_what_it_gained(recalibrated, export):

@@ -12,12 +12,14 @@ from sklearn.metrics import roc_auc_score
 from tests.conftest import settings_of
 from tests.training.test_recalibrate import draw_local, simulated
 from xray_fastai import evaluate, interpret, load_learner, predict, recalibrate, verify
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.images import open_image
 from xray_fastai.inference.model import open_model
+from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.serving.decoding import Decoder
-from xray_fastai.serving.predictions import predict_file
+from xray_fastai.serving.predictions import Options, predict_file
 from xray_fastai.training.gain import FEW, Called, compared, difference
 from xray_fastai.training.local_fit import Rule, fit_locally
 
@@ -62,8 +64,9 @@ def test_predict_and_learners_give_the_new_probabilities(folder, files, expected
 
 
 def test_the_server_gives_them(folder, files, expected):
-    decoder, model = Decoder(), open_model(folder, "cpu", "fp32")
-    rows = [predict_file(model, decoder, str(file), file.read_bytes(), heatmap=False).row for file in files]
+    decoder, builder = Decoder(), RowBuilder(open_model(folder, "cpu", "fp32"), PredictConfig())
+    plain = Options(heatmap=False)
+    rows = [predict_file(builder, decoder, str(file), file.read_bytes(), plain).row for file in files]
     decoder.close()
     assert [row["p_PNEUMONIA"] for row in rows] == expected
 

@@ -15,8 +15,10 @@ from tests.conftest import draw_collection, settings_of
 from tests.second_device import DEVICE, second_device
 from tests.small_network import NAME as SMALL
 from xray_fastai import evaluate, fit, interpret, predict
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.inference.gradcam import grad_cam
 from xray_fastai.inference.model import open_model
+from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.model import decoded
 from xray_fastai.serving.decoding import Decoder
 from xray_fastai.serving.predictions import predict_file
@@ -199,6 +201,8 @@ def test_evaluation_interpretation_and_prediction_agree_with_the_cpus(root, devi
     batch = torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8)
     np.testing.assert_allclose(*(grad_cam(model, batch, [0, 1, 1]) for model in models), atol=1e-4)
     decoder = Decoder()
-    answers = [predict_file(model, decoder, "a.jpeg", images[0].read_bytes()) for model in models]
+    answers = [
+        predict_file(RowBuilder(model, PredictConfig()), decoder, "a.jpeg", images[0].read_bytes()) for model in models
+    ]
     decoder.close()
     assert answers[0].probabilities == pytest.approx(answers[1].probabilities, abs=1e-5)

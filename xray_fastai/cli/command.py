@@ -73,12 +73,13 @@ class Commands(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that the arguments begin with; an unknown one is answered by the one that is meant."""
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing and not args[0].startswith("-"):
-            meant = _command_for(args[0]) or near_command(args[0], self.names(ctx))
+            path_command = _command_for(args[0]) if ctx.parent is None else None
+            meant = path_command or near_command(args[0], self.names())
             advice = f"; did you mean '{ctx.command_path} {meant}'?" if meant else f"; see '{ctx.command_path} --help'"
             ctx.fail(f"No such command '{shown(args[0])}'{advice}")
         return super().resolve_command(ctx, args)
 
-    def names(self, ctx: Any) -> list[str]:
+    def names(self) -> list[str]:
         """Return what may follow this group's name: its commands, those of its groups, and its options."""
         inner = [f"{name} {sub}" for name, group in self.commands.items() for sub in getattr(group, "commands", ())]
         return [*self.commands, *inner, *options_of(self)]

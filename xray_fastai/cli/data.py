@@ -8,6 +8,7 @@ import typer
 
 from xray_fastai.cli.command import Command
 from xray_fastai.cli.options import option_of
+from xray_fastai.cli.shared import Column, Images
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import CACHE_ADVICE, cache_dir, check_new
@@ -22,8 +23,14 @@ NewFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty f
 def check(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="DIR", help="Folder of the data set. [default: ./chest_xray, else phantom]"),
+        typer.Argument(
+            metavar="DIR|FILE",
+            help="Folder of the data set, or a table of images, as .csv. [default: ./chest_xray, else phantom]",
+        ),
     ] = None,
+    images: Images = None,
+    column: Column = None,
+    positive: Annotated[str | None, option_of(FitConfig, "positive")] = FitConfig.positive,
     patient_pattern: Annotated[str | None, option_of(FitConfig, "patient_pattern")] = FitConfig.patient_pattern,
     patients: Annotated[str | None, option_of(FitConfig, "patients")] = FitConfig.patients,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -39,7 +46,7 @@ def check(
 
     if fix is not None:
         check_new(fix, "fix")
-    result = check_data(folder, patient_pattern, patients=patients)
+    result = check_data(folder, patient_pattern, patients=patients, images=images, column=column, positive=positive)
     print(result.to_json() if json else result)
     if fix is not None:
         result.write_fix(fix)
@@ -57,6 +64,41 @@ def _print_fix(folder: Path | None, fix: Path, count: int) -> None:
     print(f"{line}; read the list, then run")
     options = [] if folder is None else ["--data", str(folder)]
     print(f"{'':9}{shlex.join(['xray-fastai', 'fit', *options, '--exclude', str(fix)])}")
+
+
+@data_app.command(cls=Command)
+def split(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of classes, or with train/ and val/; or a table as .csv.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .csv file; with --links or --copy a new folder.")],
+    test: Annotated[float, typer.Option(metavar="FRACTION", help="Share of the images for testing.")] = 0.2,
+    by: Annotated[
+        str, typer.Option(metavar="patient|group", help="What stays on one side; group is by --column group=HEADER.")
+    ] = "patient",
+    seed: Annotated[int, typer.Option(help="Random seed.", min=0, max=2**32 - 1)] = 42,
+    links: Annotated[bool, typer.Option("--links", help="Write folders of links to the images.")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Write folders of copies of the images.")] = False,
+    images: Images = None,
+    column: Column = None,
+    positive: Annotated[str | None, option_of(FitConfig, "positive")] = FitConfig.positive,
+    patient_pattern: Annotated[str | None, option_of(FitConfig, "patient_pattern")] = FitConfig.patient_pattern,
+    patients: Annotated[str | None, option_of(FitConfig, "patients")] = FitConfig.patients,
+) -> None:
+    """Divide images into training and test, by patient and stratified by class, for fit and evaluate."""
+    from xray_fastai.data.patients import patient_rule
+    from xray_fastai.data.split import Wanted, split_data
+    from xray_fastai.data.table import Source, check_for_table
+    from xray_fastai.data.table_labels import Naming
+
+    if links and copy:
+        raise UserError("give one of links=True and copy=True", option="copy")
+    check_for_table(source, images, column)
+    wanted = Wanted(test, by, seed, "links" if links else "copies" if copy else "table")
+    rule = patient_rule(patient_pattern, patients)
+    division = split_data(Source(source, images, column, Naming(positive)), out, wanted, rule)
+    print(division)
+    print(f"{'next':<10}{shlex.join(['xray-fastai', *division.next_command])}")
 
 
 @data_app.command(cls=Command)

@@ -5,11 +5,16 @@ from typing import Annotated
 
 import typer
 
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.shared import (
+    Abstain,
+    Column,
     Data,
     Device,
     Exclude,
     Export,
+    Gate,
+    Images,
     Json,
     Model,
     Open,
@@ -46,26 +51,37 @@ def evaluate(
     ] = "auto",
     uncalibrated: Uncalibrated = PredictConfig.uncalibrated,
     prevalence: Prevalence = PredictConfig.prevalence,
+    gate: Gate = PredictConfig.gate,
+    abstain: Abstain = PredictConfig.abstain,
     tta: Tta = PredictConfig.tta,
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Output = None,
+    statement: Annotated[
+        bool,
+        typer.Option("--statement", help="Write methods, results, CLAIM and TRIPOD+AI for a manuscript (Markdown)."),
+    ] = False,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
     json: Json = False,
     open: Open = False,
 ) -> None:
     """Measure how good a model is: metrics with 95 % intervals, a table of predictions and plots."""
-    model = chosen_export(export, model)
+    model = chosen_export(export, model, quiet=json)
     from xray_fastai.evaluation.evaluate import evaluate as run
 
     result = run(
-        model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, tta=tta, exclude=exclude,
-        patients=patients, output=output, device=device, precision=precision,
+        model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, gate=gate, abstain=abstain,
+        tta=tta, exclude=exclude, patients=patients, images=images, column=column, output=output, statement=statement,
+        device=device, precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
     if open:
         open_report(result.path.parent)
+    if not json:
+        next_command("interpret", model, *_same(data, split))
 
 
 def compare(
@@ -74,7 +90,10 @@ def compare(
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", metavar="DIR", rich_help_panel="Data", help="Folder of the images. [default: that of both fits]"
+            "--data",
+            metavar="DIR|FILE",
+            rich_help_panel="Data",
+            help="Folder of the images, or a table as .csv. [default: those of both fits]",
         ),
     ] = None,
     split: Annotated[
@@ -87,6 +106,8 @@ def compare(
     ] = "test",
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -103,8 +124,9 @@ def compare(
     from xray_fastai.evaluation.compare import compare as run
 
     result = run(
-        a, b, data, split, exclude=exclude, patients=patients, output=output, device=device, precision=precision
-    )
+        a, b, data, split, exclude=exclude, patients=patients, images=images, column=column, output=output,
+        device=device, precision=precision,
+    )  # fmt: skip
     print(result.to_json() if json else result)
 
 
@@ -138,6 +160,8 @@ def interpret(
     ] = False,
     exclude: Exclude = None,
     patients: Patients = None,
+    images: Images = None,
+    column: Column = None,
     output: Output = None,
     device: Device = PredictConfig.device,
     precision: Precision = PredictConfig.precision,
@@ -149,8 +173,14 @@ def interpret(
 
     result = run(
         model, data, split, top, label=label, only_errors=only_errors, confident=confident, exclude=exclude,
-        patients=patients, output=output, device=device, precision=precision,
+        patients=patients, images=images, column=column, output=output, device=device, precision=precision,
     )  # fmt: skip
     print(result)
     if open:
         open_report(result.path.parent)
+    next_command("predict", "IMAGE_OR_FOLDER", "--model", model)
+
+
+def _same(data: Path | None, split: str) -> list[str]:
+    """Return the options for the same images."""
+    return [*([] if data is None else ["--data", str(data)]), "--split", split]

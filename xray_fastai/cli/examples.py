@@ -43,6 +43,18 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("A page on this machine:", "xray-fastai serve --open"),
         ("A page for other machines of the network:", "xray-fastai serve exports/first --host 0.0.0.0 --port 8000"),
     ),
+    "runs": (
+        ("All runs, the best on test images first:", "xray-fastai runs --sort test"),
+        ("What was set differently:", "xray-fastai runs exports/first exports/second"),
+    ),
+    "default": (
+        ("Keep one model for the job of every night, whatever is trained later:",
+         "xray-fastai default exports/first"),
+        ("Use the newest again:", "xray-fastai default --clear"),
+    ),
+    "report": (
+        ("Write the newest export's report again, and look at it:", "xray-fastai report --open"),
+    ),
     "verify": (
         ("Check an export that somebody sent:", "xray-fastai verify received.zip"),
     ),
@@ -58,6 +70,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("Check a folder, and list the files to leave out:",
          "xray-fastai data check chest_xray --fix leave_out.csv"),
         ("", "xray-fastai fit chest_xray --exclude leave_out.csv"),
+    ),
+    "data split": (
+        ("Hold out a fifth of the patients for the test, without a copy:",
+         "xray-fastai data split images split.csv --test 0.2"),
     ),
     "data download": (
         ("Download the public X-rays into ./chest_xray:", "xray-fastai data download"),

@@ -1,20 +1,94 @@
-"""Defines the commands that handle exports as files: `verify`, `export`."""
+"""Defines the commands that handle exports as files: `runs`, `default`, `report`, `verify`, `export`."""
 
+import json as json_format
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from xray_fastai.cli.command import WrongCommandLine
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import one_of
-from xray_fastai.cli.shared import Export, Model, chosen_export, either
+from xray_fastai.cli.shared import Export, Json, Model, Open, chosen_export, either, open_report
 from xray_fastai.system.errors import UserError
+
+SORTS = ("date", "name", "data", "network", "valid", "test", "status")
+"""As `export.runs.SORTS`, which takes a moment to import."""
+
+
+def runs(
+    pair: Annotated[
+        list[str] | None, typer.Argument(metavar="EXPORT", help="Two exports, to see which settings differ.")
+    ] = None,
+    exports: Annotated[Path, typer.Option("--exports", metavar="DIR", help="Folder of the exports.")] = Path("exports"),
+    sort: Annotated[
+        str, typer.Option(metavar="COLUMN", callback=one_of(*SORTS), help=f"Sort by {', '.join(SORTS)}.")
+    ] = "date",
+    json: Json = False,
+) -> None:
+    """List the exports and the unfinished runs with their results, or show in which settings two differ."""
+    from xray_fastai.cli.runs_table import print_differences, print_runs
+    from xray_fastai.export.runs import differing_settings, list_runs, to_json
+
+    if pair:
+        if len(pair) != 2:
+            raise WrongCommandLine(f"{len(pair)} export given; give two to compare, or none to list all")
+        found = differing_settings(*pair)
+        print(json_format.dumps(found, indent=2)) if json else print_differences(pair, found)
+        return
+    listed = list_runs(exports, sort)
+    print(to_json(listed)) if json else print_runs(listed, exports)
+
+
+def default(
+    export: Annotated[
+        Path | None, typer.Argument(metavar="EXPORT", help="Export to use. [default: show the present one]")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Use the newest export again.")] = False,
+) -> None:
+    """Choose the export that commands use if none is given; without EXPORT, show which that is.
+
+    The environment variable XRAY_FASTAI_MODEL comes before this choice.
+    """
+    from xray_fastai.export.reader import default_export, find_export, set_default
+
+    if clear and export is not None:
+        raise WrongCommandLine(f"{export} is given, too; leave one of them out", option="clear")
+    if clear or export is not None:
+        set_default(export)
+    path, why = default_export()
+    print(f"{find_export(path)} ({why})")
+    if export is not None:
+        next_command("predict", "IMAGE_OR_FOLDER")
+
+
+def report(
+    export: Export = None,
+    model: Model = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", rich_help_panel="Output", help="Folder to write to. [default: EXPORT]"),
+    ] = None,
+    open: Open = False,
+) -> None:
+    """Write an export's report.html again, from the files that are in the export now."""
+    model = chosen_export(export, model)
+    from xray_fastai.evaluation.report import write_report
+    from xray_fastai.export.reader import find_export
+
+    path = write_report(find_export(model), output)
+    print(f"{'report':<14}{path}")
+    if open:
+        open_report(path.parent)
 
 
 def verify(
     export: Annotated[
         Path | None,
         typer.Argument(
-            metavar="EXPORT", help="An export's folder, or a .zip of one. [default: the newest in ./exports]"
+            metavar="EXPORT",
+            help="An export's folder, or a .zip of one. [default: that of 'xray-fastai default', else the newest in "
+            "./exports]",
         ),
     ] = None,
     model: Model = None,
@@ -30,6 +104,8 @@ def verify(
     print(result)
     if not result.ok:
         raise UserError(result.faults[0])
+    if result.path.is_dir():
+        next_command("predict", "IMAGE_OR_FOLDER", "--model", result.path)
 
 
 def export(

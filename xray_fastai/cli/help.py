@@ -44,8 +44,7 @@ def render_help(command: Any, ctx: Any) -> str:
             _print_panel(console, title, rows)
         if examples := EXAMPLES.get(" ".join(ctx.command_path.split()[1:])):
             _print_examples(console, examples)
-    text: str = capture.get()
-    return text
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def _panels(command: Any, ctx: Any) -> Iterable[tuple[str, list[Row]]]:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +12,9 @@ from xray_fastai import __version__
 from xray_fastai.cli.command import Command, Commands, ResumeCommand
 from xray_fastai.cli.data import data_app
 from xray_fastai.cli.evaluation import compare, evaluate, interpret
-from xray_fastai.cli.exports import export, verify
+from xray_fastai.cli.exports import default, export, report, runs, verify
 from xray_fastai.cli.inference import predict, serve
+from xray_fastai.cli.next_steps import steps_in
 from xray_fastai.cli.training import fit, recalibrate
 from xray_fastai.system import distributed
 
@@ -20,7 +22,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
     "Train": (fit, recalibrate),
     "Judge": (evaluate, interpret, compare),
     "Use": (predict, serve),
-    "Manage": (verify, export),
+    "Manage": (runs, default, report, verify, export),
 }
 """The commands as `--help` groups them."""
 
@@ -28,7 +30,7 @@ app = typer.Typer(
     cls=Commands,
     help="Train a chest X-ray classifier by transfer learning, see where it errs, hand over the model. "
     "No medical device: for research and teaching.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,  # typer would import rich for each wrong option
     pretty_exceptions_enable=False,
 )
@@ -42,6 +44,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -51,6 +54,8 @@ def main(
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
     distributed.hush()
+    if ctx.invoked_subcommand is None:
+        print(steps_in(Path()))
 
 
 for panel, commands in GROUPS.items():

@@ -72,6 +72,7 @@ OPTIONS = {
 def near_command(name: str, known: Collection[str]) -> str | None:
     """Return the command of `known` that `name` means, by meaning before spelling; None if there is none."""
     meant = [ours for ours, others in COMMANDS.items() if name.lower() in others.split()]
+    meant += [ours.split()[-1] for ours in meant]  # inside a group its name is left out
     spelled = {ours.split()[-1]: ours for ours in known}
     near = _first(meant, known, name) or _first([], spelled, name)
     return spelled.get(near or "", near)

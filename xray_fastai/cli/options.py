@@ -32,7 +32,7 @@ def settings_from(config: type) -> Callable[[Function], Function]:
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
-                annotation=Annotated[field.type, _option(field)],
+                annotation=Annotated[list[str] | None if setting_of(field).repeatable else field.type, _option(field)],
             )
             for field in fields(config)
         ]
@@ -75,7 +75,17 @@ def _option(field: Field[Any]) -> Any:
     }
     if setting.choices:
         details["callback"] = one_of(*setting.choices)
+        details["autocompletion"] = _completion(setting.choices)
         details["metavar"] = "|".join(setting.choices) if len(setting.choices) < 5 else "NAME"
     if setting.is_closed:  # typer has no open ranges: those are checked by `config` alone
         details |= {"min": setting.min, "max": setting.max}
     return typer.Option(option, **details)
+
+
+def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """Return the function by which the shell completes an option's value."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete

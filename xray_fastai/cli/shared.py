@@ -14,22 +14,29 @@ from xray_fastai.system import distributed
 Value = TypeVar("Value")
 
 Export = Annotated[
-    Path | None, typer.Argument(metavar="EXPORT", help="Export to use. [default: the newest in ./exports]")
+    Path | None,
+    typer.Argument(
+        metavar="EXPORT", help="Export to use. [default: that of 'xray-fastai default', else the newest in ./exports]"
+    ),
 ]
 Model = Annotated[Path | None, typer.Option("--model", metavar="EXPORT", help="The same as EXPORT.")]
 Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
-        metavar="DIR",
+        metavar="DIR|FILE",
         rich_help_panel="Data",
-        help="Folder of the images. [default: the folder that fit used]",
+        help="Folder of the images, or a table of them, as .csv. [default: the one that fit used]",
     ),
 ]
+Images = Annotated[str | None, option_of(FitConfig, "images")]
+Column = Annotated[list[str] | None, option_of(FitConfig, "column")]
 Device = Annotated[str, option_of(PredictConfig, "device")]
 Precision = Annotated[str, option_of(PredictConfig, "precision")]
 Uncalibrated = Annotated[bool, option_of(PredictConfig, "uncalibrated")]
 Prevalence = Annotated[float | None, option_of(PredictConfig, "prevalence")]
+Gate = Annotated[bool, option_of(PredictConfig, "gate")]
+Abstain = Annotated[float, option_of(PredictConfig, "abstain")]
 Tta = Annotated[bool, option_of(PredictConfig, "tta")]
 Exclude = Annotated[str | None, option_of(FitConfig, "exclude")]
 Patients = Annotated[
@@ -70,18 +77,27 @@ def either(argument: Value | None, option: Value | None, name: str) -> Value | N
     raise WrongCommandLine(f"{argument} is given, too; leave one of them out", option=name, value=option)
 
 
-def chosen_export(argument: Path | None, option: Path | None) -> Path | None:
-    """Return the export that EXPORT or --model names; None if neither is given.
+def chosen_export(argument: Path | None, option: Path | None, quiet: bool = False) -> Path:
+    """Return the export that EXPORT or --model names; else the default one, whose name is printed with the reason.
 
     A wrong path is answered at once; the imports of the command itself take seconds.
+
+    Args:
+        argument: EXPORT.
+        option: --model.
+        quiet: print nothing.
 
     Raises:
         WrongCommandLine: both are given.
         UserError: there is no such export.
     """
+    from xray_fastai.export.reader import find_export, why_chosen
+
     model = either(argument, option, "model")
-    check_export(model)
-    return model
+    path = find_export(model)
+    if model is None and not quiet and distributed.rank() == 0:
+        print(f"{'model':<14}{path}{why_chosen(None)}", flush=True)
+    return path if model is None else model
 
 
 def check_export(model: Path | None) -> None:

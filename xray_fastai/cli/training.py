@@ -5,8 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
+from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import settings_from
-from xray_fastai.cli.shared import Device, Exclude, Export, Model, Open, chosen_export, either, open_report
+from xray_fastai.cli.shared import (
+    Column,
+    Device,
+    Exclude,
+    Export,
+    Images,
+    Model,
+    Open,
+    chosen_export,
+    either,
+    open_report,
+)
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.system import distributed
@@ -27,8 +39,8 @@ def fit(
             metavar="[RUN]",
             rich_help_panel="Run",
             help="Resume an interrupted fit with its settings: the run of this name, or the newest if no name is "
-            "given. Only --data, --device, --workers, --no-cache, --exports, --quiet, "
-            "--log and --open may be given with it.",
+            "given. Only --data, --images, --device, --workers, --no-cache, --exports, --quiet, --log and --open may "
+            "be given with it.",
         ),
     ] = None,
     open: Open = False,
@@ -64,13 +76,15 @@ def fit(
 
 def _check_paths(config: FitConfig) -> None:
     """Answer a wrong --data, --name or folder in --weights at once; the imports of `fit` itself take seconds."""
-    from xray_fastai.data.dataset import find_root
+    from xray_fastai.data.folders import find_root
+    from xray_fastai.data.table import check_for_table, is_table
     from xray_fastai.export.reader import export_in_weights
     from xray_fastai.export.run_folder import check_name
 
     check_name(config.exports, config.name)
     export_in_weights(config.weights)
-    if config.data is not None:
+    check_for_table(config.data, config.images, config.column)
+    if config.data is not None and not is_table(config.data):
         if (Path(config.data) / "model.json").is_file():
             advice = "to continue from it, give it by weights=, and a folder of images here"
             raise UserError(f"an export, no images; {advice}", option="data", value=config.data)
@@ -89,9 +103,9 @@ def recalibrate(
         Path | None,
         typer.Option(
             "--data",
-            metavar="DIR",
+            metavar="DIR|FILE",
             rich_help_panel="Data",
-            help="Labelled local images, in folders named as the model's classes.",
+            help="Labelled local images, in folders named as the model's classes, or a table, as .csv.",
         ),
     ] = None,
     split: Annotated[
@@ -153,6 +167,8 @@ def recalibrate(
             help="List of the patients: a .csv file with the columns file and patient.",
         ),
     ] = None,
+    images: Images = None,
+    column: Column = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -168,10 +184,10 @@ def recalibrate(
     model = chosen_export(export, model)
     from xray_fastai.training.recalibrate import recalibrate as run
 
-    print(
-        run(
-            model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
-            target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
-            output=output, device=device,
-        )
+    result = run(
+        model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
+        target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
+        images=images, column=column, output=output, device=device,
     )  # fmt: skip
+    print(result)
+    next_command("predict", "IMAGE_OR_FOLDER", "--model", result.path)

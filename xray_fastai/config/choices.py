@@ -23,6 +23,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "efficientnet_b0": Architecture(1280, "classifier", early_layers=5),
 }
 """The backbones, by torchvision's names. To add one, add it to this table."""
+PUBLISHED_WEIGHTS = ("imagenet", "xrv")
+"""The weights that `fit` downloads: torchvision's, and torchxrayvision's ResNet50."""
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 INFERENCE_PRECISIONS = ("auto", "fp32", "bf16")

@@ -18,6 +18,7 @@ from xray_fastai.config.choices import (
     MAX_SIZE,
     MIN_SIZE,
     PRECISIONS,
+    PUBLISHED_WEIGHTS,
     RECIPES,
     SCHEDULES,
     TOOLS,
@@ -25,6 +26,11 @@ from xray_fastai.config.choices import (
 from xray_fastai.config.setting import check_fields, setting
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import seconds_of
+
+VALID_GROUP = "group:"
+"""The beginning of `valid` that holds out a whole group of a table."""
+COLUMN_PARTS = re.compile(r",(?=\s*\w+\s*=)")
+"""Separates the columns in `column`; a header may hold a comma."""
 
 
 def _number(text: str) -> float | None:
@@ -36,9 +42,31 @@ def _number(text: str) -> float | None:
 
 def _check_valid(text: str) -> str | None:
     fraction = _number(text)
+    if text.startswith(VALID_GROUP) and text != VALID_GROUP:
+        return None
     if text in ("auto", "folder") or (fraction is not None and 0.02 <= fraction <= 0.5):
         return None
-    return "give auto, folder, or a fraction from 0.02 to 0.5"
+    return "give auto, folder, a fraction from 0.02 to 0.5, or group:NAME"
+
+
+def check_column(text: str) -> str | None:
+    parts = COLUMN_PARTS.split(text)
+    if all(re.fullmatch(r"\s*\w+\s*=\s*\S.*", part, re.DOTALL) for part in parts):
+        return None
+    return "give NAME=HEADER, as in label=Finding"
+
+
+def range_of(text: str | None) -> tuple[float, float] | None:
+    """Return the two numbers of `weights_range`: what black and white are. None if it is None or not two numbers."""
+    parts = (text or "").split(",")
+    numbers = [n for part in parts if (n := _number(part)) is not None and math.isfinite(n)]
+    if len(parts) == len(numbers) == 2 and numbers[0] != numbers[1]:
+        return numbers[0], numbers[1]
+    return None
+
+
+def _check_weights_range(text: str) -> str | None:
+    return None if range_of(text) else "give two different numbers, such as 0,1 or -1024,1024"
 
 
 def _check_class_weights(text: str) -> str | None:
@@ -96,9 +124,27 @@ class FitConfig:
 
     data: str | None = setting(
         None,
-        "Folder with train/CLASS/* and val/CLASS/*. [default: ./chest_xray, else phantom]",
+        "Folder with train/CLASS/* and val/CLASS/*, or a table of images, as .csv. [default: ./chest_xray, else "
+        "phantom]",
+        metavar="DIR|FILE",
+        printable=True,
+        panel="Data",
+    )
+    images: str | None = setting(
+        None,
+        "Folder of the images that a table lists. [default: that of the table]",
         metavar="DIR",
         printable=True,
+        panel="Data",
+    )
+    column: str | None = setting(
+        None,
+        "Column of a table by what it holds: path, label, split, patient, or a name of your own to keep it by, such as "
+        "group=Hospital. Repeat it for others. [default: by the names of the columns]",
+        metavar="NAME=HEADER",
+        check=check_column,
+        printable=True,
+        repeatable=True,
         panel="Data",
     )
     epochs: int = setting(100, "Maximum number of epochs in each phase.", min=1, panel="Training")
@@ -157,10 +203,19 @@ class FitConfig:
     )
     weights: str | None = setting(
         None,
-        "Weights to start from: imagenet, none, an export to continue from (its classes may be others), or a .pth or "
-        ".safetensors file. [default: imagenet; phantom: none]",
-        metavar="imagenet|none|EXPORT|FILE",
+        "Weights to start from: imagenet, xrv (torchxrayvision's resnet50, trained on chest X-rays), none, an export "
+        "to continue from (its classes may be others), or a file: a checkpoint or .safetensors of the backbone. "
+        "[default: imagenet; phantom: none]",
+        metavar="imagenet|xrv|none|EXPORT|FILE",
         printable=True,
+        panel="Network",
+    )
+    weights_range: str | None = setting(
+        None,
+        "What black and white are in the input that the network of a file in weights= was trained on: two numbers, "
+        "such as -1,1. A network for one channel needs them. [default: ImageNet's normalization]",
+        metavar="BLACK,WHITE",
+        check=_check_weights_range,
         panel="Network",
     )
     recipe: str = setting(
@@ -200,11 +255,12 @@ class FitConfig:
     dropout: float = setting(0.5, "Dropout probability before the last layer.", min=0, below=1, panel="Network")
     valid: str = setting(
         "auto",
-        "Validation images: folder (val/), a fraction of train/ such as 0.1, or auto (val/ if it is large enough, "
-        "else val/ and a tenth of train/).",
-        metavar="auto|folder|FRACTION",
+        "Validation images: folder (val/), a fraction of train/ such as 0.1, auto (val/ if it is large enough, "
+        "else val/ and a tenth of train/), or group:NAME (of a table, the images with this text in the column group).",
+        metavar="auto|folder|FRACTION|group:NAME",
         check=_check_valid,
         panel="Data",
+        printable=True,
     )
     positive: str | None = setting(
         None,
@@ -280,6 +336,8 @@ class FitConfig:
         if isinstance(self.time_limit, (int, float)) and not isinstance(self.time_limit, bool):
             object.__setattr__(self, "time_limit", f"{self.time_limit}")  # seconds, as Python counts time
         check_fields(self)
+        if self.weights_range is not None and self.weights in (None, "none", *PUBLISHED_WEIGHTS):
+            raise UserError("is for a file in weights=; leave it out", option="weights_range", value=self.weights_range)
 
     @property
     def tools(self) -> list[str]:

@@ -12,24 +12,57 @@ class PredictConfig:
     """Holds the options of `predict`, in Python and on the command line.
 
     Raises:
-        UserError: a value is not allowed, or `resume` lacks `output`; the error names its option.
+        UserError: a value is not allowed, `append` or `resume` lacks `output`, or options exclude each other; the error
+            names its option.
     """
 
     output: str | None = setting(
-        None, "Write the rows to this new .csv or .jsonl file.", metavar="FILE", panel="Output"
+        None, "Write the rows to this new .csv, .jsonl or .xlsx file.", metavar="FILE", panel="Output"
     )
-    resume: bool = setting(False, "Continue an interrupted output=.", panel="Output")
+    append: bool = setting(
+        False,
+        "Add to output= the files that have no row in it, by path and content; files with an error again.",
+        panel="Output",
+    )
+    provenance: bool = setting(
+        False,
+        "Columns: sha256 of the file, the model and its sha256, the options, the time. append= has them.",
+        panel="Output",
+    )
+    identifiers: bool = setting(
+        False,
+        "Columns with StudyInstanceUID, SOPInstanceUID and AccessionNumber of DICOM files: patient data.",
+        panel="Output",
+    )
+    excel: str | None = setting(
+        None,
+        "Write a .csv file that Excel opens rightly, where its language has a decimal point, or a decimal comma.",
+        choices=("point", "comma"),
+        panel="Output",
+    )
+    report: str | None = setting(
+        None,
+        "Write a page with the pictures by their probability, and those to look at.",
+        metavar="FILE.html",
+        panel="Output",
+    )
+    quiet: bool = setting(False, "Print errors and the last line only.", panel="Output")
+    log: str | None = setting(None, "Add what is printed to this file, with times.", metavar="FILE", panel="Output")
+    resume: bool = setting(
+        False, "Continue an interrupted output= over the same inputs in the same order.", panel="Output"
+    )
     heatmaps: str | None = setting(
-        None, "Write a Grad-CAM overlay of each image into this folder.", metavar="DIR", panel="Output"
+        None, "Write pictures of the heat maps (Grad-CAM) into this folder.", metavar="DIR", panel="Output"
     )
     recursive: bool = setting(False, "Search the subfolders, too.", panel="Images")
     threshold: float | None = setting(
         None, "Decision threshold, a probability. [default: the one that fit chose]", min=0, max=1, panel="Decision"
     )
-    gate: bool = setting(True, "Predict uncertain for an image that is unlike the training images.", panel="Decision")
+    gate: bool = setting(True, "Call an image uncertain if it is unlike the training images.", panel="Decision")
     abstain: float = setting(
         0.0,
-        "Predict uncertain within this distance of the threshold; for two classes.",
+        "Call an image uncertain if its probability as it is written (with prevalence=, the moved one) is within this "
+        "distance of the threshold; for two classes.",
         metavar="WIDTH",
         min=0,
         below=0.5,
@@ -59,8 +92,15 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.resume and self.output is None:
-            raise UserError("give the file to continue by output=", option="resume")
+        for option in ("append", "resume"):
+            if getattr(self, option) and self.output is None:
+                raise UserError("give the file to continue by output=", option=option)
+        if self.append and self.resume:
+            raise UserError("append= continues an interrupted file, too; leave this out", option="resume")
+        if self.excel is not None and not (self.output or "").lower().endswith(".csv"):
+            raise UserError("give a .csv file by output=", option="excel", value=self.excel)
+        if self.quiet and self.output is None and self.report is None:
+            raise UserError("prints no rows; give a file by output=", option="quiet")
         if self.prevalence is not None and self.uncalibrated:
             raise UserError(
                 "moves the export's probabilities, which uncalibrated= leaves out; leave out one of them",

@@ -7,7 +7,7 @@ makes its options of the same fields.
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from numbers import Real
 from typing import Any, get_args
@@ -34,6 +34,7 @@ class Setting:
     above: float | None = None  # all values are larger
     below: float | None = None  # all values are smaller
     check: Callable[[str], str | None] | None = None  # returns what the user has to do, or None for a right value
+    repeatable: bool = False  # whether the option may be given several times; the texts are joined by commas
     printable: bool = False  # whether unprintable characters are refused, because an export or a message holds the text
 
     @property
@@ -98,13 +99,17 @@ def check_fields(config: Any) -> None:
 
 
 def _converted(option: Field[Any], value: Any) -> Any:
-    """Convert a value from Python to what JSON holds: a path to text, a NumPy number to Python's.
+    """Convert a value from Python to what JSON holds: a path to text, {"a": "b"} to a=b, a NumPy number to Python's.
 
     In a path, ~ is the user's home folder, as a shell has it.
     """
     kind, *others = get_args(option.type) or (option.type,)
+    if setting_of(option).repeatable and isinstance(value, (list, tuple)):
+        value = ",".join(value) or None
     if value is None and type(None) in others:
         return None
+    if kind is str and isinstance(value, Mapping):
+        value = ",".join(f"{key}={text}" for key, text in value.items())
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if setting_of(option).is_path and isinstance(value, str):

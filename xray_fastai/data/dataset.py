@@ -1,31 +1,36 @@
-"""Read a folder of images as a table with the path, label, split and patient of each.
-
-The layout is that of the Kaggle collection: `DIR/{train,val,test}/CLASS/*`. The oddities of its archive are accepted: a
-second `chest_xray/chest_xray`, `__MACOSX`, `.DS_Store`, extensions in capitals.
-"""
+"""Read the images of a fit as a table with the path, label, split and patient of each, and check every file."""
 
 import hashlib
-import os
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
 
 from xray_fastai.config.class_names import check_classes
-from xray_fastai.config.fit_config import FitConfig
+from xray_fastai.config.fit_config import VALID_GROUP, FitConfig
 from xray_fastai.data.classes import positive_class
 from xray_fastai.data.duplicates import same_image
 from xray_fastai.data.exclusions import leave_out
+from xray_fastai.data.folders import (
+    count_other_files,
+    find_root,
+    note_on_unused,
+    read_split,
+    split_folder,
+    unused_folders,
+)
 from xray_fastai.data.image_facts import Facts, examine_all
-from xray_fastai.data.images import EXTENSIONS, check_not_blank, is_hidden, is_image_file, walk
-from xray_fastai.data.patients import ANY, PatientRule, check_listed, note_on, numbered, patient_rule, patients_in
+from xray_fastai.data.images import check_not_blank
+from xray_fastai.data.patients import check_listed, note_on, numbered, patient_rule
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.splits import assign_validation, of_one_patient
+from xray_fastai.data.table import Source, check_for_table, is_table, read_table, with_patients
+from xray_fastai.data.table_columns import GROUP
+from xray_fastai.data.table_labels import Naming
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
-from xray_fastai.system.text import count_of
+from xray_fastai.system.text import count_of, shown
 
 PHANTOM_NAME = "built-in phantom"
 """The displayed name of the X-rays that the package draws."""
@@ -55,7 +60,7 @@ class Collection:
     positive: str | None
     table: pd.DataFrame
     notes: list[str]
-    skipped: list[str]  # the errors of the files that `skip_bad` left out
+    skipped: list[str]  # lines that name files that are not used: they are printed, not stored
 
     @property
     def train(self) -> pd.DataFrame:
@@ -66,17 +71,40 @@ class Collection:
         return self.table[self.table.is_valid]
 
 
-def read_collection(config: FitConfig) -> tuple[FitConfig, Collection]:
+@dataclass(frozen=True)
+class _Listed:
+    """The images of a fit as folders or a table list them, before a file is read."""
+
+    name: str
+    root: Path  # the files of the table are relative to it
+    classes: list[str]
+    table: pd.DataFrame
+    names: tuple[str, str]  # what messages call the images to train on, and those to validate on
+    notes: list[str]
+    valid: str  # as `assign_validation` takes it
+    skipped: list[str] = field(default_factory=list)  # as in `Collection`
+
+
+def read_collection(
+    config: FitConfig, frame: pd.DataFrame | None = None, classes: Sequence[str] | None = None
+) -> tuple[FitConfig, Collection]:
     """Read and check the images of a fit. The test split is not read.
+
+    Args:
+        config: the settings.
+        frame: the table of images, if `config.data` is `table.FRAME`.
+        classes: the classes that labels of 0 and 1 are of; None names them by `config.positive` (`table_labels`).
 
     Returns:
         The settings, completed by `with_data_defaults` and `with_weights_of`, and the images.
 
     Raises:
-        UserError: the folder is not such a collection, or an image cannot be read.
+        UserError: the folder or table is not such a collection, or an image cannot be read.
     """
     config = with_data_defaults(config)
-    data = _read_collection(config)
+    check_for_table(config.data, config.images, config.column)
+    listed = _listed_table(config, frame, classes) if is_table(config.data) else _listed_folders(config)
+    data = _read_collection(config, listed)
     return config.with_weights_of(data.classes, data.positive), data
 
 
@@ -92,35 +120,103 @@ def default_data() -> str | None:
     return DEFAULT_FOLDER if Path(DEFAULT_FOLDER).is_dir() else None
 
 
-def _read_collection(config: FitConfig) -> Collection:
-    rehearsal = config.data is None
-    root = cached() if rehearsal else find_root(config.data)
-    rule = patient_rule(config.patient_pattern, config.patients)
-    train = read_split(root, "train", rule=rule)
-    classes = sorted(train.label.unique())
-    check_classes(classes)
+def _read_collection(config: FitConfig, listed: _Listed) -> Collection:
+    table, classes = listed.table, listed.classes
     positive = positive_class(classes, config.positive)
-    config.with_weights_of(classes, positive)  # a fault is found before the files are read
-    val = None
-    if config.valid == "folder" or (config.valid == "auto" and (root / "val").is_dir()):
-        val = read_split(root, "val", classes, rule)
-    table = numbered(pd.concat([train, val], ignore_index=True))
     check_listed(table, config.patients)
     exclusions = []
     if config.exclude is not None:
-        table, exclusions = leave_out(table, root, config.exclude)
+        table, exclusions = leave_out(table, listed.root, config.exclude)
     table, skipped = check_files(table, skip_bad=config.skip_bad)
     parts = {split: rows.reset_index(drop=True) for split, rows in table.groupby("split")}
-    table, line, leaking = assign_validation(parts["train"], parts.get("val"), config.valid, config.seed)
-    notes = [line, *of_one_patient(table), *filter(None, [note_on(table)]), *exclusions]
-    if others := count_other_files(root, sorted(parts)):
-        notes.append(f"not read, as their names are no images': {count_of(others, 'file')}; data check names them")
+    table, line, leaking = assign_validation(parts["train"], parts.get("val"), listed.valid, config.seed, listed.names)
+    notes = [line, *of_one_patient(table), *filter(None, [note_on(table)]), *exclusions, *listed.notes]
     if leaking:
-        notes.append(f"left out of training: {leaking} images whose patient, or a copy, is in val/")
+        notes.append(f"left out of training: {leaking} images whose patient, or a copy, is in {listed.names[1]}")
     if skipped:
-        notes.append(f"left out by --skip-bad: {len(skipped)} images")
-    name = PHANTOM_NAME if rehearsal else str(root)
-    return Collection(name, rehearsal, classes, positive, table, notes, skipped)
+        notes.append(f"left out, as they cannot be read: {count_of(len(skipped), 'image')}")
+    skipped = [*listed.skipped, *skipped]
+    return Collection(listed.name, config.data is None, classes, positive, table, notes, skipped)
+
+
+def _listed_folders(config: FitConfig) -> _Listed:
+    root = cached() if config.data is None else find_root(config.data)
+    rule = patient_rule(config.patient_pattern, config.patients)
+    train, val = read_split(root, "train", rule=rule), None
+    classes = _checked_classes(config, train)
+    folder = split_folder(root, "val")
+    if config.valid == "folder" or (config.valid == "auto" and folder is not None):
+        val = read_split(root, "val", classes, rule)
+    table = numbered(pd.concat([train, val], ignore_index=True))
+    used = sorted(table.split.unique())
+    notes = note_on_unused(unused_folders(root, {"test", *used}, classes))
+    if others := count_other_files(root, used):
+        notes.append(f"not read, as their names are no images': {count_of(others, 'file')}; data check names them")
+    names = (f"{train.file[0].partition('/')[0]}/", "val/" if folder is None else f"{folder.name}/")
+    return _Listed(PHANTOM_NAME if config.data is None else str(root), root, classes, table, names, notes, config.valid)
+
+
+def _listed_table(config: FitConfig, frame: pd.DataFrame | None, of_model: Sequence[str] | None) -> _Listed:
+    source = Source(
+        config.data if frame is None else frame, config.images, config.column, Naming(config.positive, of_model)
+    )
+    listing = read_table(source)
+    table, part, valid = listing.table, "the validation part", config.valid
+    notes = listing.summary
+    if valid.startswith(VALID_GROUP):
+        table, part, valid = _with_group_held_out(table, valid), f"group {valid.removeprefix(VALID_GROUP)}", "folder"
+    elif valid == "auto" and listing.is_decided:
+        valid = "folder"
+    has_val = (table.split == "val").any()
+    if valid == "folder" and not has_val:
+        message = "no row of the table is for validation (column split or is_valid); leave it out, or give a fraction"
+        raise UserError(message, option="valid", value=config.valid)
+    wanted = ["train", "val"] if valid in ("auto", "folder") else ["train"]
+    if has_val and "val" not in wanted:
+        notes.append(f"not used: {count_of(int((table.split == 'val').sum()), 'row')} of the validation part")
+    table = table[table.split.isin(wanted)].reset_index(drop=True)
+    if not (table.split == "train").any():
+        raise UserError("none of its rows is for training", option="data", value=source.name)
+    table = with_patients(table, listing, patient_rule(config.patient_pattern, config.patients))
+    classes = _checked_classes(config, table[table.split == "train"])
+    if len(classes) < 2:
+        message = f"one class only to train on ({classes[0]}); give rows of two or more, or another column of labels"
+        raise UserError(message, option="data", value=source.name)
+    if has_val and "val" in wanted:
+        _check_classes_of_val(table, classes, part)
+    names = ("the training part" if listing.has_splits else "the table", part)
+    name = f"{source.name} (images in {source.root})"
+    return _Listed(name, source.root, classes, table, names, notes, valid, listing.examples)
+
+
+def _with_group_held_out(table: pd.DataFrame, valid: str) -> pd.DataFrame:
+    """Make one group of a table the validation part, and all others that are not for testing the training part."""
+    name, column = valid.removeprefix(VALID_GROUP), f"{GROUP}group"
+    if column not in table:
+        raise UserError('needs the column of the groups, by column="group=HEADER"', option="valid", value=valid)
+    table = table[table.split != "test"]
+    inside = table[column] == name
+    if not inside.any() or inside.all():
+        known = ", ".join(shown(group, 30) for group in sorted(table[column].unique())[:10])
+        fault = "no image of this group" if not inside.any() else "every image is of this group"
+        raise UserError(f"{fault}; the groups are {known}", option="valid", value=valid)
+    return table.assign(split=inside.map({True: "val", False: "train"}))
+
+
+def _check_classes_of_val(table: pd.DataFrame, classes: list[str], part: str) -> None:
+    found = set(table.label[table.split == "val"])
+    for names, fault in ((found - set(classes), "the training images have not"), (set(classes) - found, "it lacks")):
+        if names:
+            message = f"{part} has other classes than the training images: {', '.join(sorted(names))}, which {fault}"
+            raise UserError(f"{message}; correct the labels or the splits", option="data")
+
+
+def _checked_classes(config: FitConfig, train: pd.DataFrame) -> list[str]:
+    """Return the classes; a fault of them or of their weights is found before the files are read."""
+    classes = sorted(train.label.unique())
+    check_classes(classes)
+    config.with_weights_of(classes, positive_class(classes, config.positive))
+    return classes
 
 
 def fingerprint(data: Collection) -> dict:
@@ -129,150 +225,6 @@ def fingerprint(data: Collection) -> dict:
     for row in data.table[["file", "label", "patient", "digest", "is_valid"]].itertuples(index=False):
         digest.update(repr(tuple(map(str, row))).encode())
     return {"train": len(data.train), "valid": len(data.valid), "sha256": digest.hexdigest()}
-
-
-def find_root(data: str | Path, split: str = "train") -> Path:
-    """Find the folder that holds `split`: `data` itself, or `chest_xray` or `chest_xray/chest_xray` in it.
-
-    Raises:
-        UserError: `data` is missing or a file, or none of these folders has the split.
-    """
-    data = Path(os.path.expanduser(data))
-    try:
-        return _find_root(data, split)
-    except OSError as error:  # a name too long, or no permission
-        raise UserError(f"cannot be read ({error.strerror}); give another folder", option="data", value=data) from None
-
-
-def _find_root(data: Path, split: str) -> Path:
-    layout = f"expected folders such as {split}/NORMAL and {split}/PNEUMONIA in it"
-    if not data.exists():
-        raise UserError(f"no such folder; {layout}", option="data", value=data)
-    if not data.is_dir():
-        raise UserError(f"a file, not a folder; give the folder that holds {split}/", option="data", value=data)
-    for root in (data, data / "chest_xray", data / "chest_xray" / "chest_xray"):
-        if (root / split).is_dir():
-            return root
-    entries = sorted(entry.name for entry in data.iterdir() if not is_hidden(entry.name))
-    if not entries:
-        raise UserError(f"the folder is empty; {layout}", option="data", value=data)
-    raise UserError(f"no {split}/ in it (it has {', '.join(entries[:5])}); {layout}", option="data", value=data)
-
-
-def find_images(folder: Path) -> list[str]:
-    """List the image files (`images.is_image_file`) in a folder, at any depth, as sorted relative paths.
-
-    Hidden files and folders are left out.
-    """
-    return [name for name in _find_files(folder) if is_image_file(str(folder / name))]
-
-
-def _find_files(folder: Path) -> list[str]:
-    names = []
-    for parent, files in walk(folder):
-        inside = os.path.relpath(parent, folder)
-        names += [Path(inside, name).as_posix() for name in files if not is_hidden(name)]
-    return sorted(names)
-
-
-def class_folders(folder: Path) -> list[Path]:
-    """List the folders in a split's folder. Each is a class."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
-
-
-def class_of(name: str) -> str:
-    """Return the class of a folder by its name, in Unicode's composed form (NFC).
-
-    macOS writes names decomposed (NFD), so that equal names may differ in their characters.
-    """
-    return unicodedata.normalize("NFC", name)
-
-
-def list_split(folder: Path) -> dict[str, list[str]]:
-    """List the images in a split's folder by class, relative to that folder; a class without images has an empty list.
-
-    Nothing is checked here: see `check_split`.
-    """
-    images: dict[str, list[str]] = {}
-    for entry in class_folders(folder):
-        images.setdefault(class_of(entry.name), []).extend(f"{entry.name}/{name}" for name in find_images(entry))
-    return images
-
-
-def count_other_files(root: Path, splits: Sequence[str]) -> int:
-    """Count the files in class folders that are not taken for images by their names."""
-    folders = [folder for split in splits for folder in class_folders(root / split)]
-    return sum(not is_image_file(str(folder / name)) for folder in folders for name in _find_files(folder))
-
-
-def check_split(folder: Path, images: dict[str, list[str]], classes: Sequence[str] | None, partial: bool) -> None:
-    """Check the classes and the images of a split.
-
-    Args:
-        folder: the split's folder, for the messages.
-        images: the images by class (`list_split`).
-        classes: see `read_split`.
-        partial: see `read_split`.
-
-    Raises:
-        UserError: see `read_split`.
-    """
-    no_image = f"no image in it (supported: {' '.join(EXTENSIONS)})"
-    if not images and partial:
-        unlabelled = ", but images without a class" if find_images(folder) else ""
-        expected = ", ".join(classes or ["CLASS"])
-        raise UserError(f"no class folders in it{unlabelled}; expected one of {expected}", value=folder)
-    if classes is None and len(images) < 2:
-        problem = f"one class only ({', '.join(images)})" if images else "no class folders"
-        expected = "expected one folder for each of two or more classes, such as NORMAL and PNEUMONIA"
-        raise UserError(f"{problem}; {expected}", value=folder)
-    if classes is not None and (surplus := sorted(images.keys() - set(map(class_of, classes)))):
-        known = ", ".join(classes)
-        raise UserError(f"holds class {', '.join(surplus)}; the known classes are {known}", value=folder)
-    if classes is not None and not partial and (missing := sorted(set(map(class_of, classes)) - images.keys())):
-        raise UserError(f"no folder for class {', '.join(missing)}, which train/ has", value=folder)
-    if empty := [label for label, names in images.items() if not names and not partial]:
-        raise UserError(no_image, value=folder / empty[0])
-    if not any(images.values()):
-        raise UserError(no_image, value=folder)
-
-
-def read_split(
-    root: Path,
-    split: str,
-    classes: Sequence[str] | None = None,
-    rule: PatientRule = ANY,
-    partial: bool = False,
-) -> pd.DataFrame:
-    """List and check one split.
-
-    Args:
-        root: the folder that holds the split's folder.
-        split: train, val or test.
-        classes: the classes that the split must have; it must have no others. None accepts any two or more classes.
-        rule: the user's list of patients and regular expression.
-        partial: some of `classes` may be missing or empty, as in a split to evaluate on.
-
-    Returns:
-        A table with one row for each image: `path`, `file` (relative to `root`), `label`, `split`, `patient` (from
-        `patients.patients_in`; call `numbered` on the table of all splits).
-
-    Raises:
-        UserError: the split or a class is missing or empty, or the split has fewer or other classes.
-    """
-    folder = root / split
-    if not folder.is_dir():
-        raise UserError("no such folder", value=folder)
-    images = list_split(folder)
-    check_split(folder, images, classes, partial)
-    spelled = {class_of(label): label for label in classes or ()}
-    rows = [
-        (str(folder / name), f"{split}/{name}", spelled.get(label, label), split)
-        for label, names in sorted(images.items())
-        for name in names
-    ]
-    table = pd.DataFrame(rows, columns=["path", "file", "label", "split"])
-    return table.assign(patient=patients_in(table, rule))
 
 
 def check_files(table: pd.DataFrame, *, skip_bad: bool = False) -> tuple[pd.DataFrame, list[str]]:

@@ -65,7 +65,7 @@ def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame,
     for split, label in sorted({(s, c) for s, c in zip(table.split, table.label, strict=True)}):
         if not ((kept.split == split) & (kept.label == label)).any():
             raise UserError(f"names every image of {split}/{label}, so none is left", option="exclude", value=path)
-    notes = [f"left out by --exclude: {count_of(int(dropped.sum()), 'image')}"]
+    notes = [f"left out by the list {Path(path).name}: {count_of(int(dropped.sum()), 'image')}"]
     if missing := sum(not (root / file).exists() for file in excluded - set(names)):
-        notes.append(f"named by --exclude, but missing: {count_of(missing, 'file')}")
+        notes.append(f"named by the list {Path(path).name}, but missing: {count_of(missing, 'file')}")
     return kept, notes

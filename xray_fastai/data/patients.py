@@ -50,9 +50,10 @@ as `person1000_bacteria` and `person1000_virus`, is one child is not documented;
 CAUSE = re.compile(r"(?:^|[_-])(bacteria|virus)(?:[_-]|\.|$)", re.IGNORECASE)
 """The cause of the pneumonia in the Kermany collection's file names, such as `person1000_bacteria_2931.jpeg`."""
 
-_NUMBERED = {"\2": "DICOM #", "\1": "listed #"}
-"""The beginning of a patient known by PatientID and by the user's list, before and after `numbered`. No file name
-begins with one of the first. It is not \\0: pandas 2 compares texts up to that, so all patients would be one."""
+_NUMBERED = {"\2": "DICOM #", "\1": "listed #", "\3": "patient #"}
+"""The beginning of a patient known by PatientID, by the user's list and by the column of a table, before and after
+`numbered`. No file name begins with one of the first. It is not \\0: pandas 2 compares texts up to that, so all
+patients would be one."""
 
 ADVICE = "give --patient-pattern or --patients"
 """What to do where file names hold patients that are not found."""
@@ -74,6 +75,7 @@ class PatientRule:
 
     pattern: str | None = None  # regular expression for file names
     listed: Mapping[str, str] = field(default_factory=dict)  # the patient by file, as `file_lists.named` spells it
+    in_table: Mapping[str, str] = field(default_factory=dict)  # the same, of the column of a table
 
 
 ANY = PatientRule()
@@ -130,8 +132,8 @@ def patients_of(names: Sequence[str], pattern: str) -> list[str | None]:
 def _by_pattern(table: pd.DataFrame, pattern: str) -> list[str | None]:
     """Match the file names; where that finds nothing, the paths below the class folders, as in `patient7/front.png`."""
     names = [Path(file).name for file in table.file]
-    folders = [f"{split}/{label}/".lstrip("/") for split, label in zip(table.split, table.label, strict=True)]
-    paths = [file.removeprefix(folder) for file, folder in zip(table.file, folders, strict=True)]
+    depth = [(split != "") + (label != "") for split, label in zip(table.split, table.label, strict=True)]
+    paths = [file.split("/", folders)[-1] for file, folders in zip(table.file, depth, strict=True)]
     found = patients_of([*names, *paths], pattern)
     return [name or path for name, path in zip(found[: len(table)], found[len(table) :], strict=True)]
 
@@ -139,8 +141,8 @@ def _by_pattern(table: pd.DataFrame, pattern: str) -> list[str | None]:
 def patients_in(table: pd.DataFrame, rule: PatientRule) -> list[str]:
     """Find the patient of each image; call `numbered` afterwards. An image without one is a patient of its own.
 
-    The user's list has priority, then a match of the user's pattern: some programs that anonymise DICOM files give all
-    of them one PatientID. PatientID has priority over the names of public collections.
+    The user's list has priority, then a match of the user's pattern, then the column of a table: some programs that
+    anonymise DICOM files give all of them one PatientID. PatientID has priority over the names of public collections.
 
     Args:
         table: has the columns `path`, `file`, `split` and `label`.
@@ -149,12 +151,20 @@ def patients_in(table: pd.DataFrame, rule: PatientRule) -> list[str]:
     Raises:
         UserError: see `patients_of`.
     """
-    by_list = [(patient := rule.listed.get(named(file))) and f"\1{patient}" for file in table.file]
+    names = list(map(named, table.file))
+    by_list = [(patient := rule.listed.get(name)) and f"\1{patient}" for name in names]
     by_pattern = [None] * len(table) if rule.pattern is None else _by_pattern(table, rule.pattern)
-    by_header = [key and f"\2{key}" for key in map_in_threads(patient_key, table.path)]
+    in_table = [(patient := rule.in_table.get(name)) and f"\3{patient}" for name in names]
+    found = [
+        of_list or of_pattern or of_table
+        for of_list, of_pattern, of_table in zip(by_list, by_pattern, in_table, strict=True)
+    ]
+    headers = map_in_threads(
+        patient_key, [path for path, patient in zip(table.path, found, strict=True) if not patient]
+    )
+    found = [patient or ((key := next(headers)) and f"\2{key}") for patient in found]
     by_name = map(published_patient, table.file) if rule.pattern is None else by_pattern
-    found = zip(by_list, by_pattern, by_header, by_name, table.file, strict=True)
-    return [next(filter(None, patients)) for patients in found]
+    return [next(filter(None, patients)) for patients in zip(found, by_name, table.file, strict=True)]
 
 
 def numbered(table: pd.DataFrame) -> pd.DataFrame:
@@ -171,7 +181,9 @@ def numbered(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def source_of(patient: str) -> str:
-    """Return how a patient in a table that was `numbered` is known: by PatientID, --patients, or the file names."""
+    """Return how a patient in a table that was `numbered` is known: by PatientID, a list, a column, or the names."""
+    if patient.startswith(_NUMBERED["\3"]):
+        return "the patient column"
     if patient.startswith(_NUMBERED["\2"]):
         return "PatientID"
     return "--patients" if patient.startswith(_NUMBERED["\1"]) else "the file names"
@@ -196,6 +208,16 @@ def check_listed(table: pd.DataFrame, path: str | None) -> None:
 def unknown(table: pd.DataFrame) -> pd.Series:
     """Return for each image whether its patient is unknown (N,)."""
     return table.patient == table.file
+
+
+def images_by_source(table: pd.DataFrame) -> dict[str, int]:
+    """Return how many images have a patient known by PatientID, by a list, or by the file names.
+
+    Args:
+        table: after `numbered`. An image whose patient is unknown is not counted.
+    """
+    sources = table.patient[~unknown(table)].map(source_of).replace("--patients", "the list of patients")
+    return {source: int(count) for source, count in sources.value_counts().items()}
 
 
 def note_on(table: pd.DataFrame) -> str | None:

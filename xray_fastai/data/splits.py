@@ -4,6 +4,7 @@ Copies of one image are never on both sides.
 """
 
 import warnings
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -36,13 +37,14 @@ def patient_groups(table: pd.DataFrame) -> np.ndarray:
     return connected_components(edges, directed=False)[1][patient]
 
 
-def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
-    """Choose images to validate on, stratified by class and grouped by patient.
+def hold_out(table: pd.DataFrame, fraction: float, seed: int, use: str = "validation") -> np.ndarray:
+    """Choose images to validate or test on, stratified by class and grouped by patient.
 
     Args:
         table: has the columns `label`, `patient` and `image`.
         fraction: the share of images to hold out. The result is as close to it as the groups allow.
         seed: the seed of the random choice.
+        use: for errors, what they are held out for.
 
     Returns:
         (N,): True for the images held out.
@@ -55,13 +57,15 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
     groups = patient_groups(table)
     patients = pd.Series(groups).groupby(table.label.to_numpy()).nunique()  # of each class
     rarest = patients.idxmin()
+    advice = "add patients"
+    if use == "validation":
+        advice += ', or give a validation split in val/ and valid="folder"'
     if patients.min() < 2:
         sources = " and ".join(sorted(set(table.patient[table.label == rarest].map(source_of))))
         by = sources.replace("--patients", "patients=")
         source = f" (by {by}; if that is wrong, give patient_pattern= or patients=)"
         raise UserError(
-            f"all images are of one patient{source}, so none can be held out for validation; "
-            'add patients, or give a validation split in val/ and valid="folder"',
+            f"all images are of one patient{source}, so none can be held out for {use}; {advice}",
             value=f"train/{rarest}",
         )
     most = min(Fraction(fraction).limit_denominator(20).denominator, groups.max() + 1)
@@ -80,14 +84,17 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int) -> np.ndarray:
             if table.label[held_out].nunique() == table.label[~held_out].nunique() == table.label.nunique():
                 return held_out
     raise UserError(
-        f"{patients.min()} patients are too few for training and validation; "
-        'add patients, or give a validation split in val/ and valid="folder"',
+        f"{patients.min()} patients are too few for training and {use}; {advice}",
         value=f"train/{rarest}",
     )
 
 
 def assign_validation(
-    train: pd.DataFrame, val: pd.DataFrame | None, valid: str, seed: int
+    train: pd.DataFrame,
+    val: pd.DataFrame | None,
+    valid: str,
+    seed: int,
+    names: Sequence[str] = ("train/", "val/"),
 ) -> tuple[pd.DataFrame, str, int]:
     """Decide which images train and which validate.
 
@@ -96,6 +103,7 @@ def assign_validation(
         val: the table of val/, or None if it is missing or not wanted.
         valid: auto, folder, or a fraction as text.
         seed: the seed of `hold_out`.
+        names: what to call the two tables in the line and in errors.
 
     Returns:
         The table with a column `is_valid`; a line for the user about the choice; the number of training images left
@@ -115,22 +123,22 @@ def assign_validation(
         valid == "auto" and val is not None and val.label.value_counts().min() >= ENOUGH_TO_VALIDATE
     )
     if by_folder:
-        held_out, line = np.zeros(len(train), bool), f"val/ ({len(val):,} images)"
+        held_out, line = np.zeros(len(train), bool), f"{names[1]} ({len(val):,} images)"
     else:
         fraction = 0.1 if valid == "auto" else float(valid)
         held_out = hold_out(train, fraction, seed)
-        line = f"{held_out.sum():,} images held out of train/, by {'image' if unknown(train).all() else 'patient'}"
+        line = f"{held_out.sum():,} images held out of {names[0]}, by {'image' if unknown(train).all() else 'patient'}"
         if not 0.5 <= held_out.mean() / fraction <= 2:
             line += f", {held_out.mean():.0%} instead of {fraction:.0%}: a class has too few patients for less"
         if val is not None:
-            line += f", and val/, which is too small alone ({len(val)} images)"
+            line += f", and {names[1]}, which is too small alone ({len(val)} images)"
     frames = [train.assign(is_valid=held_out)]
     if val is not None:
         frames.append(val.assign(is_valid=True))
     table = pd.concat(frames, ignore_index=True)
     if missing := sorted(set(table.label) - set(table.label[~table.is_valid])):
         raise UserError(
-            "every image's patient is also in val/, so none is left to train on; remove these patients from val/",
+            f"every image's patient is also in {names[1]}, so none is left to train on; remove these patients from it",
             value=f"train/{missing[0]}",
         )
     return table, line, leaking

@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.data.labelled import Labelled, Request, labelled_images
+from xray_fastai.data.labelled import Labelled, Request, labelled_images, split_named
 from xray_fastai.data.patients import note_on
+from xray_fastai.data.table import Data
+from xray_fastai.data.table_columns import Column
 from xray_fastai.evaluation.comparison_plot import plot_comparison
 from xray_fastai.evaluation.evaluate import SPLITS
 from xray_fastai.inference.model import Model, open_model
@@ -78,11 +80,13 @@ class Comparison:
 def compare(
     a: "str | Path | Model | Learner",
     b: "str | Path | Model | Learner",
-    data: str | Path | None = None,
+    data: Data | None = None,
     split: str = "test",
     *,
     exclude: str | None = None,
     patients: str | None = None,
+    images: str | Path | None = None,
+    column: Column = None,
     output: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -92,10 +96,13 @@ def compare(
     Args:
         a: the first export's folder, an open model, or a learner that `load_learner` opened.
         b: the second, with the same classes in any order.
-        data: the folder that holds the split; None is the one that both fits used.
+        data: the folder that holds the split, or folders of the model's classes without splits; or a table of images,
+            a .csv file or a data frame (`data.table`); None is what both fits used.
         split: test, valid (the images that both fits validated on) or train.
         exclude: a list of files to leave out, as `data check --fix` writes it.
         patients: a .csv file with the columns file and patient; None is the one of a's fit, if `data` is None.
+        images: the folder of the images of a table; None is the one that holds the table.
+        column: the headers of a table's columns, as in {"label": "Finding"}; None finds them by their names.
         output: the folder to write `comparison-<A>-<B>/` into, instead of this one.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 (`inference.model.open_model`).
@@ -108,17 +115,18 @@ def compare(
         >>> float(result.differences.difference["accuracy"])
         0.0
     """
-    if split not in SPLITS:
-        raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
+    split = split_named(split)
     models = [open_model(source, device, precision) for source in (a, b)]
     _check_classes(*models)
-    images = _images_of_both(models, Request(data, split, exclude, patients))
-    called = [_called(model, images.table, models[0].classes) for model in models]
+    wanted = Request(data, split, exclude, patients, images, column)
+    labelled = _images_of_both(models, wanted)
+    split = labelled.split
+    called = [_called(model, labelled.table, models[0].classes) for model in models]
     names = [model.path.resolve().name for model in models]
     folder = Path("." if output is None else output) / f"comparison-{names[0]}-{names[1]}"
-    source = models[0].settings["data"]["name"] if data is None else str(data)
+    source = wanted.name or models[0].settings["data"]["name"]
     with replaced(folder, COMPARISON_FILE) as partial:
-        result = Comparison(folder, _summary(models, called, images, {"data": source, "split": split}))
+        result = Comparison(folder, _summary(models, called, labelled, {"data": source, "split": split}))
         (partial / COMPARISON_FILE).write_text(result.to_json() + "\n", encoding="utf-8")
         plot_comparison(partial / PICTURE_FILE, result.summary, *(one.scored for one in called))
     return result
@@ -146,7 +154,7 @@ def _images_of_both(models: list[Model], wanted: Request) -> Labelled:
         message = "the fits used other images for it; compare on the test split"
         raise UserError(message, option="split", value=wanted.split)
     notes = [f"{name}: {note}" for name, images in zip("AB", listed, strict=True) for note in images.notes]
-    return Labelled(listed[0].table, notes, None)
+    return Labelled(listed[0].table, listed[0].split, notes, None)
 
 
 def _called(model: Model, images: pd.DataFrame, classes: list[str]) -> Called:

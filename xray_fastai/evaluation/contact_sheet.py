@@ -1,4 +1,4 @@
-"""Draw X-rays in one picture, each in its own aspect ratio beside its heat map, with its true and predicted class."""
+"""Draw X-rays in one picture, each in its own aspect ratio beside its heat maps, with its true and predicted class."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from xray_fastai.data.images import open_image
-from xray_fastai.inference.gradcam import grad_cam, overlay
+from xray_fastai.inference.gradcam import grad_cam, mapped_classes, overlay
 from xray_fastai.inference.model import Model
 from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.text import shorten
@@ -25,25 +25,29 @@ THUMBNAIL = 1024  # longest side, in pixels, of the images kept in memory until 
 INK, PALE, WRONG, RIGHT = "#1c2733", "#5d6b78", "#b3201f", "#1d6b3a"
 
 
+CAPTION = ("truth", "prediction", "probability", "loss", "uncertain")
+
+
 @dataclass(frozen=True)
 class Cell:
-    """An image with its heat map and its caption."""
+    """An image with its heat maps and its caption."""
 
     image: Image.Image
-    cam: np.ndarray  # (h, w)
+    maps: dict[str, np.ndarray]  # by class, the one that is called first: (h, w), from 0 to the class's probability
     name: str
     truth: str
     prediction: str
     probability: float  # of the prediction
     loss: float
+    uncertain: bool  # whether `predict` would not call it
 
 
 def make_cells(model: Model, rows: pd.DataFrame) -> Iterator[Cell]:
-    """Compute the Grad-CAM of images for their predicted classes.
+    """Compute the heat maps of images, each for `gradcam.mapped_classes`.
 
     Args:
         model: an export.
-        rows: path, truth, prediction, probability and loss of each image.
+        rows: path, and what `CAPTION` lists, of each image.
 
     Raises:
         ImageError: an image cannot be read.
@@ -57,22 +61,25 @@ def make_cells(model: Model, rows: pd.DataFrame) -> Iterator[Cell]:
     for start in range(0, len(rows), BATCH):
         batch = rows.iloc[start : start + BATCH]
         squares = list(map_in_threads(lambda path: np.array(open_image(path, model.size)), batch.path))
-        targets = [model.classes.index(name) for name in batch.prediction]
-        cams = grad_cam(model, torch.from_numpy(np.stack(squares))[:, None], targets)
+        classes = [mapped_classes(model, model.classes.index(name)) for name in batch.prediction]
+        images = torch.from_numpy(np.stack(squares))[:, None]
+        repeated = torch.repeat_interleave(images, torch.tensor([len(of_image) for of_image in classes]), dim=0)
+        cams = iter(grad_cam(model, repeated, [k for of_image in classes for k in of_image]))
         thumbnails = map_in_threads(thumbnail, batch.path)
-        for image, cam, row in zip(thumbnails, cams, batch.itertuples(), strict=True):
-            yield Cell(image, cam, Path(row.path).name, row.truth, row.prediction, row.probability, row.loss)
+        for image, of_image, row in zip(thumbnails, classes, batch.itertuples(), strict=True):
+            maps = {model.classes[k]: next(cams) for k in of_image}
+            yield Cell(image, maps, Path(row.path).name, *(getattr(row, name) for name in CAPTION))
 
 
 def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, path: Path) -> None:
     """Draw cells as a PNG, row by row from the top left.
 
-    Few cells are drawn large: one fills the width. A hundred are drawn five in a row, each image about 230 pixels wide.
+    Few cells are drawn large: one fills the width. A hundred are drawn five in a row, each image about 200 pixels wide.
 
     Args:
         cells: at least one, at most `LIMIT`.
         title: one line.
-        notes: two lines that explain the picture.
+        notes: three lines that explain the picture.
         footer: one line.
         path: of the PNG.
     """
@@ -81,16 +88,18 @@ def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, pat
         for max_cells, columns, width in [(1, 1, 10.5), (4, 2, 14.0), (9, 3, 16.0), (16, 4, 18.0), (LIMIT, 5, 20.0)]
         if len(cells) <= max_cells
     )
-    margin, gap, point = 0.35, 0.32, 10 / 72  # inches
+    margin, gap, seam, point = 0.35, 0.32, 0.06, 10 / 72  # inches
+    panels = 1 + max(len(cell.maps) for cell in cells)
+    width *= 0.6 + 0.2 * panels
     pair = (width - 2 * margin - (columns - 1) * gap) / columns
-    max_width = (pair - 0.06) / 2
+    max_width = (pair - (panels - 1) * seam) / panels
     aspects = [cell.image.width / cell.image.height for cell in cells]
     max_height = max_width / min(1.6, max(0.8, float(np.quantile(aspects, 0.25))))
     sizes = [(min(max_width, max_height * aspect), min(max_height, max_width / aspect)) for aspect in aspects]
     rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
-    caption = 4.9 * point
+    caption = 6.4 * point
     heights = [caption + max(sizes[i][1] for i in row) + gap for row in rows]
-    header, foot = 1.15, 0.45
+    header, foot = 1.36, 0.45
     height = header + sum(heights) + foot
 
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
@@ -119,13 +128,20 @@ def draw_sheet(cells: list[Cell], title: str, notes: list[str], footer: str, pat
             verdict = f"{'✗' if wrong else '✓'} predicted {shorten(cell.prediction, max_name)} {cell.probability:.3f}"
             indent = 0.13 + 0.1 * len(str(i + 1))
             text(x + indent, top, verdict, weight="bold", color=WRONG if wrong else RIGHT)
-            empty = "" if cell.cam.any() else ", map empty"
-            text(x, top + 1.55 * point, f"true {shorten(cell.truth, max_name)}, loss {cell.loss:.3f}{empty}")
+            text(
+                x,
+                top + 1.55 * point,
+                f"true {shorten(cell.truth, max_name)}, loss {cell.loss:.3f}{', not called' if cell.uncertain else ''}",
+            )
             text(x, top + 3.0 * point, shorten(cell.name, max_line), color=PALE)
             size = tuple(max(1, round(side * DPI)) for side in sizes[i])
             image = cell.image.resize(size, Image.Resampling.LANCZOS)
             paste(image, x, top + caption)
-            paste(overlay(image, cell.cam), x + sizes[i][0] + 0.06, top + caption)
+            for name, cam in cell.maps.items():
+                x += sizes[i][0] + seam
+                paste(overlay(image, cam), x, top + caption)
+                title_of_map = f"for {shorten(name, max(8, int(sizes[i][0] / 0.088) - 10))} {cam.max():.3f}"
+                text(x, top + 4.5 * point, title_of_map if cam.any() else f"{title_of_map}: empty", color=PALE)
         top += row_height
     text(margin, height - foot + 0.08, footer, color=PALE)
     figure.savefig(path, dpi=DPI)

@@ -3,11 +3,12 @@
 evaluation-<split>/metrics.json      the metrics, and what they were computed on
                    predictions.csv   all images of the split
                    *.png             `evaluation.plots`
+                   statement.md      on request (`evaluation.statement`)
 """
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +18,24 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from xray_fastai.config.predict_config import PredictConfig
-from xray_fastai.data.labelled import Labelled, Request, labelled_images
-from xray_fastai.data.patients import note_on, unknown
+from xray_fastai.data.labelled import Labelled, Request, labelled_images, split_named
+from xray_fastai.data.patients import images_by_source, note_on, unknown
+from xray_fastai.data.table import Data
+from xray_fastai.data.table_columns import Column
 from xray_fastai.evaluation import plots
+from xray_fastai.evaluation.coverage import called_of
 from xray_fastai.evaluation.evaluation_result import Evaluation, write_table
+from xray_fastai.evaluation.groups import groups_of
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.result_folder import replaced_data, result_folder
+from xray_fastai.evaluation.statement import FILE as STATEMENT_FILE
+from xray_fastai.evaluation.statement import statement as statement_of
 from xray_fastai.evaluation.subgroups import worst_group_of
 from xray_fastai.inference.model import Model, open_model
-from xray_fastai.inference.stream import predict_all
+from xray_fastai.inference.rows import UNLIKE_DIGITS, DecisionRule
+from xray_fastai.inference.stream import predict_and_compare
 from xray_fastai.inference.tta import describe as describe_tta
+from xray_fastai.metrics.comparison import Called
 from xray_fastai.metrics.decision import THRESHOLDS, decision_curve
 from xray_fastai.metrics.intervals import Interval, Measured, measure
 from xray_fastai.metrics.predictive_values import predictive_values
@@ -58,7 +67,7 @@ class _Request:
     data: str  # the folder, or the name of the data set that `fit` used
     split: str
     labelled: Labelled
-    calibrated: bool  # whether to apply temperature and intercepts
+    rule: DecisionRule  # of the chosen threshold, with the gate and the band that the user wants
     threshold: float | None  # given by the user; None is the one that `fit` chose
     tta: bool
 
@@ -67,26 +76,35 @@ class _Request:
         return self.labelled.table
 
     @property
+    def calibrated(self) -> bool:
+        """Whether temperature and intercepts are applied."""
+        return self.rule.calibrated
+
+    @property
     def operating_points(self) -> dict[str, float | None]:
         """The thresholds by name; of more than two classes, `chosen` without one."""
         if len(self.model.classes) != 2:
             return {"chosen": None}
-        chosen = self.model.threshold_of(self.calibrated) if self.threshold is None else self.threshold
-        return {"0.5": 0.5, "chosen": chosen}
+        return {"0.5": 0.5, "chosen": self.rule.threshold}
 
 
 def evaluate(
     model: "str | Path | Model | Learner | None" = None,
-    data: str | Path | None = None,
+    data: Data | None = None,
     split: str = "test",
     threshold: str | float = "auto",
     *,
     uncalibrated: bool = False,
     prevalence: float | None = None,
+    gate: bool = True,
+    abstain: float = 0.0,
     tta: bool = False,
     exclude: str | None = None,
     patients: str | None = None,
+    images: str | Path | None = None,
+    column: Column = None,
     output: str | Path | None = None,
+    statement: bool = False,
     device: str = "auto",
     precision: str = "auto",
 ) -> Evaluation:
@@ -97,17 +115,24 @@ def evaluate(
     Args:
         model: the export's folder, an open model, or a learner that `load_learner` opened; None is the newest in
             ./exports.
-        data: the folder that holds the split; None is the one that `fit` used.
+        data: the folder that holds the split, or folders of the model's classes without splits; or a table of images,
+            a .csv file or a data frame (`data.table`); None is what `fit` used.
         split: test, valid (the images that `fit` validated on) or train.
         threshold: an image is predicted positive from this probability on; auto is the one that `fit` chose.
         uncalibrated: leave out temperature and intercepts. The threshold that `fit` chose is then converted, so that
             it decides the same.
         prevalence: the share of the class to detect where the model is to be used. The probabilities are moved to it,
             and the threshold that `fit` chose with them, so that it decides the same; and PPV and NPV are given for it.
+        gate: report which images are unlike the training images, so that `predict` would not call them, and the metrics
+            on the others beside those on all images; if the export has a gate.
+        abstain: the same of images whose probability of the class to detect is within this distance of the threshold.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image.
         exclude: a list of files to leave out, as `data check --fix` writes it.
         patients: a .csv file with the columns file and patient; None is the one of `fit`, if `data` is None.
+        images: the folder of the images of a table; None is the one that holds the table.
+        column: the headers of a table's columns, as in {"label": "Finding"}; None finds them by their names.
         output: the folder to write `evaluation-<split>/` into, instead of the export, for images of any folder.
+        statement: write `statement.md`, too: methods, results and two checklists for a manuscript.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 (`inference.model.open_model`).
 
@@ -121,23 +146,26 @@ def evaluate(
         >>> "roc_auc" in result.metrics.index
         True
     """
-    if split not in SPLITS:
-        raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
+    split = split_named(split)
     given = _threshold(threshold)
-    PredictConfig(uncalibrated=uncalibrated, prevalence=prevalence)  # checks them
+    config = PredictConfig(
+        threshold=given, uncalibrated=uncalibrated, prevalence=prevalence, gate=bool(gate), abstain=abstain
+    )
     opened = open_model(model, device, precision).at_prevalence(prevalence)
-    wanted = Request(data, split, exclude, patients)
+    wanted = Request(data, split, exclude, patients, images, column)
     labelled = labelled_images(opened.settings, wanted)
-    if given is not None and len(opened.classes) != 2:
-        message = f"the export has {len(opened.classes)} classes and predicts the most probable one; leave it out"
-        raise UserError(message, option="threshold", value=f"{given:g}")
-    source = opened.settings["data"]["name"] if data is None else str(data)
+    split, wanted = labelled.split, replace(wanted, split=labelled.split)
+    rule = DecisionRule.of(opened, config)
+    source = wanted.name or opened.settings["data"]["name"]
     folder = result_folder("evaluation", opened.path, opened.settings, wanted, output)
     if (note := replaced_data(folder, METRICS_FILE, opened.settings, wanted)) is not None:
         labelled.notes.append(note)
-    request = _Request(opened, source, split, labelled, not uncalibrated, given, tta)
+    request = _Request(opened, source, split, labelled, rule, given, tta)
     with replaced(folder, METRICS_FILE) as partial:
         result = _evaluate(request, folder, partial)
+        if statement:
+            text = statement_of(opened.settings, result.summary)
+            (partial / STATEMENT_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
     write_report(opened.path, output)
     return result
 
@@ -157,13 +185,17 @@ def _threshold(text: str | float) -> float | None:
 def _evaluate(request: _Request, folder: Path, partial: Path) -> Evaluation:
     """Predict, measure, and write the files into `partial`, which becomes `folder`."""
     start = time.perf_counter()
-    scored = _predict(request)
+    scored, unlike = _predict(request)
     seconds = time.perf_counter() - start
     y_pred = {name: request.model.decide(scored.y_prob, at) for name, at in request.operating_points.items()}
     measured = measure(scored, y_pred)
-    summary = _summary(request, scored, y_pred, measured)
+    called = called_of(request.rule, scored, y_pred["chosen"], unlike)
+    summary = _summary(request, scored, y_pred, measured) | {"called": called and called.to_json(_plain)}
     about = _about(request, summary) | ({"tta": describe_tta(seconds)} if request.tta else {})
-    predictions = _predictions(request, scored, y_pred["chosen"])
+    predictions = _predictions(request, scored, y_pred["chosen"]).assign(
+        unlike=np.nan if unlike is None else unlike.round(UNLIKE_DIGITS),
+        uncertain=False if called is None else [reason is not None for reason in called.withheld],
+    )
     result = Evaluation(folder, summary, predictions, about)
     (partial / METRICS_FILE).write_text(result.to_json() + "\n", encoding="utf-8")
     write_table(predictions, partial / PREDICTIONS_FILE)
@@ -171,12 +203,14 @@ def _evaluate(request: _Request, folder: Path, partial: Path) -> Evaluation:
     return result
 
 
-def _predict(request: _Request) -> Scored:
+def _predict(request: _Request) -> tuple[Scored, np.ndarray | None]:
+    """Return the images with their probabilities, and how unlike the training images they are (N,)."""
     model, images = request.model, request.images
-    y_prob = model.probabilities(predict_all(model, images.path, request.tta), request.calibrated)
+    logits, unlike = predict_and_compare(model, images.path, request.tta)
+    y_prob = model.probabilities(logits, request.calibrated)
     y_true = np.array([model.classes.index(label) for label in images.label])
     positive = model.classes.index(model.positive) if model.positive and len(model.classes) == 2 else None
-    return Scored(y_true, y_prob, pd.factorize(images.patient)[0], positive)
+    return Scored(y_true, y_prob, pd.factorize(images.patient)[0], positive), unlike
 
 
 def _predictions(request: _Request, scored: Scored, y_pred: np.ndarray) -> pd.DataFrame:
@@ -215,6 +249,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         "images": images,
         "patients": patients,
         "images_without_patient": missing,  # each counts as a patient of its own
+        "patients_known_by": images_by_source(request.images),  # images by what names their patient
         "seen_in_fit": request.labelled.seen,  # images by their use; null: the export does not know it
         "counts": {model.classes[k]: int((scored.y_true == k).sum()) for k in classes},
         "calibrated": model.scaling.kind != "none" and request.calibrated,
@@ -240,6 +275,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
             for of_bin in measured.reliability
         ],
         "worst_group": None if worst is None else asdict(worst),
+        "groups": groups_of(request.images, Called(scored, y_pred["chosen"]), model.classes),
         "decision_curve": None if scored.positive is None else _decision_curve(scored, scored.positive),
         "tta": request.tta,
         "notes": _notes(request, scored, y_pred),
@@ -285,8 +321,8 @@ def _one_class_note(request: _Request, scored: Scored, y_pred: dict[str, np.ndar
             continue
         threshold, label = request.operating_points[name], request.model.classes[int(called[0])]
         at = "" if threshold is None else f" at the threshold {threshold:.4g}"
-        other = "" if threshold is None else ", or give another --threshold"
-        return f"every image is called {label}{at}: train for more epochs (fit --epochs){other}"
+        other = "" if threshold is None else ", or use another threshold"
+        return f"every image is called {label}{at}: train for more epochs{other}"
     return None
 
 

@@ -9,10 +9,14 @@ from typing import Any
 import pandas as pd
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.evaluation.groups import lines_of, remarks_on
 from xray_fastai.evaluation.plots import FILES
 from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.metrics.table import title_at_prevalence, title_of
 from xray_fastai.system.text import WIDTH, csv_text, data_uri, format_interval, shorten, wrap
+
+CALLED_METRICS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "ppv", "npv", "roc_auc")
+"""The metrics that the terminal shows of the images that are called; `Evaluation.called` has all."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,17 @@ class Evaluation:
     def metrics(self) -> pd.DataFrame:
         """All metrics by name, with the columns value, low and high; at the chosen threshold where they need one."""
         return pd.concat([self.operating_points["chosen"], _frame(self.summary["metrics"])])
+
+    @property
+    def groups(self) -> pd.DataFrame:
+        """A row for each metric of each group, with the columns of the label table that were kept; may be empty."""
+        rows = [
+            {"column": column["column"], "group": group["name"], "images": group["images"], "metric": name, **interval}
+            for column in self.summary["groups"]
+            for group in column["groups"]
+            for name, interval in group["metrics"].items()
+        ]
+        return pd.DataFrame(rows, columns=["column", "group", "images", "metric", "value", "low", "high"])
 
     @property
     def confusion(self) -> pd.DataFrame:
@@ -57,7 +72,9 @@ class Evaluation:
             f"{'confusion':<28}{columns[-1]}",
             *self._confusion_lines(),
             "",
+            *self._called_lines(),
             *self._worst_group_lines(),
+            *lines_of(self.summary["groups"]),
             *wrap(self.summary["intervals"]),
         ]
         lines += ["", *wrap(str(self.path), f"{'written':<15}"), DISCLAIMER]
@@ -75,15 +92,25 @@ class Evaluation:
             if (self.path / file).is_file():
                 uri = data_uri((self.path / file).read_bytes(), "image/png")
                 images += f'<img src="{uri}" alt="{alternative}" style="max-width: 48%">'
-        intervals = escape(" ".join([*self._worst_group_lines(), self.summary["intervals"]]))
-        return (
-            f"<p>{DISCLAIMER}</p><dl>{about}</dl>{table.to_html()}<p>{intervals}</p>{self.confusion.to_html()}{images}"
-        )
+        of_groups = [remark for column in self.summary["groups"] for remark in remarks_on(column)]
+        intervals = escape(" ".join([*self._worst_group_lines(), *of_groups, self.summary["intervals"]]))
+        groups = self.groups.to_html(index=False, float_format="{:.3f}".format) if len(self.groups) else ""
+        tables = f"{table.to_html()}{groups}<p>{intervals}</p>{self.confusion.to_html()}"
+        if self.summary["called"] is not None:
+            tables += f"<p>called: {escape(self.summary['called']['text'])}</p>"
+        if self.called is not None:
+            tables += self.called.rename(index=title_of).to_html()
+        return f"<p>{DISCLAIMER}</p><dl>{about}</dl>{tables}{images}"
 
     @property
     def _facts(self) -> list[tuple[str, str]]:
         """What was evaluated on what, and what the reader has to know; a term and a text for each line."""
         return [*self.about.items(), *(("note", note) for note in self.summary["notes"])]
+
+    @property
+    def _one_class(self) -> bool:
+        """Whether all images are of one class."""
+        return sum(count > 0 for count in self.summary["counts"].values()) == 1
 
     def _cells(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
         """Return the titles of the columns, and each metric's name and cells: one cell where it needs no threshold."""
@@ -95,20 +122,38 @@ class Evaluation:
         else:
             columns = ["at threshold 0.5", f"at threshold {points['chosen']['threshold']:.4g}"]
             points = [points["0.5"], points["chosen"]]
-        one_class = sum(count > 0 for count in self.summary["counts"].values()) == 1
-
-        def cell(name: str, interval: dict) -> str:
-            if interval["value"] is None and not one_class:
-                return "the classes are separated" if name == "calibration_slope" else "none predicted"
-            if interval["value"] is None:
-                return "one class only"
-            return format_interval(**interval)
-
-        rows = [(name, [cell(name, point["metrics"][name]) for point in points]) for name in points[0]["metrics"]]
+        one_class = self._one_class
+        rows = [
+            (name, [_cell(name, point["metrics"][name], one_class) for point in points])
+            for name in points[0]["metrics"]
+        ]
         for name in points[0]["at_prevalence"] or ():
             title = title_at_prevalence(name, self.summary["prevalence"])
-            rows.append((title, [cell(name, point["at_prevalence"][name]) for point in points]))
-        return columns, rows + [(name, [cell(name, i)]) for name, i in self.summary["metrics"].items()]
+            rows.append((title, [_cell(name, point["at_prevalence"][name], one_class) for point in points]))
+        return columns, rows + [(name, [_cell(name, i, one_class)]) for name, i in self.summary["metrics"].items()]
+
+    @property
+    def called(self) -> pd.DataFrame | None:
+        """The metrics on the images that are called, at the chosen threshold: a row for each metric, with the columns
+        value, low and high. None where all images are called, or none."""
+        called = self.summary["called"]
+        if called is None or called["metrics"] is None or not any(called["withheld"].values()):
+            return None
+        return _frame(called["metrics"])
+
+    def _called_lines(self) -> list[str]:
+        """Return which images are called, and the metrics on these; nothing without a gate or a band."""
+        called = self.summary["called"]
+        if called is None:
+            return []
+        lines = [*wrap(called["text"], f"{'called':<15}"), ""]
+        if self.called is not None:
+            lines.append(f"{'':<28}on the images called")
+            one_class = sum(map(any, called["confusion"])) == 1
+            cells = {name: _cell(name, interval, one_class) for name, interval in called["metrics"].items()}
+            lines += [f"{title_of(name):<28}{cells[name]}" for name in CALLED_METRICS]
+            lines.append("")
+        return lines
 
     def _worst_group_lines(self) -> list[str]:
         """Return the unusual images on which the model is worst, and an empty line; nothing with too few images."""
@@ -135,6 +180,15 @@ class Evaluation:
                     for row, cells in lines
                 ]
         return ["the confusion matrix is in confusion.png"]
+
+
+def _cell(name: str, interval: dict[str, float | None], one_class: bool) -> str:
+    """Return a metric with its interval, or why it is undefined; `one_class`: the images are of one class."""
+    if interval["value"] is None and not one_class:
+        return "the classes are separated" if name == "calibration_slope" else "none predicted"
+    if interval["value"] is None:
+        return "one class only"
+    return format_interval(**interval)
 
 
 def _frame(intervals: dict[str, dict]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ interpretation-<split>/top_losses.png   the images of largest loss beside their 
 import html
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,17 +17,22 @@ import numpy as np
 import pandas as pd
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.images import size_of
-from xray_fastai.data.labelled import Request, labelled_images
+from xray_fastai.data.labelled import Request, labelled_images, split_named
 from xray_fastai.data.patients import note_on
+from xray_fastai.data.table import Data
+from xray_fastai.data.table_columns import Column
 from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet, make_cells
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.evaluate import SPLITS
 from xray_fastai.evaluation.evaluation_result import write_table
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.result_folder import replaced_data, result_folder
+from xray_fastai.inference.gradcam import describe as describe_map
 from xray_fastai.inference.model import Model, open_model
-from xray_fastai.inference.stream import predict_all
+from xray_fastai.inference.rows import UNLIKE_DIGITS, DecisionRule, Withheld
+from xray_fastai.inference.stream import predict_and_compare
 from xray_fastai.metrics.scored import losses
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import UserError
@@ -46,6 +51,8 @@ FORMAT = 1
 """The layout of `summary.json`."""
 
 PICTURE, LOSSES, SUMMARY = "top_losses.png", "top_losses.csv", "summary.json"
+NOT_CALLED = "?"
+"""Marks the prediction of an image that `predict` would not call."""
 WORST = 16
 """Images in `summary.json` and in the table on the terminal."""
 
@@ -115,17 +122,19 @@ class _Ranking:
     model: Model
     split: str
     images: pd.DataFrame  # in the order of the folder: path, patient, label, loss, predicted
-    table: pd.DataFrame  # path, patient, truth, prediction, p_<class> ..., loss, probability (of the prediction)
+    # path, patient, truth, prediction, p_<class> ..., loss, wrong, unlike, uncertain (whether it would not be called),
+    # probability (of the prediction)
+    table: pd.DataFrame
     causes: list[str]
 
     @property
     def errors(self) -> int:
-        return int((self.table.truth != self.table.prediction).sum())
+        return int(self.table.wrong.sum())
 
 
 def interpret(
     model: "str | Path | Model | Learner | None" = None,
-    data: str | Path | None = None,
+    data: Data | None = None,
     split: str = "valid",
     top: int = 16,
     *,
@@ -134,6 +143,8 @@ def interpret(
     confident: bool = False,
     exclude: str | None = None,
     patients: str | None = None,
+    images: str | Path | None = None,
+    column: Column = None,
     output: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -142,14 +153,17 @@ def interpret(
 
     Args:
         model: as in `evaluate`.
-        data: the folder that holds the split; None is the one that `fit` used.
+        data: the folder that holds the split, or folders of the model's classes without splits; or a table of images,
+            a .csv file or a data frame (`data.table`); None is what `fit` used.
         split: valid (exactly what `fit` validated on), test or train (without what it validated on).
         top: how many images to draw, at most `contact_sheet.LIMIT`.
         label: draw only images whose true class is this.
-        only_errors: draw only misclassified images.
+        only_errors: draw only misclassified images, and list only these in `top_losses.csv`.
         confident: draw the correctly classified images with the highest probability, instead of the largest losses.
         exclude: as in `evaluate`.
         patients: as in `evaluate`.
+        images: the folder of the images of a table; None is the one that holds the table.
+        column: the headers of a table's columns, as in {"label": "Finding"}; None finds them by their names.
         output: the folder to write `interpretation-<split>` into; None is the export. An earlier one is replaced.
         device: auto, cpu, cuda or mps.
         precision: auto, fp32 or bf16 of the probabilities, as in `evaluate`; heat maps are computed in fp32.
@@ -164,20 +178,21 @@ def interpret(
         'the 4 images with the largest loss'
     """
     selection = _Selection(top, label, only_errors, confident)
-    _check(split, selection)
+    _check(selection)
     opened = open_model(model, device, precision)
     _check_class(opened, selection)
-    wanted = Request(data, split, exclude, patients)
+    wanted = Request(data, split_named(split), exclude, patients, images, column)
     labelled = labelled_images(opened.settings, wanted)
-    source = opened.settings["data"]["name"] if data is None else str(data)
+    split, wanted = labelled.split, replace(wanted, split=labelled.split)
+    source = wanted.name or opened.settings["data"]["name"]
     folder = result_folder("interpretation", opened.path, opened.settings, wanted, output)
     note = replaced_data(folder, SUMMARY, opened.settings, wanted)
     with replaced(folder, SUMMARY) as partial:
         ranking = _rank(opened, split, labelled.table)
         shown, description, remarks = _select(ranking.table, selection)
         if len(shown):
-            remarks += _draw(ranking, shown, description, partial / PICTURE)
-        _write(partial, ranking, shown, {"data": source, "selection": description})
+            _draw(ranking, shown, description, partial / PICTURE)
+        _write(partial, ranking, shown, only_errors, {"data": source, "selection": description})
     write_report(opened.path, output)
     remarks += filter(None, [*labelled.notes, note, note_on(labelled.table)])
     head = _head(ranking, source)
@@ -185,9 +200,7 @@ def interpret(
     return Interpreted(folder, table, shown, head, description, remarks, ranking.causes, opened, ranking.images)
 
 
-def _check(split: str, selection: _Selection) -> None:
-    if split not in SPLITS:
-        raise UserError(f"choose one of {', '.join(SPLITS)}", option="split", value=split)
+def _check(selection: _Selection) -> None:
     if selection.top < 1:
         raise UserError("give 1 or more", option="top", value=selection.top)
     if selection.only_errors and selection.confident:
@@ -203,12 +216,18 @@ def _check_class(model: Model, selection: _Selection) -> None:
 
 def _rank(model: Model, split: str, images: pd.DataFrame) -> _Ranking:
     """Predict the images, sort them by falling loss, and look for what the errors have in common."""
-    y_prob = model.probabilities(predict_all(model, images.path))
+    logits, unlike = predict_and_compare(model, images.path)
+    y_prob = model.probabilities(logits)
     sizes = _sizes(images.path)
     y_true = np.array([model.classes.index(name) for name in images.label])
+    rule = DecisionRule.of(model, PredictConfig())
+    distances = [None] * len(images) if unlike is None else unlike.tolist()
+    withheld = [rule.withheld(distance, None) is not None for distance in distances]
     y_pred, loss = model.decide(y_prob), losses(y_prob, y_true)
     table = images[["path", "patient"]].assign(truth=images.label, prediction=np.array(model.classes)[y_pred])
     table = table.assign(**{f"p_{name}": y_prob[:, i] for i, name in enumerate(model.classes)}, loss=loss)
+    table = table.assign(wrong=table.truth != table.prediction)
+    table = table.assign(unlike=np.nan if unlike is None else unlike.round(UNLIKE_DIGITS), uncertain=withheld)
     causes = suspicious_causes(table.assign(width=sizes[:, 0], height=sizes[:, 1]))
     table = table.assign(probability=y_prob[np.arange(len(table)), y_pred])
     table = table.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
@@ -221,9 +240,9 @@ def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, s
     if selection.label is not None:
         rows, kind = rows[rows.truth == selection.label], f"{selection.label} image"
     if selection.only_errors:
-        rows, kind = rows[rows.truth != rows.prediction], f"misclassified {kind}"
+        rows, kind = rows[rows.wrong], f"misclassified {kind}"
     if selection.confident:
-        rows, kind = rows[rows.truth == rows.prediction], f"correctly classified {kind}"
+        rows, kind = rows[~rows.wrong], f"correctly classified {kind}"
         rows = rows.sort_values("probability", ascending=False, kind="stable")
     top = selection.top
     shown = rows.head(min(top, LIMIT)).reset_index(drop=True)
@@ -233,34 +252,36 @@ def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, s
     order = "highest confidence" if selection.confident else "largest loss"
     remarks = []
     if top > len(rows):
-        remarks.append(f"--top {top}: there are only {len(rows)}; all are shown.")
+        remarks.append(f"{top} images were asked for, and there are only {len(rows)}: all are shown.")
     elif top > LIMIT:
-        remarks.append(f"--top {top}: the picture shows the first {LIMIT}; {LOSSES} lists all images of the split.")
+        remarks.append(f"{top} images were asked for; the picture shows the first {LIMIT}, and {LOSSES} lists all.")
+    if marked := int(shown.uncertain.sum()):
+        remarks.append(f"{marked} of these images are {Withheld.UNLIKE.value}, and are not called ({NOT_CALLED}).")
     return shown, f"the {counted} with the {order}", remarks
 
 
-def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) -> list[str]:
-    """Draw images beside their heat maps; return remarks for the user."""
+def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) -> None:
+    """Draw images beside their heat maps."""
     cells = list(track(make_cells(ranking.model, shown), "heat maps", len(shown)))
-    height, width = cells[0].cam.shape
     name = shorten(ranking.model.path.resolve().name, 40)
     notes = [
         f"{ranking.split} split: {count_of(len(ranking.table), 'image')}, {ranking.errors} misclassified. "
         f"Model: {name}.",
-        f"Left the image, right its Grad-CAM ({height} x {width} cells) for the predicted class: red marks what "
-        "speaks most for it, no colour what does not.",
+        f"Beside each image what speaks for the class that is called{_and_to_detect(ranking.model)}.",
+        f"{describe_map(next(iter(cells[0].maps.values())))}.",
     ]
     draw_sheet(cells, _capitalized(description), notes, DISCLAIMER, path)
-    if height * width > 1:
-        return []
-    return [f"The heat maps are empty: {ranking.model.size} pixels leave one cell for the whole image."]
 
 
-def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, about: dict[str, str]) -> None:
-    """Write `top_losses.csv` and `summary.json`, which names the data and the selection."""
+def _and_to_detect(model: Model) -> str:
+    return "" if model.positive is None else f", and, where that is another, for {model.positive}"
+
+
+def _write(folder: Path, ranking: _Ranking, shown: pd.DataFrame, only_errors: bool, about: dict[str, str]) -> None:
+    """Write `top_losses.csv`, and `summary.json`, which names the data and the selection."""
     # a file name may hold bytes that are no text
     table = ranking.table.drop(columns="probability")
-    write_table(table, folder / LOSSES)
+    write_table(table[table.wrong] if only_errors else table, folder / LOSSES)
     summary = {
         "format": FORMAT,
         "split": ranking.split,
@@ -298,7 +319,8 @@ def _table(rows: pd.DataFrame) -> list[str]:
     """Return the first rows as lines of at most 80 characters."""
     lines = [f"{'#':>4}  {'loss':>6}  {'truth':<12}  {'predicted':<12}  {'prob.':>5}  file"] if len(rows) else []
     for i, row in enumerate(rows.head(WORST).itertuples(), start=1):
-        names = [f"{shorten(name, 12):<12}" for name in (row.truth, row.prediction)]
+        called = f"{shorten(row.prediction, 11)}{NOT_CALLED}" if row.uncertain else shorten(row.prediction, 12)
+        names = [f"{name:<12}" for name in (shorten(row.truth, 12), called)]
         file = shorten(Path(row.path).name, 31)
         lines.append(f"{i:>4}  {row.loss:>6.3f}  {names[0]}  {names[1]}  {row.probability:>5.3f}  {file}")
     if len(rows) > WORST:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -12,9 +13,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from xray_fastai.system.text import format_number
+
+if TYPE_CHECKING:  # `xray-fastai report` draws curves without torch
+    from torch import Tensor
 
 FIRST, SECOND, FROZEN, UNFROZEN, GREY = "#7a8794", "#0b6e99", "#d98200", "#c8102e", "#667788"
 THEME = {FIRST: "var(--first)", SECOND: "var(--second)", FROZEN: "var(--warn)", UNFROZEN: "var(--bad)"}
@@ -73,7 +76,7 @@ def _draw_curves(axes: Axes, history: list[dict], columns: dict[str, str], kept:
         axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, handlelength=1.6)
 
 
-def plot_batch(images: Tensor, labels: Sequence[str], path: Path, max_images: int = 24) -> None:
+def plot_batch(images: "Tensor", labels: Sequence[str], path: Path, max_images: int = 24) -> None:
     """Draw a grid of images as the network sees them, each above its class.
 
     From fastai: `x, y = dls.one_batch(); plot_batch(x, [dls.vocab[i] for i in y], path)`.

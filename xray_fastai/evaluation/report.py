@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template, UndefinedError
 from PIL import Image
 
+from xray_fastai.evaluation.groups import remarks_on
 from xray_fastai.evaluation.learning_curves import svg_curves
 from xray_fastai.export.schema import read_settings
 from xray_fastai.metrics.table import METRICS, title_at_prevalence, title_of
@@ -129,6 +130,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
         "created": datetime.fromisoformat(model["created"]).strftime("%d %B %Y, %H:%M %Z").lstrip("0"),
         "bars": _bars(model["data"], evaluations),
         "recalibrated": _recalibrated(model),
+        "known_by": _known_by(model["data"]["patients"].get("known_by")),
         "history": history,
         "curves": curves,
         "evaluations": evaluations,
@@ -183,6 +185,9 @@ def _evaluation(summary: dict) -> dict[str, Any]:
         "notes": summary.get("notes", []),
         "worst_group": summary.get("worst_group"),
         "of_patients": _of_patients(summary),
+        "known_by": _known_by(summary.get("patients_known_by")),
+        "called": _called(summary.get("called")),
+        "groups": [_groups(column) for column in summary.get("groups") or []],
         "probabilities": summary.get("probabilities") or _earlier_words(summary),
         "points": [
             {"label": _point(key, point["threshold"]), "confusion": point["confusion"]} for key, point in points.items()
@@ -206,11 +211,55 @@ def _recalibrated(model: dict) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
 
 
+def _called(called: dict | None) -> dict[str, Any] | None:
+    """Return which images are called, and the metrics on these where others are not; None where nothing is withheld."""
+    if called is None:
+        return None
+    metrics = called["metrics"] if any(called["withheld"].values()) else None
+    return {
+        "text": called["text"],
+        "table": [(title_of(name), _cell(metric)) for name, metric in (metrics or {}).items()],
+    }
+
+
 def _of_patients(summary: dict) -> str:
     """Return the number of patients after that of images; nothing where no patient is known."""
     if summary.get("images_without_patient") == summary["images"]:
         return ""
     return f" of {count_of(summary['patients'], 'patient')}"
+
+
+def _groups(column: dict) -> dict[str, Any]:
+    """Return what the report shows of the metrics by one column of groups."""
+    groups = column["groups"]
+    names = list(dict.fromkeys(name for group in groups for name in group["metrics"]))
+    return {
+        "column": column["column"],
+        "heads": [title_of(name) for name in names],
+        "rows": [
+            (group["name"], group["images"], group["patients"], [_cell_of_group(group["metrics"][n]) for n in names])
+            for group in groups
+        ],
+        "remarks": remarks_on(column),
+    }
+
+
+def _cell_of_group(metric: dict) -> tuple[str, str]:
+    return ("too few", "") if metric["value"] is None else _cell(metric)
+
+
+def _known_by(images: dict[str, int] | None) -> str:
+    """Say what named the patients of the images; nothing for an export or a `metrics.json` of an earlier version.
+
+    >>> _known_by({"PatientID": 80, "the file names": 2})
+    'Patients are known by PatientID (80 images) and by the file names (2 images).'
+    """
+    if images is None:
+        return ""
+    if not images:
+        return "No patient is known: each image counts as a patient of its own."
+    parts = [f"by {source} ({count_of(count, 'image')})" for source, count in images.items()]
+    return f"Patients are known {' and '.join(parts)}."
 
 
 def _earlier_words(summary: dict) -> str:

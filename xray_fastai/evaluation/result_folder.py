@@ -30,7 +30,7 @@ def result_folder(
         return Path(output) / name
     if _of_fit(settings, wanted):
         return export / name
-    return export / f"{name}-{_plain_name(wanted.data)}"
+    return export / f"{name}-{_plain_name(wanted.name)}"
 
 
 def replaced_data(folder: Path, file: str, settings: dict[str, Any], wanted: Request) -> str | None:
@@ -41,7 +41,7 @@ def replaced_data(folder: Path, file: str, settings: dict[str, Any], wanted: Req
         earlier = json.loads(read_received(folder, file, FILE_BYTES))["data"]
     except (UserError, *WRONG_SHAPE):  # none yet, or not one that names its data
         return None
-    names: list[str | Path | None] = [wanted.data]
+    names: list[str | None] = [wanted.name]
     if _of_fit(settings, wanted):
         names += [settings["data"]["name"], settings["settings"]["data"]]
     same = isinstance(earlier, str) and _absolute(earlier) in {_absolute(name) for name in names if name is not None}
@@ -56,7 +56,7 @@ def _of_fit(settings: dict[str, Any], wanted: Request) -> bool:
     fitted = settings["settings"]["data"]
     if wanted.data is None or wanted.split != "test":
         return True
-    return fitted is not None and _absolute(fitted) == _absolute(wanted.data)
+    return fitted is not None and _absolute(fitted) == _absolute(wanted.name)
 
 
 def _absolute(folder: str | Path) -> Path:
@@ -65,4 +65,4 @@ def _absolute(folder: str | Path) -> Path:
 
 
 def _plain_name(folder: str | Path) -> str:
-    return re.sub(r"[^\w.-]+", "-", _absolute(folder).name)[:60] or "other"
+    return re.sub(r"[^\w.-]+", "-", _absolute(folder).name.removesuffix(".csv"))[:60] or "other"

@@ -18,8 +18,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from xray_fastai.config.choices import PUBLISHED_WEIGHTS
+from xray_fastai.config.setting import MAX_TEXT
 from xray_fastai.export.schema import ENTRIES, LIMIT, PICKLE, SETTINGS, WEIGHTS, parse, warn
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.files import atomic_write
 from xray_fastai.system.text import shown
 from xray_fastai.system.untrusted import read_received
 
@@ -58,8 +61,73 @@ def path_of(model: Any) -> str | Path:
     return path
 
 
+DEFAULT, VARIABLE = ".default", "XRAY_FASTAI_MODEL"
+"""The file in a folder of exports that holds the path of the default one, and the environment variable before it."""
+
+
+def default_export(exports: str | Path = "exports") -> tuple[Path, str]:
+    """Return the export that a command takes if none is given, and why it is this one.
+
+    It is that of the environment variable XRAY_FASTAI_MODEL, else the one that `xray-fastai default` chose, else the
+    newest.
+
+    Args:
+        exports: the folder of the exports.
+
+    Raises:
+        UserError: the chosen one is gone or incomplete, or there is none.
+    """
+    exports = Path(exports)
+    if named := os.environ.get(VARIABLE):
+        try:
+            return find_export(named), f"by {VARIABLE}"
+        except UserError as error:
+            raise UserError(f"the environment variable {VARIABLE} names {error}") from None
+    try:
+        text = read_received(exports, DEFAULT, MAX_TEXT).decode("utf-8", "surrogateescape").strip()
+    except UserError:
+        if os.path.lexists(exports / DEFAULT):
+            raise
+        return _newest(exports), f"the newest in {'./' if exports == Path('exports') else ''}{exports}"
+    path = Path(os.path.normpath(exports / text))
+    if not _is_complete(path):
+        advice = "choose another by 'xray-fastai default EXPORT', or none by 'xray-fastai default --clear'"
+        raise UserError(f"the default export {shown(path, MAX_TEXT)} is gone or incomplete; {advice}")
+    return path, "the default"
+
+
+def set_default(path: str | Path | None, exports: str | Path = "exports") -> None:
+    """Choose the default export of a folder of exports, which need not hold it; None clears the choice.
+
+    Raises:
+        UserError: it is no export, or the choice cannot be written.
+    """
+    exports = Path(exports)
+    try:
+        if path is None:
+            (exports / DEFAULT).unlink(missing_ok=True)
+            return
+        found = find_export(path).resolve()
+        inside = found.is_relative_to(exports.resolve())
+        text = os.path.relpath(found, exports.resolve()) if inside else str(found)
+        exports.mkdir(parents=True, exist_ok=True)
+        with atomic_write(exports / DEFAULT) as file:
+            file.write_bytes(os.fsencode(f"{text}\n"))
+    except OSError as error:
+        raise UserError(f"{exports / DEFAULT}: cannot be written ({error.strerror}); change its permissions") from None
+
+
+def why_chosen(path: object) -> str:
+    """Return why an export was taken, to stand after its name: " (the newest in ./exports)"; nothing if it was given.
+
+    Args:
+        path: what the user gave.
+    """
+    return "" if path is not None else f" ({default_export()[1]})"
+
+
 def find_export(path: str | Path | None = None) -> Path:
-    """Check that a folder holds the two files of an export, and return it; None takes the newest in ./exports.
+    """Check that a folder holds the two files of an export, and return it; None takes the default (`default_export`).
 
     Args:
         path: the folder, or `model.safetensors`, `model.json` or `learner.pkl` in it.
@@ -68,7 +136,7 @@ def find_export(path: str | Path | None = None) -> Path:
         UserError: it does not exist, or lacks a file; or there is no export in ./exports.
     """
     if path is None:
-        return _newest(Path("exports"))
+        return default_export()[0]
     path = _folder_of(Path(os.path.expanduser(path)))
     try:
         exists, complete = path.exists(), _is_complete(path)
@@ -105,7 +173,7 @@ def export_in_weights(weights: str | None) -> Path | None:
     Raises:
         UserError: it is a folder, but no export.
     """
-    if weights in (None, "imagenet", "none"):
+    if weights in (None, "none", *PUBLISHED_WEIGHTS):
         return None
     path = Path(os.path.expanduser(weights))
     folder = _folder_of(path)
@@ -130,7 +198,8 @@ def lineage_of(folder: Path, model: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _newest(exports: Path) -> Path:
-    complete = [path.parent for path in exports.glob(f"*/{SETTINGS}") if not path.parent.name.startswith(".")]
+    folders = [path.parent for path in exports.glob(f"*/{SETTINGS}") if not path.parent.name.startswith(".")]
+    complete = [path for path in folders if _is_complete(path)]
     if not complete:
         raise UserError(f"{exports}: no export in it; make one by 'xray-fastai fit', or name one by model=")
     return max(complete, key=lambda path: (path / SETTINGS).stat().st_mtime)

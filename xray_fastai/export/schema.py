@@ -120,6 +120,7 @@ class Patients(Part):
     train: Count
     valid: Count
     images_without: Count | None = None  # images that each count as a patient; earlier exports have no such key
+    known_by: Annotated[dict[Text, Count], Field(max_length=ENTRIES)] | None = None  # images by what named them
 
 
 class Contents(Part):

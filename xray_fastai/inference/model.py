@@ -184,7 +184,7 @@ class Model:
         """
         if exact or (self.precision == "fp32" and not self._on_cpu):
             backbone, head = self.network
-            with torch.inference_mode(), _full_precision():
+            with torch.inference_mode(), full_precision():
                 features = head[:-1](backbone(self._prepared(images)))
                 logits = head[-1](features)
         else:
@@ -279,7 +279,7 @@ def _check_unchanged(model: nn.Module, network: nn.Module, path: Path) -> None:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Compute convolutions in fp32; on CUDA the default is TF32, with 10 bits of mantissa instead of 23.
 
     torch has one setting for all threads, so one thread at a time is inside this context.

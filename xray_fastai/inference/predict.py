@@ -11,6 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.inference.facts import Facts
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.inference.stream import Source, check_folders, image_sources, predict_batches
@@ -30,6 +31,8 @@ def predict(
     uncalibrated: bool = False,
     prevalence: float | None = None,
     tta: bool = False,
+    provenance: bool = False,
+    identifiers: bool = False,
     batch_size: int = 32,
     device: str = "auto",
     precision: str = "auto",
@@ -45,8 +48,9 @@ def predict(
             positive; None takes the export's own.
         gate: predict `uncertain` for an image that is unlike the training images, if the export has a gate. The column
             `unlike` is the percentage of training images that are more like the others than the image is.
-        abstain: predict `uncertain` where the probability of the class to detect is within this distance of the
-            threshold, from 0 to below 0.5; for two classes.
+        abstain: predict `uncertain` where the probability of the class to detect, as it stands in the table (moved to
+            `prevalence` if that is given), is within this distance of the threshold, from 0 to below 0.5; for two
+            classes.
         uncalibrated: give the softmax of the network's outputs, without temperature and intercepts. The export's own
             threshold is moved accordingly, so that the decisions stay the same.
         prevalence: the share of the class to detect where the images come from. The probabilities are moved to it
@@ -54,6 +58,9 @@ def predict(
             table then has it as a column.
         tta: test-time augmentation (`xray_fastai.inference.tta`): the mean over five views of each image. Temperature,
             intercepts and threshold were chosen on single views.
+        provenance: add columns: the SHA-256 of the file; the export's name and the SHA-256 of its `model.json`; the
+            options that change a row; the time (UTC).
+        identifiers: add StudyInstanceUID, SOPInstanceUID and AccessionNumber of DICOM files. They are patient data.
         batch_size: changes the speed, not the result.
         device: auto, cpu, cuda or mps; an open model stays where it is.
         precision: auto, fp32 or bf16 (`inference.model.open_model`); an open model keeps its own.
@@ -75,16 +82,18 @@ def predict(
     config = PredictConfig(
         recursive=bool(recursive), threshold=threshold, gate=bool(gate), abstain=abstain,
         uncalibrated=bool(uncalibrated), prevalence=prevalence, tta=bool(tta), batch_size=batch_size, device=device,
-        precision=precision,
+        precision=precision, provenance=bool(provenance), identifiers=bool(identifiers),
     )  # fmt: skip
     sources = _as_list(paths)
     check_folders(sources, config.recursive)
     opened = open_model(model, config.device, config.precision).at_prevalence(config.prevalence)
     builder = RowBuilder(opened, config)
-    images = image_sources(sources, config.recursive)
+    facts = Facts(opened, config)
+    images = facts.noted(image_sources(sources, config.recursive))
     with closing(predict_batches(opened, images, config.batch_size, config.tta)) as batches:
-        rows = [row for batch in batches for row in builder.rows(batch)]
-    return pd.DataFrame(rows, columns=[column.name for column in builder.columns])
+        rows = [row for batch in batches for row in builder.rows(batch, facts=facts)]
+    table = pd.DataFrame(rows, columns=[column.name for column in builder.columns])
+    return table.astype({column.name: float for column in builder.columns if column.type is float})  # None: NaN
 
 
 def _as_list(paths: Source | Iterable[Source]) -> list[Source]:

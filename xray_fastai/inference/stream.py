@@ -53,12 +53,42 @@ class Batch:
             yield source, next(logits) if error is None else None, error
 
 
+def decode_batches(
+    sources: Iterable[Source], size: int, batch_size: int = 32
+) -> Generator[list[tuple[Source, np.ndarray | ImageError]], None, None]:
+    """Yield sources in their order, each with its image (size, size), 8-bit, or why it cannot be read.
+
+    Threads decode the next images while the caller works. Memory does not grow with the number of sources.
+
+    Args:
+        sources: see `predict_batches`.
+        size: of the images, in pixels.
+        batch_size: how many are yielded at once.
+    """
+
+    def decode(source: Source) -> tuple[Source, np.ndarray | ImageError]:
+        try:
+            image = open_image(source, size)
+            try:
+                check_not_blank(contrast_of(image))
+            except ImageError as error:
+                named = str(source) if isinstance(source, (str, os.PathLike)) else "image"
+                raise ImageError(error.message, value=named) from None
+            return source, np.array(image)
+        except ImageError as error:
+            error.__context__ = error.__cause__ = None  # its traceback, as the error's own, keeps the image in memory
+            return source, error.with_traceback(None)
+
+    threads = min(16, os.cpu_count() or 1)
+    with closing(map_in_threads(decode, sources, threads, ahead=max(2 * batch_size, 2 * threads))) as decoded:
+        while batch := list(islice(decoded, batch_size)):
+            yield batch
+
+
 def predict_batches(
     model: Model, sources: Iterable[Source], batch_size: int = 32, tta: bool = False
 ) -> Generator[Batch, None, None]:
-    """Predict sources in their order.
-
-    Threads decode the next images while the network works. Memory does not grow with the number of sources.
+    """Predict sources in their order; threads decode the next ones meanwhile (`decode_batches`).
 
     Args:
         model: from `open_model`.
@@ -69,26 +99,9 @@ def predict_batches(
     Raises:
         UserError: a batch does not fit into the device's memory.
     """
-
-    def decode(source: Source) -> tuple[Source, np.ndarray | ImageError]:
-        try:
-            image = open_image(source, model.size)
-            try:
-                check_not_blank(contrast_of(image))
-            except ImageError as error:
-                named = str(source) if isinstance(source, (str, os.PathLike)) else "image"
-                raise ImageError(error.message, value=named) from None
-            return source, np.array(image)  # (size, size)
-        except ImageError as error:
-            error.__context__ = error.__cause__ = None  # its traceback, as the error's own, keeps the image in memory
-            return source, error.with_traceback(None)
-
-    threads = min(16, os.cpu_count() or 1)
-    with closing(map_in_threads(decode, sources, threads, ahead=max(2 * batch_size, 2 * threads))) as decoded:
-        first = True
-        while batch := list(islice(decoded, batch_size)):
-            only_few = first and len(batch) < min(FEW, batch_size) and model.precision == "fp32"
-            first = False
+    with closing(decode_batches(sources, model.size, batch_size)) as decoded:
+        for number, batch in enumerate(decoded):
+            only_few = number == 0 and len(batch) < min(FEW, batch_size) and model.precision == "fp32"
             readable = [image for _, image in batch if isinstance(image, np.ndarray)]
             images = torch.empty(0, 1, model.size, model.size, dtype=torch.uint8)
             logits = np.empty((0, len(model.classes)), np.float32)
@@ -127,8 +140,24 @@ def predict_all(model: Model, paths: Sequence[str], tta: bool = False) -> np.nda
     Raises:
         UserError: a file cannot be read; the message names the first one, and says how many there are.
     """
-    logits, errors = [], []
-    for _, output, error in track(predict_stream(model, paths, tta=tta), "predicting", len(paths)):
+    return predict_and_compare(model, paths, tta)[0]
+
+
+def predict_and_compare(model: Model, paths: Sequence[str], tta: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the logits (N, classes) of files, and how unlike the training images they are (N,); None without a gate.
+
+    Raises:
+        UserError: as `predict_all`.
+    """
+    logits, errors, unlike = [], [], []
+
+    def outputs() -> Iterator[tuple[Source, np.ndarray | None, ImageError | None]]:
+        with closing(predict_batches(model, paths, tta=tta)) as batches:
+            for batch in batches:
+                unlike.append(batch.unlike)
+                yield from batch.outputs()
+
+    for _, output, error in track(outputs(), "predicting", len(paths)):
         logits.append(output)
         if error:
             errors.append(str(error))
@@ -137,7 +166,7 @@ def predict_all(model: Model, paths: Sequence[str], tta: bool = False) -> np.nda
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise UserError(f"{errors[0]}{more}; repair or remove it: results on a part of the split would mislead")
-    return np.stack(logits)
+    return np.stack(logits), None if model.gate is None else np.concatenate(unlike)
 
 
 def image_sources(
@@ -160,8 +189,8 @@ def image_sources(
             yield path
 
 
-def check_folders(paths: Iterable[Source], recursive: bool = False) -> None:
-    """Check that each folder among `paths` holds an image.
+def check_folders(paths: Iterable[Source], recursive: bool = False, or_empty: bool = False) -> None:
+    """Check that each folder among `paths` holds an image, or with `or_empty` only that it can be read.
 
     Raises:
         UserError: a folder has no image, or cannot be read.
@@ -173,7 +202,7 @@ def check_folders(paths: Iterable[Source], recursive: bool = False) -> None:
             os.scandir(path).close()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        if next(_images_in(os.fspath(path), recursive, Counter()), None) is None:
+        if not or_empty and next(_images_in(os.fspath(path), recursive, Counter()), None) is None:
             advice = "" if recursive else "; to search its subfolders, too, give recursive=True"
             raise UserError(f"{path}: no image in this folder (looked for {' '.join(EXTENSIONS)}){advice}")
 

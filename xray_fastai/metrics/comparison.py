@@ -20,6 +20,7 @@ from xray_fastai.metrics.influence import Shares, placements
 from xray_fastai.metrics.intervals import (
     AT_SPECIFICITY,
     RESAMPLES,
+    Interval,
     patient_weights,
     sensitivities,
     share_interval,
@@ -139,25 +140,35 @@ def _interval(metric: Metric, a: Called, b: Called, difference: float, resamples
 
 def _share_interval(a: Shares, b: Shares, patients: np.ndarray) -> tuple[float, float]:
     """Return the limits of the mean of b's shares less that of a's."""
-    (low_a, high_a), (low_b, high_b) = (share_interval(shares, patients) for shares in (a, b))
-    value_a, value_b = a.values.mean(), b.values.mean()
-    of_a, of_b = (sums_by_patient(_influence(shares), patients) for shares in (a, b))
+    intervals = [Interval(float(shares.values.mean()), *share_interval(shares, patients)) for shares in (a, b)]
+    return limits_of_difference(*intervals, *(sums_by_patient(influence_of(shares), patients) for shares in (a, b)))
+
+
+def limits_of_difference(a: Interval, b: Interval, of_a: np.ndarray, of_b: np.ndarray) -> tuple[float, float]:
+    """Return the limits of b less a, from both intervals and their correlation (Zou & Donner 2008).
+
+    Args:
+        a: a metric of some images.
+        b: the same metric of others, or another of the same.
+        of_a: (patients,), the sum of the influences on a of each patient's images; 0 of a patient without any.
+        of_b: (patients,), the same on b.
+    """
     scale = np.sqrt((of_a**2).sum() * (of_b**2).sum())
     correlation = (of_a * of_b).sum() / scale if scale > _ZERO else 0.0
 
     def reach(x: float, y: float) -> float:
         return float(np.sqrt(max(x**2 + y**2 - 2 * correlation * x * y, 0.0)))
 
-    difference = float(value_b - value_a)
+    difference = b.value - a.value
     return (
-        difference - reach(value_b - low_b, high_a - value_a),
-        difference + reach(high_b - value_b, value_a - low_a),
+        difference - reach(b.value - b.low, a.high - a.value),
+        difference + reach(b.high - b.value, a.value - a.low),
     )
 
 
-def _influence(shares: Shares) -> np.ndarray:
-    """Return each image's influence (N,) on the mean of K shares."""
-    return shares.influence.mean(axis=1)
+def influence_of(spread: Shares | np.ndarray) -> np.ndarray:
+    """Return each image's influence (N,) on a metric, from what `Metric.spread` gives."""
+    return spread.influence.mean(axis=1) if isinstance(spread, Shares) else spread
 
 
 def _interval_at_specificity(a: Scored, b: Scored, difference: float, resamples: int) -> tuple[float, float]:
@@ -192,8 +203,7 @@ def _test(name: str, a: Called, b: Called, difference: float) -> tuple[float, st
     patients = a.scored.patients
     if len(np.unique(patients)) < len(patients):
         spreads = [METRICS[name].spread(*one) for one in (a, b)]
-        of_image = [_influence(spread) if isinstance(spread, Shares) else spread for spread in spreads]
-        error, freedom = student_error(of_image[1] - of_image[0], patients)
+        error, freedom = student_error(influence_of(spreads[1]) - influence_of(spreads[0]), patients)
         return float(2 * t.sf(abs(difference) / error, freedom)), "Obuchowski's test"
     if name == "roc_auc":
         return delong(

@@ -118,13 +118,13 @@ def measure(scored: Scored, y_pred: dict[str, np.ndarray], resamples: int = RESA
     )
 
 
-def interval_of(name: str, scored: Scored, level: float = 0.95) -> Interval:
-    """Compute a metric that needs no threshold and is no share, with its interval of the given level."""
-    return _interval(METRICS[name], float(METRICS[name].value(scored, None)), scored, None, level)
+def interval_of(name: str, scored: Scored, level: float = 0.95, y_pred: np.ndarray | None = None) -> Interval:
+    """Compute a metric with its interval of the given level; `y_pred` (N,) is for those that need a threshold."""
+    return _interval(METRICS[name], float(METRICS[name].value(scored, y_pred)), scored, y_pred, level)
 
 
-def share_interval(shares: Shares, patients: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of K shares; NaN where the images of a share are of one patient.
+def share_interval(shares: Shares, patients: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the mean of K shares; NaN where the images of a share are of one patient.
 
     The effective number of images is the one whose binomial variance is the variance between patients. It is at most
     the number of images. Without an error, or without a hit, it is the number of patients.
@@ -132,15 +132,16 @@ def share_interval(shares: Shares, patients: np.ndarray) -> tuple[float, float]:
     Args:
         shares: of N images.
         patients: (N,), the number of each image's patient, from 0 on.
+        level: the share of intervals that hold the truth.
     """
     of_patient = sums_by_patient(shares.influence, patients)  # (patients, K)
     counts = (sums_by_patient(shares.weights, patients) > 0).sum(axis=0)  # (K,): patients with images that count
     if counts.min() < 2:
         return _NONE
-    p, quantile = shares.values, t.ppf(0.975, counts - 1)
+    p, quantile = shares.values, t.ppf((1 + level) / 2, counts - 1)
     covariance = of_patient.T @ of_patient  # (K, K)
     error = np.sqrt(np.diag(covariance) * counts / (counts - 1))
-    low, high = _wilson(p, error, counts, shares.weights.sum(axis=0), quantile)
+    low, high = _wilson(p, _effective_number(p, error, counts, shares.weights.sum(axis=0)), quantile)
     scale = np.sqrt(np.diag(covariance))
     with np.errstate(invalid="ignore"):
         correlation = np.where(scale * scale[:, None] > 0, covariance / (scale * scale[:, None]), np.eye(len(p)))
@@ -250,7 +251,7 @@ def _interval(metric: Metric, value: float, scored: Scored, y_pred: np.ndarray |
         return Interval(value, *_NONE)
     spread = metric.spread(scored, y_pred)
     if isinstance(spread, Shares):
-        return Interval(value, *share_interval(spread, scored.patients))
+        return Interval(value, *share_interval(spread, scored.patients, level))
     if metric.scale == "unit" and value in (0, 1):
         return Interval(value, *_of_perfect_order(value, scored, level))
     return Interval(value, *student_interval(value, spread, scored.patients, metric.scale, level))
@@ -280,15 +281,17 @@ def _of_perfect_order(value: float, scored: Scored, level: float) -> tuple[float
     count = min(patients)
     if count < 2:
         return _NONE
-    low, high = _wilson(value, 0.0, count, count, t.ppf((1 + level) / 2, count - 1))
+    low, high = _wilson(value, count, t.ppf((1 + level) / 2, count - 1))
     return float(low), float(high)
 
 
 def _band(scored: Scored, resamples: int) -> np.ndarray:
     """Return the limits (2, 101) of the sensitivity at `FALSE_POSITIVE_RATES`, pointwise.
 
-    They are Wilson's, with the standard error of a bootstrap over patients (Field & Welsh, Bootstrapping clustered
-    data, JRSS B 2007).
+    They are Wilson's, with the effective number of images of a bootstrap over patients (Field & Welsh, Bootstrapping
+    clustered data, JRSS B 2007). It follows from the mean and the standard error of the drawn sensitivities: with the
+    sensitivity itself, which has steps, the number would fall at each step, and the lower limit with it. The curve
+    never falls, so a lower limit holds for all higher rates of false positives too, and an upper one for all lower.
     """
     positive = scored.y_true == 1
     count = np.unique(scored.patients[positive]).size
@@ -296,22 +299,32 @@ def _band(scored: Scored, resamples: int) -> np.ndarray:
         return np.full((2, len(FALSE_POSITIVE_RATES)), np.nan)
     drawn = np.concatenate([sensitivities(scored, w) for w in patient_weights(scored.patients, resamples)])
     (value,) = sensitivities(scored, np.ones((1, len(positive))))
-    low, high = _wilson(value, np.nanstd(drawn, axis=0), count, positive.sum(), t.ppf(0.975, count - 1))
-    return np.stack([low, high])
+    number = _effective_number(np.nanmean(drawn, axis=0), np.nanstd(drawn, axis=0), count, positive.sum())
+    low, high = _wilson(value, number, t.ppf(0.975, count - 1))
+    return np.stack([np.maximum.accumulate(low), np.minimum.accumulate(high[::-1])[::-1]])
 
 
-def _wilson(p: np.ndarray, error: np.ndarray, fewest: np.ndarray, most: np.ndarray, quantile: np.ndarray) -> tuple:
-    """Return Wilson's limits of shares p, each (K,).
+def _effective_number(p: np.ndarray, error: np.ndarray, fewest: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Return the number of independent images (K,) whose shares p have these standard errors.
 
     Args:
         p: the shares.
         error: their standard errors.
-        fewest: the effective number of images where the error is 0.
-        most: the largest effective number.
-        quantile: of the distribution of the standardised error.
+        fewest: the number where p is 0 or 1.
+        most: the largest number.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        n = np.where(p * (1 - p) > _ZERO, np.minimum(p * (1 - p) / np.square(error), most), fewest)
+        return np.where(p * (1 - p) > _ZERO, np.minimum(p * (1 - p) / np.square(error), most), fewest)
+
+
+def _wilson(p: np.ndarray, n: np.ndarray, quantile: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return Wilson's limits of shares p of n images, each (K,).
+
+    Args:
+        p: the shares.
+        n: the effective number of images.
+        quantile: of the distribution of the standardised error.
+    """
     center = (p + quantile**2 / (2 * n)) / (1 + quantile**2 / n)
     half = quantile / (1 + quantile**2 / n) * np.sqrt(p * (1 - p) / n + quantile**2 / (4 * n**2))
     return np.minimum(center - half, p), np.maximum(center + half, p)

@@ -10,24 +10,25 @@ import torchvision
 from torch import nn
 
 from xray_fastai.config.choices import ARCHITECTURES
-from xray_fastai.model.pretrained import load_backbone
 
 
-def build_backbone(arch: str, weights: tuple[dict[str, torch.Tensor], str] | None = None, **_) -> nn.Sequential:
+def build_whole(arch: str) -> nn.Module:
+    """Build torchvision's network, with its own classifier and random weights."""
+    return torchvision.models.get_model(arch, weights=None)
+
+
+def build_backbone(arch: str, weights: dict[str, torch.Tensor] | None = None, **_) -> nn.Sequential:
     """Build a network up to its last convolutional block, with a pooling layer behind it, where fastai cuts it off.
 
     Args:
         arch: a name in `ARCHITECTURES`.
-        weights: tensors under torchvision's names, and their origin (`pretrained.pretrained_state`); None leaves
-            random weights.
+        weights: all tensors of the backbone under torchvision's names (`pretrained.pretrained_state`); those of the
+            classifier are ignored. None leaves random weights.
         **_: what fastai's `vision_learner` passes to every architecture.
-
-    Raises:
-        UserError: the tensors are not those of `arch`.
     """
-    network = torchvision.models.get_model(arch, weights=None)
+    network = build_whole(arch)
     if weights is not None:
-        load_backbone(network, ARCHITECTURES[arch].classifier, *weights)
+        network.load_state_dict(network.state_dict() | weights)
     if not hasattr(network, "features"):  # a resnet: all but its pooling and classifier
         layers = list(network.children())[:-2]
     else:

@@ -72,7 +72,7 @@ def build_learner(
     *,
     dropout: float = FitConfig.dropout,
     class_weights: Sequence[float] | None = None,
-    pretrained: tuple[dict[str, torch.Tensor], str] | None = None,
+    pretrained: dict[str, torch.Tensor] | None = None,
     start: dict[str, torch.Tensor] | None = None,
 ) -> XrayLearner:
     """Build a learner as fastai's `vision_learner` does: torchvision's `arch`, a head of pooling, dropout, one layer.
@@ -82,16 +82,13 @@ def build_learner(
         arch: a name in `ARCHITECTURES`.
         dropout: probability before the linear layer.
         class_weights: the cross-entropy's weights, in the order of the classes; None weighs all classes equally.
-        pretrained: tensors under torchvision's names, and their origin (`pretrained.pretrained_state`); None leaves
+        pretrained: tensors of the backbone under torchvision's names (`pretrained.pretrained_state`); None leaves
             random weights.
         start: tensors of an export to continue from, under the names of its `model.safetensors`.
 
     Returns:
         A learner with three parameter groups (early layers, late layers, head), none of them frozen. The network maps
         (B, 3, H, W) to logits (B, classes).
-
-    Raises:
-        UserError: the tensors do not fit `arch`.
     """
     classes = len(dls.vocab)
     weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32, device=dls.device)

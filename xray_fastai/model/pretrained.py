@@ -1,4 +1,4 @@
-"""Reads pretrained weights of a torchvision network from torch hub's cache, the internet or a file; never unpickles."""
+"""Reads pretrained weights of a backbone from torch hub's cache, the internet or a file; never unpickles."""
 
 import pickle
 import re
@@ -6,129 +6,173 @@ import socket
 import sys
 import urllib.parse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from xray_fastai.config.fit_config import range_of
+from xray_fastai.model.checkpoint import Match, backbone_of, tensors_of
+from xray_fastai.model.input_range import fold_input, of_range
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import on_terminal
+from xray_fastai.system.text import shown
 
 TIMEOUT = 20  # seconds without data after which a download counts as offline
+XRV_URL = (
+    "https://github.com/mlmed/torchxrayvision/releases/download/v1/pc-nih-rsna-siim-vin-resnet50-test512-e400-state.pt"
+)
+"""torchxrayvision's `resnet50-res512-all` (Cohen et al., TorchXRayVision: A library of chest X-ray datasets and models,
+MIDL 2022; torchxrayvision/models.py): trained at 512 px on five public collections of chest X-rays, for 18 findings."""
+XRV_ARCH, XRV_RANGE = "resnet50", (-1024.0, 1024.0)
+"""Its architecture, and what black and white are in its one channel (torchxrayvision/utils.py: `normalize`)."""
+HASH = re.compile(r"-([0-9a-f]{8})\.")
+"""The first digits of the SHA-256 in the name of a file of torchvision."""
 
-# the published files of densenet name layers `norm.1`, torchvision's network `norm1` (torchvision/models/densenet.py)
-_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_\w+))$")
 
-
-def pretrained_state(arch: str, weights: str) -> tuple[dict[str, torch.Tensor], str]:
-    """Read a network's pretrained tensors under torchvision's names.
+def pretrained_state(arch: str, weights: str, weights_range: str | None = None) -> tuple[dict[str, torch.Tensor], str]:
+    """Read the pretrained tensors of a backbone, for the input that this package gives it.
 
     Args:
-        arch: torchvision's name of the network.
-        weights: `imagenet`, or a file: `.safetensors`, or `.pth` (read with `weights_only=True`).
+        arch: a name in `ARCHITECTURES`.
+        weights: `imagenet`, `xrv`, or a file: `.safetensors`, or of `torch.save` (read with `weights_only=True`).
+        weights_range: what black and white are in the input that a file's network was trained on (`FitConfig`); None
+            is ImageNet's normalization.
 
     Returns:
-        The tensors, and a short name of their origin.
+        The tensors under torchvision's names, and for people where they come from and what was not taken.
 
     Raises:
-        UserError: the weights are not cached and cannot be downloaded, or the file is missing or holds no weights.
+        UserError: the weights are not cached and cannot be downloaded, or the file is missing, holds no weights, or
+            those of another network; or its network takes one channel, and the range is missing.
     """
-    return _imagenet(arch) if weights == "imagenet" else _from_file(Path(weights))
-
-
-def load_backbone(network: torch.nn.Module, classifier: str, state: dict[str, torch.Tensor], origin: str) -> None:
-    """Copy pretrained tensors into a torchvision network, without those of its classifier.
-
-    Args:
-        network: built by torchvision.
-        classifier: prefix of the classifier's tensors.
-        state: tensors under torchvision's names.
-        origin: where they came from, for the error.
-
-    Raises:
-        UserError: tensors are missing, unknown to this network, of another shape, or not finite; the message names
-            them.
-    """
-    prefix = f"{classifier}."
-    state = {_OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items() if not name.startswith(prefix)}
-    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(prefix)}
-    optional = {name for name in own if name.endswith("num_batches_tracked")}  # files from before torch 0.4.1 lack them
-    faults = [
-        ("missing", sorted(own.keys() - optional - state.keys())),
-        ("unknown", sorted(state.keys() - own.keys())),
-        (
-            "of another shape",
-            [
-                f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
-                for name in sorted(own.keys() & state.keys())
-                if state[name].shape != own[name].shape
-            ],
-        ),
-    ]
-    if any(names for _, names in faults):
-        details = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in faults if names)
-        raise UserError(f"{origin}: not the weights of this arch= ({details})")
-    if not_finite := [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]:
-        raise UserError(f"{origin}: {not_finite[0]} holds values that are not finite; get the file again")
-    network.load_state_dict(state, strict=False)
-
-
-def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
-    enum = torchvision.models.get_model_weights(arch)
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    choices = [enum.DEFAULT, *(choice for choice in enum if choice is not enum.DEFAULT)]
-    for choice in choices:
-        cached = cache / Path(urllib.parse.urlparse(choice.url).path).name
-        if cached.exists():
-            return _from_file(cached)[0], f"{choice} ({cached.name}, cached)"
-    name = Path(urllib.parse.urlparse(enum.DEFAULT.url).path).name
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    try:
-        return enum.DEFAULT.get_state_dict(
-            progress=on_terminal(sys.stderr), check_hash=True, weights_only=True
-        ), f"{enum.DEFAULT} ({name})"
-    except (OSError, RuntimeError) as error:
-        reason = str(getattr(error, "reason", None) or error).splitlines()[0]
-        raise UserError(
-            f"{name} could not be downloaded ({reason}). On a computer with internet, download "
-            f"{enum.DEFAULT.url}; put it into {cache}, or give it by weights=FILE. "
-            'To train from scratch, give weights="none"',
-            option="weights",
-            value="imagenet",
-        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def _from_file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    if weights == "imagenet":
+        tensors, name = _imagenet(arch)
+        return backbone_of(arch, tensors, name).state(), name
+    if weights == "xrv":
+        return _xrv(arch)
+    path = Path(weights)
     if not path.is_file():
         raise UserError(
             "no such file or export; give imagenet, none, an export, or a .pth or .safetensors file",
             option="weights",
             value=path,
         )
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    found, black_white = backbone_of(arch, _read(path), path.name), range_of(weights_range)
+    if black_white is None and found.channels == 1:
         raise UserError(
-            "holds more than tensors, so that loading it could run code, or is no weights file; "
-            "save a state_dict, best as .safetensors",
+            f'{path.name} is of a network for one channel; give what black and white are in its input, such as "0,1"',
+            option="weights_range",
+        )
+    taken = "" if black_white is None else f", for an input of {black_white[0]:g} to {black_white[1]:g}"
+    state = found.state() if black_white is None else _for_our_input(found, black_white)
+    return state, f"{path.name}: {found.describe()}{taken}"
+
+
+def _for_our_input(found: Match, black_white: tuple[float, float]) -> dict[str, torch.Tensor]:
+    """Return the tensors with a first layer that takes images as `Preprocessing` gives them."""
+    state = found.state()
+    mean, std = of_range(*black_white)
+    weight = fold_input(state[found.first_layer], mean * found.channels, std * found.channels)
+    return state | {found.first_layer: weight}
+
+
+def _xrv(arch: str) -> tuple[dict[str, torch.Tensor], str]:
+    if arch != XRV_ARCH:
+        raise UserError(
+            f'are those of {XRV_ARCH}, and arch= is {arch}; give arch="{XRV_ARCH}", or other weights',
             option="weights",
-            value=path,
+            value="xrv",
+        )
+    file = _in_cache(XRV_URL)
+    file = file if file.exists() else _download(XRV_URL, "xrv")
+    found = backbone_of(arch, _read(file), file.name)
+    return _for_our_input(found, XRV_RANGE), f"torchxrayvision resnet50-res512-all ({file.name}: {found.describe()})"
+
+
+def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
+    enum = torchvision.models.get_model_weights(arch)
+    choices = [enum.DEFAULT, *(choice for choice in enum if choice is not enum.DEFAULT)]
+    for choice in choices:
+        if (cached := _in_cache(choice.url)).exists():
+            return _read(cached), f"{choice} ({cached.name}, cached)"
+    file = _download(enum.DEFAULT.url, "imagenet")
+    return _read(file), f"{enum.DEFAULT} ({file.name})"
+
+
+def _in_cache(url: str) -> Path:
+    """Return where torch hub keeps the file of an address."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urllib.parse.urlparse(url).path).name
+
+
+def _download(url: str, weights: str) -> Path:
+    """Download a file into torch hub's cache.
+
+    Args:
+        url: the address. Where the file's name has digits of its SHA-256, they are checked.
+        weights: the value of `weights` that asks for it.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    file, digits = _in_cache(url), HASH.search(url)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), digits and digits[1], progress=on_terminal(sys.stderr))
+    except (OSError, RuntimeError) as error:
+        reason = str(getattr(error, "reason", None) or error).splitlines()[0]
+        raise UserError(
+            f"{file.name} could not be downloaded ({reason}). On a computer with internet, download "
+            f"{url}; put it into {file.parent}, or give it by weights=FILE. "
+            'To train from scratch, give weights="none"',
+            option="weights",
+            value=weights,
         ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return file
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a file by their dotted names.
+
+    Raises:
+        UserError: it is damaged, no weights file, or holds more than tensors.
+    """
+    try:
+        content: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except pickle.UnpicklingError as error:
+        raise UserError(_conversion(path, str(error)), option="weights", value=path) from None
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, SafetensorError) as error:
         # torch reads any bytes as steps of a pickle: an error of a look-up says nothing to the user
         known = str(error) and not isinstance(error, LookupError)
         reason = str(error).splitlines()[0] if known else "it is damaged, or holds something else"
         raise UserError(f"not a readable weights file ({reason}); get it again", option="weights", value=path) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError("not a state_dict (names to tensors); save network.state_dict()", option="weights", value=path)
-    prefix = "module."  # of torch's DataParallel
-    if state and all(name.startswith(prefix) for name in state):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state, path.name
+    tensors = tensors_of(content)
+    if tensors is None:
+        raise UserError("holds no tensors by name; save network.state_dict()", option="weights", value=path)
+    return tensors
+
+
+def _conversion(path: Path, error: str) -> str:
+    """Return what to do about a file that torch refuses to read, which says so in `error`."""
+    match = re.search(r"GLOBAL (\S+)", error)
+    if match is None:
+        return "no weights file, or holds more than tensors, so that loading it could run code; save a state_dict"
+    new = path.with_name(f"{path.stem}-tensors.pth")
+    # the blanks around = keep `system.text.as_typed` from taking it for one of this package's options
+    return (
+        f"holds {shown(match[1])} besides tensors, so that loading it could run code. If you trust who made it, these "
+        "two lines of Python keep its tensors:\n"
+        f"import torch; c = torch.load({str(path)!r}, 'cpu', weights_only = False)\n"
+        "torch.save({k: v for k, v in (c if isinstance(c, dict) else c.state_dict()).items() if torch.is_tensor(v) or "
+        f"isinstance(v, dict) and all(map(torch.is_tensor, v.values()))}}, {str(new)!r})"
+    )

@@ -1,6 +1,7 @@
 """The page and the API as an ASGI application: who may ask, how many requests at once, the headers of answers."""
 
 import asyncio
+import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xray_fastai import DISCLAIMER, __version__
-from xray_fastai.inference.model import Model
-from xray_fastai.inference.rows import columns_of
+from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.serving.connections import client_of
 from xray_fastai.serving.decoding import Decoder
 from xray_fastai.serving.predictions import (
     Health,
     ModelFacts,
+    Options,
     Prediction,
     Predictions,
     Problem,
@@ -55,7 +56,8 @@ HEADERS = {
 
 CLOSE = {"Connection": "close"}
 
-PAGE = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+SCRIPTS = ("page.js", "requests.js", "results.js", "enlarged.js", "save.js", "facts.js")
+PAGE = {"page.css": "text/css", "icon.svg": "image/svg+xml"} | dict.fromkeys(SCRIPTS, "text/javascript")
 
 TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 """FastAPI records requests by OpenTelemetry where that is configured; versions without it ignore this setting."""
@@ -100,6 +102,27 @@ Heatmap = Annotated[
     Query(
         description="Whether to add pictures to each prediction: the image as it was read, as the network sees it, and "
         "its heat map."
+    ),
+]
+
+
+WINDOW = r"-?\d{1,9}(\.\d{1,6})?,\d{1,9}(\.\d{1,6})?"
+
+
+def _centre_and_width(text: str) -> str:
+    if not re.fullmatch(WINDOW, text, re.ASCII):
+        raise PydanticCustomError("window", "give the centre and the width of a window, such as 40,400")
+    return text
+
+
+Window = Annotated[
+    str | None,
+    BeforeValidator(_centre_and_width),
+    Query(
+        description="Centre and width of the window that shows DICOM files, in their own units, in place of their own "
+        "window or VOI LUT. A file that cannot have it is not read.",
+        examples=["40,400"],
+        json_schema_extra={"pattern": f"^{WINDOW}$"},
     ),
 ]
 
@@ -169,13 +192,15 @@ class Guard:
 class Predictor:
     """Answers the API's requests by one model, in one thread, so that the page responds while the network computes."""
 
-    def __init__(self, model: Model):
-        self.model, self.facts = model, ModelFacts.of(model)
+    def __init__(self, builder: RowBuilder):
+        self.builder, self.facts = builder, ModelFacts.of(builder)
         self.thread, self.decoder = ThreadPoolExecutor(1, "predict"), Decoder()
         self.decoder.start()
         self.requests: Counter[str | None] = Counter()  # by client
 
-    async def predict(self, request: Request, heatmap: Heatmap = True) -> Predictions:
+    async def predict(self, request: Request, heatmap: Heatmap = True, window: Window = None) -> Predictions:
+        centre_and_width = None if window is None else tuple(map(float, window.split(",")))
+        options = Options(heatmap, centre_and_width)
         client = client_of(request.client.host if request.client else None)
         if self.requests.total() >= MAX_REQUESTS or (client and self.requests[client] >= MAX_OF_CLIENT):
             message = f"the server is busy: {self.requests.total()} requests are waiting; try again"
@@ -186,7 +211,7 @@ class Predictor:
             predictions = []
             while uploads and not await request.is_disconnected():
                 name, file = uploads.pop(0)
-                predictions.append(await self._predict(name, file, heatmap))
+                predictions.append(await self._predict(name, file, options))
         except UserError as error:
             raise HTTPException(503, error.message, {"Retry-After": "5"}) from None
         except ClientDisconnect:
@@ -195,14 +220,14 @@ class Predictor:
             self.requests -= Counter([client])  # leaves no client without a request
         return Predictions(predictions=predictions, model=self.facts)
 
-    async def _predict(self, name: str, file: UploadFile, heatmap: bool) -> Prediction:
+    async def _predict(self, name: str, file: UploadFile, options: Options) -> Prediction:
         if file.size > MAX_FILE:
             reason = f"{file.size / 1e6:.0f} MB; the maximum is {MAX_FILE // 1_000_000} MB"
-            return unreadable(self.model, name, reason)
+            return unreadable(self.builder, name, reason)
         content = file.file.read()
         file.file.close()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.thread, predict_file, self.model, self.decoder, name, content, heatmap)
+        return await loop.run_in_executor(self.thread, predict_file, self.builder, self.decoder, name, content, options)
 
     async def health(self) -> Health:
         return Health(model=self.facts)
@@ -235,7 +260,7 @@ def create_app(predictor: Predictor, names: set[str]) -> ASGIApp:
             Exception: _unexpected,
         },
     )
-    _add_page(app, predictor.facts)
+    _add_page(app, predictor)
     app.add_api_route(
         "/predict",
         predictor.predict,
@@ -259,9 +284,9 @@ def create_app(predictor: Predictor, names: set[str]) -> ASGIApp:
     return Guard(app, names)
 
 
-def _add_page(app: FastAPI, facts: ModelFacts) -> None:
+def _add_page(app: FastAPI, predictor: Predictor) -> None:
     fixed = {f"/{name}": Response(_read(name), media_type=kind) for name, kind in PAGE.items()}
-    fixed["/"] = Response(_render(facts), media_type="text/html")
+    fixed["/"] = Response(_render(predictor), media_type="text/html")
     for path, response in fixed.items():
         app.add_route(path, response, methods=["GET"], include_in_schema=False)
 
@@ -270,12 +295,18 @@ def _read(name: str) -> str:
     return files("xray_fastai.serving").joinpath("page", name).read_text(encoding="utf-8")
 
 
-def _render(facts: ModelFacts) -> str:
+def _render(predictor: Predictor) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_read("page.html.jinja"))
-    shown = columns_of(facts.classes, facts.prevalence is not None)
-    columns = [{"name": column.name, "isNumber": column.type is float} for column in shown]
-    return template.render(model=facts, columns=columns, disclaimer=DISCLAIMER, max_file=MAX_FILE, formula=FORMULA)
+    columns = [{"name": column.name, "isNumber": column.type is float} for column in predictor.builder.columns]
+    return template.render(
+        model=predictor.facts,
+        facts=predictor.facts.model_dump_json(),
+        columns=columns,
+        disclaimer=DISCLAIMER,
+        max_file=MAX_FILE,
+        formula=FORMULA,
+    )
 
 
 def _refusals(*statuses: int | str) -> dict[int | str, dict[str, Any]]:

@@ -1,22 +1,31 @@
 """Predicts one uploaded file, and defines the answers of the API as pydantic models."""
 
 import io
+from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from xray_fastai import DISCLAIMER, __version__
-from xray_fastai.inference.gradcam import grad_cam, overlay
+from xray_fastai.inference.gradcam import grad_cam, mapped_classes, overlay
 from xray_fastai.inference.model import Model
-from xray_fastai.inference.rows import ImageResult, call, columns_of
+from xray_fastai.inference.rows import ImageResult, RowBuilder, Withheld
 from xray_fastai.inference.stream import predict_batches
-from xray_fastai.serving.decoding import Decoder
+from xray_fastai.serving.decoding import Decoder, Wanted
 from xray_fastai.system.errors import ImageError
 from xray_fastai.system.text import data_uri
 
 MAX_SIDE = 640
 """Pixels of the longer side of the pictures in an answer; larger images are scaled down to it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Holds what a request asks for, for each of its files."""
+
+    heatmap: bool = True  # whether to add the pictures
+    window: tuple[float, float] | None = None  # centre and width for DICOM files; None: as each file says
 
 
 class ModelFacts(BaseModel):
@@ -36,6 +45,15 @@ class ModelFacts(BaseModel):
         description="The share of `positive` that the probabilities were moved to; null: they are as the export's.",
         examples=[0.03],
     )
+    has_gate: bool = Field(description="Whether the export knows what an image like the training images is.")
+    limit: float | None = Field(
+        description="An image with a greater `unlike` is `uncertain`; null: no image is, for that reason.",
+        examples=[99.2],
+    )
+    abstain: float = Field(
+        description="An image whose probability is within this distance of the threshold is `uncertain`; 0: none is.",
+        examples=[0.05],
+    )
     calibrated: bool = Field(description="Whether validation images chose temperature or intercepts.")
     probabilities: str = Field(
         description="How the probabilities were calibrated.",
@@ -50,8 +68,9 @@ class ModelFacts(BaseModel):
     status: str = Field(description="complete, or why the training ended early: interrupted, diverged.")
 
     @classmethod
-    def of(cls, model: Model) -> "ModelFacts":
-        """Return the facts of an open export."""
+    def of(cls, builder: RowBuilder) -> "ModelFacts":
+        """Return the facts of an open export, and of what is called."""
+        model = builder.model
         settings = model.settings
         return cls(
             name=model.path.resolve().name,
@@ -62,6 +81,9 @@ class ModelFacts(BaseModel):
             positive=model.positive,
             threshold=model.threshold_of(),
             prevalence=model.prevalence,
+            has_gate=model.gate is not None,
+            limit=builder.rule.limit,
+            abstain=builder.rule.abstain,
             calibrated=model.scaling.kind != "none",
             probabilities=model.describe_probabilities(),
             calibration=settings["calibration"],
@@ -72,17 +94,44 @@ class ModelFacts(BaseModel):
         )
 
 
+class GreyWindow(BaseModel):
+    """The window that shows the values of a grey DICOM file, in the file's units: black to white."""
+
+    centre: float | None = Field(
+        description="The value in the middle; null, as the width: a VOI LUT of the file shows the values.",
+        examples=[40],
+    )
+    width: float | None = Field(description="From black to white.", examples=[400])
+    low: float = Field(description="The least centre that may be chosen.", examples=[-1024])
+    high: float = Field(
+        description="The greatest centre; the width may be up to its difference from `low`.", examples=[3071]
+    )
+
+
 class Prediction(BaseModel):
     """The prediction of one file, or the reason why the file cannot be read."""
 
     file: str = Field(description="The file's name, as in the request.", examples=["a.jpeg"])
     prediction: str | None = Field(
-        None, description="The predicted class; null if the file cannot be read.", examples=["PNEUMONIA"]
+        None,
+        description="The predicted class; `uncertain` if the image is not called; null if the file cannot be read.",
+        examples=["PNEUMONIA"],
+    )
+    uncertain: str | None = Field(
+        None,
+        description="Why the image is not called, in words; null if it is called or cannot be read.",
+        examples=["unlike the training images"],
     )
     probabilities: dict[str, float] | None = Field(
         None, description="The probability of each class.", examples=[{"NORMAL": 0.125, "PNEUMONIA": 0.875}]
     )
     threshold: float | None = Field(None, description="The model's decision threshold.", examples=[0.5])
+    unlike: float | None = Field(
+        None,
+        description="The percentage of training images that are more like the others than this image is; null if the "
+        "model has no gate, or the file cannot be read.",
+        examples=[50.3],
+    )
     error: str | None = Field(
         None, description="Why the file cannot be read.", examples=["a.jpeg: the file is empty (0 bytes)"]
     )
@@ -91,14 +140,21 @@ class Prediction(BaseModel):
     )
     heatmap: str | None = Field(
         None,
-        description="The same picture under the Grad-CAM heat map of the predicted class (red: most important), "
-        "as a data URI.",
+        description="The same picture under the Grad-CAM heat map of the predicted class, or of `positive` where the "
+        "probability is too close to the threshold, as a data URI. Red is 1; the strongest cell has the class's "
+        "probability.",
+    )
+    positive_heatmap: str | None = Field(
+        None, description="The same for `positive` where another class is predicted; null if no region supports it."
     )
     note: str | None = Field(None, description="Why there is no heat map.")
     seen: str | None = Field(
         None,
         description="What the network sees, as a data URI: the whole image squeezed to a square, and equalized if the "
         "model has that contrast.",
+    )
+    window: GreyWindow | None = Field(
+        None, description="The window that was applied; null for colours and for files that are not DICOM."
     )
     row: dict[str, str | float | None] = Field(
         description="The file's row of the table that `xray-fastai predict` writes: the value of each column.",
@@ -128,59 +184,77 @@ class Problem(BaseModel):
     error: str = Field(examples=["heatmap=maybe: give true or false"])
 
 
-def predict_file(model: Model, decoder: Decoder, name: str, content: bytes, heatmap: bool = True) -> Prediction:
+def predict_file(
+    builder: RowBuilder, decoder: Decoder, name: str, content: bytes, options: Options = Options()
+) -> Prediction:
     """Predict one file.
 
     Args:
-        model: an export from `open_model`.
+        builder: decides, with an export from `open_model`.
         decoder: decodes the file.
         name: the file's name in the answer.
         content: the file's bytes.
-        heatmap: whether to add the picture of the image and that of its heat map.
+        options: of the request.
 
     Raises:
         UserError: the image does not fit into the device's memory.
     """
     if not content:
-        return unreadable(model, name, "the file is empty (0 bytes)")
+        return unreadable(builder, name, "the file is empty (0 bytes)")
+    model = builder.model
     try:
-        pixels, picture = decoder.decode(content, model.size, MAX_SIDE if heatmap else None)
+        decoded = decoder.decode(content, Wanted(model.size, MAX_SIDE if options.heatmap else None, options.window))
     except ImageError as error:
-        return unreadable(model, name, error.message)
-    (batch,) = predict_batches(model, [pixels], 1)
-    if batch.errors[0] is not None:
-        return unreadable(model, name, batch.errors[0].message)
-    (logits,) = batch.logits
-    if not np.isfinite(logits).all():
-        return unreadable(model, name, "the network's output is not a number")
-    prediction = _prediction(model, call(model, name, logits, model.threshold_of()))
-    if picture is not None:
-        prediction.image = _jpeg_uri(picture)
+        return unreadable(builder, name, error.message)
+    (batch,) = predict_batches(model, [decoded.pixels], 1)
+    (result,) = builder.results(replace(batch, sources=[name]))
+    prediction = _prediction(builder, result)
+    if decoded.window is not None:
+        prediction.window = GreyWindow(**asdict(decoded.window))
+    if decoded.picture is not None and result.label is not None:
+        prediction.image = _jpeg_uri(decoded.picture)
         prediction.seen = _jpeg_uri(Image.fromarray(model.seen(batch.images)[0, 0].numpy()))
-        (cam,) = grad_cam(model, batch.images, [model.classes.index(prediction.prediction)])  # (h, w)
-        if cam.size == 1:
-            prediction.note = f"No heat map: at {model.size} pixels it has one cell for the whole image"
-        elif not cam.any():
-            prediction.note = f"No heat map: no region of the image supports {prediction.prediction}"
-        else:
-            prediction.heatmap = _jpeg_uri(overlay(picture, cam))
+        _add_heat_maps(prediction, model, batch.images, decoded.picture, result)
     return prediction
 
 
-def unreadable(model: Model, name: str, reason: str) -> Prediction:
+def _add_heat_maps(
+    prediction: Prediction, model: Model, images: Tensor, picture: Image.Image, result: ImageResult
+) -> None:
+    """Draw the heat maps of an image (1, 1, size, size), 8-bit, over its picture, or note why there is none.
+
+    Too close to the threshold, the class to detect is explained, and no class of an image that is unlike the training
+    images.
+    """
+    if result.withheld is Withheld.UNLIKE:
+        prediction.note = f"No heat map: the image is {result.reason}"
+        return
+    explained = result.label if result.withheld is None else model.positive
+    called, *others = mapped_classes(model, model.classes.index(explained))
+    cam, *other_cams = grad_cam(model, images.expand(1 + len(others), -1, -1, -1), [called, *others])  # (h, w) each
+    if cam.any():
+        prediction.heatmap = _jpeg_uri(overlay(picture, cam))
+    else:
+        prediction.note = f"No heat map: no region of the image supports {model.classes[called]}"
+    if other_cams and other_cams[0].any():
+        prediction.positive_heatmap = _jpeg_uri(overlay(picture, other_cams[0]))
+
+
+def unreadable(builder: RowBuilder, name: str, reason: str) -> Prediction:
     """Return the answer for a file that cannot be read."""
-    error = f"{name}: {reason}"
-    return _prediction(model, ImageResult(name, model.threshold_of(), error=error, prevalence=model.prevalence))
+    return _prediction(builder, builder.rule.unreadable(name, reason))
 
 
-def _prediction(model: Model, result: ImageResult) -> Prediction:
+def _prediction(builder: RowBuilder, result: ImageResult) -> Prediction:
     return Prediction(
         file=result.path,
         prediction=result.prediction,
+        uncertain=result.reason,
         probabilities=result.probabilities or None,
         threshold=result.threshold,
+        unlike=result.unlike,
         error=result.error,
-        row={column.name: column.value(result) for column in columns_of(model.classes, model.prevalence is not None)},
+        row=builder.row(result),
     )
 
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import uvicorn
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.export.reader import why_chosen
 from xray_fastai.inference.model import open_model
+from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.serving.app import Predictor, create_app
 from xray_fastai.serving.connections import MAX_CONNECTIONS, Connection
 from xray_fastai.system.device import describe
@@ -28,8 +31,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     *,
-    prevalence: float | None = None,
-    device: str = "auto",
+    config: PredictConfig,
     open: bool = False,
 ) -> None:
     """Serve the page and the API until Ctrl-C or SIGTERM.
@@ -38,44 +40,41 @@ def serve(
         model: an export's folder; None takes the newest in ./exports.
         host: the address to listen on, or its name.
         port: the port to listen on; 0 takes a free one.
-        prevalence: the share of the class to detect where the images come from; see `predict`.
-        device: auto, cpu, cuda or mps.
+        config: of its options, `prevalence`, `gate`, `abstain` and `device` count; the server computes in fp32.
         open: open the page in the browser.
 
     Raises:
-        UserError: there is no export, or it is damaged; the device is missing; or the address or port cannot be used.
+        UserError: there is no export, or it is damaged; the device is missing; the address or port cannot be used; or
+            `prevalence` or `abstain` was given for a model of more than two classes.
     """
     with sigterm_raises(), listen(host, port) as listener:
-        predictor = Predictor(open_model(model, device, "fp32").at_prevalence(prevalence))
+        opened = open_model(model, config.device, "fp32").at_prevalence(config.prevalence)
+        predictor = Predictor(RowBuilder(opened, config))
         if "XRAY_FASTAI_DEBUG" not in os.environ:
             logging.disable()  # the log of a library may contain what a client sent
         try:
             with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has ended
-                _run(predictor, listener, host, newest=model is None, show=open)
+                _run(predictor, listener, host, why_chosen(model), show=open)
             print("\nStopped.", flush=True)
         finally:
             predictor.close()
             logging.disable(logging.NOTSET)
 
 
-def _run(predictor: Predictor, listener: socket.socket, host: str, newest: bool, show: bool) -> None:
-    facts, port = predictor.facts, listener.getsockname()[1]
+def _run(predictor: Predictor, listener: socket.socket, host: str, why: str, show: bool) -> None:
+    port = listener.getsockname()[1]
     local, on_all_addresses = _is_local(listener), host in ("0.0.0.0", "::")
     address = f"http://{'localhost' if on_all_addresses else f'[{host}]' if ':' in host else host}:{port}"
-    rule = "the most probable class is predicted"
-    if facts.threshold is not None:
-        rule = f"{facts.positive} from a probability of {facts.threshold:.4g}"
+    model = predictor.builder.model
     lines = {
-        "model": f"{predictor.model.path}" + (" (the newest in ./exports)" if newest else ""),
-        "classes": f"{', '.join(facts.classes)}; {rule}",
-        "probabilities": "" if facts.prevalence is None else facts.probabilities,
-        "trained on": "synthetic X-rays: the model knows nothing of patients" if facts.rehearsal else "",
-        "device": f"{describe(predictor.model.device)}, precision fp32",
+        "device": f"{describe(model.device)}, precision fp32",
         "warning": "" if local else "other machines can reach this server; it has no login and no encryption",
         "page": address,
         "API": f"{address}/openapi.json",
     }
     print(DISCLAIMER)
+    print(f"{'model':<14}{model.path}{why}")
+    print(predictor.builder)
     print("\n".join(f"{name:<14}{text}" for name, text in lines.items() if text))
     print("Images stay in memory and are never written to disk. Press Ctrl-C to stop.", flush=True)
     names = {"localhost", host.lower()} | (set() if local else {socket.gethostname().lower()})

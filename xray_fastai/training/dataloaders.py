@@ -4,15 +4,17 @@ The public functions `dataloaders` and `learner`. `fit` makes its own by the sam
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from fastai.vision.all import DataLoaders, Learner
 
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
-from xray_fastai.data.dataset import class_folders, default_data, find_root, read_collection, with_data_defaults
+from xray_fastai.data.dataset import default_data, read_collection, with_data_defaults
+from xray_fastai.data.folders import find_root, list_split, split_folder
 from xray_fastai.data.sources.phantom import cached
+from xray_fastai.data.table import Data, is_table, name_of
 from xray_fastai.model.loaders import XrayDataLoaders
 from xray_fastai.model.xray_learner import About, XrayLearner
 from xray_fastai.system.errors import UserError
@@ -21,8 +23,8 @@ from xray_fastai.training.origin import Origin, with_parents_choices
 from xray_fastai.training.plan import make_plan
 
 OF_LOADERS = (
-    "valid", "batch_size", "positive", "size", "recipe", "contrast", "augment", "class_weights", "patient_pattern",
-    "patients", "skip_bad", "exclude", "seed", "device", "workers", "cache",
+    "images", "column", "valid", "batch_size", "positive", "size", "recipe", "contrast", "augment", "class_weights",
+    "patient_pattern", "patients", "skip_bad", "exclude", "seed", "device", "workers", "cache",
 )  # fmt: skip
 """The options of `fit` that loaders need."""
 OF_THE_LEARNER = ("size", "contrast")
@@ -47,7 +49,7 @@ LEARNER_NAMES = {
 
 
 @takes_options(FitConfig, LOADERS_NAMES, OF_LOADERS)
-def dataloaders(data: str | Path | None = None, learn: Learner | None = None, **settings: Any) -> XrayDataLoaders:
+def dataloaders(data: Data | None = None, learn: Learner | None = None, **settings: Any) -> XrayDataLoaders:
     """Make fastai `DataLoaders` of a folder of images, as `fit` does: no patient is in both parts.
 
     With a learner, the images get its preprocessing and augmentation, so that all of fastai works on an export:
@@ -61,8 +63,8 @@ def dataloaders(data: str | Path | None = None, learn: Learner | None = None, **
     Python, NumPy and torch are set, as in a fit.
 
     Args:
-        data: the folder with train/CLASS/* and val/CLASS/*; None takes ./chest_xray if it exists, else X-rays that the
-            package draws.
+        data: the folder with train/CLASS/* and val/CLASS/*, or a table of images, a .csv file or a data frame
+            (`data.table`); None takes ./chest_xray if it exists, else X-rays that the package draws.
         learn: a learner of `open_learner` or `learner`. Its classes must be those of the folder; `size` and `contrast`
             are its own. Where they are not given, so are `augment`, `positive`, `class_weights` and `patient_pattern`.
         **settings: see `OF_LOADERS`.
@@ -78,10 +80,15 @@ def dataloaders(data: str | Path | None = None, learn: Learner | None = None, **
         >>> predicted.shape == (len(targets), 2)
         True
     """
-    config = FitConfig(**settings | {"data": data})
+    frame = data if isinstance(data, pd.DataFrame) else None
+    config = FitConfig(**settings | {"data": data if data is None else name_of(data)})
+    classes = None
     if learn is not None:
         config = _as_learner(config.with_choices(data=default_data()), learn)
-    config, images = read_collection(config.with_recipe())
+        classes = list(learn.dls.vocab)
+    config, images = read_collection(config.with_recipe(), frame, classes)
+    if learn is not None:
+        _check_classes(images.classes, learn, config.data)
     images.notes.extend(fit_notes(images))
     return make_plan(config, images, Origin("none: loaders alone", pretrained=False)).dataloaders()
 
@@ -93,14 +100,11 @@ def _as_learner(config: FitConfig, learn: Learner) -> FitConfig:
         UserError: the learner has none, or other ones were given, or the folder has other classes.
     """
     about = about_of(learn)
-    root = cached() if config.data is None else find_root(config.data)
-    if list(learn.dls.vocab) != (classes := sorted(folder.name for folder in class_folders(root / "train"))):
-        raise UserError(
-            f"its classes are {', '.join(classes)}, those of the learner are {', '.join(learn.dls.vocab)}; rename the "
-            "folders, or start a new learner by xray_fastai.learner(dls, weights=EXPORT)",
-            option="data",
-            value=config.data,
-        )
+    if not is_table(config.data):
+        root = cached() if config.data is None else find_root(config.data)
+        folder = split_folder(root, "train")
+        assert folder is not None, "find_root looks for it"
+        _check_classes(sorted(list_split(folder)), learn, config.data)
     model, settings, preprocessing = about.settings, about.settings["settings"], about.settings["preprocessing"]
     own = {"size": preprocessing["size"], "contrast": preprocessing.get("contrast", "none")}
     for name, value in own.items():
@@ -112,6 +116,21 @@ def _as_learner(config: FitConfig, learn: Learner) -> FitConfig:
     kept = {name: settings.get(name) for name in ("augment", "class_weights", "patient_pattern", "target_sensitivity")}
     config = config.with_choices(**kept, weights=about.path or settings["weights"])
     return replace(config, dropout=model["dropout"], calibration=settings.get("calibration") or FitConfig.calibration)
+
+
+def _check_classes(classes: list[str], learn: Learner, data: str | None) -> None:
+    """Check that images have the classes of a learner.
+
+    Raises:
+        UserError: they have others.
+    """
+    if list(learn.dls.vocab) != classes:
+        raise UserError(
+            f"its classes are {', '.join(classes)}, those of the learner are {', '.join(learn.dls.vocab)}; rename the "
+            "folders, or start a new learner by xray_fastai.learner(dls, weights=EXPORT)",
+            option="data",
+            value=data,
+        )
 
 
 def about_of(learn: Learner) -> About:

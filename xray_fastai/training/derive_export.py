@@ -63,7 +63,8 @@ def _write(parent: Model, network: nn.Module, model: dict[str, Any], folder: Pat
     else:
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
         (folder / WEIGHTS).write_bytes(save(state, metadata={FACTS: facts_hash(model)}))
-    model["weights"] = parent.settings["weights"] | {"sha256": sha256(folder / WEIGHTS)}
+        model["weights"] = model["weights"] | {"tensors": len(state)}  # without those of the gate
+    model["weights"] = model["weights"] | {"sha256": sha256(folder / WEIGHTS)}
     text = json.dumps(model, indent=2, allow_nan=False)
     (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
     write_report(folder, name=name)

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from fastai.vision.all import Callback, Metric
 
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import fingerprint, read_collection
 from xray_fastai.data.sources.phantom import cached
+from xray_fastai.data.table import FRAME, Data
 from xray_fastai.export.run_folder import SETTINGS_FILE, Reservation, Unfinished, reopen, reserve
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
@@ -29,7 +31,7 @@ from xray_fastai.training.provenance import folder_of, log_images, log_path, log
 from xray_fastai.training.trackers import check_trackers, figures_of, tracking
 from xray_fastai.training.write_export import FitInterrupted, Result, export_learner
 
-CHANGEABLE = ("data", "device", "workers", "cache", "exports", "quiet", "log")
+CHANGEABLE = ("data", "images", "device", "workers", "cache", "exports", "quiet", "log")
 """Settings that may change when a fit is resumed. `data` must hold the same images."""
 
 
@@ -50,7 +52,7 @@ OTHER_NAMES = {
 
 @takes_options(FitConfig, OTHER_NAMES)
 def fit(
-    data: str | Path | FitConfig | None = None,
+    data: Data | FitConfig | None = None,
     *,
     resume: bool | str | Path = False,
     callbacks: Sequence[Callback] = (),
@@ -70,8 +72,9 @@ def fit(
     If torchrun started several processes, each must call this with the same arguments, and gets the same result.
 
     Args:
-        data: the folder with train/CLASS/* and val/CLASS/*; None takes ./chest_xray if it exists, else X-rays that the
-            package draws. Or a `FitConfig`, which holds all options.
+        data: the folder with train/CLASS/* and val/CLASS/*, or a table of images, a .csv file or a data frame
+            (`data.table`); None takes ./chest_xray if it exists, else X-rays that the package draws. Or a `FitConfig`,
+            which holds all options.
         resume: the name of an unfinished run to resume with its settings; True resumes the newest. Of `settings`, only
             those in `CHANGEABLE` may then differ.
         callbacks: fastai callbacks, added to both phases.
@@ -92,7 +95,8 @@ def fit(
         'quick'
     """
     started = time.perf_counter()
-    added = Added(callbacks, metrics)
+    added = Added(callbacks, metrics, data if isinstance(data, pd.DataFrame) else None)
+    data = FRAME if added.frame is not None else data
     distributed.check_installed()
     try:
         with distributed.session() as first, sigterm_raises():
@@ -123,7 +127,7 @@ def _config(data: str | Path | FitConfig | None, settings: dict[str, Any]) -> Fi
     if isinstance(data, FitConfig):
         return replace(data, **settings)
     if data is not None and not isinstance(data, (str, os.PathLike)):
-        raise UserError("give a folder, or a FitConfig", option="data", value=f"of type {type(data).__name__}")
+        raise UserError("give a folder, a table, or a FitConfig", option="data", value=f"of type {type(data).__name__}")
     return FitConfig(data=None if data is None else os.fspath(data), **settings)
 
 
@@ -208,7 +212,7 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
         checkpoints.keep({"settings": config.to_dict(), "folder": folder_of(config)})
     if found is None or config.arch is None:
         config = with_parents_choices(config)
-    config, data = read_collection(config.with_recipe())
+    config, data = read_collection(config.with_recipe(), began.added.frame)
     data.notes.extend(fit_notes(data))
     images = fingerprint(data)
     log_images(began.log, config, images)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.all import Callback, CancelFitException, Metric, ProgressCallback
@@ -41,6 +42,7 @@ class Added:
 
     callbacks: Sequence[Callback] = ()
     metrics: Sequence[Metric | Callable] = ()  # as fastai's `Learner` takes them
+    frame: pd.DataFrame | None = None  # the table of images, where it is not a file
 
 
 class Phase:

@@ -203,5 +203,5 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
             f"resume: {run.resume_command} (needs {path / CHECKPOINT}, {size:,.0f} MB; delete that folder if you will "
             "not resume)"
         )
-    print(f"next: xray-fastai evaluate --model {path}\n      xray-fastai interpret --model {path}")
+    print(f"next: xray-fastai evaluate {path}")
     print(DISCLAIMER)

@@ -74,11 +74,13 @@ def with_parents_choices(config: FitConfig) -> FitConfig:
     """Return a copy with network, size and contrast of the export in `weights`, where the user gave none.
 
     Raises:
-        UserError: as `parent_of`; or the user gave another network.
+        UserError: as `parent_of`; or the user gave another network, or an input range, which an export has itself.
     """
     folder = export_in_weights(config.weights)
     if folder is None:
         return config
+    if config.weights_range is not None:
+        raise UserError("is for a file in weights=; leave it out", option="weights_range", value=config.weights_range)
     model = read_settings(folder)
     arch, preprocessing = model["architecture"], model["preprocessing"]
     if config.arch not in (None, arch):

@@ -31,7 +31,7 @@ class Plan:
     device_name: str
     precision: str
     origin: Origin
-    pretrained: tuple[dict, str] | None  # tensors and their name; None also where a checkpoint has the weights
+    pretrained: dict[str, torch.Tensor] | None  # tensors of the backbone; None also where a checkpoint has the weights
     start: dict[str, torch.Tensor] | None  # tensors of the export to continue from; None as above
     class_weights: list[float] | None
     phases: list[tuple[str, int]]  # name, max epochs
@@ -106,9 +106,10 @@ def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None)
     if origin is None and (parent := parent_of(config)) is not None:
         start, origin = parent.weights(data.classes), parent.origin(data.classes)
     elif origin is None and config.weights != "none":
-        pretrained = pretrained_state(config.arch, config.weights)
-    if origin is None:
-        origin = Origin("none: from scratch" if pretrained is None else pretrained[1], pretrained is not None)
+        pretrained, name = pretrained_state(config.arch, config.weights, config.weights_range)
+        origin = Origin(name, pretrained=True)
+    elif origin is None:
+        origin = Origin("none: from scratch", pretrained=False)
     phases = [("frozen", config.freeze_epochs), ("unfrozen", config.epochs)]
     cache, note = _pixel_cache(config, data)
     config = config.with_choices(workers=default_workers(device) if cache is None else 0)

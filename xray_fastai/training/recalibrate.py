@@ -18,6 +18,8 @@ import pandas as pd
 from xray_fastai import DISCLAIMER
 from xray_fastai.data.labelled import Labelled, Request, labelled_images
 from xray_fastai.data.patients import note_on
+from xray_fastai.data.table import Data, is_table, name_of
+from xray_fastai.data.table_columns import Column
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.metrics.scored import Scored
@@ -71,7 +73,7 @@ class Recalibration:
 
 def recalibrate(
     model: "str | Path | Model | Learner | None" = None,
-    data: str | Path | None = None,
+    data: Data | None = None,
     split: str | None = None,
     *,
     unlabelled: str | Path | None = None,
@@ -81,6 +83,8 @@ def recalibrate(
     cost_ratio: float | None = None,
     exclude: str | None = None,
     patients: str | None = None,
+    images: str | Path | None = None,
+    column: Column = None,
     output: str | Path | None = None,
     device: str = "auto",
 ) -> Recalibration:
@@ -94,7 +98,8 @@ def recalibrate(
     Args:
         model: the export's folder, an open model, or a learner that `load_learner` opened; None is the newest in
             ./exports.
-        data: a folder of labelled local images, whose subfolders are the model's classes.
+        data: a folder of labelled local images, whose subfolders are the model's classes; or a table of images, as in
+            `evaluate`.
         split: the subfolder of `data` that holds the folders of the classes, such as test; None: `data` itself.
         unlabelled: a folder of local images without labels, which batch norm is adapted to.
         match_scores: instead of that, move the operating point so that the share of `unlabelled` called positive fits
@@ -104,6 +109,8 @@ def recalibrate(
         cost_ratio: choose it for this many false alarms being as bad as one missed image of the class to detect.
         exclude: a list of files in `data` to leave out, as `data check --fix` writes it.
         patients: a .csv file with the columns file and patient, of the images in `data`, or else in `unlabelled`.
+        images: the folder of the images of a table; None is the one that holds the table.
+        column: the headers of a table's columns, as in {"label": "Finding"}; None finds them by their names.
         output: the new export; None is the folder of the model with "-recalibrated" after its name.
         device: auto, cpu, cuda or mps.
 
@@ -126,24 +133,26 @@ def recalibrate(
     target = Path(os.path.expanduser(output)) if output is not None else _free(opened.path)
     if target.exists():
         raise UserError("it already exists; give another folder", option="output", value=target)
-    about, adapted, images = [("model", f"{opened.path}: {opened.settings['architecture']}")], opened, 0
+    about, adapted, unlabelled_images = [("model", f"{opened.path}: {opened.settings['architecture']}")], opened, 0
     if unlabelled is not None:
         listed = patients if data is None else None
         done = without.without_labels(opened, without.Request(unlabelled, match_scores, prevalence, listed))
-        adapted, images = done.model, done.images
+        adapted, unlabelled_images = done.model, done.images
         about += [("unlabelled", line) for line in done.lines]
-    record = _record(adapted, unlabelled=images)
+    record = _record(adapted, unlabelled=unlabelled_images)
     settings = adapted.settings
     if data is not None:
-        labelled = _labelled(opened, Request(data, split, exclude, patients))
+        labelled = _labelled(opened, Request(data, split, exclude, patients, images, column))
         about += _described(labelled, data, split)
-        settings, record = _fitted(opened, adapted, labelled, rule, images)
+        settings, record = _fitted(opened, adapted, labelled, rule, unlabelled_images)
     about.append(("probabilities", replace(adapted, settings=settings).describe_probabilities()))
     if settings["threshold"] is not None:
         about.append(("threshold", f"{settings['threshold']:.4g}, before {opened.settings['threshold']:.4g}"))
     about.append(("chosen", settings["calibration"]))
     if record["metrics"]:
         about.append(("figures", AFTER))
+    if (warning := wrong_way(record["metrics"])) is not None:
+        about.append(("WARNING", warning))
     path = derive_export(opened, adapted.network, settings | {"recalibrated": record}, target)
     return Recalibration(path, record, about)
 
@@ -154,8 +163,26 @@ AFTER = (
 )
 
 
+def wrong_way(metrics: dict[str, dict[str, list[float | None]]]) -> str | None:
+    """Return a warning if the local images have the order of the probabilities the wrong way round; None if not.
+
+    Args:
+        metrics: see `gain.compared`.
+    """
+    if not metrics:
+        return None
+    slopes = [metrics["calibration_slope"][part][0] for part in PARTS[:2]]
+    auc = metrics["roc_auc"][PARTS[1]][0]
+    if (auc is None or auc >= 0.5) and all(slope is None or slope > 0 for slope in slopes):
+        return None
+    return (
+        "on these images a higher probability goes with the class less often, not more: the labels may be swapped, or "
+        "the model does not work here. No recalibration mends that: look at the labels, and do not use the new export"
+    )
+
+
 def _check_given(
-    data: str | Path | None,
+    data: Data | None,
     split: str | None,
     unlabelled: str | Path | None,
     match_scores: bool,
@@ -196,17 +223,17 @@ def _labelled(model: Model, request: Request) -> Labelled:
     labelled = labelled_images(model.settings, request)
     counts = labelled.table.label.value_counts()
     if missing := [name for name in model.classes if name not in counts]:
-        raise UserError(f"no image of {', '.join(missing)}; label some", option="data", value=request.data)
+        raise UserError(f"no image of {', '.join(missing)}; label some", option="data", value=request.name)
     if len(labelled.table) < FEWEST:
         message = f"{count_of(len(labelled.table), 'labelled image')}; {FEWEST} or more are needed, better 50"
-        raise UserError(message, option="data", value=request.data)
+        raise UserError(message, option="data", value=request.name)
     return labelled
 
 
-def _described(labelled: Labelled, data: str | Path, split: str | None) -> list[tuple[str, str]]:
+def _described(labelled: Labelled, data: Data, split: str | None) -> list[tuple[str, str]]:
     table = labelled.table
     counts = ", ".join(f"{name} {number:,}" for name, number in table.label.value_counts().sort_index().items())
-    where = str(data) if split is None else str(Path(data, split))
+    where = name_of(data) if split is None or is_table(data) else str(Path(str(data), split))
     patients = count_of(table.patient.nunique(), "patient")
     notes = [note for note in (*labelled.notes, note_on(table)) if note]
     return [("data", f"{where}: {counts}, of {patients}"), *(("note", note) for note in notes)]

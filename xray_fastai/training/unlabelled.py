@@ -11,19 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 
 from xray_fastai.data import labelled
-from xray_fastai.data.dataset import find_images
+from xray_fastai.data.folders import find_images
 from xray_fastai.data.patients import check_listed, numbered, patient_rule, patients_in
 from xray_fastai.export.schema import QUANTILES
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.scaling import prior_of
-from xray_fastai.inference.stream import predict_all, predict_batches
+from xray_fastai.inference.stream import decode_batches, predict_all
 from xray_fastai.metrics.alignment import Alignment, Reference, align, log_odds, quantiles
 from xray_fastai.model.batch_norm import adapting, layers_of
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of
 
@@ -93,7 +94,7 @@ def without_labels(model: Model, request: Request) -> Adapted:
         lines.append(f"batch norm: {SHARE:.0%} of its statistics are now of these images")
         if settings.get("gate") is not None:  # its distances are of the features before
             settings = settings | {"gate": None}
-            lines.append("gate: left out, as it is of the network before")
+            lines.append("gate: left out, as the training images, which it compares with, are not here: all are called")
     else:
         found = match(model, images, reference, request.prevalence)
         lines += found.describe(model.positive)
@@ -169,11 +170,11 @@ def adapt(model: Model, images: Unlabelled, share: float = SHARE) -> Model:
         )
     adapted = replace(model, network=copy.deepcopy(model.network))
     with adapting(adapted.network, share):
-        batches = predict_batches(model, track(images.paths, "adapting", len(images.paths)), BATCH)
-        for batch in batches:
-            for error in filter(None, batch.errors):
-                raise error
-            adapted.logits(batch.images)
+        for batch in decode_batches(track(images.paths, "adapting", len(images.paths)), model.size, BATCH):
+            for _, image in batch:
+                if isinstance(image, ImageError):
+                    raise image
+            adapted.logits(torch.from_numpy(np.stack([image for _, image in batch]))[:, None])  # (B, 1, size, size)
     return adapted
 
 

@@ -23,7 +23,7 @@ from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.labelled import contents_of, file_key
-from xray_fastai.data.patients import unknown
+from xray_fastai.data.patients import images_by_source, unknown
 from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
@@ -139,6 +139,7 @@ def _summary(data: Collection) -> dict:
             "train": int(data.train.patient.nunique()),
             "valid": int(data.valid.patient.nunique()),
             "images_without": int(unknown(data.table).sum()),
+            "known_by": images_by_source(data.table),  # images by what names their patient
         },
         "notes": data.notes,
         "valid_files": sorted(file_key(file) for file in data.valid.file),

@@ -410,7 +410,7 @@ def test_names_that_are_no_text(run, data):
     json.loads(run("data", "check", data, "--json").stdout)
     args = ["--weights", "none", "--epochs", 1, "--exclude", "list.csv", "--name", "odd"]
     result = run("fit", "--data", data, *QUICK, *args)
-    assert result.exit_code == 0 and "left out by --exclude: 1 image" in result.stdout, result.output
+    assert result.exit_code == 0 and "left out by the list list.csv: 1 image" in result.stdout, result.output
 
 
 FIT = ["--weights", "none", "--epochs", 1]
@@ -425,8 +425,8 @@ def test_a_fit_leaves_out_what_the_list_says(run, collection):
     pd.DataFrame(table).to_csv("list.csv", index=False)
     result = run("fit", "--data", collection, *QUICK, *FIT, "--exclude", "list.csv", "--name", "without")
     assert result.exit_code == 0, result.output
-    assert "left out by --exclude: 2 images" in result.stdout
-    assert "named by --exclude, but missing: 1 file" in result.stdout
+    assert "left out by the list list.csv: 2 images" in result.stdout
+    assert "named by the list list.csv, but missing: 1 file" in result.stdout
     model = settings_of(Path("exports/without"))
     assert sum(model["data"]["train"].values()) + sum(model["data"]["valid"].values()) == 42
     assert model["settings"]["exclude"] == "list.csv"
@@ -441,7 +441,7 @@ def test_on_windows_a_list_may_have_backslashes_and_another_case(monkeypatch, tm
     pd.DataFrame(rows, columns=["file", "action"]).to_csv("list.csv", index=False)
     kept, notes = leave_out(table, tmp_path, "list.csv")
     assert kept.file.tolist() == ["train/A/p2.jpeg"]
-    assert notes == ["left out by --exclude: 1 image", "named by --exclude, but missing: 1 file"]
+    assert notes == ["left out by the list list.csv: 1 image", "named by the list list.csv, but missing: 1 file"]
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,8 @@ def test_a_fit_says_what_matters_and_names_no_file_in_its_export(run, data):
 
 @pytest.mark.slow
 def test_near_identical_copies_stay_on_one_side_of_the_hold_out(tmp_path):
-    from xray_fastai.data.dataset import check_files, read_split
+    from xray_fastai.data.dataset import check_files
+    from xray_fastai.data.folders import read_split
     from xray_fastai.data.splits import hold_out
 
     root = write(tmp_path / "data", images=60, size=96)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import draw_collection, wait_for
-from xray_fastai.data.dataset import read_split
+from xray_fastai.data.folders import read_split
 from xray_fastai.data.sources import download, kermany
 
 PART = Path("chest_xray.zip.part")

@@ -9,7 +9,8 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from tests.conftest import settings_of
-from xray_fastai.data.dataset import DEFAULTS, REHEARSAL, read_split
+from xray_fastai.data.dataset import DEFAULTS, REHEARSAL
+from xray_fastai.data.folders import read_split
 from xray_fastai.data.patients import published_patient
 
 

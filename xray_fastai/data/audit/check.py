@@ -6,46 +6,52 @@ says. A warning needs a look. A remark is good to know.
 
 import os
 import time
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 import pandas as pd
 
 from xray_fastai.data.audit import file_checks, split_checks
-from xray_fastai.data.audit.findings import SPLITS, Audit
+from xray_fastai.data.audit.findings import SPLITS, Audit, File, Finding
 from xray_fastai.data.audit.shortcuts import find_shortcuts
-from xray_fastai.data.dataset import (
-    PHANTOM_NAME,
-    Collection,
-    class_folders,
-    class_of,
-    default_data,
-    find_images,
-    find_root,
-    with_facts,
-)
+from xray_fastai.data.dataset import PHANTOM_NAME, Collection, default_data, with_facts
 from xray_fastai.data.duplicates import same_image
+from xray_fastai.data.folders import class_folders, class_of, find_images, find_root, split_folder, unused_folders
 from xray_fastai.data.image_facts import examine_all
 from xray_fastai.data.images import is_hidden, is_image_file, walk
-from xray_fastai.data.patients import check_listed, numbered, patient_rule, patients_in
+from xray_fastai.data.patients import PatientRule, check_listed, numbered, patient_rule, patients_in
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.splits import ENOUGH_TO_VALIDATE
+from xray_fastai.data.table import Data, Source, check_for_table, is_table, name_of, read_table, with_patients
+from xray_fastai.data.table_columns import Column
+from xray_fastai.data.table_labels import Naming
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
-from xray_fastai.system.text import count_of
+from xray_fastai.system.text import count_of, shown
 
 
 def check_data(
-    data: str | Path | None = None, patient_pattern: str | None = None, *, patients: str | None = None
+    data: Data | None = None,
+    patient_pattern: str | None = None,
+    *,
+    patients: str | None = None,
+    images: str | Path | None = None,
+    column: Column = None,
+    positive: str | None = None,
 ) -> Audit:
     """Check every file of a data set.
 
     Args:
         data: the folder with train/CLASS/* (and val, test). None is ./chest_xray if it exists, else the phantom. A
-            folder of classes without splits is checked as well; the missing train/ is then one of the findings.
+            folder of classes without splits is checked as well; the missing train/ is then one of the findings. Or a
+            table of images, a .csv file or a data frame (`data.table`).
         patient_pattern: regular expression that finds the patient in a file name; None takes PatientID in DICOM
             files, then the names of public collections.
         patients: a .csv file with the columns file and patient.
+        images: the folder of the images of a table; None is the one that holds the table.
+        column: the headers of a table's columns, as in {"label": "Finding"}; None finds them by their names.
+        positive: the class that 1 means, or the finding to detect, in a table.
 
     Returns:
         The findings: `print(audit)`, `audit.ok`, `audit.findings`, `audit.to_dict()`, `audit.write_fix("LIST.csv")`.
@@ -61,29 +67,84 @@ def check_data(
     started = time.perf_counter()
     if data is None:
         data = default_data()
-    root, splits = (cached(), SPLITS[:3]) if data is None else _find_splits(data)
-    listed = pd.concat([_listed(root, split) for split in splits], ignore_index=True)
-    is_image = ~listed.hidden & (listed.label != "") & listed.path.map(is_image_file)
-    table = listed[is_image].drop(columns="hidden").reset_index(drop=True)
-    table = numbered(table.assign(patient=patients_in(table, patient_rule(patient_pattern, patients))))
-    check_listed(table, patients)
-    facts = list(track(examine_all(table.path), "reading", len(table)))
-    images = with_facts(table, facts)
-    images["image"] = same_image(images)
-    shortcuts = find_shortcuts(images[images.split == "train"] if "train" in splits else images)
+    check_for_table(data, images, column)
+    rule = patient_rule(patient_pattern, patients)
+    if data is not None and is_table(data):
+        listed = _listed_table(Source(data, images, column, Naming(positive)), rule)
+    else:
+        listed = _listed_folders(data, rule)
+    check_listed(listed.table, patients)
+    facts = list(track(examine_all(listed.table.path), "reading", len(listed.table)))
+    readable = with_facts(listed.table, facts)
+    readable["image"] = same_image(readable)
+    shortcuts = find_shortcuts(readable[readable.split == "train"] if "train" in listed.labels else readable)
     findings = [
-        *split_checks.layout(root, splits, table, images),
-        *file_checks.unreadable(table, facts),
-        *split_checks.copies(images),
-        *split_checks.patients(images, patient_pattern),
+        *split_checks.layout(listed.labels, listed.table, readable),
+        *listed.findings,
+        *file_checks.unreadable(listed.table, facts),
+        *split_checks.copies(readable),
+        *split_checks.patients(readable, patient_pattern),
         *split_checks.shortcuts(shortcuts),
-        *split_checks.sizes_of_splits(images, splits),
-        *file_checks.odd_images(images),
-        *file_checks.conversions(images),
-        *file_checks.other_files(listed[~is_image]),
+        *split_checks.sizes_of_splits(readable, tuple(listed.labels)),
+        *file_checks.odd_images(readable),
+        *file_checks.conversions(readable),
+        *file_checks.other_files(listed.others),
     ]
     seconds = time.perf_counter() - started
-    return Audit(PHANTOM_NAME if data is None else str(data), root, images, findings, shortcuts, seconds)
+    return Audit(PHANTOM_NAME if data is None else name_of(data), listed.root, readable, findings, shortcuts, seconds)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a data set as folders or a table name them."""
+
+    root: Path  # the files are relative to it
+    table: pd.DataFrame  # as of `folders.read_split`
+    labels: dict[str, list[str]]  # the classes of each split, also those without an image
+    others: pd.DataFrame  # files in folders that are no images
+    findings: list[Finding]
+
+
+def _listed_folders(data: str | Path | None, rule: PatientRule) -> _Listing:
+    root, splits = (cached(), SPLITS[:3]) if data is None else _find_splits(data)
+    listed = pd.concat([_files_in(root, split) for split in splits], ignore_index=True)
+    is_image = ~listed.hidden & (listed.label != "") & listed.path.map(is_image_file)
+    table = listed[is_image].drop(columns="hidden").reset_index(drop=True)
+    table = numbered(table.assign(patient=patients_in(table, rule)))
+    labels = {split: _classes_in(root, split) for split in splits}
+    classes = {label for of_split in labels.values() for label in of_split}
+    unused = unused_folders(root, SPLITS[:3], classes) if splits != ("",) else []
+    return _Listing(root, table, labels, listed[~is_image], split_checks.unused(unused))
+
+
+FAULTS = {  # by kind (`table.Fault`): severity, advice
+    "no-file": ("warning", "such rows are left out: correct the names, or give the folder by --images"),
+    "several-files": ("warning", "such rows are left out: write the path below the folder of the images"),
+    "no-name": ("warning", "such rows are left out"),
+    "no-label": ("warning", "such rows are left out: give a label, or remove them"),
+    "uncertain-label": ("remark", "such rows are left out"),
+    "unknown-label": ("warning", "such rows are left out"),
+    "unknown-split": ("warning", "such rows are left out: name a split train, val or test"),
+    "conflict": ("error", "such files are left out: one of the rows is wrong"),
+    "repeated": ("remark", "nothing to do"),
+    "no-row": ("remark", "such files are left out: add rows, or ignore them"),
+}
+
+
+def _listed_table(source: Source, rule: PatientRule) -> _Listing:
+    listing = read_table(source)
+    table = with_patients(listing.table, listing, rule)
+    labels = {
+        split: sorted(table.label[table.split == split].unique()) for split in SPLITS[:3] if split in set(table.split)
+    }
+    findings = [Finding("remark", "columns", "; ".join(listing.notes), "if this is wrong, name them by --column")]
+    for fault in listing.faults:
+        if fault.kind in FAULTS:  # others are found by the images, too
+            severity, advice = FAULTS[fault.kind]
+            values = [] if fault.examples == fault.files[: len(fault.examples)] else fault.examples
+            text = ": ".join(filter(None, [fault.text, ", ".join(map(shown, values))]))
+            findings.append(Finding(severity, fault.kind, text, advice, [File(name) for name in fault.files]))
+    return _Listing(source.root, table, labels, pd.DataFrame(columns=["path", "file", "label", "hidden"]), findings)
 
 
 def fit_notes(data: Collection) -> list[str]:
@@ -122,20 +183,28 @@ def _find_splits(data: str | Path) -> tuple[Path, tuple[str, ...]]:
                 continue
         else:
             root = Path(data)
+            if root.is_dir():
+                for split in SPLITS[:3]:
+                    split_folder(root, split)  # two folders for one split are no classes
             if root.is_dir() and any(find_images(folder) for folder in class_folders(root)):
                 return root, ("",)
             raise
-    return root, tuple(split for split in SPLITS[:3] if (root / split).is_dir())
+    return root, tuple(split for split in SPLITS[:3] if split_folder(root, split) is not None)
 
 
-def _listed(root: Path, split: str) -> pd.DataFrame:
+def _classes_in(root: Path, split: str) -> list[str]:
+    folder = split_folder(root, split)
+    return sorted({class_of(entry.name) for entry in class_folders(folder)}) if folder else []
+
+
+def _files_in(root: Path, split: str) -> pd.DataFrame:
     """List all files of a split.
 
     Returns:
         The columns of `dataset.read_split`, with `hidden` instead of `patient`. The label of a file outside the class
         folders is "".
     """
-    rows, base = [], root / split
+    rows, base = [], split_folder(root, split) or root
 
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot be read ({error.strerror})", value=error.filename) from None

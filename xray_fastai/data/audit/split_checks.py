@@ -1,6 +1,7 @@
 """Check splits and classes: missing, empty, too small, or with the same image or patient in two of them."""
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -8,8 +9,8 @@ from scipy.stats import binomtest
 
 from xray_fastai.data.audit.findings import File, Finding
 from xray_fastai.data.audit.shortcuts import Shortcut
-from xray_fastai.data.dataset import class_folders, class_of
 from xray_fastai.data.dicom.reader import FORMAT as DICOM
+from xray_fastai.data.folders import SPELLINGS, note_on_unused
 from xray_fastai.data.images import EXTENSIONS
 from xray_fastai.data.patients import ADVICE, CAUSE, source_of, unknown
 from xray_fastai.data.splits import ENOUGH_TO_VALIDATE
@@ -23,17 +24,23 @@ FEW = 100
 IMBALANCE = 3.0  # ratio of the largest class to the smallest
 
 
-def layout(root: Path, splits: tuple[str, ...], table: pd.DataFrame, images: pd.DataFrame) -> list[Finding]:
-    """Find splits and classes that are missing, empty or surplus."""
-    findings = []
+def layout(labels: Mapping[str, Sequence[str]], table: pd.DataFrame, images: pd.DataFrame) -> list[Finding]:
+    """Find splits and classes that are missing, empty or surplus.
+
+    Args:
+        labels: the classes that each split names, also those without an image.
+        table: all images.
+        images: those that can be read.
+    """
+    findings, splits = [], tuple(labels)
     if "train" not in splits:
         text, advice = "there is no train/", "a fit needs train/CLASS/*"
         if splits == ("",):
-            text += f", but folders of classes: {', '.join(folder.name for folder in class_folders(root))}"
-            advice = "move them into a folder train/, and a part of the patients into test/CLASS/*"
+            text += f", but folders of classes: {', '.join(labels[''])}"
+            advice = "divide the patients: xray-fastai data split makes train/ and test/ of them"
         findings.append(Finding("error", "no-train", text, advice))
     first = splits[0]
-    classes = sorted({class_of(folder.name) for folder in class_folders(root / first)})
+    classes = labels[first]
     if len(classes) < 2:
         findings.append(
             Finding(
@@ -44,8 +51,7 @@ def layout(root: Path, splits: tuple[str, ...], table: pd.DataFrame, images: pd.
             )
         )
     for split in splits:
-        labels = sorted({class_of(folder.name) for folder in class_folders(root / split)})
-        for label in labels:
+        for label in labels[split]:
             of_class = (table.split == split) & (table.label == label)
             if not of_class.any():
                 text, advice = "no image in it", f"put images into it ({' '.join(EXTENSIONS)}), or remove the folder"
@@ -56,16 +62,22 @@ def layout(root: Path, splits: tuple[str, ...], table: pd.DataFrame, images: pd.
             findings.append(Finding("error", "empty-class", f"{Path(split, label)}: {text}", advice))
         if split == first:
             continue
-        if surplus := sorted(set(labels) - set(classes)):
+        if surplus := sorted(set(labels[split]) - set(classes)):
             text = f"{split}/ holds class {', '.join(surplus)}, which {first}/ does not"
             findings.append(Finding("error", "surplus-class", text, "use the same class folders in each split"))
-        if missing := sorted(set(classes) - set(labels)):
+        if missing := sorted(set(classes) - set(labels[split])):
             text = f"{split}/ has no class {', '.join(missing)}"
             advice = "use the same class folders in each split"
             if split == "test":
                 advice += "; metrics of both classes (specificity, AUC) cannot be measured"
             findings.append(Finding("error" if split == "val" else "warning", "missing-class", text, advice))
     return findings
+
+
+def unused(folders: Sequence[str]) -> list[Finding]:
+    """Report folders beside the splits that look like splits, and that no command reads."""
+    advice = f"name a split {', '.join(names[0] for names in SPELLINGS.values())}, or give the folder by itself"
+    return [Finding("warning", "not-used", note, f"{advice}: evaluate --data") for note in note_on_unused(folders)]
 
 
 COPIES = {  # by kind: severity, text, advice
@@ -251,6 +263,10 @@ def sizes_of_splits(images: pd.DataFrame, splits: tuple[str, ...]) -> list[Findi
     if "train" in splits:
         for split, use in (("val", "fit holds out a tenth of train/, by patient"), ("test", "evaluate needs one")):
             if split not in splits:
-                advice = "nothing to do" if split == "val" else "put patients that are not in train/ into test/"
+                advice = (
+                    "nothing to do"
+                    if split == "val"
+                    else "put patients that are not in train/ into test/, or run xray-fastai data split"
+                )
                 findings.append(Finding("remark", "no-split", f"there is no {split}/: {use}", advice))
     return findings

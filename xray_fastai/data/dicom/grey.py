@@ -6,6 +6,7 @@ most 65,536, and looks up the pixels in that table. An image of 7.5 million pixe
 conversion of each pixel.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
 
 
 COLOURS = ("Red", "Green", "Blue")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Says which values of a grey image are shown between black and white, after the modality LUT (PS3.3, C.11.2.1.2).
+
+    Another centre may be chosen from `low` to `high`, and another width up to their difference. They are the least and
+    the greatest value of the image, or the ends of the file's own window where this reaches farther.
+    """
+
+    centre: float | None  # None, like the width: a VOI LUT shows the values
+    width: float | None
+    low: float
+    high: float
 
 
 def as_colour(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
@@ -65,11 +80,21 @@ def _coloured(pixels: np.ndarray, header: "Dataset") -> tuple[np.ndarray, int]:
     return np.stack([lut(pixels) for lut in luts], axis=-1), 2 ** max(lut.bits for lut in luts) - 1
 
 
-def as_grey(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
-    """Return an 8-bit grey image (rows, columns).
+def as_grey(
+    pixels: np.ndarray, header: "Dataset", chosen: tuple[float, float] | None = None
+) -> tuple[np.ndarray, Window | None]:
+    """Make an 8-bit grey image (rows, columns).
+
+    Args:
+        pixels: (rows, columns), the stored values.
+        header: of the file.
+        chosen: centre and width of a window that takes the place of the file's own, or of its VOI LUT.
+
+    Returns:
+        The image and its window; no window where all values are equal or padding.
 
     Raises:
-        ImageError: the LUT, the slope or the window cannot be applied to the stored values.
+        ImageError: the LUT, the slope or the window cannot be applied to the stored values, or `chosen` is outside.
     """
     low, high = int(pixels.min()), int(pixels.max())
     values, places = np.arange(low, high + 1), np.subtract(pixels, low, dtype=np.int32)
@@ -81,17 +106,22 @@ def as_grey(pixels: np.ndarray, header: "Dataset") -> np.ndarray:
         half = signed << (bits - 1)  # some programs write it unsigned for signed pixels, or the other way round
         first, last = sorted((int(end) + half) % 2**bits - half for end in ends)
         padding = (values >= first) & (values <= last)
-    shades = _shades(values, np.where(padding, 0, counts), header)
+    shades, window = _shades(values, np.where(padding, 0, counts), header, chosen)
     if header.PhotometricInterpretation == "MONOCHROME1":
         shades = 1 - shades
     # rounding to 6 places first makes halves exact, so that an image and its inverse are rounded alike
     table = np.rint(np.round(255 * shades, 6)).astype(np.uint8)
     table[padding] = 0
-    return table[places]
+    return table[places], window
 
 
-def _shades(values: np.ndarray, counts: np.ndarray, header: "Dataset") -> np.ndarray:
-    """Map stored values (N,) to shades from black, 0, to white, 1. `counts` (N,) says how many pixels have each."""
+def _shades(
+    values: np.ndarray, counts: np.ndarray, header: "Dataset", chosen: tuple[float, float] | None
+) -> tuple[np.ndarray, Window | None]:
+    """Map stored values (N,) to shades from black, 0, to white, 1. `counts` (N,) says how many pixels have each.
+
+    Args and what else is returned are those of `as_grey`.
+    """
     from pydicom.pixels.processing import apply_modality_lut, apply_windowing
 
     inputs = _stored_range(header)
@@ -106,22 +136,71 @@ def _shades(values: np.ndarray, counts: np.ndarray, header: "Dataset") -> np.nda
         inputs = min(first, last), max(first, last)
     if not np.isfinite(x).all() or (len(x) > 1 and x.min() == x.max()):
         raise ImageError("its slope and intercept, or its modality LUT, cannot be applied to its values")
+    ends = None  # black and white where the header does not say them
+    if counts.any() and not header.get("VOILUTSequence") and not _has_window(header):
+        ends = _limits(x, counts, int(header.BitsStored))
+    window = _window(x[counts > 0], ends, header)
+    if chosen is not None:
+        window = _choose(window, chosen, header)
     with np.errstate(all="ignore"):
         if header.get("VOILUTSequence"):
             lut = read_lut(header.VOILUTSequence[0], "LUT", "VOI LUT", inputs, _order(header))
             x, black, white = lut(x), 0, 2**lut.bits - 1
         elif _has_window(header):
             *x, black, white = apply_windowing(np.append(x, [-np.inf, np.inf]), header)
-        elif counts.any():
-            black, white = _limits(x, counts, int(header.BitsStored))
         else:
-            black = white = 0
+            black, white = ends or (0, 0)
         if black == white:
-            return np.full(len(values), 0.5)
+            return np.full(len(values), 0.5), window
         shades = ((np.asarray(x, np.float64) - black) / (float(white) - black)).clip(0, 1)
     if np.isnan(shades).any():
         raise ImageError("its window cannot be applied to its values")
-    return shades
+    return shades, window
+
+
+def _window(x: np.ndarray, ends: tuple[float, float] | None, header: "Dataset") -> Window | None:
+    """Return the window that the file asks for, or, without one, the one between `ends`; None if nothing varies.
+
+    Args:
+        x: (N,), the values of the image after the modality LUT, without padding.
+        ends: black and white of a file without a window and a VOI LUT.
+        header: of the file.
+    """
+    if not x.size:
+        return None
+    low, high = float(x.min()), float(x.max())
+    if header.get("VOILUTSequence"):
+        return Window(None, None, low, high) if low < high else None
+    if ends is None:
+        centre, width = _numbers(header)
+    else:
+        centre, width = float(ends[0] + ends[1]) / 2, float(ends[1] - ends[0])
+    window = Window(centre, width, min(low, centre - width / 2), max(high, centre + width / 2))
+    return window if window.low < window.high and np.isfinite([window.low, window.high]).all() else None
+
+
+def _choose(window: Window | None, chosen: tuple[float, float], header: "Dataset") -> Window:
+    """Put a window into the header, in place of the file's own and of its VOI LUT, and return it.
+
+    The file's VOILUTFunction stays where it has a window; else black and white are the ends of the window.
+
+    Raises:
+        ImageError: it is outside of the file's values, or they are all equal.
+    """
+    if window is None:
+        raise ImageError("its values are all equal, so it has no window to choose; leave it out")
+    centre, width = (float(f"{number:.9g}") for number in chosen)  # an element has at most 16 characters
+    if not (window.low <= centre <= window.high and 0 < width <= window.high - window.low):
+        raise ImageError(
+            f"no window of centre {centre:g} and width {width:g}: give a centre from {window.low:g} to "
+            f"{window.high:g}, and a width above 0 and up to {window.high - window.low:g}"
+        )
+    if header.pop("VOILUTSequence", None) or not _has_window(header):
+        header.VOILUTFunction = "LINEAR_EXACT"
+    header.WindowCenter, header.WindowWidth = centre, width
+    if not _has_window(header):
+        raise ImageError(f"no window of width {width:g}: by its VOILUTFunction, LINEAR, the width is 1 or more")
+    return Window(centre, width, window.low, window.high)
 
 
 def _limits(x: np.ndarray, counts: np.ndarray, bits: int) -> tuple[float, float]:
@@ -154,6 +233,12 @@ def _has_window(header: "Dataset") -> bool:
     """Return whether there is a window of a width that the standard allows (PS3.3, C.11.2.1.2.1); many files have 0."""
     if "WindowCenter" not in header or "WindowWidth" not in header:
         return False
-    centre, width = (float(np.ravel(header[keyword].value)[0]) for keyword in ("WindowCenter", "WindowWidth"))
+    centre, width = _numbers(header)
     min_width = 1 if header.get("VOILUTFunction", "LINEAR").upper() == "LINEAR" else 1e-9
     return bool(np.isfinite([centre, width]).all()) and width >= min_width
+
+
+def _numbers(header: "Dataset") -> tuple[float, float]:
+    """Return centre and width of the header's first window."""
+    centre, width = (float(np.ravel(header[keyword].value)[0]) for keyword in ("WindowCenter", "WindowWidth"))
+    return centre, width

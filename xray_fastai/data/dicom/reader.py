@@ -5,7 +5,8 @@ become what a screen shows (PS3.3, C.7.6.3, C.7.5.1.1.2, C.11.1 and C.11.2). pyd
 
 Names, dates and identifiers in the header must not reach logs, reports and exports. This module therefore reads only
 the elements that it needs. It suppresses pydicom's messages, which quote values. A patient is known by a hash with a
-random salt, which no other process can compute again.
+random salt, which no other process can compute again. `identifiers_of` alone returns values, for a user
+who asks for them.
 """
 
 import functools
@@ -28,6 +29,7 @@ from xray_fastai.data.dicom.decoding import INSTALL, decode
 from xray_fastai.data.dicom.grey import as_colour, as_grey
 from xray_fastai.data.dicom.header import EMPTY, GREYS, NEEDED, OPTIONAL, apply_groups, check
 from xray_fastai.system.errors import ImageError
+from xray_fastai.system.text import shown
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -39,6 +41,8 @@ DEFLATED = "1.2.840.10008.1.2.1.99"  # the transfer syntax's UID
 MAX_BYTES, MAX_ITEMS = 500_000_000, 10_000
 """Limits on the size of an inflated file, and on the items of all sequences (pydicom takes 3 s and 60 MB for
 100,000)."""
+IDENTIFIERS = ("StudyInstanceUID", "SOPInstanceUID", "AccessionNumber")
+"""What a hospital's own systems know an image by."""
 HEAD = 2**20
 """Bytes at the start of a file that hold the PatientID, and in most files everything but the pixels."""
 
@@ -59,7 +63,7 @@ def has_mark(source: bytes | str | os.PathLike) -> bool:
         return False
 
 
-def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
+def open_dicom(content: bytes, max_pixels: int, window: tuple[float, float] | None = None) -> Image.Image:
     """Read the one image of a DICOM file.
 
     Grey values go through the modality LUT or rescale, then the first VOI LUT or, without one, the first window.
@@ -71,10 +75,11 @@ def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
     Args:
         content: the bytes of the file.
         max_pixels: the number of pixels above which the image is refused.
+        window: centre and width to show the values by, in place of the file's own window or LUT.
 
     Returns:
         A PIL image of mode "L", or "RGB" if the file has colours. Its `info["note"]` says what was read in another way
-        than the header says.
+        than the header says. `info["window"]` of a grey image is its `grey.Window`, or None.
 
     Raises:
         ImageError: pydicom is not installed, or the file is not one complete X-ray. The message holds no values from
@@ -85,9 +90,15 @@ def open_dicom(content: bytes, max_pixels: int) -> Image.Image:
         apply_groups(header)
         note = check(header, max_pixels)
         pixels, photometric = decode(header)
-        image = Image.fromarray(as_grey(pixels, header) if photometric in GREYS else as_colour(pixels, header))
+        if photometric in GREYS:
+            shown, applied = as_grey(pixels, header, window)
+        elif window is None:
+            shown, applied = as_colour(pixels, header), None
+        else:
+            raise ImageError("in colour, so it has no window; leave it out")
+        image = Image.fromarray(shown)
         image.format = FORMAT
-        image.info = {"photometric": photometric} | ({} if note is None else {"note": note})
+        image.info = {"photometric": photometric, "window": applied} | ({} if note is None else {"note": note})
         return image
 
 
@@ -121,6 +132,24 @@ def patient_key(path: str | os.PathLike) -> str | None:
     except (ImageError, OSError):
         return None
     return hashlib.blake2b(identifier, key=_SALT, digest_size=16).hexdigest() if identifier else None
+
+
+def identifiers_of(path: str | os.PathLike) -> dict[str, str | None]:
+    """Return the values of `IDENTIFIERS`, which are patient data; None for one that a file lacks.
+
+    All are None for a file that is not DICOM, or that cannot be read (the reader of the pixels reports that).
+    """
+    values: dict[str, str | None] = dict.fromkeys(IDENTIFIERS)
+    if not has_mark(path):
+        return values
+    try:
+        with _reading():
+            header = _first(path, sorted(IDENTIFIERS, key=_pydicom().tag.Tag))
+            for name in IDENTIFIERS:
+                values[name] = shown(header.get(name, "") or "", 64).strip() or None  # (PS3.5, 6.2: UI and SH)
+    except (ImageError, OSError):
+        return dict.fromkeys(IDENTIFIERS)
+    return values
 
 
 @contextmanager

@@ -106,6 +106,17 @@ def draw(
     Returns:
         An image of mode "L".
     """
+    return draw_with_opacities(rng, disease, size, patient)[0]
+
+
+def draw_with_opacities(
+    rng: np.random.Generator, disease: Disease | None = None, size: int = 128, patient: int | None = None
+) -> tuple[Image.Image, np.ndarray]:
+    """Draw a chest X-ray as `draw` does, and return it with the density that its opacities add.
+
+    Returns:
+        The image, and the density (size, size) from 0 on, where soft tissue has about 0.5. A NORMAL image has none.
+    """
     anatomy = np.random.default_rng(rng.integers(2**32) if patient is None else patient)
 
     # Body coordinates: both from -1 to 1, y downwards, the spine at x = 0.
@@ -157,11 +168,11 @@ def draw(
     density += 0.13 * clavicles + 0.13 * humeri - 0.07 * trachea
     air = anatomy.uniform(0.26, 0.38) * haze
     air -= anatomy.uniform(0.05, 0.1) * hilum + anatomy.uniform(0.04, 0.08) * vessels
-    if disease:
-        air -= _opacities(anatomy, rng, x, y, disease, width)
-    density -= np.maximum(air, 0.02) * lungs * (1 - 0.9 * heart)
+    visible = lungs * (1 - 0.9 * heart)
+    consolidated = air - _opacities(anatomy, rng, x, y, disease, width) if disease else air
+    density -= np.maximum(consolidated, 0.02) * visible
 
-    return _expose(rng, density)
+    return _expose(rng, density), (np.maximum(air, 0.02) - np.maximum(consolidated, 0.02)) * visible
 
 
 def _expose(rng: np.random.Generator, density: np.ndarray) -> Image.Image:

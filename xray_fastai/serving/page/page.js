@@ -1,33 +1,23 @@
-// Sends each chosen or dropped file to POST /predict, and shows each answer as a card and as a row of the table.
-// Text from outside is only ever set as text (textContent), never parsed as HTML.
-"use strict";
+// Takes chosen or dropped files, has a few at a time predicted, and shows a page of the answers.
+
+import { outcomeOf, enlarge } from "./enlarged.js";
+import { byId, countOf, facts, make, reason } from "./facts.js";
+import { predict } from "./requests.js";
+import { fillCard, fillRow, header } from "./results.js";
+import { saveJson, savePage, saveTable } from "./save.js";
 
 const MAX_RUNNING = 2; // requests: one file is predicted while the next one is sent
-const MAX_TRIES = 60; // requests for one file while the server is busy
+const PER_PAGE = 24; // cards that the browser lays out, however many files there are
+const STATUS_MS = 2000; // between two messages while files are predicted: a screen reader reads each one
 
-const byId = (id) => document.getElementById(id);
-const maxFile = Number(document.body.dataset.maxFile);
-const classes = JSON.parse(document.body.dataset.classes);
-const columns = JSON.parse(document.body.dataset.columns); // [{name, isNumber}], as the server names them in a row
-
-let jobs = []; // {file, card, row, result}, in the order in which they were added; result is null until it arrives
+// {file, started, result, chosen, card, row}, in the order in which they were added. `result` is null until it arrives,
+// `chosen` is the window of a DICOM file, if it was changed; `card` and `row` are null on other pages.
+let jobs = [];
 let waiting = [];
 let running = 0;
+let first = 0; // the number of the first job on this page
 let session = new AbortController(); // "Clear" aborts it and starts another one
-
-function make(tag, className, ...children) {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  element.append(...children);
-  return element;
-}
-
-const countOf = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
-// never 1.000 or 0.000: no probability is known that precisely
-const shown = (p) => (p > 0.9995 ? "> 0.999" : p < 0.0005 ? tiny(p) : p.toFixed(3));
-// of a small prevalence all probabilities, and the threshold, are small
-const tiny = (p) => (document.body.dataset.prevalence ? p.toPrecision(3) : "< 0.001");
-const significant = (p) => String(Number(p.toPrecision(4)));
+let nextStatus = 0; // when the next message is due
 
 // Adding files and sending them
 
@@ -36,18 +26,15 @@ function add(files) {
     byId("status").textContent = "The dropped item contains no file.";
     return;
   }
-  const added = [...files].map((file) => {
-    const job = { file, result: null, card: make("li", "card"), row: make("tr") };
-    job.card.append(heading(job.file.name, "waiting", "waiting"));
-    return job;
-  });
+  const added = [...files].map((file) => ({ file, started: false, result: null, chosen: null, card: null, row: null }));
+  const start = jobs.length;
   jobs.push(...added);
   waiting.push(...added);
-  byId("cards").append(...added.map((job) => job.card));
-  byId("rows").append(...added.map((job) => job.row));
   byId("results").hidden = false;
   document.body.classList.add("begun");
-  if (jobs.length > added.length) added[0].card.scrollIntoView({ block: "start" });
+  showPage(start);
+  if (start) jobs[start].card.scrollIntoView({ block: "start" });
+  nextStatus = 0;
   updateStatus();
   while (running < MAX_RUNNING && waiting.length) work(session);
 }
@@ -56,211 +43,71 @@ async function work(ownSession) {
   running += 1;
   while (waiting.length && ownSession === session) {
     const job = waiting.shift();
-    job.card.querySelector(".call").textContent = "predicting …";
+    job.started = true;
+    show(job);
     const result = await predict(job.file, ownSession.signal);
     if (ownSession !== session) return; // "Clear" was pressed, and has set `running` to 0
     job.result = result;
     show(job);
-    job.row.replaceChildren(...columns.map((column) => cellOf(job, column)));
     updateStatus(job);
   }
   if (ownSession === session) running -= 1;
 }
 
-function failed(file, reason, row = {}) {
-  const error = `${file.name}: ${reason}`;
-  return { prediction: null, error, row: { ...row, path: file.name, error } };
-}
-
-async function predict(file, signal) {
-  if (file.size > maxFile) {
-    return failed(file, `${Math.ceil(file.size / 1e6)} MB; the maximum is ${Math.floor(maxFile / 1e6)} MB`);
-  }
-  try {
-    await file.slice(0, 1).arrayBuffer();
-  } catch {
-    return failed(file, "cannot be read; is it a folder, or was it moved?");
-  }
-  for (let tries = 0; tries < MAX_TRIES; tries += 1) {
-    const form = new FormData();
-    form.append("file", file, file.name);
-    try {
-      const response = await fetch("predict", { method: "POST", body: form, signal });
-      const wait = Number(response.headers.get("Retry-After"));
-      if (response.status === 503) {
-        await new Promise((resolve) => setTimeout(resolve, 1000 * (wait || 1)));
-        continue;
-      }
-      const answer = await response.json();
-      if (!answer.predictions) return failed(file, answer.error);
-      const result = answer.predictions[0];
-      if (result.error) return failed(file, result.error.replace(`${result.file}: `, ""), result.row);
-      return { ...result, row: { ...result.row, path: file.name } }; // the form changes quotation marks to %22
-    } catch {
-      if (signal.aborted) return null;
-      return failed(file, "no answer from the server; is it still running?");
-    }
-  }
-  return failed(file, "the server is busy; try again later");
-}
-
-// Showing results
-
-function heading(name, text, kind) {
-  return make("div", "head", make("h3", "", name), make("span", `call ${kind}`, text));
-}
+// Showing a page of results
 
 function show(job) {
-  const { card, result } = job;
-  if (result.error) {
-    card.classList.add("bad");
-    card.replaceChildren(heading(job.file.name, "not read", ""), make("p", "", reason(job)));
-    return;
+  if (!job.card) return;
+  fillCard(job, () => enlarge(job, (changed) => (show(changed), updateStatus())));
+  fillRow(job);
+}
+
+function showPage(start) {
+  for (const job of onPage()) job.card = job.row = null;
+  first = start - (start % PER_PAGE);
+  for (const job of onPage()) {
+    job.card = make("li", "card");
+    job.row = make("tr");
+    show(job);
   }
-  const positive = document.body.dataset.positive;
-  const isPositive = result.prediction === positive;
-  card.classList.toggle("positive", isPositive);
-  const button = make("button", "pictures", ...pictures(job), make("span", "enlarge", "Enlarge"));
-  button.type = "button";
-  button.addEventListener("click", () => enlarge(job));
-  card.replaceChildren(heading(job.file.name, result.prediction, isPositive ? "positive" : ""), button, score(result));
+  byId("cards").replaceChildren(...onPage().map((job) => job.card));
+  byId("rows").replaceChildren(...onPage().map((job) => job.row));
+  const end = first + onPage().length;
+  byId("pager").hidden = jobs.length <= PER_PAGE;
+  byId("where").textContent = `${first + 1} to ${end} of ${jobs.length.toLocaleString("en")}`;
+  byId("previous").setAttribute("aria-disabled", first === 0); // disabled, it would lose the focus
+  byId("next").setAttribute("aria-disabled", end === jobs.length);
 }
 
-const reason = (job) => {
-  const text = job.result.error.slice(`${job.file.name}: `.length);
-  return text.charAt(0).toUpperCase() + text.slice(1);
-};
+const onPage = () => jobs.slice(first, first + PER_PAGE);
 
-function picture(source, alt, caption) {
-  const frame = make("span", "frame");
-  if (source) {
-    const image = make("img");
-    image.src = source;
-    image.alt = alt;
-    frame.append(image);
-  } else {
-    frame.classList.add("empty");
-    frame.textContent = alt;
-  }
-  return make("span", "picture", frame, make("span", "caption", caption));
+function turn(pages) {
+  const start = first + pages * PER_PAGE;
+  if (start < 0 || start >= jobs.length) return;
+  showPage(start);
+  byId("results").scrollIntoView({ block: "start" });
 }
 
-function pictures(job) {
-  const { result } = job;
-  return [
-    picture(result.image, `X-ray ${job.file.name}`, "As read"),
-    picture(
-      result.heatmap,
-      result.heatmap ? `Heat map of ${job.file.name}: the regions that supported ${result.prediction}` : result.note,
-      result.heatmap ? `Heat map: red speaks for ${result.prediction}` : `Heat map for ${result.prediction}`,
-    ),
-  ];
-}
-
-// what the network sees is squeezed to a square, and its grey values may be spread evenly
-const seen = ({ file, result }) =>
-  picture(result.seen, `What the network sees of ${file.name}`, "What the network sees");
-
-function score(result) {
-  const parts = [];
-  const positive = document.body.dataset.positive;
-  const hasThreshold = result.threshold !== null;
-  const shownClasses = hasThreshold ? [positive] : classes;
-  for (const name of shownClasses) {
-    const p = result.probabilities[name];
-    const fill = make("div", "fill");
-    fill.style.width = `${100 * p}%`;
-    const track = make("div", "track", fill);
-    track.setAttribute("aria-hidden", "true");
-    if (hasThreshold) {
-      const mark = make("div", "mark");
-      mark.style.left = `${100 * result.threshold}%`;
-      track.append(mark);
-    }
-    const label = hasThreshold ? `Probability of ${name}` : name;
-    parts.push(make("div", "line", make("span", "", label), make("strong", "", shown(p))), track);
-  }
-  const kind = document.body.dataset.probabilities;
-  let reasonOfCall = `The most probable class is predicted. Probabilities: ${kind}.`;
-  if (hasThreshold) {
-    const side = result.prediction === positive ? "at or above" : "below";
-    reasonOfCall = `Predicted ${result.prediction}: ${side} the threshold of ${significant(result.threshold)} (the mark). Probability: ${kind}.`;
-  }
-  return make("div", "score", ...parts, make("p", "why", reasonOfCall));
-}
-
-function enlarge(job) {
-  byId("large-title").textContent = `${job.file.name}: ${job.result.prediction}`;
-  byId("large").querySelector(".pictures").replaceChildren(...pictures(job), seen(job));
-  byId("large").classList.toggle("positive", job.result.prediction === document.body.dataset.positive);
-  byId("large-score").replaceChildren(score(job.result));
-  byId("large").showModal();
-}
+const answered = () => jobs.filter((job) => job.result);
 
 function updateStatus(last) {
-  const done = jobs.filter((job) => job.result);
+  const done = answered();
+  const left = jobs.length - done.length;
+  if (left && Date.now() < nextStatus) return;
+  nextStatus = Date.now() + STATUS_MS;
   const bad = done.filter((job) => job.result.error).length;
-  const calls = classes.map((name) => [done.filter((job) => job.result.prediction === name).length, name]);
+  const calls = [...facts.classes, "uncertain"].map((name) => [
+    done.filter((job) => job.result.prediction === name).length,
+    name,
+  ]);
   const counts = calls.filter(([count]) => count).map(([count, name]) => `${count} ${name}`);
   if (bad) counts.push(`${bad} not read`);
   byId("counts").textContent = counts.join(", ");
-  const left = jobs.length - done.length;
   const total = countOf(jobs.length, "file");
   let text = left ? `${done.length} of ${total} done.` : `${total} done.`;
-  if (last) {
-    const result = last.result;
-    const p = result.error ? null : result.probabilities[result.prediction];
-    const outcome = p === null ? `not read. ${reason(last)}` : `${result.prediction}, probability ${shown(p)}`;
-    text += ` ${last.file.name}: ${outcome}`;
-  }
+  if (last) text += ` ${last.file.name}: ${last.result.error ? `not read. ${reason(last)}` : outcomeOf(last.result)}`;
   byId("status").textContent = text;
-  byId("download").disabled = !done.length;
-}
-
-// The table, on the page and as a file
-
-function header() {
-  const cells = columns.map(({ name, isNumber }) => {
-    const cell = make("th", isNumber ? "n" : "", name === "path" ? "file" : name);
-    cell.scope = "col";
-    return cell;
-  });
-  return make("tr", "", ...cells);
-}
-
-function cellOf(job, { name, isNumber }) {
-  const value = job.result.row[name] ?? "";
-  if (name === "path") {
-    const cell = make("th", "", value);
-    cell.scope = "row";
-    return cell;
-  }
-  if (name === "error") return make("td", "fault", value && reason(job));
-  const digits = (number) => (document.body.dataset.prevalence ? String(number) : number.toFixed(4));
-  return isNumber ? make("td", "n", value === "" ? "" : digits(value)) : make("td", "", String(value));
-}
-
-// A spreadsheet runs some text as a formula; an apostrophe prevents it, as in the table that `predict` writes.
-const formula = new RegExp(document.body.dataset.formula);
-const guarded = (text) => (formula.test(text) ? `'${text}` : text);
-
-function csvCell(value) {
-  if (value === null || value === undefined) return "";
-  if (typeof value === "number") return String(value);
-  const text = guarded(value);
-  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-}
-
-function download() {
-  const names = columns.map((column) => column.name);
-  const rows = jobs.filter((job) => job.result).map((job) => names.map((name) => job.result.row[name]));
-  const lines = [names, ...rows];
-  const text = lines.map((line) => `${line.map(csvCell).join(",")}\n`).join("");
-  const link = make("a");
-  link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
-  link.download = "predictions.csv";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  for (const id of ["save-table", "save-json", "save-page"]) byId(id).disabled = !done.length;
 }
 
 function clear() {
@@ -269,6 +116,7 @@ function clear() {
   jobs = [];
   waiting = [];
   running = 0;
+  first = 0;
   byId("cards").replaceChildren();
   byId("rows").replaceChildren();
   byId("results").hidden = true;
@@ -301,8 +149,9 @@ async function droppedFiles(transfer) {
   const parts = []; // collected before the first await: the transfer is empty after the event
   for (const item of transfer.items) {
     if (item.kind !== "file") continue;
-    const entry = item.webkitGetAsEntry?.();
-    parts.push(entry?.isDirectory ? entry : item.getAsFile());
+    const file = item.getAsFile();
+    const entry = file?.type ? null : item.webkitGetAsEntry?.(); // takes 1.5 ms; a folder has no type
+    parts.push(entry?.isDirectory ? entry : file);
   }
   const files = [];
   for (const part of parts) files.push(...(part instanceof File ? [part] : await filesIn(part)));
@@ -326,9 +175,9 @@ byId("files").addEventListener("change", () => {
   add(byId("files").files);
   byId("files").value = ""; // otherwise the same file could not be chosen again
 });
-byId("download").addEventListener("click", download);
+byId("previous").addEventListener("click", () => turn(-1));
+byId("next").addEventListener("click", () => turn(1));
+byId("save-table").addEventListener("click", () => saveTable(answered()));
+byId("save-json").addEventListener("click", () => saveJson(answered()));
+byId("save-page").addEventListener("click", () => savePage(answered()));
 byId("clear").addEventListener("click", clear);
-byId("close").addEventListener("click", () => byId("large").close());
-byId("large").addEventListener("click", (event) => {
-  if (event.target === byId("large")) byId("large").close();
-});

@@ -1,0 +1,307 @@
+"""Write what a manuscript needs beside the report: methods and results from the facts, and two checklists.
+
+The checklists are CLAIM 2024 (Tejani et al., Checklist for Artificial Intelligence in Medical Imaging (CLAIM): 2024
+Update, Radiology: Artificial Intelligence 2024) and TRIPOD+AI (Collins et al., TRIPOD+AI statement, BMJ 2024). The
+topics are in our words. An item is answered from `model.json` and `metrics.json`, or it is open: only the authors know.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from xray_fastai import DISCLAIMER
+from xray_fastai.config.choices import ARCHITECTURES
+from xray_fastai.metrics.table import METRICS, title_of
+from xray_fastai.system.text import count_of, format_interval
+
+FILE = "statement.md"
+
+CLAIM = (
+    ("Title: the study is one of AI, and of which kind", None),
+    ("Abstract: design, methods, results and conclusions", None),
+    ("Introduction: background, intended use and clinical role", None),
+    ("Introduction: aims and hypotheses", None),
+    ("Methods: prospective or retrospective study", None),
+    ("Methods: goal of the study", None),
+    ("Methods, data: sources", "data"),
+    ("Methods, data: inclusion and exclusion of patients; where and when they were seen", None),
+    ("Methods, data: preprocessing", "preprocessing"),
+    ("Methods, data: selection of parts of the images or of the data", "left_out"),
+    ("Methods, data: de-identification", None),
+    ("Methods, data: missing data", "missing"),
+    ("Methods, data: how the images were acquired", None),
+    ("Methods, reference standard: definition, and why it was chosen", None),
+    ("Methods, reference standard: who annotated, with which tools, and how well they agree", None),
+    ("Methods, partitions: how data were assigned", "partitions"),
+    ("Methods, partitions: at which level they are disjoint", "disjoint"),
+    ("Methods, testing: intended sample size, and why", None),
+    ("Methods, model: description, inputs and outputs", "network"),
+    ("Methods, model: software", "software"),
+    ("Methods, model: initial weights", "weights"),
+    ("Methods, training: approach, augmentation, hyperparameters", "training"),
+    ("Methods, training: choice of the final model", "selection"),
+    ("Methods, training: ensembles", "ensemble"),
+    ("Methods, evaluation: measures of performance", "measures"),
+    ("Methods, evaluation: uncertainty and significance", "intervals"),
+    ("Methods, evaluation: robustness", "worst_group"),
+    ("Methods, evaluation: explainability", None),
+    ("Methods, evaluation: internal and external testing", "test"),
+    ("Methods: registration of a clinical trial", None),
+    ("Results, data: patients included and excluded, as a flow diagram", None),
+    ("Results, data: demographic and clinical characteristics of each partition", None),
+    ("Results: performance, with its uncertainty", "results"),
+    ("Results: errors", "errors"),
+    ("Discussion: limitations, and what the results mean for practice", None),
+    ("Other: full protocol; availability of software, model and data", "availability"),
+    ("Other: funding", None),
+)
+"""Topics of CLAIM 2024 in its order, each with the fact that answers it, or None."""
+
+TRIPOD = (
+    ("1 Title", None),
+    ("2 Abstract", None),
+    ("3 Background", None),
+    ("4 Objectives", None),
+    ("5 Data", "data"),
+    ("6 Participants", None),
+    ("7 Data preparation", "preprocessing"),
+    ("8 Outcome", None),
+    ("9 Predictors", "predictors"),
+    ("10 Sample size", None),
+    ("11 Missing data", "missing"),
+    ("12 Analytical methods", "analysis"),
+    ("13 Class imbalance", "imbalance"),
+    ("14 Fairness", "groups"),
+    ("15 Model output", "output"),
+    ("16 Training versus evaluation", "test"),
+    ("17 Ethical approval", None),
+    ("18 Open science", "availability"),
+    ("19 Patient and public involvement", None),
+    ("20 Participants (results)", "test"),
+    ("21 Model development", "partitions"),
+    ("22 Model specification", "availability"),
+    ("23 Model performance", "results"),
+    ("24 Model updating", "updating"),
+    ("25 Interpretation", None),
+    ("26 Limitations", None),
+    ("27 Usability of the model", None),
+)
+"""The 27 main items of TRIPOD+AI, each with the fact that answers it, at least in part, or None."""
+
+REFERENCES = """\
+- Tejani AS, Klontzas ME, Gatti AA, et al. Checklist for Artificial Intelligence in Medical Imaging (CLAIM): 2024
+  Update. Radiology: Artificial Intelligence 2024;6(4):e240300. The list: https://doi.org/10.1148/ryai.240300
+- Collins GS, Moons KGM, Dhiman P, et al. TRIPOD+AI statement: updated guidance for reporting clinical prediction models
+  that use regression or machine learning methods. BMJ 2024;385:e078378. The list: https://www.tripod-statement.org
+"""
+
+AUGMENTED = {
+    "max_rotate": "rotation by up to {:g} degrees",
+    "max_zoom": "zoom of up to {:g}",
+    "max_stretch": "stretch of up to {:g}",
+    "max_lighting": "lighting by up to {:g}",
+    "max_blur": "blur of up to {:g} of the side",
+    "max_noise": "noise of up to {:g} of the range",
+}
+
+
+def statement(model: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """Return the statement as Markdown.
+
+    Args:
+        model: the content of the export's `model.json`.
+        summary: the content of `metrics.json`.
+    """
+    facts = {name: text for name, text in _facts(model, summary).items() if text}
+    methods = ("data", "partitions", "disjoint", "preprocessing", "network", "weights", "training", "selection")
+    methods += ("calibration", "output", "measures", "intervals", "software")
+    results = ("test", "results", "calibrated", "errors", "worst_group", "groups")
+    return "\n\n".join(
+        [
+            f"# Statement on {summary['model']}",
+            f"{DISCLAIMER} Written by xray-fastai {model['versions']['xray-fastai']} from what it recorded. Check each "
+            "sentence; what only the authors know is open.",
+            "## Methods",
+            " ".join(facts[name] for name in methods if name in facts),
+            "## Results",
+            " ".join(facts[name] for name in results if name in facts),
+            *_checklist("CLAIM 2024", CLAIM, facts),
+            *_checklist("TRIPOD+AI", TRIPOD, facts),
+            "The topics are in our words, and those of CLAIM have no numbers: fill in the official lists.",
+            REFERENCES,
+        ]
+    )
+
+
+def _checklist(name: str, items: tuple, facts: dict[str, str]) -> list[str]:
+    answered = [f"- [x] **{topic}.** {facts[fact]}" for topic, fact in items if fact in facts]
+    left = [f"- [ ] {topic}" for topic, fact in items if fact not in facts]
+    return [
+        f"## {name}",
+        f"{len(answered)} of {len(items)} topics have an answer or a part of one:",
+        "\n".join(answered),
+        "Open, for the authors:",
+        "\n".join(left),
+    ]
+
+
+def _facts(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return sentences by name; None where nothing was recorded."""
+    return {**_on_data(model, summary), **_on_model(model), **_on_results(model, summary)}
+
+
+def _on_data(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str | None]:
+    data, settings = model["data"], model["settings"]
+    parts = {
+        part: f"{count_of(sum(data[key].values()), 'image')} ({_counts(data[key])}) of "
+        f"{count_of(data['patients'][key], 'patient')}"
+        for part, key in (("training", "train"), ("validation", "valid"))
+    }
+    seen = summary.get("seen_in_fit")
+    same = summary["data"] == data["name"]
+    whose = "the data of the fit" if same else "other data than that of the fit"
+    overlap = ""
+    if summary["split"] == "test" and seen is not None:
+        used = sum(seen.values())
+        overlap = (
+            f" {used:,} of the images were used in the fit." if used else " None of the images was used in the fit."
+        )
+    without = summary.get("images_without_patient", 0)
+    alone = f" {count_of(without, 'image')} of unknown patients count as a patient each." if without else ""
+    unreadable = "were left out" if settings.get("skip_bad") else "stop a fit, so there were none"
+    listed = "Images were left out by a list that the authors gave." if settings.get("exclude") else None
+    return {
+        "data": "The images were drawn by the program from formulas; none shows a patient."
+        if data["rehearsal"]
+        else f"The images are those of {_folder(data['name'])} (add where and when they were taken).",
+        "partitions": f"{parts['training']} were trained on; {parts['validation']} chose the epoch, the calibration "
+        "and the threshold.",
+        "disjoint": "Training and validation share no patient and no identical file.",
+        "left_out": listed,
+        "missing": f"Images that cannot be read {unreadable}.{alone}",
+        "test": f"The model was evaluated on the split {summary['split']} of {_folder(summary['data'])}, {whose}: "
+        f"{count_of(summary['images'], 'image')} ({_counts(summary['counts'])}) of "
+        f"{count_of(summary['patients'], 'patient')}.{overlap}",
+    }
+
+
+def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
+    settings, training, preprocessing = model["settings"], model["training"], model["preprocessing"]
+    size = preprocessing["size"]
+    equalized = ", histogram equalised" if preprocessing.get("contrast") == "equalize" else ""
+    varied = _variation(model.get("augmentation"), settings["augment"])
+    phases = " and ".join(f"{count_of(phase['epochs'], 'epoch')} {phase['name']}" for phase in training["phases"])
+    weights = model.get("class_weights")
+    loss = "cross-entropy"
+    if weights:
+        pairs = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(model["classes"], weights, strict=True))
+        loss += f", weighted by class ({pairs})"
+    best, updated = model["best"], model.get("recalibrated")
+    architecture = model["architecture"]
+    known = architecture in ARCHITECTURES
+    return {
+        "preprocessing": f"Each whole image was resized to {size} x {size} pixels of grey{equalized}, and normalised "
+        "with the mean and the standard deviation of ImageNet.",
+        "predictors": "The only predictor is the image; no clinical value goes in.",
+        "network": f"The network is a {architecture}{'' if known else ' (of the authors)'} with pooling, dropout of "
+        f"{model['dropout']:g} and one linear layer, {training['parameters']['total']:,} parameters; it maps an "
+        f"image to the probabilities of {', '.join(model['classes'])}.",
+        "weights": f"Initial weights: {training['weights']}.",
+        "training": f"It was trained for {phases}{_hyperparameters(settings)}, and with {loss} as loss. {varied}",
+        "selection": best
+        and f"The weights are those of epoch {best['epoch']} of the {best['phase']} phase, whose validation loss was "
+        "lowest.",
+        "calibration": f"Probabilities and threshold: {model['calibration']}.",
+        "ensemble": "One network, no ensemble.",
+        "imbalance": f"The loss was {loss}." if weights else None,
+        "updating": updated
+        and f"The probabilities were fitted to another place on {updated['created'][:10]}, with "
+        f"{count_of(updated['images'], 'image')}.",
+        "output": f"{model['positive']} is called from a probability of {model['threshold']:.4g} on."
+        if model["positive"] and model["threshold"] is not None
+        else "The most probable class is called.",
+        "software": f"Software: {', '.join(f'{name} {version}' for name, version in model['versions'].items())}.",
+        "availability": f"The weights have the SHA-256 {model['weights']['sha256']}; all settings are in model.json. "
+        "The software is public (add where weights and data are).",
+    }
+
+
+def _hyperparameters(settings: Mapping[str, Any]) -> str:
+    """Return those that are known: an export that was trained by hand has not all."""
+    texts = {"batch_size": "batches of {}", "lr": "a peak learning rate of {:g}", "schedule": "the schedule {}"}
+    texts["seed"] = "the seed {}"
+    known = [text.format(settings[name]) for name, text in texts.items() if settings.get(name) is not None]
+    return f", with {', '.join(known)}" if known else ""
+
+
+def _variation(values: Mapping[str, float] | None, name: str) -> str:
+    """Say how training images were varied; an export of 0.1.0 has the name of its augmentation only."""
+    if values is None:
+        return f"Augmentation of training images: {name}."
+    changes = [text.format(values[key]) for key, text in AUGMENTED.items() if values.get(key) not in (None, 0, 1)]
+    return f"Training images were varied by {', '.join(changes)}." if changes else "Training images were not varied."
+
+
+def _on_results(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str | None]:
+    chosen = summary["operating_points"]["chosen"]
+    found = {**chosen["metrics"], **summary["metrics"]}
+
+    def values(*names: str) -> str:
+        known = [name for name in names if found.get(name) and found[name]["value"] is not None]
+        return "; ".join(f"{title_of(name)} {format_interval(**found[name])}" for name in known)
+
+    at = (
+        "with the most probable class called"
+        if chosen["threshold"] is None
+        else f"at the threshold {chosen['threshold']:.4g}"
+    )
+    intervals = f"{summary['intervals'].rstrip('.')}."
+    measures = ", ".join(METRICS[name].title for name in found if name in METRICS)
+    rows = chosen["confusion"]
+    wrong = [
+        f"{rows[i][j]} of {sum(rows[i])} {true} called {called}"
+        for i, true in enumerate(summary["counts"])
+        for j, called in enumerate(summary["counts"])
+        if i != j and sum(rows[i])
+    ]
+    calibration = values("calibration_slope", "calibration_intercept", "calibration_in_the_large", "brier_score")
+    worst = summary.get("worst_group")
+    return {
+        "measures": f"Measures: {measures}.",
+        "intervals": f"{intervals} Shares have Wilson's interval with the effective number of images, other "
+        "metrics Student's t with the variance between patients.",
+        "analysis": f"Probabilities and threshold: {model['calibration']}. Measures: {measures}. {intervals}",
+        "results": f"Results {at}, with 95 % intervals: "
+        f"{values('roc_auc', 'average_precision', 'sensitivity', 'specificity', 'ppv', 'npv', 'accuracy')}.",
+        "calibrated": f"Calibration: {calibration}." if calibration else None,
+        "errors": f"Errors {at}: {', '.join(wrong)}.",
+        "worst_group": worst
+        and f"Of {worst['groups']} groups of unusual images (brightness, contrast, sharpness, shape), the "
+        f"{worst['name']} had the lowest AUC, {format_interval(worst['roc_auc'], worst['low'], worst['high'])}, with "
+        "an interval that allows for all groups.",
+        "groups": _on_groups(summary.get("groups") or []),
+    }
+
+
+def _on_groups(columns: list[dict[str, Any]]) -> str | None:
+    """Return the gaps of each column, a sentence each; None without columns."""
+    sentences = []
+    for column in columns:
+        for gap in column["gaps"]:
+            interval = format_interval(gap["difference"], gap["low"], gap["high"])
+            sentences.append(
+                f"By {column['column']}, the {title_of(gap['metric'])} of {gap['best']} exceeds that of "
+                f"{gap['worst']} by {interval}, the largest difference between {gap['groups']} groups."
+            )
+        if not column["gaps"]:
+            sentences.append(f"By {column['column']}, the groups are too small for a comparison.")
+    return " ".join(sentences) or None
+
+
+def _folder(name: str) -> str:
+    """Return the name of a data set without the folders above it, which say nothing to a reader."""
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
