@@ -157,6 +157,11 @@ def test_a_limit_that_one_epoch_exceeds_and_one_that_all_epochs_meet():
     assert planned([1.0], n_epoch=7)[:2] == ([7] * 7, 7)
 
 
+def test_several_processes_use_the_plan_of_the_first(monkeypatch):
+    monkeypatch.setattr("xray_fastai.system.distributed.share", lambda plan: 3)
+    assert planned([100.0])[0] == [3] * 3
+
+
 def test_the_frozen_phase_gets_a_share():
     pace = Pace(lambda: 10.0, "frozen", limit=1000.0)
     pace.before_fit()

@@ -59,18 +59,38 @@ def test_tensorboard_gets_both_the_history_and_the_export(settings):
 
 @pytest.mark.slow
 def test_mlflow_gets_both_the_history_and_the_export(settings):
+    """Its files lie beside the folder of exports, wherever the fit ran."""
     mlflow = pytest.importorskip("mlflow", reason="mlflow is an extra that is not installed here")
-    result = fit(**settings, log="mlflow")
+    pytest.importorskip("sqlalchemy", reason="mlflow-skinny keeps no database")
+    result = fit(**settings, log="mlflow", exports="kept/exports")
     (run,) = mlflow.search_runs(experiment_names=["xray-fastai"], output_format="list")
     assert run.info.status == "FINISHED" and run.data.params["epochs"] == "2"
     assert run.data.metrics["export_roc_auc"] == pytest.approx(result.best["roc_auc"])
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "valid_loss")
     assert [entry.value for entry in history] == pytest.approx([row["valid_loss"] for row in result.history])
+    assert {path.name for path in Path("kept/mlruns").rglob("*.*")} == {"curves.png", "history.csv"}
+    assert Path("kept/mlflow.db").is_file() and not Path("mlruns").exists()
 
 
 @pytest.mark.slow
-def test_wandb_writes_offline(settings):
-    pytest.importorskip("wandb", reason="wandb is an extra that is not installed here")
-    fit(**settings, log="wandb")
-    (folder,) = Path("wandb").glob("offline-run-*")
-    assert list(folder.glob("*.wandb"))
+def test_wandb_gets_both_the_history_and_the_export(settings, monkeypatch):
+    """It has no reader of what it writes offline, so its calls are watched, too."""
+    wandb = pytest.importorskip("wandb", reason="wandb is an extra that is not installed here")
+    rows, ends, log, finish = [], [], wandb.Run.log, wandb.Run.finish
+
+    def logged(run, values, step=None):
+        rows.append(values)
+        log(run, values, step=step)
+
+    def finished(run, exit_code):
+        ends.append((exit_code, run.offline, run.config["epochs"], run.summary["export_roc_auc"]))
+        finish(run, exit_code)
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb.Run, "log", logged)
+    monkeypatch.setattr(wandb.Run, "finish", finished)
+    result = fit(**settings, log="wandb", exports="kept/exports")
+    assert ends == [(0, True, 2, result.best["roc_auc"])]
+    assert [row["valid_loss"] for row in rows[:-1]] == [row["valid_loss"] for row in result.history]
+    (folder,) = Path("kept/wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb")) and list(folder.rglob("curves*.png"))

@@ -58,7 +58,7 @@ def fit(
         if resume is None:
             result = run(config)
         else:
-            given = {name for name in settings if _is_given(ctx, name)} | ({"data"} if folder is not None else set())
+            given = [name for name in settings if _is_given(ctx, name) or (name == "data" and folder is not None)]
             result = run(resume=resume or True, **{name: settings[name] for name in given})
     except FitInterrupted as stop:
         result = stop.result

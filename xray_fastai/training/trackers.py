@@ -96,14 +96,17 @@ class LogEpochs(Callback):
 
 
 class MLflow:
-    """Writes `mlruns`, for `mlflow ui`."""
+    """Writes `mlflow.db` and `mlruns`, for `mlflow ui --backend-store-uri sqlite:///mlflow.db`."""
 
     def __init__(self, run: Reservation, settings: dict[str, Any]):
         import mlflow
 
         self.mlflow = mlflow
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(f"sqlite:///{(run.exports.parent / 'mlflow.db').absolute()}")
+            folder = run.exports.parent.absolute()
+            mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+            if mlflow.get_experiment_by_name(PROJECT) is None:  # by default, files go into the current folder
+                mlflow.create_experiment(PROJECT, artifact_location=(folder / "mlruns").as_uri())
         mlflow.set_experiment(PROJECT)
         mlflow.start_run(run_name=run.name)
         mlflow.log_params(settings)
@@ -122,8 +125,8 @@ class MLflow:
 class WeightsAndBiases:
     """Writes `wandb`, for `wandb sync`; offline unless `WANDB_MODE` is set.
 
-    fastai's `WandbCallback` fails where it reads the learner's arguments (fastai 2.8.12: "vars() argument must have
-    __dict__ attribute").
+    fastai 2.8.12's `WandbCallback` fails where it reads the learner's arguments ("vars() argument must have __dict__
+    attribute").
     """
 
     def __init__(self, run: Reservation, settings: dict[str, Any]):
