@@ -69,7 +69,7 @@ def test_valid_is_what_fit_validated_on(look, export):
 def test_terminal(look, export, data):
     result, folder = look("--top", 3)
     lines = result.stdout.splitlines()
-    assert lines[0] == lines[-1] == DISCLAIMER
+    assert lines[0] == lines[-2] == DISCLAIMER and lines[-1].startswith("next: xray-fastai predict")
     assert all(len(line) <= 80 for line in lines if str(folder.parent) not in line and str(export) not in line)
     for words in (export, data, "test split, 12 images", "The 3 images with the largest loss", folder / "summary.json"):
         assert str(words) in result.stdout
@@ -82,7 +82,10 @@ def test_files(look):
     assert result.exit_code == 0, result.output
     assert sorted(file.name for file in folder.iterdir()) == ["summary.json", "top_losses.csv", "top_losses.png"]
     table = pd.read_csv(folder / "top_losses.csv")
-    assert list(table) == ["path", "patient", "truth", "prediction", "p_NORMAL", "p_PNEUMONIA", "loss", "wrong"]
+    assert list(table) == ["path", "patient", "truth", "prediction", "p_NORMAL", "p_PNEUMONIA", "loss", "wrong"] + [
+        "unlike",
+        "uncertain",
+    ]
     assert (table.wrong == (table.truth != table.prediction)).all()
     assert len(table) == 12 and table.loss.is_monotonic_decreasing
     summary = json.loads((folder / "summary.json").read_text())
