@@ -85,8 +85,21 @@ def test_columns_are_named_and_others_are_kept(column, images):
         (lambda f: f, "label=Nope", "column: no column Nope in pandas.DataFrame; it has path, label, patient"),
         (lambda f: f, "Nope", "column Nope: give NAME=HEADER"),
         (lambda f: f[:0], None, "has no rows"),
-        (lambda f: f.assign(path="x.png"), None, "none of its 60 rows can be used; most have a file that is not there"),
-        (lambda f: f.assign(label=""), None, "none of its 60 rows can be used; most have no label"),
+        (
+            lambda f: f.assign(path="x.png"),
+            None,
+            "none of its 60 rows can be used; most have a file that is not there in column path, such as x.png",
+        ),
+        (
+            lambda f: f.assign(split="x"),
+            None,
+            "a split other than train, val and test in column split, such as x; write",
+        ),
+        (
+            lambda f: f.assign(label=""),
+            None,
+            r'most have no label in column label; name the column by column="label=HEADER"$',
+        ),
         (lambda f: f.assign(label=1), None, "positive: the labels in column label are 0 and 1; say what 1 means"),
         (lambda f: f.assign(label="A|B"), None, "several findings in a row, such as A|B"),
         (lambda f: pd.concat([f, f.label], axis=1), None, "two columns label, for the label"),
@@ -95,6 +108,14 @@ def test_columns_are_named_and_others_are_kept(column, images):
 def test_a_table_that_is_none(change, column, words, images):
     with pytest.raises(UserError, match=words):
         read(change(frame_of(images)), images, column)
+
+
+def test_labels_that_the_model_does_not_know_are_named_with_its_classes(images):
+    frame = frame_of(images, label=["Pneumonie"] * 20 + ["Ohne Befund"] * 40)
+    with pytest.raises(UserError) as caught:
+        read(frame, images, classes=("NORMAL", "PNEUMONIA"))
+    assert "in column label, such as Ohne Befund, Pneumonie; the model has NORMAL, PNEUMONIA" in str(caught.value)
+    assert "images=" not in str(caught.value) and "study" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

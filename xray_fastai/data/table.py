@@ -7,7 +7,7 @@ folders give (`folders.read_split`), with a column `group:NAME` for each further
 import csv
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -50,6 +50,8 @@ KINDS = {
     OTHER_SPLIT: "unknown-split",
 }
 """Why a row is left out, and the kind of `Fault` that says so."""
+ROLE_OF = {NO_FILE: "path", SEVERAL: "path", NO_NAME: "path", OTHER_SPLIT: "split"}
+"""The column that is to blame; for other reasons it is the label."""
 SHOWN = 3  # examples of a fault
 
 
@@ -153,7 +155,7 @@ def read_table(source: Source) -> Listing:
     labels = read_labels(rows.label, headers["label"], source.naming)
     split, is_decided = _splits(rows)
     left_out = _why_left_out(rows, found, labels, split)
-    _check_rows_left(rows, left_out, source)
+    _check_rows_left(rows, left_out, headers, source)
     table = pd.DataFrame({"file": found.str[0], "label": labels.classes, "split": split})
     table["patient"] = rows.get("patient", "")
     table = table.assign(**{f"{GROUP}{role}": rows[role] for role in rows if role not in ROLES})[left_out == ""]
@@ -242,14 +244,26 @@ def _why_left_out(rows: pd.DataFrame, found: pd.Series, labels: Labels, split: p
     return left_out.mask((left_out == "") & split.isna(), OTHER_SPLIT)
 
 
-def _check_rows_left(rows: pd.DataFrame, left_out: pd.Series, source: Source) -> None:
+def _check_rows_left(rows: pd.DataFrame, left_out: pd.Series, headers: Mapping[str, str], source: Source) -> None:
     if (left_out == "").any():
         return
     reason = left_out.value_counts().index[0]
-    example = shown(rows.path[left_out == reason].iloc[0])
+    role = ROLE_OF.get(reason, "label")
+    texts = rows[role][left_out == reason]
+    examples = ", ".join(
+        shown(text) for text in texts[texts != ""].value_counts().index[: SHOWN if role != "path" else 1]
+    )
+    named_by = f'name the column by column="{role}=HEADER"'
+    advice = {
+        NO_NAME: named_by,
+        EMPTY: named_by,
+        UNCERTAIN: named_by,
+        UNKNOWN: f"the model has {', '.join(source.naming.classes or ())}; write these, or {named_by}",
+        OTHER_SPLIT: "write train, val or test",
+    }.get(reason, f"looked for in {source.root}; give the folder by images=, or {named_by}")
+    in_column = f"in column {shown(headers[role])}{examples and f', such as {examples}'}"
     raise UserError(
-        f"none of its {count_of(len(rows), 'row')} can be used; most have {reason}, such as {example} in "
-        f"{source.root}; give the folder by images=, or the columns by column=",
+        f"none of its {count_of(len(rows), 'row')} can be used; most have {reason} {in_column}; {advice}",
         option="data",
         value=source.name,
     )
