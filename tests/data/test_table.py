@@ -163,6 +163,24 @@ def test_dicom_studies_are_found_by_their_accession_number(tmp_path):
     assert table.patient.tolist() == ["DICOM #1", "DICOM #2", "DICOM #3", "DICOM #1", "DICOM #2"]
 
 
+@pytest.mark.parametrize("element", ["AccessionNumber", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"])
+def test_dicom_files_are_found_by_their_headers(element, tmp_path):
+    dicom_files = pytest.importorskip("tests.data.dicom_files")
+    for i in range(6):
+        text = dicom_files.written(dicom_files.picture(seed=i), **{element: f"1.2.{min(i, 4)}"})
+        (tmp_path / f"x{i}.dcm").write_bytes(text)
+    rows = [("1.2.0", "A"), ("1.2.1", "B"), ("x2", "A"), ("1.2.4", "B"), ("1.2.9", "B"), ("", "B")]
+    frame = pd.DataFrame(rows, columns=[element, "label"])
+    listing = read(frame, tmp_path)
+    assert list(listing.table.file) == ["x0.dcm", "x2.dcm", "x1.dcm"]
+    assert f"3 rows found by {element} in the headers of the DICOM files" in listing.notes
+    assert {kind: text[:5] for kind, text in texts(listing).items()} == dict.fromkeys(
+        ("no-file", "several-files", "no-name"), "1 row"
+    ) | {"no-row": "3 fil"}
+    with pytest.raises(UserError, match="none of its 2 rows"):  # another column: names only
+        read(frame[:2].rename(columns={element: "image"}), tmp_path)
+
+
 def test_what_is_wrong_is_counted_and_named(images):
     frame = frame_of(images)
     frame["split"] = ["train"] * 40 + ["val"] * 10 + ["test"] * 8 + ["holdout"] * 2

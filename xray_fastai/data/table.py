@@ -14,11 +14,11 @@ from typing import TypeAlias
 
 import pandas as pd
 
-from xray_fastai.data.file_index import FileIndex
+from xray_fastai.data.file_index import ELEMENTS, FileIndex, files_by_element
 from xray_fastai.data.file_lists import named
 from xray_fastai.data.folders import find_images, split_of
 from xray_fastai.data.patients import PatientRule, numbered, patients_in
-from xray_fastai.data.table_columns import GROUP, ROLES, Column, headers_of
+from xray_fastai.data.table_columns import GROUP, ROLES, Column, headers_of, plain_name
 from xray_fastai.data.table_labels import (
     EMPTY,
     FALSE,
@@ -150,8 +150,7 @@ def read_table(source: Source) -> Listing:
     headers = headers_of(frame, source.column, source.name)
     rows = pd.DataFrame({role: _texts(frame[header]) for role, header in headers.items()})
     files = _files_below(source)
-    index = FileIndex(files)
-    found = rows.path.map({text: index.find(text) if text else [] for text in rows.path.unique()})
+    found, by_header = _find_rows(rows.path, headers["path"], files, source.root)
     labels = read_labels(rows.label, headers["label"], source.naming)
     split, is_decided = _splits(rows)
     left_out = _why_left_out(rows, found, labels, split)
@@ -167,7 +166,7 @@ def read_table(source: Source) -> Listing:
     table = table.drop(columns="patient").sort_values(["split", "label", "file"], ignore_index=True)
     table.insert(0, "path", [os.path.join(source.root, file) for file in table.file])
     read_as = ", ".join(f"{role} {shown(header)}" for role, header in headers.items())
-    notes = [f"columns: {read_as}", *filter(None, [labels.note])]
+    notes = [f"columns: {read_as}", *filter(None, [by_header, labels.note])]
     return Listing(source.root, table, known, "split" in rows, is_decided, faults, notes)
 
 
@@ -234,6 +233,26 @@ def _files_below(source: Source) -> list[str]:
         option = "data" if source.images is None else "images"
         raise UserError("no such folder; give the folder of the images by images=", option=option, value=source.root)
     return find_images(source.root)
+
+
+def _find_rows(texts: pd.Series, header: str, files: list[str], root: Path) -> tuple[pd.Series, str | None]:
+    """Find the files of each row, by names, else by the header of DICOM files if the column holds an identifier.
+
+    Returns:
+        The files of each row (N,): one, none, or several; and a note on those that were found by their headers.
+    """
+    index = FileIndex(files)
+    found = texts.map({text: index.find(text) if text else [] for text in texts.unique()})
+    element, missing = ELEMENTS.get(plain_name(header)), (found.map(len) == 0) & (texts != "")
+    if element is None or not missing.any():
+        return found, None
+    taken = {file for of_row in found for file in of_row}
+    by_value = files_by_element(root, [file for file in files if file not in taken], element)
+    found = found.mask(missing, texts.map(lambda text: by_value.get(text, [])))
+    count = int((missing & (found.map(len) > 0)).sum())
+    if count == 0:
+        return found, None
+    return found, f"{count_of(count, 'row')} found by {element} in the headers of the DICOM files"
 
 
 def _why_left_out(rows: pd.DataFrame, found: pd.Series, labels: Labels, split: pd.Series) -> pd.Series:
