@@ -236,6 +236,27 @@ def test_labels(labels, naming, classes, why):
     assert all(text in reason and bool(text) == bool(reason) for text, reason in zip(why, found.left_out, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("labels", "naming", "words"),
+    [
+        ([*map(str, range(21))] * 9, {}, "it has 21 different numbers, such as 0, 1, 2"),
+        ([f"{i},5" for i in range(21)] * 9, {"positive": "P", "classes": ["P", "no P"]}, "it has 21 different numbers"),
+        (["a", "A", "b", "c", "d", ""], {}, "it has 4 different labels in 5 rows, such as a, A, b"),
+        ([*map(str, range(20))] * 2, {}, None),
+        ([*map(str, range(21))] * 9, {"classes": ["0", "1"]}, None),
+        (["a", "b", "c"], {"positive": "a"}, None),
+        (["a", "b", ""], {}, None),
+        (["a", "b", "c", "A", "B", "C"], {}, None),
+    ],
+)
+def test_a_column_that_is_none_of_labels(labels, naming, words):
+    if words is None:
+        read_labels(pd.Series(labels), "Age", Naming(**naming))
+        return
+    with pytest.raises(UserError, match=f"column label=Age: is this the right column[?] {words}"):
+        read_labels(pd.Series(labels), "Age", Naming(**naming))
+
+
 def test_a_data_frame_with_other_types(images):
     frame = frame_of(images)
     frame["label"] = (frame.label == "PNEUMONIA").astype(float)
