@@ -67,14 +67,17 @@ def test_columns_are_found_by_their_names(headers, separator, encoding, images):
     listing = read("t.csv", images)
     assert listing.table.label.value_counts().to_dict() == {"NORMAL": 30, "PNEUMONIA": 30}
     assert len(set(listing.patients.values())) == 30 and not listing.faults
-    assert listing.notes == [f"columns: path {headers[0]}, label {headers[1]}, patient {headers[2]}"]
+    note = f"columns: path {headers[0]}, label {headers[1]}, patient {headers[2]}"
+    assert listing.notes == ([] if headers[0] == "path" else [note])
     assert all(Path(path).is_file() for path in listing.table.path)
 
 
 @pytest.mark.parametrize("column", ["label=Befund, kurz,sex=Sex", ["label=Befund, kurz", "sex=Sex"], None])
 def test_columns_are_named_and_others_are_kept(column, images):
     frame = frame_of(images, sex="F").rename(columns={"label": "Befund, kurz", "sex": "Sex"})
-    table = read(frame, images, column or {"label": "befund, KURZ", "sex": "Sex"}).table
+    listing = read(frame, images, column or {"label": "befund, KURZ", "sex": "Sex"})
+    table = listing.table
+    assert listing.notes == ["columns: label Befund, kurz; kept: sex"]
     assert set(table["group:sex"]) == {"F"} and set(table.label) == {"NORMAL", "PNEUMONIA"}
 
 
@@ -442,7 +445,9 @@ def test_data_check_names_what_is_wrong_with_a_table(trained, run):
     result = run("data", "check", table, "--images", images, "--column", "label=Befund", "--json")
     findings = {finding["kind"]: finding for finding in json.loads(result.stdout)["findings"]}
     assert [file["file"] for file in findings["no-file"]["files"]] == ["gone.png"]
-    assert "patient-in-two-splits" not in findings and findings["columns"]["text"].startswith("columns: path file")
+    assert "patient-in-two-splits" not in findings and findings["columns"]["text"].startswith(
+        "columns: path file, label Befund"
+    )
     audit = check_data(pd.read_csv(table, sep=";"), images=images, column="label=Befund,patient=Klinik")
     assert {"patient-in-two-splits", "no-file"} <= {finding.kind for finding in audit.findings} and not audit.ok
 

@@ -18,7 +18,7 @@ from xray_fastai.data.file_index import ELEMENTS, FileIndex, files_by_element
 from xray_fastai.data.file_lists import named
 from xray_fastai.data.folders import find_images, split_of
 from xray_fastai.data.patients import PatientRule, numbered, patients_in
-from xray_fastai.data.table_columns import GROUP, ROLES, Column, headers_of, plain_name
+from xray_fastai.data.table_columns import GROUP, ROLES, Column, headers_of, note_on_columns, plain_name
 from xray_fastai.data.table_labels import (
     EMPTY,
     FALSE,
@@ -165,8 +165,7 @@ def read_table(source: Source) -> Listing:
     known = {named(file): patient for file, patient in zip(table.file, table.patient, strict=True) if patient}
     table = table.drop(columns="patient").sort_values(["split", "label", "file"], ignore_index=True)
     table.insert(0, "path", [os.path.join(source.root, file) for file in table.file])
-    read_as = ", ".join(f"{role} {shown(header)}" for role, header in headers.items())
-    notes = [f"columns: {read_as}", *filter(None, [by_header, labels.note])]
+    notes = list(filter(None, [note_on_columns(headers), by_header, labels.note]))
     return Listing(source.root, table, known, "split" in rows, is_decided, faults, notes)
 
 

@@ -84,3 +84,18 @@ def headers_of(frame: pd.DataFrame, column: Column, name: str) -> dict[str, str]
         if isinstance(frame[header], pd.DataFrame):
             raise UserError(f"two columns {shown(header)}, for the {role}; rename one", option="data", value=name)
     return headers
+
+
+def note_on_columns(headers: Mapping[str, str]) -> str | None:
+    """Return a line on the columns whose header is not what they hold, and those that are kept; None: there are none.
+
+    >>> note_on_columns({"path": "path", "label": "Finding", "sex": "sex", "site": "Hospital"})
+    'columns: label Finding; kept: sex, site Hospital'
+    """
+    read_as = {
+        role: role if str(header).lower() == role else f"{role} {shown(header)}" for role, header in headers.items()
+    }
+    others = [text for role, text in read_as.items() if role in ROLES and text != role]
+    kept = [text for role, text in read_as.items() if role not in ROLES]
+    parts = [others and f"columns: {', '.join(others)}", kept and f"kept: {', '.join(kept)}"]
+    return "; ".join(filter(None, parts)) or None

@@ -87,7 +87,7 @@ def _check_is_label(texts: pd.Series, header: str, naming: Naming) -> None:
         problem = f"it has {len(counts):,} different labels in {len(labels):,} rows"
     else:
         return
-    examples = ", ".join(map(shown, texts[labels.index].unique()[:3]))
+    examples = ", ".join(shown(text, 30) for text in texts[labels.index].unique()[:3])
     raise UserError(
         f"is this the right column? {problem}, such as {examples}; name another",
         option="column",
