@@ -72,6 +72,16 @@ def test_columns_are_found_by_their_names(headers, separator, encoding, images):
     assert all(Path(path).is_file() for path in listing.table.path)
 
 
+def test_excels_windows_1252_is_read_with_a_note(images):
+    frame = frame_of(images, label=["Ohne Befund"] * 30 + ["Lungenentzündung € groß"] * 30)
+    frame.to_csv("t.csv", index=False, sep=";", encoding="cp1252")
+    listing = read("t.csv", images)
+    assert set(listing.table.label) == {"Ohne Befund", "Lungenentzündung € groß"}
+    assert len(listing.notes) == 1 and "read as Windows-1252" in listing.notes[0]
+    frame.to_csv("t.csv", index=False, sep=";", encoding="utf-8")
+    assert read("t.csv", images).notes == []
+
+
 @pytest.mark.parametrize("column", ["label=Befund, kurz,sex=Sex", ["label=Befund, kurz", "sex=Sex"], None])
 def test_columns_are_named_and_others_are_kept(column, images):
     frame = frame_of(images, sex="F").rename(columns={"label": "Befund, kurz", "sex": "Sex"})
@@ -127,7 +137,7 @@ def test_labels_that_the_model_does_not_know_are_named_with_its_classes(images):
         (None, "cannot be read (No such file"),
         (b"", "not a table"),
         (b"path,label\na,b\nc,d,e\n", "not a table"),
-        ("path,label\nÄ,b\n".encode("latin-1"), "not UTF-8; save it as CSV UTF-8"),
+        (b"path,label\n\x81,b\n", "not UTF-8; save it as CSV UTF-8"),
     ],
 )
 def test_a_file_that_is_no_table(content, words, run, refused):

@@ -4,9 +4,7 @@ Columns are found by their names, or named by `column="label=Finding"` (`table_c
 folders give (`folders.read_split`), with a column `group:NAME` for each further column that is named.
 """
 
-import csv
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from xray_fastai.data.file_lists import named
 from xray_fastai.data.folders import find_images, split_of
 from xray_fastai.data.patients import PatientRule, numbered, patients_in
 from xray_fastai.data.table_columns import GROUP, ROLES, Column, headers_of, note_on_columns, plain_name
+from xray_fastai.data.table_file import read_csv
 from xray_fastai.data.table_labels import (
     EMPTY,
     FALSE,
@@ -144,7 +143,7 @@ def read_table(source: Source) -> Listing:
     Raises:
         UserError: the table, the folder or a column is missing, or no row is left; see `table_labels.read_labels`.
     """
-    frame = _frame(source)
+    frame, of_file = _frame(source)
     if frame.empty:
         raise UserError("has no rows", option="data", value=source.name)
     headers = headers_of(frame, source.column, source.name)
@@ -165,7 +164,7 @@ def read_table(source: Source) -> Listing:
     known = {named(file): patient for file, patient in zip(table.file, table.patient, strict=True) if patient}
     table = table.drop(columns="patient").sort_values(["split", "label", "file"], ignore_index=True)
     table.insert(0, "path", [os.path.join(source.root, file) for file in table.file])
-    notes = list(filter(None, [note_on_columns(headers), by_header, labels.note]))
+    notes = list(filter(None, [of_file, note_on_columns(headers), by_header, labels.note]))
     return Listing(source.root, table, known, "split" in rows, is_decided, faults, notes)
 
 
@@ -180,33 +179,14 @@ def with_patients(table: pd.DataFrame, listing: Listing, rule: PatientRule) -> p
     return numbered(table.assign(patient=patients_in(no_folders, rule)))
 
 
-def _frame(source: Source) -> pd.DataFrame:
-    """Return the table with text in each cell of a file; that of a data frame is as it is."""
+def _frame(source: Source) -> tuple[pd.DataFrame, str | None]:
+    """Return the table with text in each cell of a file, and a note on it; a data frame is returned as it is."""
     if isinstance(source.table, pd.DataFrame):
-        return source.table.reset_index(drop=True)
+        return source.table.reset_index(drop=True), None
     path = Path(os.path.expanduser(source.table))
     if path.name == FRAME:
         raise UserError("the fit was to a data frame; give it by data=", option="data")
-    try:
-        with open(path, "rb") as stream:
-            start = stream.read(2)
-        encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        with open(path, encoding=encoding, newline="") as stream:
-            header = stream.readline()
-        separator = max(",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of longer rows, whose end would be lost
-            return pd.read_csv(
-                path, sep=separator, dtype=str, keep_default_na=False, encoding=encoding, index_col=False
-            )
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot be read ({reason}); give another table", option="data", value=path) from None
-    except UnicodeError:
-        raise UserError("not UTF-8; save it as CSV UTF-8", option="data", value=path) from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, csv.Error) as error:
-        reason = shown((str(error).splitlines() or ["no row"])[-1].strip(), 120)
-        raise UserError(f"not a table ({reason}); correct it", option="data", value=path) from None
+    return read_csv(path)
 
 
 def _texts(values: pd.Series) -> pd.Series:
