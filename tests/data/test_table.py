@@ -101,17 +101,17 @@ def test_columns_are_named_and_others_are_kept(column, images):
         (
             lambda f: f.assign(path="x.png"),
             None,
-            "none of its 60 rows can be used; most have a file that is not there in column path, such as x.png",
+            "none of its 60 rows can be used; most have a file that is not there [(]column path[)], such as x.png",
         ),
         (
             lambda f: f.assign(split="x"),
             None,
-            "a split other than train, val and test in column split, such as x; write",
+            "a split other than train, val and test [(]column split[)], such as x; write",
         ),
         (
             lambda f: f.assign(label=""),
             None,
-            r'most have no label in column label; name the column by column="label=HEADER"$',
+            r'most have no label [(]column label[)]; name the column by column="label=HEADER"$',
         ),
         (lambda f: f.assign(label=1), None, "positive: the labels in column label are 0 and 1; say what 1 means"),
         (lambda f: f.assign(label="A|B"), None, "several findings in a row, such as A|B"),
@@ -127,7 +127,7 @@ def test_labels_that_the_model_does_not_know_are_named_with_its_classes(images):
     frame = frame_of(images, label=["Pneumonie"] * 20 + ["Ohne Befund"] * 40)
     with pytest.raises(UserError) as caught:
         read(frame, images, classes=("NORMAL", "PNEUMONIA"))
-    assert "in column label, such as Ohne Befund, Pneumonie; the model has NORMAL, PNEUMONIA" in str(caught.value)
+    assert "(column label), such as Ohne Befund, Pneumonie; the model has NORMAL, PNEUMONIA" in str(caught.value)
     assert "images=" not in str(caught.value) and "study" not in str(caught.value)
 
 

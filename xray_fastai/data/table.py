@@ -259,7 +259,7 @@ def _check_rows_left(rows: pd.DataFrame, left_out: pd.Series, headers: Mapping[s
         UNKNOWN: f"the model has {', '.join(source.naming.classes or ())}; write these, or {named_by}",
         OTHER_SPLIT: "write train, val or test",
     }.get(reason, f"looked for in {source.root}; give the folder by images=, or {named_by}")
-    in_column = f"in column {shown(headers[role])}{examples and f', such as {examples}'}"
+    in_column = f"(column {shown(headers[role])}){examples and f', such as {examples}'}"
     raise UserError(
         f"none of its {count_of(len(rows), 'row')} can be used; most have {reason} {in_column}; {advice}",
         option="data",
