@@ -69,20 +69,24 @@ def test_folders_keep_the_patients(form, drawn, run):
     assert sorted(Path("out").parent.glob(".out*")) == []
 
 
-def test_a_table_by_group(drawn, run, refused):
+@pytest.mark.parametrize("name", ["group", "hospital"])
+def test_a_table_by_another_column(name, drawn, run, refused):
     files = sorted(path.relative_to(drawn).as_posix() for path in drawn.rglob("*.jpeg"))
     frame = pd.DataFrame({"file": files, "Finding": [int("PNEU" in file) for file in files]})
     frame["Hospital"] = [f"H{i % 6}" for i in range(60)]
     frame["sex"] = "F"
     frame["subject"] = range(60)
     frame.to_csv("in.csv", index=False, sep=";")
-    source = ["in.csv", "out.csv", "--images", drawn, "--positive", "P", "--column", "group=Hospital"]
-    output = split(run, *source, "--column", "sex=sex", "--by", "group", "--test", "0.34")
+    source = ["in.csv", "out.csv", "--images", drawn, "--positive", "P", "--column", f"{name}=Hospital"]
+    output = split(run, *source, "--column", "sex=sex", "--by", name, "--test", "0.34")
     table = pd.read_csv("out.csv")
-    assert (table.groupby("group").split.nunique() == 1).all() and set(table.split) == {"train", "test"}
+    assert (table.groupby(name).split.nunique() == 1).all() and set(table.split) == {"train", "test"}
     assert set(table.label) == {"P", "no P"} and set(table.sex) == {"F"}
-    assert "--column group=group --column sex=sex" in output
-    refused(run("data", "split", drawn, "x.csv", "--by", "group"), "--by group: needs a table with the column")
+    assert f"--column {name}={name} --column sex=sex" in output
+    words = (
+        f"--by site: no such column is kept; give patient or {name}, or keep this column of a table by --column site="
+    )
+    refused(run("data", "split", *source[:1], "x.csv", *source[2:], "--by", "site"), words)
     refused(run("data", "split", "out.csv", "x.csv", "--images", drawn), "has rows of split test already")
 
 
@@ -92,7 +96,7 @@ def test_a_table_by_group(drawn, run, refused):
         (["DATA", "x"], ["x: give a new .csv file, or --links for a folder"]),
         (["DATA", "x.csv", "--links"], ["x.csv: give a folder's name"]),
         (["DATA", "x.csv", "--test", "0.9"], ["--test 0.9: give a fraction from 0.02 to 0.5"]),
-        (["DATA", "x.csv", "--by", "site"], ["--by site: choose one of patient, group"]),
+        (["DATA", "x.csv", "--by", "site"], ["--by site: no such column is kept; give patient, or keep this"]),
         (["DATA", "x", "--links", "--copy"], ["--copy: give one of --links and --copy"]),
         (["DATA/NORMAL", "x.csv"], ["no class folders"]),
         (["nowhere", "x.csv"], ["no such folder"]),

@@ -67,14 +67,27 @@ def test_columns_are_found_by_their_names(headers, separator, encoding, images):
     listing = read("t.csv", images)
     assert listing.table.label.value_counts().to_dict() == {"NORMAL": 30, "PNEUMONIA": 30}
     assert len(set(listing.patients.values())) == 30 and not listing.faults
-    assert listing.notes == [f"columns: path {headers[0]}, label {headers[1]}, patient {headers[2]}"]
+    note = f"columns: path {headers[0]}, label {headers[1]}, patient {headers[2]}"
+    assert listing.notes == ([] if headers[0] == "path" else [note])
     assert all(Path(path).is_file() for path in listing.table.path)
+
+
+def test_excels_windows_1252_is_read_with_a_note(images):
+    frame = frame_of(images, label=["Ohne Befund"] * 30 + ["Lungenentzündung € groß"] * 30)
+    frame.to_csv("t.csv", index=False, sep=";", encoding="cp1252")
+    listing = read("t.csv", images)
+    assert set(listing.table.label) == {"Ohne Befund", "Lungenentzündung € groß"}
+    assert len(listing.notes) == 1 and "read as Windows-1252" in listing.notes[0]
+    frame.to_csv("t.csv", index=False, sep=";", encoding="utf-8")
+    assert read("t.csv", images).notes == []
 
 
 @pytest.mark.parametrize("column", ["label=Befund, kurz,sex=Sex", ["label=Befund, kurz", "sex=Sex"], None])
 def test_columns_are_named_and_others_are_kept(column, images):
     frame = frame_of(images, sex="F").rename(columns={"label": "Befund, kurz", "sex": "Sex"})
-    table = read(frame, images, column or {"label": "befund, KURZ", "sex": "Sex"}).table
+    listing = read(frame, images, column or {"label": "befund, KURZ", "sex": "Sex"})
+    table = listing.table
+    assert listing.notes == ["columns: label Befund, kurz; kept: sex"]
     assert set(table["group:sex"]) == {"F"} and set(table.label) == {"NORMAL", "PNEUMONIA"}
 
 
@@ -85,8 +98,21 @@ def test_columns_are_named_and_others_are_kept(column, images):
         (lambda f: f, "label=Nope", "column: no column Nope in pandas.DataFrame; it has path, label, patient"),
         (lambda f: f, "Nope", "column Nope: give NAME=HEADER"),
         (lambda f: f[:0], None, "has no rows"),
-        (lambda f: f.assign(path="x.png"), None, "none of its 60 rows can be used; most have a file that is not there"),
-        (lambda f: f.assign(label=""), None, "none of its 60 rows can be used; most have no label"),
+        (
+            lambda f: f.assign(path="x.png"),
+            None,
+            "none of its 60 rows can be used; most have a file that is not there [(]column path[)], such as x.png",
+        ),
+        (
+            lambda f: f.assign(split="x"),
+            None,
+            "a split other than train, val and test [(]column split[)], such as x; write",
+        ),
+        (
+            lambda f: f.assign(label=""),
+            None,
+            r'most have no label [(]column label[)]; name the column by column="label=HEADER"$',
+        ),
         (lambda f: f.assign(label=1), None, "positive: the labels in column label are 0 and 1; say what 1 means"),
         (lambda f: f.assign(label="A|B"), None, "several findings in a row, such as A|B"),
         (lambda f: pd.concat([f, f.label], axis=1), None, "two columns label, for the label"),
@@ -97,13 +123,21 @@ def test_a_table_that_is_none(change, column, words, images):
         read(change(frame_of(images)), images, column)
 
 
+def test_labels_that_the_model_does_not_know_are_named_with_its_classes(images):
+    frame = frame_of(images, label=["Pneumonie"] * 20 + ["Ohne Befund"] * 40)
+    with pytest.raises(UserError) as caught:
+        read(frame, images, classes=("NORMAL", "PNEUMONIA"))
+    assert "(column label), such as Ohne Befund, Pneumonie; the model has NORMAL, PNEUMONIA" in str(caught.value)
+    assert "images=" not in str(caught.value) and "study" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (None, "cannot be read (No such file"),
         (b"", "not a table"),
         (b"path,label\na,b\nc,d,e\n", "not a table"),
-        ("path,label\nÄ,b\n".encode("latin-1"), "not UTF-8; save it as CSV UTF-8"),
+        (b"path,label\n\x81,b\n", "not UTF-8; save it as CSV UTF-8"),
     ],
 )
 def test_a_file_that_is_no_table(content, words, run, refused):
@@ -140,6 +174,24 @@ def test_dicom_studies_are_found_by_their_accession_number(tmp_path):
     assert texts(listing)["several-files"] == "1 row with a name that fits several files"
     table = with_patients(listing.table, listing, ANY)
     assert table.patient.tolist() == ["DICOM #1", "DICOM #2", "DICOM #3", "DICOM #1", "DICOM #2"]
+
+
+@pytest.mark.parametrize("element", ["AccessionNumber", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"])
+def test_dicom_files_are_found_by_their_headers(element, tmp_path):
+    dicom_files = pytest.importorskip("tests.data.dicom_files")
+    for i in range(6):
+        text = dicom_files.written(dicom_files.picture(seed=i), **{element: f"1.2.{min(i, 4)}"})
+        (tmp_path / f"x{i}.dcm").write_bytes(text)
+    rows = [("1.2.0", "A"), ("1.2.1", "B"), ("x2", "A"), ("1.2.4", "B"), ("1.2.9", "B"), ("", "B")]
+    frame = pd.DataFrame(rows, columns=[element, "label"])
+    listing = read(frame, tmp_path)
+    assert list(listing.table.file) == ["x0.dcm", "x2.dcm", "x1.dcm"]
+    assert f"3 rows found by {element} in the headers of the DICOM files" in listing.notes
+    assert {kind: text[:5] for kind, text in texts(listing).items()} == dict.fromkeys(
+        ("no-file", "several-files", "no-name"), "1 row"
+    ) | {"no-row": "3 fil"}
+    with pytest.raises(UserError, match="none of its 2 rows"):  # another column: names only
+        read(frame[:2].rename(columns={element: "image"}), tmp_path)
 
 
 def test_what_is_wrong_is_counted_and_named(images):
@@ -195,6 +247,27 @@ def test_labels(labels, naming, classes, why):
     found = read_labels(pd.Series(labels), "label", Naming(**naming))
     assert found.classes.astype(object).where(found.classes.notna(), None).tolist() == classes
     assert all(text in reason and bool(text) == bool(reason) for text, reason in zip(why, found.left_out, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "naming", "words"),
+    [
+        ([*map(str, range(21))] * 9, {}, "it has 21 different numbers, such as 0, 1, 2"),
+        ([f"{i},5" for i in range(21)] * 9, {"positive": "P", "classes": ["P", "no P"]}, "it has 21 different numbers"),
+        (["a", "A", "b", "c", "d", ""], {}, "it has 4 different labels in 5 rows, such as a, A, b"),
+        ([*map(str, range(20))] * 2, {}, None),
+        ([*map(str, range(21))] * 9, {"classes": ["0", "1"]}, None),
+        (["a", "b", "c"], {"positive": "a"}, None),
+        (["a", "b", ""], {}, None),
+        (["a", "b", "c", "A", "B", "C"], {}, None),
+    ],
+)
+def test_a_column_that_is_none_of_labels(labels, naming, words):
+    if words is None:
+        read_labels(pd.Series(labels), "Age", Naming(**naming))
+        return
+    with pytest.raises(UserError, match=f"column label=Age: is this the right column[?] {words}"):
+        read_labels(pd.Series(labels), "Age", Naming(**naming))
 
 
 def test_a_data_frame_with_other_types(images):
@@ -382,7 +455,9 @@ def test_data_check_names_what_is_wrong_with_a_table(trained, run):
     result = run("data", "check", table, "--images", images, "--column", "label=Befund", "--json")
     findings = {finding["kind"]: finding for finding in json.loads(result.stdout)["findings"]}
     assert [file["file"] for file in findings["no-file"]["files"]] == ["gone.png"]
-    assert "patient-in-two-splits" not in findings and findings["columns"]["text"].startswith("columns: path file")
+    assert "patient-in-two-splits" not in findings and findings["columns"]["text"].startswith(
+        "columns: path file, label Befund"
+    )
     audit = check_data(pd.read_csv(table, sep=";"), images=images, column="label=Befund,patient=Klinik")
     assert {"patient-in-two-splits", "no-file"} <= {finding.kind for finding in audit.findings} and not audit.ok
 

@@ -74,7 +74,7 @@ def split(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .csv file; with --links or --copy a new folder.")],
     test: Annotated[float, typer.Option(metavar="FRACTION", help="Share of the images for testing.")] = 0.2,
     by: Annotated[
-        str, typer.Option(metavar="patient|group", help="What stays on one side; group is by --column group=HEADER.")
+        str, typer.Option(metavar="NAME", help="What stays on one side: patient, or NAME of --column NAME=HEADER.")
     ] = "patient",
     seed: Annotated[int, typer.Option(help="Random seed.", min=0, max=2**32 - 1)] = 42,
     links: Annotated[bool, typer.Option("--links", help="Write folders of links to the images.")] = False,

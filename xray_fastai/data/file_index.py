@@ -1,10 +1,25 @@
-"""Find the image file that a table means by a path, a file's name, a name without its extension, or a folder's name."""
+"""Find the image file that a table means by a path, a file's name, a name without its extension, or a folder's name.
+
+DICOM files are also found by an identifier in their headers.
+"""
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
+from xray_fastai.data.dicom.reader import identifiers_of
 from xray_fastai.data.file_lists import named
 from xray_fastai.data.images import EXTENSIONS
+from xray_fastai.system.parallel import map_in_threads
+
+ELEMENTS = {
+    "accession": "AccessionNumber",
+    "accessionnumber": "AccessionNumber",
+    "studyinstanceuid": "StudyInstanceUID",
+    "seriesinstanceuid": "SeriesInstanceUID",
+    "sopinstanceuid": "SOPInstanceUID",
+}
+"""The element of a DICOM header that a column holds, by the column's name (`table_columns.plain_name`)."""
 
 
 class FileIndex:
@@ -44,6 +59,22 @@ class FileIndex:
         found = [(_common_end(parts[:-1], named(file).split("/")[:-1]), file) for file in files]
         longest = max((common for common, _ in found if common is not None), default=None)
         return [file for common, file in found if common is not None and common == longest]
+
+
+def files_by_element(root: Path, files: Sequence[str], element: str) -> dict[str, list[str]]:
+    """Return the DICOM files by the value of an element of their headers, which threads read.
+
+    Args:
+        root: the folder of the files.
+        files: relative to it; those that are not DICOM, or lack the element, are left out.
+        element: one of `ELEMENTS`.
+    """
+    values = map_in_threads(lambda file: identifiers_of(root / file, (element,))[element], files)
+    found: dict[str, list[str]] = {}
+    for file, value in zip(files, values, strict=True):
+        if value is not None:
+            found.setdefault(value, []).append(file)
+    return found
 
 
 def _stem(name: str) -> str:

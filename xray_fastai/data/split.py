@@ -1,4 +1,4 @@
-"""Divide images into training and test by patient or by group, as a table with a column `split` or as folders of links.
+"""Divide images into training and test by patient or another column: as a table with a column `split`, or as folders.
 
 OUT.csv     path,label,split,patient,...      or      OUT/{train,test}/CLASS/*
 OUT.json    the seed, and what was divided            OUT/split.json, OUT/patients.csv
@@ -27,7 +27,7 @@ from xray_fastai.system.files import atomic_write, check_new
 from xray_fastai.system.text import count_of
 
 FORMS = ("table", "links", "copies")
-BY = ("patient", "group")
+PATIENT = "patient"
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,17 @@ class Wanted:
     """Says how images are divided."""
 
     test: float = 0.2  # the share of the images for testing
-    by: str = "patient"  # what stays on one side: patient, or group (with its patients)
+    by: str = (
+        PATIENT  # what stays on one side: patient, or the name of a column that `column=` keeps (with its patients)
+    )
     seed: int = 42
     form: str = "table"  # of `FORMS`: a .csv file, a folder of links, or a folder of copies
 
     def __post_init__(self) -> None:
         if not 0.02 <= self.test <= 0.5:
             raise UserError("give a fraction from 0.02 to 0.5", option="test", value=f"{self.test:g}")
-        for option, choices in (("by", BY), ("form", FORMS)):
-            if getattr(self, option) not in choices:
-                raise UserError(f"choose one of {', '.join(choices)}", option=option, value=getattr(self, option))
+        if self.form not in FORMS:
+            raise UserError(f"choose one of {', '.join(FORMS)}", option="form", value=self.form)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def split_data(source: Source, out: str | Path, wanted: Wanted = Wanted(), rule:
     """
     out = _new(out, wanted.form)
     table, root, notes = _listed_table(source, rule) if is_table(source.table) else _listed_folders(source, rule)
+    _check_by(table, wanted.by)
     check_classes(sorted(table.label.unique()))
     if table.label.nunique() < 2:
         raise UserError(
@@ -144,13 +146,18 @@ def _listed_folders(source: Source, rule: PatientRule) -> tuple[pd.DataFrame, Pa
     return numbered(pd.concat(parts, ignore_index=True)), root, notes
 
 
+def _check_by(table: pd.DataFrame, by: str) -> None:
+    kept = [PATIENT, *(name.removeprefix(GROUP) for name in _groups(table))]
+    if by not in kept:
+        advice = f'give {" or ".join(kept)}, or keep this column of a table by column="{by}=HEADER"'
+        raise UserError(f"no such column is kept; {advice}", option="by", value=by)
+
+
 def _held_together(table: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Return the table with the patients that `splits.hold_out` keeps on one side; by group, these are the groups."""
-    if by == "patient":
+    """Return the table with the patients that `splits.hold_out` keeps on one side: where by a column, its values."""
+    if by == PATIENT:
         return table
-    if f"{GROUP}group" not in table:
-        raise UserError('needs a table with the column of the groups, by column="group=HEADER"', option="by", value=by)
-    return table.assign(patient=table[f"{GROUP}group"], image=patient_groups(table))
+    return table.assign(patient=table[f"{GROUP}{by}"], image=patient_groups(table))
 
 
 def _groups(table: pd.DataFrame) -> list[str]:

@@ -4,21 +4,20 @@ Columns are found by their names, or named by `column="label=Finding"` (`table_c
 folders give (`folders.read_split`), with a column `group:NAME` for each further column that is named.
 """
 
-import csv
 import os
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import pandas as pd
 
-from xray_fastai.data.file_index import FileIndex
+from xray_fastai.data.file_index import ELEMENTS, FileIndex, files_by_element
 from xray_fastai.data.file_lists import named
 from xray_fastai.data.folders import find_images, split_of
 from xray_fastai.data.patients import PatientRule, numbered, patients_in
-from xray_fastai.data.table_columns import GROUP, ROLES, Column, headers_of
+from xray_fastai.data.table_columns import GROUP, ROLES, Column, headers_of, note_on_columns, plain_name
+from xray_fastai.data.table_file import read_csv
 from xray_fastai.data.table_labels import (
     EMPTY,
     FALSE,
@@ -50,6 +49,8 @@ KINDS = {
     OTHER_SPLIT: "unknown-split",
 }
 """Why a row is left out, and the kind of `Fault` that says so."""
+ROLE_OF = {NO_FILE: "path", SEVERAL: "path", NO_NAME: "path", OTHER_SPLIT: "split"}
+"""The column that is to blame; for other reasons it is the label."""
 SHOWN = 3  # examples of a fault
 
 
@@ -142,18 +143,17 @@ def read_table(source: Source) -> Listing:
     Raises:
         UserError: the table, the folder or a column is missing, or no row is left; see `table_labels.read_labels`.
     """
-    frame = _frame(source)
+    frame, of_file = _frame(source)
     if frame.empty:
         raise UserError("has no rows", option="data", value=source.name)
     headers = headers_of(frame, source.column, source.name)
     rows = pd.DataFrame({role: _texts(frame[header]) for role, header in headers.items()})
     files = _files_below(source)
-    index = FileIndex(files)
-    found = rows.path.map({text: index.find(text) if text else [] for text in rows.path.unique()})
+    found, by_header = _find_rows(rows.path, headers["path"], files, source.root)
     labels = read_labels(rows.label, headers["label"], source.naming)
     split, is_decided = _splits(rows)
     left_out = _why_left_out(rows, found, labels, split)
-    _check_rows_left(rows, left_out, source)
+    _check_rows_left(rows, left_out, headers, source)
     table = pd.DataFrame({"file": found.str[0], "label": labels.classes, "split": split})
     table["patient"] = rows.get("patient", "")
     table = table.assign(**{f"{GROUP}{role}": rows[role] for role in rows if role not in ROLES})[left_out == ""]
@@ -164,8 +164,7 @@ def read_table(source: Source) -> Listing:
     known = {named(file): patient for file, patient in zip(table.file, table.patient, strict=True) if patient}
     table = table.drop(columns="patient").sort_values(["split", "label", "file"], ignore_index=True)
     table.insert(0, "path", [os.path.join(source.root, file) for file in table.file])
-    read_as = ", ".join(f"{role} {shown(header)}" for role, header in headers.items())
-    notes = [f"columns: {read_as}", *filter(None, [labels.note])]
+    notes = list(filter(None, [of_file, note_on_columns(headers), by_header, labels.note]))
     return Listing(source.root, table, known, "split" in rows, is_decided, faults, notes)
 
 
@@ -180,33 +179,14 @@ def with_patients(table: pd.DataFrame, listing: Listing, rule: PatientRule) -> p
     return numbered(table.assign(patient=patients_in(no_folders, rule)))
 
 
-def _frame(source: Source) -> pd.DataFrame:
-    """Return the table with text in each cell of a file; that of a data frame is as it is."""
+def _frame(source: Source) -> tuple[pd.DataFrame, str | None]:
+    """Return the table with text in each cell of a file, and a note on it; a data frame is returned as it is."""
     if isinstance(source.table, pd.DataFrame):
-        return source.table.reset_index(drop=True)
+        return source.table.reset_index(drop=True), None
     path = Path(os.path.expanduser(source.table))
     if path.name == FRAME:
         raise UserError("the fit was to a data frame; give it by data=", option="data")
-    try:
-        with open(path, "rb") as stream:
-            start = stream.read(2)
-        encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        with open(path, encoding=encoding, newline="") as stream:
-            header = stream.readline()
-        separator = max(",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of longer rows, whose end would be lost
-            return pd.read_csv(
-                path, sep=separator, dtype=str, keep_default_na=False, encoding=encoding, index_col=False
-            )
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot be read ({reason}); give another table", option="data", value=path) from None
-    except UnicodeError:
-        raise UserError("not UTF-8; save it as CSV UTF-8", option="data", value=path) from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, csv.Error) as error:
-        reason = shown((str(error).splitlines() or ["no row"])[-1].strip(), 120)
-        raise UserError(f"not a table ({reason}); correct it", option="data", value=path) from None
+    return read_csv(path)
 
 
 def _texts(values: pd.Series) -> pd.Series:
@@ -234,6 +214,26 @@ def _files_below(source: Source) -> list[str]:
     return find_images(source.root)
 
 
+def _find_rows(texts: pd.Series, header: str, files: list[str], root: Path) -> tuple[pd.Series, str | None]:
+    """Find the files of each row, by names, else by the header of DICOM files if the column holds an identifier.
+
+    Returns:
+        The files of each row (N,): one, none, or several; and a note on those that were found by their headers.
+    """
+    index = FileIndex(files)
+    found = texts.map({text: index.find(text) if text else [] for text in texts.unique()})
+    element, missing = ELEMENTS.get(plain_name(header)), (found.map(len) == 0) & (texts != "")
+    if element is None or not missing.any():
+        return found, None
+    taken = {file for of_row in found for file in of_row}
+    by_value = files_by_element(root, [file for file in files if file not in taken], element)
+    found = found.mask(missing, texts.map(lambda text: by_value.get(text, [])))
+    count = int((missing & (found.map(len) > 0)).sum())
+    if count == 0:
+        return found, None
+    return found, f"{count_of(count, 'row')} found by {element} in the headers of the DICOM files"
+
+
 def _why_left_out(rows: pd.DataFrame, found: pd.Series, labels: Labels, split: pd.Series) -> pd.Series:
     """Return why each row is left out (N,), by one of `KINDS`; "" where it is not."""
     left_out, matches = pd.Series("", rows.index), found.map(len)
@@ -242,14 +242,26 @@ def _why_left_out(rows: pd.DataFrame, found: pd.Series, labels: Labels, split: p
     return left_out.mask((left_out == "") & split.isna(), OTHER_SPLIT)
 
 
-def _check_rows_left(rows: pd.DataFrame, left_out: pd.Series, source: Source) -> None:
+def _check_rows_left(rows: pd.DataFrame, left_out: pd.Series, headers: Mapping[str, str], source: Source) -> None:
     if (left_out == "").any():
         return
     reason = left_out.value_counts().index[0]
-    example = shown(rows.path[left_out == reason].iloc[0])
+    role = ROLE_OF.get(reason, "label")
+    texts = rows[role][left_out == reason]
+    examples = ", ".join(
+        shown(text) for text in texts[texts != ""].value_counts().index[: SHOWN if role != "path" else 1]
+    )
+    named_by = f'name the column by column="{role}=HEADER"'
+    advice = {
+        NO_NAME: named_by,
+        EMPTY: named_by,
+        UNCERTAIN: named_by,
+        UNKNOWN: f"the model has {', '.join(source.naming.classes or ())}; write these, or {named_by}",
+        OTHER_SPLIT: "write train, val or test",
+    }.get(reason, f"looked for in {source.root}; give the folder by images=, or {named_by}")
+    in_column = f"(column {shown(headers[role])}){examples and f', such as {examples}'}"
     raise UserError(
-        f"none of its {count_of(len(rows), 'row')} can be used; most have {reason}, such as {example} in "
-        f"{source.root}; give the folder by images=, or the columns by column=",
+        f"none of its {count_of(len(rows), 'row')} can be used; most have {reason} {in_column}; {advice}",
         option="data",
         value=source.name,
     )

@@ -45,7 +45,7 @@ def columns_of(column: Column) -> dict[str, str]:
     return {name.strip().lower(): header.strip() for name, _, header in parts}
 
 
-def _plain(header: object) -> str:
+def plain_name(header: object) -> str:
     """Return a header in small letters, without what separates its words: ImageIndex, image_index and Image Index."""
     return re.sub(r"[\W_]+", "", str(header).lower())
 
@@ -64,15 +64,15 @@ def headers_of(frame: pd.DataFrame, column: Column, name: str) -> dict[str, str]
     listed = ", ".join(shown(header, 30) for header in list(frame.columns)[:12])
     plain: dict[str, str] = {}
     for header in frame.columns:
-        plain.setdefault(_plain(header), header)
+        plain.setdefault(plain_name(header), header)
     headers = {}
     for role, names in ROLES.items():
         if found := [plain[name.replace(" ", "")] for name in names if name.replace(" ", "") in plain]:
             headers[role] = found[0]
     for role, wanted in columns_of(column).items():
-        if wanted not in frame.columns and _plain(wanted) not in plain:
+        if wanted not in frame.columns and plain_name(wanted) not in plain:
             raise UserError(f"no column {shown(wanted)} in {name}; it has {listed}", option="column")
-        headers[role] = wanted if wanted in frame.columns else plain[_plain(wanted)]
+        headers[role] = wanted if wanted in frame.columns else plain[plain_name(wanted)]
     for role in ("path", "label"):
         if role not in headers:
             raise UserError(
@@ -84,3 +84,18 @@ def headers_of(frame: pd.DataFrame, column: Column, name: str) -> dict[str, str]
         if isinstance(frame[header], pd.DataFrame):
             raise UserError(f"two columns {shown(header)}, for the {role}; rename one", option="data", value=name)
     return headers
+
+
+def note_on_columns(headers: Mapping[str, str]) -> str | None:
+    """Return a line on the columns whose header is not what they hold, and those that are kept; None: there are none.
+
+    >>> note_on_columns({"path": "path", "label": "Finding", "sex": "sex", "site": "Hospital"})
+    'columns: label Finding; kept: sex, site Hospital'
+    """
+    read_as = {
+        role: role if str(header).lower() == role else f"{role} {shown(header)}" for role, header in headers.items()
+    }
+    others = [text for role, text in read_as.items() if role in ROLES and text != role]
+    kept = [text for role, text in read_as.items() if role not in ROLES]
+    parts = [others and f"columns: {', '.join(others)}", kept and f"kept: {', '.join(kept)}"]
+    return "; ".join(filter(None, parts)) or None

@@ -14,6 +14,8 @@ TRUE, FALSE, UNSURE = {"1", "1.0", "true"}, {"0", "0.0", "false"}, {"-1", "-1.0"
 """Labels of two values, in small letters. -1 is CheXpert's and MIMIC-CXR's mark of an uncertain finding."""
 EMPTY, UNCERTAIN, UNKNOWN = "no label", "an uncertain label (-1)", "a label that the model does not know"
 """Why a row has no class."""
+MOST_NUMBERS = 20
+"""Different numbers that may be names of classes; a column of more, such as of ages, is no label."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def read_labels(texts: pd.Series, header: str, naming: Naming) -> Labels:
         naming: what the classes are called.
 
     Raises:
-        UserError: the labels are 0 and 1 or lists of findings, and no class to detect is given.
+        UserError: the labels are 0 and 1 or lists of findings, and no class to detect is given; or the column is none
+            of labels: it has many numbers, or hardly a row has the label of another.
     """
     if is_yes_or_no(texts):
         return _of_two_values(texts, header, naming)
@@ -68,7 +71,28 @@ def read_labels(texts: pd.Series, header: str, naming: Naming) -> Labels:
     several = findings.map(len) > 1
     if several.any():
         return _of_findings(texts, findings, header, naming)
+    _check_is_label(texts, header, naming)
     return _of_names(findings.map(lambda found: found[0] if found else ""), naming)
+
+
+def _check_is_label(texts: pd.Series, header: str, naming: Naming) -> None:
+    labels = texts[texts != ""].str.casefold()
+    counts = labels.value_counts()
+    if {name.casefold() for name in naming.classes or ()} & set(counts.index):
+        return
+    numbers = pd.to_numeric(counts.index.str.replace(",", "."), errors="coerce").notna()
+    if numbers.all() and len(counts) > MOST_NUMBERS:
+        problem = f"it has {len(counts):,} different numbers"
+    elif naming.classes is None and naming.positive is None and len(counts) > max(2, len(labels) / 2):
+        problem = f"it has {len(counts):,} different labels in {len(labels):,} rows"
+    else:
+        return
+    examples = ", ".join(shown(text, 30) for text in texts[labels.index].unique()[:3])
+    raise UserError(
+        f"is this the right column? {problem}, such as {examples}; name another",
+        option="column",
+        value=f"label={header}",
+    )
 
 
 def findings_of(text: str) -> list[str]:

@@ -137,7 +137,10 @@ def _listed_table(source: Source, rule: PatientRule) -> _Listing:
     labels = {
         split: sorted(table.label[table.split == split].unique()) for split in SPLITS[:3] if split in set(table.split)
     }
-    findings = [Finding("remark", "columns", "; ".join(listing.notes), "if this is wrong, name them by --column")]
+    findings = []
+    if listing.notes:
+        text = "; ".join(listing.notes)
+        findings.append(Finding("remark", "columns", text, "if this is wrong, name the columns by --column"))
     for fault in listing.faults:
         if fault.kind in FAULTS:  # others are found by the images, too
             severity, advice = FAULTS[fault.kind]

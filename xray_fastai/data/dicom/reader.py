@@ -6,7 +6,7 @@ become what a screen shows (PS3.3, C.7.6.3, C.7.5.1.1.2, C.11.1 and C.11.2). pyd
 Names, dates and identifiers in the header must not reach logs, reports and exports. This module therefore reads only
 the elements that it needs. It suppresses pydicom's messages, which quote values. A patient is known by a hash with a
 random salt, which no other process can compute again. `identifiers_of` alone returns values, for a user
-who asks for them.
+who asks for them, and to find the files of a table's rows.
 """
 
 import functools
@@ -19,7 +19,7 @@ import stat
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -134,21 +134,21 @@ def patient_key(path: str | os.PathLike) -> str | None:
     return hashlib.blake2b(identifier, key=_SALT, digest_size=16).hexdigest() if identifier else None
 
 
-def identifiers_of(path: str | os.PathLike) -> dict[str, str | None]:
-    """Return the values of `IDENTIFIERS`, which are patient data; None for one that a file lacks.
+def identifiers_of(path: str | os.PathLike, names: Sequence[str] = IDENTIFIERS) -> dict[str, str | None]:
+    """Return the values of elements of the header, which are patient data; None for one that a file lacks.
 
     All are None for a file that is not DICOM, or that cannot be read (the reader of the pixels reports that).
     """
-    values: dict[str, str | None] = dict.fromkeys(IDENTIFIERS)
+    values: dict[str, str | None] = dict.fromkeys(names)
     if not has_mark(path):
         return values
     try:
         with _reading():
-            header = _first(path, sorted(IDENTIFIERS, key=_pydicom().tag.Tag))
-            for name in IDENTIFIERS:
+            header = _first(path, sorted(names, key=_pydicom().tag.Tag))
+            for name in names:
                 values[name] = shown(header.get(name, "") or "", 64).strip() or None  # (PS3.5, 6.2: UI and SH)
     except (ImageError, OSError):
-        return dict.fromkeys(IDENTIFIERS)
+        return dict.fromkeys(names)
     return values
 
 
