@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sklearn import metrics as sk
 
 from tests.conftest import QUICK, draw_collection, settings_of
+from xray_fastai import DISCLAIMER
 from xray_fastai.evaluation import subgroups
 from xray_fastai.evaluation.evaluate import evaluate
 from xray_fastai.export.schema import SETTINGS, WEIGHTS
