@@ -82,7 +82,15 @@ def test_files(look):
     assert result.exit_code == 0, result.output
     assert sorted(file.name for file in folder.iterdir()) == ["summary.json", "top_losses.csv", "top_losses.png"]
     table = pd.read_csv(folder / "top_losses.csv")
-    assert list(table) == ["path", "patient", "truth", "prediction", "p_NORMAL", "p_PNEUMONIA", "loss", "wrong"] + [
+    assert list(table) == [
+        "path",
+        "patient",
+        "truth",
+        "prediction",
+        "p_NORMAL",
+        "p_PNEUMONIA",
+        "loss",
+        "wrong",
         "unlike",
         "uncertain",
     ]
