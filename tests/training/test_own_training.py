@@ -251,14 +251,16 @@ def test_a_saved_learner_opens_with_fastai_serves_and_becomes_onnx(learn, an_ima
     from fastai.vision.all import load_learner as load_pickled
     from starlette.testclient import TestClient
 
+    from xray_fastai.config.predict_config import PredictConfig
     from xray_fastai.inference.model import open_model
+    from xray_fastai.inference.rows import RowBuilder
     from xray_fastai.serving.app import Predictor, create_app
 
     folder = save_export(learn, "exports/mine")
     assert settings_of(folder)["best"] is None  # it was not trained
     expected = learn.predict(an_image)[2].tolist()
     assert load_pickled(folder / "learner.pkl").predict(an_image)[2].tolist() == pytest.approx(expected, abs=1e-6)
-    app = create_app(Predictor(open_model(folder, "cpu")), {"testserver"})
+    app = create_app(Predictor(RowBuilder(open_model(folder, "cpu"), PredictConfig())), {"testserver"})
     with an_image.open("rb") as stream:
         (served,) = TestClient(app).post("/predict?heatmap=false", files={"files": stream}).json()["predictions"]
     assert served["probabilities"]["PNEUMONIA"] == pytest.approx(expected[1], abs=1e-4)
