@@ -166,6 +166,10 @@ def _on_data(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, 
         overlap = (
             f" {used:,} of the images were used in the fit." if used else " None of the images was used in the fit."
         )
+    if summary["split"] == "valid":
+        overlap = " The fit chose epoch, calibration and threshold by these images, so the figures are too good."
+    _, _, held_out = (settings.get("valid") or "").partition("group:")
+    of_group = f" Validation is the group {held_out}, which was held out." if held_out else ""
     without = summary.get("images_without_patient", 0)
     alone = f" {count_of(without, 'image')} of unknown patients count as a patient each." if without else ""
     unreadable = "were left out" if settings.get("skip_bad") else "stop a fit, so there were none"
@@ -175,7 +179,7 @@ def _on_data(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, 
         if data["rehearsal"]
         else f"The images are those of {_folder(data['name'])} (add where and when they were taken).",
         "partitions": f"{parts['training']} were trained on; {parts['validation']} chose the epoch, the calibration "
-        "and the threshold.",
+        f"and the threshold.{of_group}",
         "disjoint": "Training and validation share no patient and no identical file.",
         "left_out": listed,
         "missing": f"Images that cannot be read {unreadable}.{alone}",
@@ -294,7 +298,8 @@ def _on_groups(columns: list[dict[str, Any]]) -> str | None:
                 f"{gap['worst']} by {interval}, the largest difference between {gap['groups']} groups."
             )
         if not column["gaps"]:
-            sentences.append(f"By {column['column']}, the groups are too small for a comparison.")
+            why = "the groups are too small for a comparison" if len(column["groups"]) > 1 else "there is one group"
+            sentences.append(f"By {column['column']}, {why}.")
     return " ".join(sentences) or None
 
 

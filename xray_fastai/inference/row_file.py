@@ -157,6 +157,12 @@ class RowFile:
             advice = (
                 f"it lacks {', '.join(missing)}, so an earlier version wrote it, or a run with other options; {advice}"
             )
+        more = [name for name in found if name not in self.columns]
+        if more and not missing and "path" in found:
+            return UserError(
+                f"{self.path} has {', '.join(more)} besides; give the options of the run that wrote it, or {advice}",
+                option=self._option,
+            )
         return UserError(
             f"{self.path} does not begin with the columns of this run ({', '.join(self.columns)}); {advice}",
             option=self._option,
