@@ -90,7 +90,7 @@ def test_what_is_written_and_printed(evaluated, export, data, tmp_path):
     assert "95 % intervals by patient: 23 patients, an image each." in text
     assert any("at threshold 0.5 " in line and "at threshold 0.4" in line for line in lines)
 
-    columns = ["path", "patient", "truth", "prediction", "p_NORMAL", "p_PNEUMONIA", "loss"]
+    columns = ["path", "patient", "truth", "prediction", "p_NORMAL", "p_PNEUMONIA", "loss", "unlike", "uncertain"]
     assert table.columns.tolist() == columns
     assert {Path(p).name for p in table.path} == {p.name for p in (data / "test").glob("*/*")}
     assert (table.truth == [Path(p).parent.name for p in table.path]).all()

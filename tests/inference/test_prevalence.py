@@ -129,7 +129,9 @@ def test_rows_of_another_prevalence_are_not_continued(fitted, files, run, refuse
     whole = Path("rows.csv").read_text()
     Path("rows.csv").write_text("".join(whole.splitlines(keepends=True)[:6]))
     more = [*options, "--resume"]
-    refused(run("predict", *files, *more), "does not begin with the columns")
+    refused(
+        run("predict", *files, *more), "rows.csv has prevalence besides", "give the options of the run that wrote it"
+    )
     refused(run("predict", *files, *more, "--prevalence", "2e-6"), "the prevalence in rows.csv is 1e-06, here 2e-06")
     assert run("predict", *files, *more, "--prevalence", "1e-6").exit_code == 0
     pd.testing.assert_frame_equal(pd.read_csv("rows.csv"), pd.read_csv(StringIO(whole)), rtol=1e-4)

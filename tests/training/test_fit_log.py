@@ -88,6 +88,7 @@ def test_a_closed_terminal_exports_and_says_so_in_the_log(collection):
     command = [sys.executable, "-m", "tests.small_network", *map(str, args)]
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that nohup started would hand on that it is ignored
         os.execve(sys.executable, command, with_tests())
     shown = b""
     while b"the rest takes at most" not in shown:
