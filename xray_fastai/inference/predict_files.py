@@ -93,8 +93,8 @@ def _predict(paths: list[str], model: Path | None, config: PredictConfig, messag
         if report is not None:
             report.write(config.output)
             messages.say(f"{'report':<14}{report.path}")
-        if passed_over:
-            messages.say(f"{'passed over':<14}{count_of(passed_over.total(), 'file')} whose name is no image's")
+        if others := passed_over.total():
+            messages.say(f"{'passed over':<14}{count_of(others, 'file')} whose name is no image's")
         if counts[None]:
             where = f"{config.report} says why" if config.quiet else "their rows say why"
             where = where if output is None else f"the column error of {output.path} says why"
