@@ -3,12 +3,20 @@
 An export records them: `FitConfig(**model["settings"])` repeats the fit. A new option needs one new field.
 """
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from xray_fastai.config.checks import (
+    check_class_weights,
+    check_column,
+    check_log,
+    check_name,
+    check_patient_pattern,
+    check_time_limit,
+    check_valid,
+    check_weights_range,
+)
 from xray_fastai.config.choices import (
     ARCHITECTURES,
     AUGMENTATIONS,
@@ -27,89 +35,6 @@ from xray_fastai.config.choices import (
 from xray_fastai.config.setting import check_fields, setting
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import seconds_of
-
-VALID_GROUP = "group:"
-"""The beginning of `valid` that holds out a whole group of a table."""
-COLUMN_PARTS = re.compile(r",(?=\s*\w+\s*=)")
-"""Separates the columns in `column`; a header may hold a comma."""
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _check_valid(text: str) -> str | None:
-    fraction = _number(text)
-    if text.startswith(VALID_GROUP) and text != VALID_GROUP:
-        return None
-    if text in ("auto", "folder") or (fraction is not None and 0.02 <= fraction <= 0.5):
-        return None
-    return "give auto, folder, a fraction from 0.02 to 0.5, or group:NAME"
-
-
-def check_column(text: str) -> str | None:
-    parts = COLUMN_PARTS.split(text)
-    if all(re.fullmatch(r"\s*\w+\s*=\s*\S.*", part, re.DOTALL) for part in parts):
-        return None
-    return "give NAME=HEADER, as in label=Finding"
-
-
-def range_of(text: str | None) -> tuple[float, float] | None:
-    """Return the two numbers of `weights_range`: what black and white are. None if it is None or not two numbers."""
-    parts = (text or "").split(",")
-    numbers = [n for part in parts if (n := _number(part)) is not None and math.isfinite(n)]
-    if len(parts) == len(numbers) == 2 and numbers[0] != numbers[1]:
-        return numbers[0], numbers[1]
-    return None
-
-
-def _check_weights_range(text: str) -> str | None:
-    return None if range_of(text) else "give two different numbers, such as 0,1 or -1024,1024"
-
-
-def _check_class_weights(text: str) -> str | None:
-    if text in ("balanced", "none"):
-        return None
-    parts = text.split(":" if ":" in text else ",")
-    named = all("=" in part for part in parts)
-    weights = [_number(part.rpartition("=")[2] if named else part) for part in parts]
-    if all(w is not None and 0 < w < math.inf for w in weights) and (len(parts) == 2 or ":" not in text):
-        return None
-    return "give balanced, none, or numbers above 0 such as NORMAL=3,PNEUMONIA=1"
-
-
-def _check_patient_pattern(text: str) -> str | None:
-    try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"not a regular expression: {error}"
-    return None
-
-
-def _check_log(text: str) -> str | None:
-    names = [name.strip() for name in text.split(",")]
-    if set(names) <= set(TOOLS) and len(names) == len(set(names)):
-        return None
-    return f"give one or more of {', '.join(TOOLS)}, with a comma between"
-
-
-def _check_time_limit(text: str) -> str | None:
-    return None if seconds_of(text) else "give a time such as 90s, 30m, 2h, 1h30m, or a number of seconds"
-
-
-WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-"""Names of devices, with any extension, that no file or folder can have on Windows."""
-
-
-def _check_name(text: str) -> str | None:
-    if WINDOWS_DEVICE.fullmatch(text) or text.endswith("."):
-        return "no folder can have this name on Windows; give another"
-    if re.fullmatch(r"[^\W_][\w.-]*", text):
-        return None
-    return "use letters, digits, '.', '_' and '-'; begin with a letter or a digit"
 
 
 @dataclass(frozen=True)
@@ -164,7 +89,7 @@ class FitConfig:
         "Time that the fit may take: 30m, 2h, 1h30m or seconds. Both phases are planned into it, so that the learning "
         "rate falls at the end.",
         metavar="TIME",
-        check=_check_time_limit,
+        check=check_time_limit,
         panel="Training",
     )
     patience: int | None = setting(
@@ -218,7 +143,7 @@ class FitConfig:
         "What black and white are in the input that the network of a file in weights= was trained on: two numbers, "
         "such as -1,1. A network for one channel needs them. [default: ImageNet's normalization]",
         metavar="BLACK,WHITE",
-        check=_check_weights_range,
+        check=check_weights_range,
         panel="Network",
     )
     recipe: str = setting(
@@ -252,7 +177,7 @@ class FitConfig:
         "Weights of the classes in the loss: balanced, none, a number for each class by name (NORMAL=3,PNEUMONIA=1) or "
         "in their order (3,1), or of two classes the other and the one to detect (3:1). [default: by recipe]",
         metavar="balanced|none|LIST",
-        check=_check_class_weights,
+        check=check_class_weights,
         panel="Training",
     )
     dropout: float = setting(0.5, "Dropout probability before the last layer.", min=0, below=1, panel="Network")
@@ -261,7 +186,7 @@ class FitConfig:
         "Validation images: folder (val/), a fraction of train/ such as 0.1, auto (val/ if it is large enough, "
         "else val/ and a tenth of train/), or group:NAME (of a table, the images with this text in the column group).",
         metavar="auto|folder|FRACTION|group:NAME",
-        check=_check_valid,
+        check=check_valid,
         panel="Data",
         printable=True,
     )
@@ -291,7 +216,7 @@ class FitConfig:
         "Regular expression that finds the patient in a file name. [default: PatientID in DICOM, then the names of "
         "public collections]",
         metavar="REGEX",
-        check=_check_patient_pattern,
+        check=check_patient_pattern,
         printable=True,
         panel="Data",
     )
@@ -319,7 +244,7 @@ class FitConfig:
         True, "Keep decoded images in the user's cache folder, for later epochs and fits.", panel="Machine"
     )
     name: str | None = setting(
-        None, "Name of the run. [default: date and time]", metavar="RUN", check=_check_name, panel="Run"
+        None, "Name of the run. [default: date and time]", metavar="RUN", check=check_name, panel="Run"
     )
     exports: str = setting(
         "exports", "Folder to write the run's folder into.", metavar="DIR", printable=True, panel="Run"
@@ -328,7 +253,7 @@ class FitConfig:
         None,
         f"Record the fit in {', '.join(TOOLS)}, or several with a comma between: local files beside the exports.",
         metavar="|".join(TOOLS),
-        check=_check_log,
+        check=check_log,
         panel="Run",
     )
     quiet: bool = setting(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from xray_fastai.config.checks import VALID_GROUP
 from xray_fastai.config.class_names import check_classes
-from xray_fastai.config.fit_config import VALID_GROUP, FitConfig
+from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.classes import positive_class
 from xray_fastai.data.duplicates import same_image
 from xray_fastai.data.exclusions import leave_out

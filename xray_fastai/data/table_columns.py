@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import pandas as pd
 
-from xray_fastai.config.fit_config import COLUMN_PARTS, check_column
+from xray_fastai.config.checks import COLUMN_PARTS, check_column
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import shown
 

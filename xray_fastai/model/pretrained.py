@@ -13,8 +13,8 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from xray_fastai.config.checks import range_of
 from xray_fastai.config.choices import TIMM
-from xray_fastai.config.fit_config import range_of
 from xray_fastai.model.architectures import build_whole
 from xray_fastai.model.checkpoint import Match, backbone_of, tensors_of
 from xray_fastai.model.input_range import fold_input, of_range
