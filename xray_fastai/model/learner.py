@@ -76,6 +76,7 @@ def build_learner(
     pretrained: dict[str, torch.Tensor] | None = None,
     start: dict[str, torch.Tensor] | None = None,
     size: int | None = None,
+    members: int = 1,
 ) -> XrayLearner:
     """Build a learner as fastai's `vision_learner` does: torchvision's `arch`, a head of pooling, dropout, one layer.
 
@@ -88,6 +89,7 @@ def build_learner(
             random weights.
         start: tensors of an export to continue from, under the names of its `model.safetensors`.
         size: side of the images, which timm's networks need.
+        members: of an ensemble, whose networks are joined to one (`ensemble.join`).
 
     Returns:
         A learner with three parameter groups (early layers, late layers, head), none of them frozen. The network maps
@@ -99,10 +101,10 @@ def build_learner(
     classes = len(dls.vocab)
     weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32, device=dls.device)
     model = create_vision_model(
-        partial(build_backbone, arch, pretrained, size),
+        partial(build_backbone, arch, pretrained, size, members),
         classes,
         pretrained=False,  # `build_backbone` loads the weights
-        custom_head=build_head(features_of(arch, size), classes, dropout),
+        custom_head=build_head(features_of(arch, size, members), classes, dropout),
     )
     learn = XrayLearner(
         dls,
