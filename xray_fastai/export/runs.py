@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from xray_fastai.config.choices import network_of
 from xray_fastai.export.reader import default_export, find_export
 from xray_fastai.export.run_folder import unfinished
 from xray_fastai.export.schema import SETTINGS, read_settings
@@ -120,7 +121,7 @@ def _run(path: Path, chosen: Path | None) -> Run:
         date=model["created"],
         data=data["name"].replace("\\", "/").rstrip("/").rpartition("/")[2],
         images=sum(data["train"].values()) + sum(data["valid"].values()),
-        network=f"{model['architecture']} {model['preprocessing']['size']}",
+        network=f"{network_of(model)} {model['preprocessing']['size']}",
         valid=_auc(valid) or (Auc(best["roc_auc"]) if best else None),
         test=_auc(test),
         worst_group=worst["name"] if worst else None,

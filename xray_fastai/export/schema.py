@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from xray_fastai.config.choices import ARCHITECTURES, CONTRASTS, MAX_SIZE, MIN_SIZE, TIMM, TIMM_PATTERN
+from xray_fastai.config.choices import ARCHITECTURES, CONTRASTS, MAX_MEMBERS, MAX_SIZE, MIN_SIZE, TIMM, TIMM_PATTERN
 from xray_fastai.config.class_names import MAX_CLASSES, class_fault
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.system.errors import UserError
@@ -290,7 +290,9 @@ class Export(Part):
     status: Literal["complete", "interrupted", "diverged"]
     disclaimer: Text
     architecture: Annotated[str, BeforeValidator(_architecture)]
-    backbone: Backbone | None = None  # of timm's networks; the others' are in `backbones.json`
+    # networks that are joined to one (`model.ensemble`); one alone, and earlier exports, have no such key
+    members: Annotated[int, Field(ge=1, le=MAX_MEMBERS)] | None = None
+    backbone: Backbone | None = None  # of timm's networks, of one member; the others' are in `backbones.json`
     classes: Annotated[list[Class], Field(min_length=2, max_length=MAX_CLASSES, fail_fast=True)]
     positive: str | None
     dropout: Annotated[float, Field(ge=0, lt=1)]
