@@ -52,3 +52,5 @@ follows: ResNet50, Adam at a constant 2e-3, batch size 80, class weights 3:1 for
 (the class to detect has 1), frozen and then unfrozen."""
 MIN_SIZE, MAX_SIZE = 32, 4096
 """Limits of the side, in pixels, of a network's input."""
+MAX_MEMBERS = 20
+"""The largest number of networks in one export."""
