@@ -165,6 +165,14 @@ def export(tmp_path_factory, run):
 
 
 @pytest.fixture(scope="session")
+def ensemble(tmp_path_factory, export):
+    """An export of three networks, the first of which is that of `export`."""
+    from tests.ensembles import joined
+
+    return joined(export, tmp_path_factory.mktemp("ensemble") / "three")
+
+
+@pytest.fixture(scope="session")
 def resnet18_export(tmp_path_factory, run):
     """The same with a network that every process knows."""
     return made_export(tmp_path_factory, run, RESNET18, "2e-4")

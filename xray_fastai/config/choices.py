@@ -1,6 +1,8 @@
 """Holds what options may be chosen from: backbones, devices, recipes, sizes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,22 @@ MIN_SIZE, MAX_SIZE = 32, 4096
 """Limits of the side, in pixels, of a network's input."""
 MAX_MEMBERS = 20
 """The largest number of networks in one export."""
+
+
+def members_of(record: Mapping[str, Any]) -> int:
+    """Return how many networks a model has whose outputs are averaged: 1, or those of an ensemble.
+
+    Args:
+        record: the content of `model.json`, or what else has its keys; that of an earlier version lacks `members`.
+    """
+    return record.get("members") or 1
+
+
+def network_of(record: Mapping[str, Any]) -> str:
+    """Return the name of a model's network for people, such as resnet18, or 3 x resnet18 of an ensemble.
+
+    Args:
+        record: see `members_of`.
+    """
+    members = members_of(record)
+    return record["architecture"] if members == 1 else f"{members} x {record['architecture']}"

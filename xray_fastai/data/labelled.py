@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from xray_fastai.config.choices import members_of
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.exclusions import leave_out
 from xray_fastai.data.folders import (
@@ -213,7 +214,8 @@ def _listed_table(model: dict[str, Any], wanted: Request, rule: PatientRule) -> 
     if split in ("train", "valid"):
         table = table[table.split != "test"]
         known = table.file.map(file_key).isin(model["data"]["valid_files"]).any()
-        if whole and not known:
+        of_ensemble = wanted.data is None and members_of(model) > 1  # whose fit used all of them
+        if whole and not known and not of_ensemble:
             notes.append(f"no splits in it: all images are used, not only those of {split}")
             split = "test"
     elif not whole:
@@ -252,6 +254,13 @@ def _used_in_fit(model: dict[str, Any], listed: _Listed) -> _Listed:
         UserError: there are none, or files that the fit validated on are missing.
     """
     keys = set(model["data"]["valid_files"])
+    if listed.split == "valid" and members_of(model) > 1 and not keys:
+        raise UserError(
+            "an ensemble has none: each image was left out by one network, but learnt from by the others. report.html "
+            "has the figures of the network that left it out; give other images by data=",
+            option="split",
+            value="valid",
+        )
     validated = listed.table.file.map(file_key).isin(keys)
     if listed.split == "train":
         if validated.all():

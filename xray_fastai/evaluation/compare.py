@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.config.choices import members_of, network_of
 from xray_fastai.data.labelled import Labelled, Request, labelled_images, split_named
 from xray_fastai.data.patients import note_on
 from xray_fastai.data.table import Data
@@ -59,7 +60,7 @@ class Comparison:
         for key in ("a", "b"):
             model = summary[key]
             at = "" if model["threshold"] is None else f", threshold {model['threshold']:.4g}"
-            lines += wrap(f"{model['model']}: {model['architecture']}{at}", f"{key.upper():<15}")
+            lines += wrap(f"{model['model']}: {network_of(model)}{at}", f"{key.upper():<15}")
         counts = ", ".join(f"{name} {count:,}" for name, count in summary["counts"].items())
         images, patients = count_of(summary["images"], "image"), count_of(summary["patients"], "patient")
         lines += wrap(f"{summary['data']}, split {summary['split']}: {images}, {patients}", f"{'data':<15}")
@@ -182,6 +183,7 @@ def _summary(models: list[Model], called: list[Called], images: Labelled, about:
             key: {
                 "model": model.path.resolve().name,
                 "architecture": model.settings["architecture"],
+                "members": members_of(model.settings),
                 "threshold": model.threshold_of(),
                 "probabilities": model.describe_probabilities(),
             }

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
+from xray_fastai.config.choices import members_of, network_of
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.labelled import Labelled, Request, labelled_images, split_named
 from xray_fastai.data.patients import images_by_source, note_on, unknown
@@ -243,6 +244,7 @@ def _summary(request: _Request, scored: Scored, y_pred: dict[str, np.ndarray], m
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model.path.resolve().name,
         "architecture": model.settings["architecture"],
+        "members": members_of(model.settings),  # networks whose outputs are averaged
         "split": request.split,
         "note": SPLITS[request.split],
         "data": request.data,
@@ -332,7 +334,7 @@ def _about(request: _Request, summary: dict[str, Any]) -> dict[str, str]:
     counts = ", ".join(f"{c} {n:,}{' (positive)' if c == positive else ''}" for c, n in summary["counts"].items())
     patients = f", {count_of(summary['patients'], 'patient')}"
     about = {
-        "model": f"{model.path}: {summary['architecture']}",
+        "model": f"{model.path}: {network_of(summary)}",
         "device": f"{describe(model.device)}, precision {model.precision}",
         "data": f"{summary['data']}, split {summary['split']}: {count_of(summary['images'], 'image')}"
         + ("" if summary["images_without_patient"] == summary["images"] else patients),

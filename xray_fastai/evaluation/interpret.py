@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.config.choices import network_of
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.images import size_of
 from xray_fastai.data.labelled import Request, labelled_images, split_named
@@ -307,7 +308,7 @@ def _head(ranking: _Ranking, data: str) -> list[tuple[str, str]]:
     device = f"on {describe(model.device)}, precision {model.precision}"
     return [
         ("Model:", str(model.path)),
-        ("", f"{model.settings['architecture']}, {model.size} pixels, {device}"),
+        ("", f"{network_of(model.settings)}, {model.size} pixels, {device}"),
         ("Data:", data),
         ("", f"{ranking.split} split, {images} images"),
         ("Wrong:", f"{ranking.errors} of {images}{rule}"),

@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template, UndefinedError
 from PIL import Image
 
+from xray_fastai.config.choices import network_of
 from xray_fastai.evaluation.groups import remarks_on
 from xray_fastai.evaluation.learning_curves import svg_curves
 from xray_fastai.export.schema import read_settings
@@ -127,6 +128,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "model": model,
+        "network": network_of(model),
         "created": datetime.fromisoformat(model["created"]).strftime("%d %B %Y, %H:%M %Z").lstrip("0"),
         "bars": _bars(model["data"], evaluations),
         "recalibrated": _recalibrated(model),

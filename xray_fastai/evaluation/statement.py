@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.config.choices import ARCHITECTURES, TIMM
+from xray_fastai.config.choices import ARCHITECTURES, TIMM, members_of
 from xray_fastai.metrics.table import METRICS, title_of
 from xray_fastai.system.text import count_of, format_interval
 
@@ -201,22 +201,29 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         pairs = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(model["classes"], weights, strict=True))
         loss += f", weighted by class ({pairs})"
     best, updated = model["best"], model.get("recalibrated")
-    architecture = model["architecture"]
+    members, architecture = members_of(model), model["architecture"]
     known = architecture in ARCHITECTURES or architecture.startswith(TIMM)
+    author = "" if known else " (of the authors)"
+    network, mapping = f"The network is a {architecture}{author}", "it maps"
+    if members > 1:
+        network, mapping = f"The model is {members} x {architecture}{author}, each", "the mean of their outputs maps"
     return {
         "preprocessing": f"Each whole image was resized to {size} x {size} pixels of grey{equalized}, and normalised "
         "with the mean and the standard deviation of ImageNet.",
         "predictors": "The only predictor is the image; no clinical value goes in.",
-        "network": f"The network is a {architecture}{'' if known else ' (of the authors)'} with pooling, dropout of "
-        f"{model['dropout']:g} and one linear layer, {training['parameters']['total']:,} parameters; it maps an "
-        f"image to the probabilities of {', '.join(model['classes'])}.",
+        "network": f"{network} with pooling, dropout of {model['dropout']:g} and one linear layer, "
+        f"{training['parameters']['total']:,} parameters{'' if members == 1 else ' together'}; {mapping} an image to "
+        f"the probabilities of {', '.join(model['classes'])}.",
         "weights": f"Initial weights: {training['weights']}.",
         "training": f"It was trained for {phases}{_hyperparameters(settings)}, and with {loss} as loss. {varied}",
         "selection": best
         and f"The weights are those of epoch {best['epoch']} of the {best['phase']} phase, whose validation loss was "
         "lowest.",
         "calibration": f"Probabilities and threshold: {model['calibration']}.",
-        "ensemble": "One network, no ensemble.",
+        "ensemble": "One network, no ensemble."
+        if members == 1
+        else f"An ensemble of {members} networks, of which the mean output is used. Each has another seed and left "
+        "out another part of the images, by patient.",
         "imbalance": f"The loss was {loss}." if weights else None,
         "updating": updated
         and f"The probabilities were fitted to another place on {updated['created'][:10]}, with "

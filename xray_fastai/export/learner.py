@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from xray_fastai.config.choices import members_of
 from xray_fastai.export.network import load_weights
 from xray_fastai.export.reader import find_export, path_of, read
 from xray_fastai.model.architectures import on_start
@@ -46,6 +47,7 @@ def load_learner(path: str | Path) -> XrayLearner:
             dropout=model["dropout"],
             class_weights=model["class_weights"],
             size=preprocessing["size"],
+            members=members_of(model),
         )
     load_weights(learn.model, folder, model)
     set_scaling(learn, model["temperature"], model.get("intercepts"))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from xray_fastai.config.choices import members_of
 from xray_fastai.export.reader import find_export, read
 from xray_fastai.export.schema import WEIGHTS
 from xray_fastai.export.weights_file import network_part, read_weights
@@ -37,7 +38,7 @@ def load_export(path: str | Path) -> tuple[dict[str, Any], nn.Sequential, dict[s
     model = read(folder)
     arch, size = model["architecture"], model["preprocessing"]["size"]
     with on_start(arch):
-        network = build_network(arch, len(model["classes"]), model["dropout"], size)
+        network = build_network(arch, len(model["classes"]), model["dropout"], size, members_of(model))
     tensors = load_weights(network, folder, model)
     return model, network.eval(), tensors
 

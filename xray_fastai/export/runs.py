@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from xray_fastai.config.choices import network_of
 from xray_fastai.export.reader import default_export, find_export
 from xray_fastai.export.run_folder import unfinished
 from xray_fastai.export.schema import SETTINGS, read_settings
@@ -111,7 +112,7 @@ def _run(path: Path, chosen: Path | None) -> Run:
         model = read_settings(find_export(path))
     except UserError as error:
         return Run(name, str(path), status="broken", default=is_default, fault=str(error))
-    data, best = model["data"], model["best"]
+    data = model["data"]
     valid, test = _evaluated(path, "valid"), _evaluated(path, "test")
     worst = (test or {}).get("worst_group") or model["worst_group"]
     return Run(
@@ -120,8 +121,8 @@ def _run(path: Path, chosen: Path | None) -> Run:
         date=model["created"],
         data=data["name"].replace("\\", "/").rstrip("/").rpartition("/")[2],
         images=sum(data["train"].values()) + sum(data["valid"].values()),
-        network=f"{model['architecture']} {model['preprocessing']['size']}",
-        valid=_auc(valid) or (Auc(best["roc_auc"]) if best else None),
+        network=f"{network_of(model)} {model['preprocessing']['size']}",
+        valid=_auc(valid) or _auc_of_fit(model),
         test=_auc(test),
         worst_group=worst["name"] if worst else None,
         worst=Auc(worst["roc_auc"], worst["low"], worst["high"]) if worst else None,
@@ -138,6 +139,14 @@ def _evaluated(export: Path, split: str) -> dict[str, Any] | None:
     except (UserError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return content
+
+
+def _auc_of_fit(model: dict[str, Any]) -> Auc | None:
+    """Return the AUC that a fit measured on its validation images; of an ensemble with its interval."""
+    if ensemble := model.get("ensemble"):
+        value, low, high = ensemble["metrics"].get("roc_auc") or (None, None, None)
+        return None if value is None else Auc(value, low, high)
+    return Auc(model["best"]["roc_auc"]) if model["best"] else None
 
 
 def _auc(metrics: dict[str, Any] | None) -> Auc | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xray_fastai.config.choices import network_of
 from xray_fastai.export.reader import path_of
 from xray_fastai.export.run_folder import CHECKPOINT, LOG
 from xray_fastai.export.schema import HISTORY_COLUMNS, LIMIT, SETTINGS, WEIGHTS, parse
@@ -165,7 +166,7 @@ def _settings(folder: Path, model: dict, unknown: list[str]) -> str:
     model |= checked
     unknown += unknown_keys
     size = model["preprocessing"]["size"]
-    text = f"{model['architecture']}, {size} x {size} px, {len(model['classes'])} classes"
+    text = f"{network_of(model)}, {size} x {size} px, {len(model['classes'])} classes"
     text += f" ({shown(', '.join(model['classes']))}), {model['status']}"
     if unknown_keys:
         names = ", ".join(shown(key) for key in unknown_keys[:3]) + (", ..." if len(unknown_keys) > 3 else "")

@@ -87,9 +87,11 @@ class Gate:
 
         Args:
             images: (B, 1, size, size), 8-bit, on the CPU.
-            features: (B, F), what the network's last layer gets (`Model.logits_and_features`).
+            features: (B, F), what the network's last layer gets (`Model.logits_and_features`); of those of an ensemble
+                its first member's, which stand first.
         """
-        return self.percentages(self.measures(vectors_of(images, features)))
+        own = features[:, : len(self.measures.spaces["features"].mean)]
+        return self.percentages(self.measures(vectors_of(images, own)))
 
     def percentages(self, measures: np.ndarray) -> np.ndarray:
         """Turn measures (N, 4) into percentages (N,)."""

@@ -6,6 +6,8 @@ with up to `FINER` times as many cells a side: 8 x 8 at 64 pixels, 28 x 28 at 22
 networks, at twice the cost, on the whole the best of 16 ways (`tests/benchmarks/heatmaps.py`). The score is the
 log-odds of the class.
 
+In an ensemble each member is mapped at this layer, and their evidence for the mean of the outputs is added up.
+
 A map reaches the probability of its class. (Scaled to its own maximum, as pytorch-grad-cam does, a map of weak evidence
 is as red as one of strong evidence.)
 """
@@ -18,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 from xray_fastai.inference.model import Model, full_precision
+from xray_fastai.model.architectures import backbones_of
 from xray_fastai.system.memory import out_of_memory_means
 from xray_fastai.system.text import count_of
 
@@ -69,32 +72,47 @@ def describe(cam: np.ndarray) -> str:
 
 
 def _maps(model: Model, images: torch.Tensor, targets: Sequence[int] | None) -> np.ndarray:
-    layers = _layers(model.network[0])
-    last: dict[int, tuple[int, torch.Tensor]] = {}  # by cells a side: the last layer with so many, and its output
-
-    def keep(number: int, output: torch.Tensor) -> None:
-        last[output.shape[-1]] = number, output
-        for side in [side for side in last if side > FINER * output.shape[-1]]:
-            del last[side]
-
-    hooks = [
-        layer.register_forward_hook(lambda _module, _inputs, output, number=number: keep(number, output))
-        for number, layer in enumerate(layers)
-    ]
+    members = [_Mapped(backbone) for backbone in backbones_of(model.network)]
     try:
         logits = model.logits(images)  # (B, classes)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for member in members:
+            member.remove_hooks()
     probabilities = model.probabilities(logits.numpy())
     chosen = np.asarray(model.decide(probabilities) if targets is None else targets)  # (B,)
-    number, output = last[max(last)]
-    behind = nn.Sequential(*layers[number + 1 :], model.network[1])
-    parts = [
-        _evidence(behind, output[start : start + _CHUNK], chosen[start : start + _CHUNK])
-        for start in range(0, len(images), _CHUNK)
-    ]
+    outputs, rests = zip(*(member.layer() for member in members), strict=True)
+    parts = []
+    for start in range(0, len(images), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        parts.append(_evidence(rests, model.network[1], [output[part] for output in outputs], chosen[part]))
     return probabilities[np.arange(len(chosen)), chosen][:, None, None] * _scaled(np.concatenate(parts))
+
+
+class _Mapped:
+    """Keeps, during a forward pass, the output of the layer of a backbone that is mapped."""
+
+    def __init__(self, backbone: nn.Module):
+        self.layers = _layers(backbone)
+        # by cells a side: the last layer with so many, and its output
+        self.last: dict[int, tuple[int, torch.Tensor]] = {}
+        self.hooks = [
+            layer.register_forward_hook(lambda _module, _inputs, output, number=number: self._keep(number, output))
+            for number, layer in enumerate(self.layers)
+        ]
+
+    def _keep(self, number: int, output: torch.Tensor) -> None:
+        self.last[output.shape[-1]] = number, output
+        for side in [side for side in self.last if side > FINER * output.shape[-1]]:
+            del self.last[side]
+
+    def remove_hooks(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def layer(self) -> tuple[torch.Tensor, nn.Module]:
+        """Return the layer's output (B, channels, h, w), and the rest of the backbone."""
+        number, output = self.last[max(self.last)]
+        return output, nn.Sequential(*self.layers[number + 1 :])
 
 
 def _layers(backbone: nn.Module) -> list[nn.Module]:
@@ -105,18 +123,29 @@ def _layers(backbone: nn.Module) -> list[nn.Module]:
     return [*(first if isinstance(first, nn.Sequential) else [first]), *others]
 
 
-def _evidence(behind: nn.Module, output: torch.Tensor, targets: np.ndarray) -> np.ndarray:
-    """Return how much the cells of a layer's output (B, channels, h, w) raise the log-odds of a class, (B, h, w)."""
+def _evidence(
+    rests: Sequence[nn.Module], head: nn.Module, outputs: Sequence[torch.Tensor], targets: np.ndarray
+) -> np.ndarray:
+    """Return how much the cells of a layer raise the log-odds of a class, (B, h, w).
+
+    Args:
+        rests: by member, its backbone behind the layer.
+        head: the network's.
+        outputs: by member, the layer's output (B, channels, h, w).
+        targets: (B,), indices of classes.
+    """
     with torch.inference_mode(False), full_precision():  # inference mode's tensors cannot have gradients
-        activations = output.clone().requires_grad_()
-        logits = behind(activations)  # (B, classes)
+        activations = [output.clone().requires_grad_() for output in outputs]
+        maps = [rest(output) for rest, output in zip(rests, activations, strict=True)]  # (B, F, h, w) each
+        logits = head(torch.cat(maps, dim=1))  # (B, classes)
         target = torch.as_tensor(targets, device=logits.device)[:, None]
         others = logits.scatter(1, target, -torch.inf).logsumexp(1)
         log_odds = logits.gather(1, target)[:, 0] - others
-        (gradients,) = torch.autograd.grad(log_odds.sum(), activations)
+        gradients = torch.autograd.grad(log_odds.sum(), activations)
     with torch.no_grad():
-        weights = gradients.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
-        return (weights * activations).sum(1).relu().float().cpu().numpy()
+        weights = [gradient.mean((2, 3), keepdim=True) for gradient in gradients]  # (B, channels, 1, 1) each
+        evidence = [(weight * output).sum(1) for weight, output in zip(weights, activations, strict=True)]
+        return sum(evidence).relu().float().cpu().numpy()
 
 
 def upsample(cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from xray_fastai import __version__
+from xray_fastai.config.choices import members_of, network_of
 from xray_fastai.data.sources.phantom import draw
 from xray_fastai.export.reader import find_export
 from xray_fastai.inference.model import Model, open_model
@@ -49,7 +50,7 @@ class Exported:
         model, size = self.model, self.model.size
         return "\n".join(
             [
-                f"{'model':<14}{model.path}: {model.settings['architecture']}, {size} x {size} px",
+                f"{'model':<14}{model.path}: {network_of(model.settings)}, {size} x {size} px",
                 f"{'input':<14}images: 8-bit grey values (N, 1, {size}, {size}), decoded and resized, nothing else",
                 f"{'output':<14}probabilities: (N, {len(model.classes)}): {', '.join(model.classes)}",
                 f"{'':<14}{model.describe_probabilities()}",
@@ -154,6 +155,7 @@ def _metadata(model: Model, versions: dict[str, str]) -> dict[str, str]:
         "export": model.path.resolve().name,
         "disclaimer": settings["disclaimer"],
         "architecture": settings["architecture"],
+        "members": members_of(settings),
         "classes": model.classes,
         "positive": model.positive,
         "threshold": model.threshold,

@@ -102,7 +102,7 @@ def on_start(arch: str) -> torch.device:
     return torch.device("cpu" if arch.startswith(TIMM) else "meta")
 
 
-def members_of(network: nn.Sequential) -> list[nn.Sequential]:
+def backbones_of(network: nn.Sequential) -> list[nn.Sequential]:
     """Return the backbones of an ensemble's members; of another network its own alone."""
     backbone = network[0]
     return list(backbone[0]) if isinstance(backbone[0], Parallel) else [backbone]
@@ -110,7 +110,7 @@ def members_of(network: nn.Sequential) -> list[nn.Sequential]:
 
 def split_parameters(model: nn.Sequential, arch: str) -> list[list[nn.Parameter]]:
     """Split backbone and head into three parameter groups: early layers (of all members), late layers, head."""
-    early, late = zip(*(_halves(backbone, arch) for backbone in members_of(model)), strict=True)
+    early, late = zip(*(_halves(backbone, arch) for backbone in backbones_of(model)), strict=True)
     return [list(chain(*early)), list(chain(*late)), list(model[1].parameters())]
 
 

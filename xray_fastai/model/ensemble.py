@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from xray_fastai.model.architectures import Parallel, build_head, members_of
+from xray_fastai.model.architectures import Parallel, backbones_of, build_head
 
 
 def join(networks: Sequence[nn.Sequential], dropout: float) -> nn.Sequential:
@@ -26,7 +26,8 @@ def join(networks: Sequence[nn.Sequential], dropout: float) -> nn.Sequential:
     layers = [network[1][-1] for network in networks]
     weights = torch.cat([layer.weight.detach() for layer in layers], dim=1) / len(layers)  # (classes, members * F)
     bias = torch.stack([layer.bias.detach() for layer in layers]).mean(dim=0)  # (classes,)
-    return nn.Sequential(nn.Sequential(Parallel(network[0] for network in networks)), _head(weights, bias, dropout))
+    backbone = nn.Sequential(Parallel(network[0] for network in networks))
+    return nn.Sequential(backbone, _head(weights, bias, dropout)).train(networks[0].training)
 
 
 def split(network: nn.Sequential, members: int) -> list[nn.Sequential]:
@@ -41,10 +42,10 @@ def split(network: nn.Sequential, members: int) -> list[nn.Sequential]:
     """
     if members == 1:
         return [network]
-    backbones, (*_, dropout, layer) = members_of(network), network[1]
+    backbones, (*_, dropout, layer) = backbones_of(network), network[1]
     weights = (members * layer.weight.detach()).chunk(members, dim=1)  # (classes, F) each
     return [
-        nn.Sequential(backbone, _head(weight, layer.bias.detach(), dropout.p))
+        nn.Sequential(backbone, _head(weight, layer.bias.detach(), dropout.p)).train(network.training)
         for backbone, weight in zip(backbones, weights, strict=True)
     ]
 

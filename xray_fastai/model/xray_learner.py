@@ -11,6 +11,7 @@ from typing import Any
 from fastai.vision.all import Callback, DataLoader, Learner
 from PIL import Image
 
+from xray_fastai.config.choices import network_of
 from xray_fastai.model.loaders import NO_IMAGES, EmptyLoader, XrayDataLoaders
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.text import count_of
@@ -47,7 +48,7 @@ class XrayLearner(Learner):
         if self.xray is None:
             return f"{type(self).__name__}: {self.arch}, {classes}"
         settings = self.xray.settings
-        parts = [settings["architecture"], f"{settings['preprocessing']['size']} px", classes]
+        parts = [network_of(settings), f"{settings['preprocessing']['size']} px", classes]
         if settings.get("threshold") is not None:
             parts.append(f"{settings['positive']} from a probability of {settings['threshold']:.4g}")
         changed = ", trained since" if self.xray.changed else ""

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from xray_fastai import DISCLAIMER, __version__
+from xray_fastai.config.choices import members_of
 from xray_fastai.inference.gradcam import grad_cam, mapped_classes, overlay
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.rows import ImageResult, RowBuilder, Withheld
@@ -33,6 +34,7 @@ class ModelFacts(BaseModel):
 
     name: str = Field(description="The name of the export's folder.", examples=["20260101-120000"])
     architecture: str = Field(description="The network's architecture.", examples=["resnet50"])
+    members: int = Field(description="Networks of this architecture whose outputs are averaged.", examples=[1])
     size: int = Field(description="Images are resized to this side of a square, in pixels.", examples=[224])
     contrast: str = Field(description="equalize: histogram equalization; or none.", examples=["equalize"])
     classes: list[str] = Field(description="The classes that the model knows.", examples=[["NORMAL", "PNEUMONIA"]])
@@ -75,6 +77,7 @@ class ModelFacts(BaseModel):
         return cls(
             name=model.path.resolve().name,
             architecture=settings["architecture"],
+            members=members_of(settings),
             size=model.size,
             contrast=model.contrast,
             classes=model.classes,

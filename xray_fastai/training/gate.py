@@ -13,6 +13,7 @@ from torch import nn
 from xray_fastai.data.images import open_image
 from xray_fastai.export.weights_file import GATE_SIDE
 from xray_fastai.inference.gate import WITHIN, Gate, Measures, Space, vectors_of
+from xray_fastai.model.architectures import backbones_of
 from xray_fastai.model.preprocessing import Preprocessing
 from xray_fastai.model.transforms import open_cached
 from xray_fastai.training.frozen_features import pooling
@@ -106,7 +107,8 @@ def _vectors(model: nn.Sequential, plan: Plan, paths: list[str]) -> dict[str, np
     """Return the vectors (N, F) of images, which are not varied, by space."""
     size, cache = plan.config.size, plan.cache
     training = model.training
-    network, preprocessing = pooling(model.to(plan.device)), Preprocessing(plan.config.contrast).to(plan.device)
+    first = nn.Sequential(backbones_of(model.to(plan.device))[0], model[1])  # member of an ensemble
+    network, preprocessing = pooling(first), Preprocessing(plan.config.contrast).to(plan.device)
     model.train(training)
     found = []
     for start in range(0, len(paths), 32):

@@ -88,10 +88,11 @@ def checkpoint_position(plan: Plan, saved: Saved) -> str:
 
 def report_resume(found: Unfinished, run: Reservation, plan: Plan, saved: dict[int, Saved]) -> None:
     """Print which run is resumed, and from where: of each network, `saved` has the checkpoint."""
-    where = (
-        f"after {checkpoint_position(plan, saved[0])}" if 0 in saved else "from the beginning: no epoch was completed"
-    )
-    if plan.members > 1 and saved:
+    if not saved:
+        where = "from the beginning: no epoch was completed"
+    elif plan.members == 1:
+        where = f"after {checkpoint_position(plan, saved[0])}"
+    else:
         done = sum(one.state["phase"] == len(plan.phases) for one in saved.values())
         where = f"with {done} of {plan.members} networks done"
     renamed = "" if run.name == found.name else f", as {run.name}"

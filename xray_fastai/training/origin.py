@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from xray_fastai.config.choices import members_of
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.export.reader import export_in_weights, lineage_of, read
 from xray_fastai.export.schema import WEIGHTS, read_settings
@@ -51,7 +52,7 @@ class Parent:
         tensors = network_part(read_weights(self.folder, WEIGHTS, self.settings))
         keeps_head = self._has(classes)
         whole = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
-        states = split_tensors(whole, members_in(self.settings))
+        states = split_tensors(whole, members_of(self.settings))
         return [{k: t for k, t in state.items() if keeps_head or not k.startswith(HEAD)} for state in states]
 
     def origin(self, classes: Sequence[str]) -> Origin:
@@ -80,11 +81,6 @@ def split_tensors(tensors: dict[str, torch.Tensor], members: int) -> list[dict[s
     return states
 
 
-def members_in(model: dict[str, Any]) -> int:
-    """Return how many networks an export holds, by the content of its `model.json`."""
-    return model.get("members") or 1
-
-
 def parent_of(config: FitConfig) -> Parent | None:
     """Return the export in `weights`, or None.
 
@@ -110,7 +106,7 @@ def with_parents_choices(config: FitConfig) -> FitConfig:
     arch, preprocessing = model["architecture"], model["preprocessing"]
     if config.arch not in (None, arch):
         raise UserError(f"{folder} is a {arch}; leave it out, or give other weights", option="arch", value=config.arch)
-    if (members := members_in(model)) not in (1, config.members):
+    if (members := members_of(model)) not in (1, config.members):
         fault = f"{folder} holds {members} networks; give {members}, so that each is trained on"
         raise UserError(fault, option="members", value=config.members)
     contrast = preprocessing.get("contrast", "none")

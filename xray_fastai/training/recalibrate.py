@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.config.choices import network_of
 from xray_fastai.data.labelled import Labelled, Request, labelled_images
 from xray_fastai.data.patients import note_on
 from xray_fastai.data.table import Data, is_table, name_of
@@ -133,7 +134,7 @@ def recalibrate(
     target = Path(os.path.expanduser(output)) if output is not None else _free(opened.path)
     if target.exists():
         raise UserError("it already exists; give another folder", option="output", value=target)
-    about, adapted, unlabelled_images = [("model", f"{opened.path}: {opened.settings['architecture']}")], opened, 0
+    about, adapted, unlabelled_images = [("model", f"{opened.path}: {network_of(opened.settings)}")], opened, 0
     if unlabelled is not None:
         listed = patients if data is None else None
         done = without.without_labels(opened, without.Request(unlabelled, match_scores, prevalence, listed))

@@ -15,6 +15,7 @@ import torch
 from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 
+from xray_fastai.config.choices import members_of, network_of
 from xray_fastai.data import labelled
 from xray_fastai.data.folders import find_images
 from xray_fastai.data.patients import check_listed, numbered, patient_rule, patients_in
@@ -114,7 +115,10 @@ def _effect(before: Model, after: Model) -> list[str]:
     try:
         table = labelled.labelled_images(before.settings, labelled.Request(None, "valid")).table
     except UserError:
-        return ["validation's images are not here: what it does to images like those of the training is not known"]
+        why = "no image is new to all networks of an ensemble"
+        if members_of(before.settings) == 1:
+            why = "validation's images are not here"
+        return [f"{why}: what it does to images like those of the training is not known"]
     models = {"before": before, "after": after}
     return [f"validation's images {when}: {_measured(model, table)}" for when, model in models.items()]
 
@@ -164,7 +168,7 @@ def adapt(model: Model, images: Unlabelled, share: float = SHARE) -> Model:
     """
     if not layers_of(model.network):
         raise UserError(
-            f"{model.settings['architecture']} has no batch norm that images without labels could adapt; give "
+            f"{network_of(model.settings)} has no batch norm that images without labels could adapt; give "
             "match_scores=True, or labelled images by data=",
             option="unlabelled",
         )
