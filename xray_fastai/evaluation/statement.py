@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.config.choices import ARCHITECTURES, TIMM, members_of
+from xray_fastai.config.choices import ARCHITECTURES, FIND, TIMM, members_of
 from xray_fastai.metrics.table import METRICS, title_of
 from xray_fastai.system.text import count_of, format_interval
 
@@ -215,7 +215,7 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         f"{training['parameters']['total']:,} parameters{'' if members == 1 else ' together'}; {mapping} an image to "
         f"the probabilities of {', '.join(model['classes'])}.",
         "weights": f"Initial weights: {training['weights']}.",
-        "training": f"It was trained for {phases}{_hyperparameters(settings)}, and with {loss} as loss. {varied}",
+        "training": f"It was trained for {phases}{_hyperparameters(model)}, and with {loss} as loss. {varied}",
         "selection": best
         and f"The weights are those of epoch {best['epoch']} of the {best['phase']} phase, whose validation loss was "
         "lowest.",
@@ -237,12 +237,23 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
     }
 
 
-def _hyperparameters(settings: Mapping[str, Any]) -> str:
+def _hyperparameters(model: Mapping[str, Any]) -> str:
     """Return those that are known: an export that was trained by hand has not all."""
-    texts = {"batch_size": "batches of {}", "lr": "a peak learning rate of {:g}", "schedule": "the schedule {}"}
+    texts = {"batch_size": "batches of {}", "lr": "a peak learning rate of {}", "schedule": "the schedule {}"}
     texts["seed"] = "the seed {}"
+    settings = {**model["settings"], "lr": _rates(model)}
     known = [text.format(settings[name]) for name, text in texts.items() if settings.get(name) is not None]
     return f", with {', '.join(known)}" if known else ""
+
+
+def _rates(model: Mapping[str, Any]) -> str | None:
+    """Return the peak learning rate that was given, or those that a search found for the phases."""
+    given = model["settings"].get("lr")
+    if given != FIND:
+        return given and f"{given:g}"
+    phases = [phase for phase in model["training"]["phases"] if phase.get("lr") is not None]
+    found = " and ".join(f"{phase['lr']:g} ({phase['name']})" for phase in phases)
+    return f"{found}, by a learning rate range test" if found else None
 
 
 def _variation(values: Mapping[str, float] | None, name: str) -> str:
