@@ -84,7 +84,8 @@ def plot_searches(searches: Sequence[dict], path: Path) -> None:
     As in fastai's own plot, the last five batches are left out, in which the loss explodes.
 
     Args:
-        searches: `phase`, `rates`, `losses`, `peak` and `fault` of each, as `training.lr_find.search` returns them.
+        searches: `phase`, `rates`, `losses`, `peak` and `fault` of each, as `training.lr_find.search` returns them; of
+            an ensemble also `member`, its number.
         path: the PNG to write.
     """
     phases = list(dict.fromkeys(search["phase"] for search in searches))
@@ -103,10 +104,11 @@ def plot_searches(searches: Sequence[dict], path: Path) -> None:
 
 def _draw_search(axes: Axes, search: dict) -> None:
     rates, losses = (np.array(search[name][:-5] or search[name]) for name in ("rates", "losses"))
-    (curve,) = axes.plot(rates, losses, label=search["fault"])
+    whose = f"member {search['member']}: " if "member" in search else ""
+    (curve,) = axes.plot(rates, losses, label=search["fault"] and f"{whose}{search['fault']}")
     if search["fault"] is None:
         at = np.abs(np.log(rates / search["peak"])).argmin()
-        label = f"found {search['peak']:g} (valley)"
+        label = f"{whose}found {search['peak']:g} (valley)"
         axes.plot(rates[at], losses[at], "o", markersize=8, color=curve.get_color(), label=label)
 
 
