@@ -81,6 +81,13 @@ def split_tensors(tensors: dict[str, torch.Tensor], members: int) -> list[dict[s
     return states
 
 
+def origin_of(kept: dict[str, Any], config: FitConfig) -> Origin:
+    """Return the origin of the weights in a checkpoint, of what was kept beside it."""
+    # settings written by version 0.1.0 lack "pretrained", those of 0.2.0 "lineage"
+    pretrained = kept.get("pretrained", config.weights != "none")
+    return Origin(kept["origin"], pretrained, kept.get("lineage", []))
+
+
 def parent_of(config: FitConfig) -> Parent | None:
     """Return the export in `weights`, or None.
 
