@@ -28,7 +28,7 @@ ROW = {
 
 
 JUDGEMENT = Judgement(Calibration())
-FACTS = {"architecture": SMALL, "classes": ["NORMAL", "PNEUMONIA"], "preprocessing": {"size": 32}}
+FACTS = {"architecture": SMALL, "classes": ["NORMAL", "PNEUMONIA"], "preprocessing": {"size": 32}, "training": {}}
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.labelled import contents_of, file_key
 from xray_fastai.data.patients import images_by_source, unknown
-from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
+from xray_fastai.evaluation.learning_curves import kept_epochs, plot_batch, plot_curves
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.export.run_folder import LOG, Reservation
 from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
@@ -173,7 +173,7 @@ def write_export(
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
         if ensemble is not None and ensemble.predictions is not None:
             ensemble.predictions.to_csv(folder / OUT_OF_FOLD, index=False)
-        plot_curves(history, folder / CURVES, model["best"])
+        plot_curves(history, folder / CURVES, kept_epochs(model))
         with contextlib.suppress(ImageError):  # the images may have been deleted; the export is written without them
             images, targets = learn.dls.one_batch()
             plot_batch(images, [learn.dls.vocab[i] for i in targets], folder / "batch.png")
