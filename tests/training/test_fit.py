@@ -317,7 +317,7 @@ def test_a_batch_larger_than_the_training_set_is_reduced(collection, run):
 )
 def test_a_fit_says_that_every_image_is_called_one_class(threshold, called, collection, run, monkeypatch):
     chosen = lambda *_, **__: Calibration(threshold=threshold)  # noqa: E731
-    monkeypatch.setattr("xray_fastai.training.write_export.calibrate", chosen)
+    monkeypatch.setattr("xray_fastai.training.judgement.calibrate", chosen)
     options = ["--weights", "none", "--epochs", 1, "--valid", "folder", "--name", "one"]
     result = run("fit", "--data", collection, *QUICK, *options)
     assert result.exit_code == 0, result.output

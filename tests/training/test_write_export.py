@@ -11,6 +11,8 @@ from xray_fastai.export.run_folder import reserve
 from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import empty_loaders
 from xray_fastai.system.errors import UserError
+from xray_fastai.training.calibration import Calibration
+from xray_fastai.training.judgement import Judgement
 from xray_fastai.training.write_export import write_export
 
 MODULE = "xray_fastai.training.write_export"
@@ -25,6 +27,7 @@ ROW = {
 }
 
 
+JUDGEMENT = Judgement(Calibration())
 FACTS = {"architecture": SMALL, "classes": ["NORMAL", "PNEUMONIA"], "preprocessing": {"size": 32}}
 
 
@@ -41,7 +44,7 @@ def write(monkeypatch):
         learn.dls.one_batch = lambda: (np.zeros((0, 1, 32, 32)), [])
         with reserve("exports", "run") as run:
             run.resumable = True  # keeps the folder after an error
-            write_export(run, learn, FACTS | {"status": "complete", "best": ROW}, [ROW])
+            write_export(run, learn, FACTS | {"status": "complete", "best": ROW}, [ROW], JUDGEMENT)
 
     return write
 

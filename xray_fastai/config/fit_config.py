@@ -23,6 +23,7 @@ from xray_fastai.config.choices import (
     CALIBRATIONS,
     CONTRASTS,
     DEVICES,
+    MAX_MEMBERS,
     MAX_SIZE,
     MIN_SIZE,
     PRECISIONS,
@@ -112,6 +113,16 @@ class FitConfig:
         "phantom: 0.001]",
         above=0,
         below=10,
+        panel="Training",
+    )
+    members: int = setting(
+        1,
+        "Number of networks to train into one export, which gives the mean of their outputs. K networks take K times "
+        "as long, to train and to use. Each leaves out another part of the patients, so every image is judged by a "
+        "network that was not trained on it.",
+        min=1,
+        max=MAX_MEMBERS,
+        metavar="K",
         panel="Training",
     )
     size: int | None = setting(

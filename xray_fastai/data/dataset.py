@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +25,7 @@ from xray_fastai.data.image_facts import Facts, examine_all
 from xray_fastai.data.images import check_not_blank
 from xray_fastai.data.patients import check_listed, note_on, numbered, patient_rule
 from xray_fastai.data.sources.phantom import cached
-from xray_fastai.data.splits import assign_validation, of_one_patient
+from xray_fastai.data.splits import assign_folds, assign_validation, is_enough, of_one_patient
 from xray_fastai.data.table import Source, check_for_table, is_table, read_table, with_patients
 from xray_fastai.data.table_columns import GROUP
 from xray_fastai.data.table_labels import Naming
@@ -52,7 +52,8 @@ class Collection:
     """The images of a fit.
 
     `table` has one row for each image. Its columns are path, file (relative to the root), label, split, patient,
-    is_valid, the fields of `image_facts.Facts`, and image (a number, equal for files that show the same image).
+    is_valid, the fields of `image_facts.Facts`, and image (a number, equal for files that show the same image). Where
+    the members of an ensemble validate on folds, it has a column fold, from 0 on, and is_valid is False.
     """
 
     name: str
@@ -70,6 +71,16 @@ class Collection:
     @property
     def valid(self) -> pd.DataFrame:
         return self.table[self.table.is_valid]
+
+    @property
+    def has_folds(self) -> bool:
+        return "fold" in self.table
+
+    def of_member(self, member: int) -> "Collection":
+        """Return the images of one member of an ensemble, numbered from 0: it validates on the fold of this number."""
+        if not self.has_folds:
+            return self
+        return replace(self, table=self.table.assign(is_valid=self.table.fold == member).drop(columns="fold"))
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,13 @@ def _read_collection(config: FitConfig, listed: _Listed) -> Collection:
         table, exclusions = leave_out(table, listed.root, config.exclude)
     table, skipped = check_files(table, skip_bad=config.skip_bad)
     parts = {split: rows.reset_index(drop=True) for split, rows in table.groupby("split")}
-    table, line, leaking = assign_validation(parts["train"], parts.get("val"), listed.valid, config.seed, listed.names)
+    train, val, leaking = parts["train"], parts.get("val"), 0
+    if config.members > 1 and listed.valid == "auto" and not is_enough(val, listed.valid):
+        table, line = assign_folds(train, val, config.members, config.seed, listed.names)
+    else:
+        table, line, leaking = assign_validation(train, val, listed.valid, config.seed, listed.names)
+        if config.members > 1:
+            line += f", on which all {config.members} networks validate"
     notes = [line, *of_one_patient(table), *filter(None, [note_on(table)]), *exclusions, *listed.notes]
     if leaking:
         notes.append(f"left out of training: {leaking} images whose patient, or a copy, is in {listed.names[1]}")
@@ -223,7 +240,8 @@ def _checked_classes(config: FitConfig, train: pd.DataFrame) -> list[str]:
 def fingerprint(data: Collection) -> dict:
     """Return what identifies the images and their split: counts, and a SHA-256 over names, labels and contents."""
     digest = hashlib.sha256()
-    for row in data.table[["file", "label", "patient", "digest", "is_valid"]].itertuples(index=False):
+    side = "fold" if data.has_folds else "is_valid"
+    for row in data.table[["file", "label", "patient", "digest", side]].itertuples(index=False):
         digest.update(repr(tuple(map(str, row))).encode())
     return {"train": len(data.train), "valid": len(data.valid), "sha256": digest.hexdigest()}
 

@@ -253,14 +253,14 @@ def _used_in_fit(model: dict[str, Any], listed: _Listed) -> _Listed:
     Raises:
         UserError: there are none, or files that the fit validated on are missing.
     """
-    if listed.split == "valid" and members_of(model) > 1:
+    keys = set(model["data"]["valid_files"])
+    if listed.split == "valid" and members_of(model) > 1 and not keys:
         raise UserError(
             "an ensemble has none: each image was left out by one network, but learnt from by the others. report.html "
             "has the figures of the network that left it out; give other images by data=",
             option="split",
             value="valid",
         )
-    keys = set(model["data"]["valid_files"])
     validated = listed.table.file.map(file_key).isin(keys)
     if listed.split == "train":
         if validated.all():

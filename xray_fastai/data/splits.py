@@ -12,9 +12,12 @@ import pandas as pd
 
 from xray_fastai.data.patients import source_of, unknown
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.text import count_of
 
 ENOUGH_TO_VALIDATE = 50
 """`val/` alone is the validation set if each class has this many images or more."""
+ATTEMPTS = 20
+"""How many random divisions into folds are tried where one leaves a class out of a fold."""
 
 
 def patient_groups(table: pd.DataFrame) -> np.ndarray:
@@ -89,6 +92,52 @@ def hold_out(table: pd.DataFrame, fraction: float, seed: int, use: str = "valida
     )
 
 
+def assign_folds(
+    train: pd.DataFrame, val: pd.DataFrame | None, folds: int, seed: int, names: Sequence[str] = ("train/", "val/")
+) -> tuple[pd.DataFrame, str]:
+    """Divide all images into folds of about the same size, stratified by class and grouped by patient.
+
+    Args:
+        train: the table of train/, from `check_files`.
+        val: the table of val/, whose images are divided, too; None if it is missing or not wanted.
+        folds: how many, two or more.
+        seed: the seed of the random choice.
+        names: what to call the two tables in the line and in errors.
+
+    Returns:
+        The table with the columns `fold`, from 0 on, and `is_valid`, which is False; and a line for the user about it.
+
+    Raises:
+        UserError: a class has too few patients to be in each fold.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    table = pd.concat([train, val], ignore_index=True)
+    groups, labels = patient_groups(table), table.label.to_numpy()
+    patients = pd.Series(groups).groupby(labels).nunique()  # of each class
+    rarest = patients.idxmin()
+    for attempt in range(ATTEMPTS if patients.min() >= folds else 0):
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=(seed + attempt) % 2**32)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+            parts = [part for _, part in splitter.split(table.path, labels, groups)]
+        if all(set(labels[part]) == set(labels) == set(np.delete(labels, part)) for part in parts):
+            fold = np.empty(len(table), int)
+            for number, part in enumerate(parts):
+                fold[part] = number
+            of = names[0] if val is None else f"{names[0]} and {names[1]}, which is too small alone ({len(val)} images)"
+            sizes = sorted({len(part) for part in parts})
+            size = " to ".join(f"{n:,}" for n in dict.fromkeys([sizes[0], sizes[-1]]))
+            by = "image" if unknown(table).all() else "patient"
+            return table.assign(fold=fold, is_valid=False), f"{folds} folds of {size} images, by {by}: {of}"
+    raise UserError(
+        f"{count_of(patients.min(), 'patient')} of {rarest} in {names[0]} cannot be in as many folds; give a smaller "
+        'number, add patients, or give a validation split and valid="folder"',
+        option="members",
+        value=folds,
+    )
+
+
 def assign_validation(
     train: pd.DataFrame,
     val: pd.DataFrame | None,
@@ -119,10 +168,7 @@ def assign_validation(
         shared = np.isin(groups[: len(train)], groups[len(train) :])
         leaking = int(shared.sum())
         train = train[~shared].reset_index(drop=True)
-    by_folder = valid == "folder" or (
-        valid == "auto" and val is not None and val.label.value_counts().min() >= ENOUGH_TO_VALIDATE
-    )
-    if by_folder:
+    if is_enough(val, valid):
         held_out, line = np.zeros(len(train), bool), f"{names[1]} ({len(val):,} images)"
     else:
         fraction = 0.1 if valid == "auto" else float(valid)
@@ -142,6 +188,12 @@ def assign_validation(
             value=f"train/{missing[0]}",
         )
     return table, line, leaking
+
+
+def is_enough(val: pd.DataFrame | None, valid: str) -> bool:
+    """Return whether the images of `val` alone validate, given `valid` as in `assign_validation`."""
+    large = val is not None and val.label.value_counts().min() >= ENOUGH_TO_VALIDATE
+    return valid == "folder" or (valid == "auto" and large)
 
 
 def of_one_patient(table: pd.DataFrame) -> list[str]:

@@ -112,7 +112,7 @@ def _run(path: Path, chosen: Path | None) -> Run:
         model = read_settings(find_export(path))
     except UserError as error:
         return Run(name, str(path), status="broken", default=is_default, fault=str(error))
-    data, best = model["data"], model["best"]
+    data = model["data"]
     valid, test = _evaluated(path, "valid"), _evaluated(path, "test")
     worst = (test or {}).get("worst_group") or model["worst_group"]
     return Run(
@@ -122,7 +122,7 @@ def _run(path: Path, chosen: Path | None) -> Run:
         data=data["name"].replace("\\", "/").rstrip("/").rpartition("/")[2],
         images=sum(data["train"].values()) + sum(data["valid"].values()),
         network=f"{network_of(model)} {model['preprocessing']['size']}",
-        valid=_auc(valid) or (Auc(best["roc_auc"]) if best else None),
+        valid=_auc(valid) or _auc_of_fit(model),
         test=_auc(test),
         worst_group=worst["name"] if worst else None,
         worst=Auc(worst["roc_auc"], worst["low"], worst["high"]) if worst else None,
@@ -139,6 +139,14 @@ def _evaluated(export: Path, split: str) -> dict[str, Any] | None:
     except (UserError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return content
+
+
+def _auc_of_fit(model: dict[str, Any]) -> Auc | None:
+    """Return the AUC that a fit measured on its validation images; of an ensemble with its interval."""
+    if ensemble := model.get("ensemble"):
+        value, low, high = ensemble["metrics"].get("roc_auc") or (None, None, None)
+        return None if value is None else Auc(value, low, high)
+    return Auc(model["best"]["roc_auc"]) if model["best"] else None
 
 
 def _auc(metrics: dict[str, Any] | None) -> Auc | None:

@@ -175,15 +175,6 @@ class Phase(Part):
     end: Text
 
 
-class Training(Part):
-    device: Text
-    precision: Text
-    weights: Text
-    parameters: Parameters
-    seconds: Annotated[float, Field(ge=0, le=1e10)]
-    phases: Annotated[list[Phase], Field(max_length=ENTRIES, fail_fast=True)]
-
-
 class Epoch(Part):
     phase: Text
     epoch: Count
@@ -192,6 +183,41 @@ class Epoch(Part):
     accuracy: float
     roc_auc: float
     lr: float
+
+
+Estimate = Annotated[list[float | None], Field(min_length=3, max_length=3)]
+"""A value and its interval."""
+
+
+class Member(Part):
+    member: Annotated[int, Field(ge=1, le=MAX_MEMBERS)]
+    seed: Count
+    train: Count  # images
+    valid: Count
+    seconds: Annotated[float, Field(ge=0, le=1e10)]
+    phases: Annotated[list[Phase], Field(max_length=ENTRIES, fail_fast=True)]
+    best: Epoch
+    roc_auc: Estimate  # on the images that it validated on
+    balanced_accuracy: Estimate
+
+
+class Training(Part):
+    device: Text
+    precision: Text
+    weights: Text
+    parameters: Parameters
+    seconds: Annotated[float, Field(ge=0, le=1e10)]
+    phases: Annotated[list[Phase], Field(max_length=ENTRIES, fail_fast=True)]
+    members: Annotated[list[Member], Field(max_length=MAX_MEMBERS, fail_fast=True)] | None = None  # of an ensemble
+
+
+class Ensemble(Part):
+    outputs: Literal["out of fold", "validation"]  # of the network that left an image out; or the mean of all
+    planned: Annotated[int, Field(ge=2, le=MAX_MEMBERS)]  # an interrupted fit has trained fewer
+    images: Count
+    patients: Count
+    metrics: Annotated[dict[Text, Estimate], BeforeValidator(_small_table)]
+    weakest: Text | None  # which network is worse than another by more than chance
 
 
 class WorstGroup(Part):
@@ -236,10 +262,6 @@ class Ancestor(Part):
     name: Text  # the export's folder
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of its weights
     created: Date
-
-
-Estimate = Annotated[list[float | None], Field(min_length=3, max_length=3)]
-"""A value and its interval."""
 
 
 class Compared(Part):
@@ -312,7 +334,8 @@ class Export(Part):
     data: Data
     settings: Settings
     training: Training
-    best: Epoch | None
+    best: Epoch | None  # null, too, of an ensemble, whose networks have one each
+    ensemble: Ensemble | None = None  # of several networks, what their outputs show
     worst_group: WorstGroup | None = None
     # the exports that training continued from, the nearest first; earlier exports have no such key
     lineage: Annotated[list[Ancestor], Field(max_length=ENTRIES, fail_fast=True)] | None = None

@@ -8,6 +8,9 @@
                                               00008.best.model.safetensors, if epoch 7 has no checkpoint
                00007.outputs.safetensors      its validation outputs
 
+The networks of an ensemble have such files in a folder each, `member-1`, `member-2`, ..., beside `start.safetensors`,
+the weights that they start from. The last checkpoint of a network that is done holds its best weights and outputs.
+
 In the frozen phase the backbone is written once, and then only the head. The `.json` file is written last;
 it lists the checkpoint's files with size and CRC-32. The two newest checkpoints are kept.
 """
@@ -67,8 +70,11 @@ class Checkpoints:
     def __init__(
         self,
         run: Reservation,  # its folder is kept after an error, once it has a checkpoint
+        member: int | None = None,  # of an ensemble, from 0 on
     ):
         self.run, self.folder = run, run.checkpoint
+        if member is not None:
+            self.folder = run.checkpoint / f"member-{member + 1}"
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.number = 0  # of the newest checkpoint
@@ -93,6 +99,17 @@ class Checkpoints:
         except OSError as error:
             raise self._write_error(error) from None
 
+    def keep_tensors(self, name: str, tensors: Tensors) -> dict[str, int] | None:
+        """Write tensors beside the settings, and return the file's size and checksum; None if there are none.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        try:
+            return write_tensors(self.folder / name, tensors) if tensors else None
+        except (OSError, SafetensorError) as error:
+            raise self._write_error(error) from None
+
     def take_over(self, folder: Path) -> None:
         """Move the checkpoints of an unfinished fit from `folder` into this run."""
         if folder != self.folder:
@@ -101,6 +118,23 @@ class Checkpoints:
             except OSError as error:
                 raise UserError(f"{folder}: cannot be moved to {self.folder} ({error.strerror})") from None
             self.run.resumable = True
+
+    def begin(self) -> None:
+        """Make the folder of a member, and delete what it holds: what a network wrote that is trained again.
+
+        Raises:
+            UserError: it cannot be written to.
+        """
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._delete_all_but(set())
+        except OSError as error:
+            raise self._write_error(error) from None
+        self.number, self.files, self.best = 0, {}, None
+
+    def keep_newest(self) -> None:
+        """Delete all but the newest checkpoint, which is on the disk."""
+        self._delete_all_but({*self.files, f"{self.number:05}.json"})
 
     @property
     def failed(self) -> bool:
@@ -204,17 +238,23 @@ class Checkpoints:
         Raises:
             UserError: all checkpoints are damaged.
         """
-        folder, faults = folder or self.folder, []
+        folder = folder or self.folder
+        saved, faults = self.newest(folder)
+        if saved is None and faults:
+            raise UserError(
+                f"{faults[0]}, and no undamaged checkpoint is left; delete {folder.parent}, and start a new fit"
+            )
+        return saved, faults
+
+    def newest(self, folder: Path) -> tuple[Saved | None, list[str]]:
+        """Read the newest checkpoint of a folder that is not damaged, as `load`; None if all are damaged, too."""
+        faults: list[str] = []
         for path in sorted(folder.glob("[0-9]*.json"), reverse=True):
             try:
                 return self._read(path), faults
             except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
                 faults.append(f"{path}: damaged ({reason(error)})")
-        if faults:
-            raise UserError(
-                f"{faults[0]}, and no undamaged checkpoint is left; delete {folder.parent}, and start a new fit"
-            )
-        return None, []
+        return None, faults
 
     def _read(self, path: Path) -> Saved:
         manifest = read_json(path)
@@ -241,18 +281,19 @@ class Checkpoints:
         )
 
 
-def check_space(folder: Path, model: torch.nn.Module, features: int = 0) -> None:
+def check_space(folder: Path, model: torch.nn.Module, features: int = 0, members: int = 1) -> None:
     """Check that the disk has space for the checkpoints and the export of a model, and for `features` bytes more.
 
     At most there are two checkpoints with the weights and Adam's two averages, and the best epoch's weights: seven
-    times the weights. The export needs less, and the other checkpoints are deleted before it.
+    times the weights. The export needs less, and the other checkpoints are deleted before it. Of an ensemble's networks
+    each keeps its weights, beside those that all start from, and the export holds all twice.
 
     Raises:
         UserError: there is too little space.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    reusable = sum(file.stat().st_size for file in (folder / CHECKPOINT).iterdir())
-    needed, free = 7 * weights + 2**24 + features, shutil.disk_usage(folder).free + reusable
+    reusable, copies = folder_size(folder / CHECKPOINT), 7 if members == 1 else max(7 + members, 1 + 3 * members)
+    needed, free = copies * weights + 2**24 + features, shutil.disk_usage(folder).free + reusable
     if free < needed:
         what = "the features of the images, the checkpoints" if features else "the checkpoints"
         fewer = ", or fewer frozen_views=" if features else ""
@@ -261,6 +302,11 @@ def check_space(folder: Path, model: torch.nn.Module, features: int = 0) -> None
             f"{needed / 1e6:,.0f} MB; free space ('xray-fastai data cache --clear' and then cache=False save the space "
             f"of decoded images), or give another folder by exports={fewer}"
         )
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files in a folder and its subfolders."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def kept_settings(folder: Path) -> dict[str, Any]:

@@ -24,10 +24,12 @@ from xray_fastai.system.options import takes_options
 from xray_fastai.system.run_log import RunLog, logging_to
 from xray_fastai.system.signals import sigterm_raises
 from xray_fastai.training.checkpoint import Checkpoints, Saved, check_space, kept_settings
+from xray_fastai.training.ensemble_export import export_members
 from xray_fastai.training.loop import Added, Trainer
+from xray_fastai.training.members import START, Members, read_checkpoints, start_tensors, with_start, without_done
 from xray_fastai.training.messages import announce, name_leftovers, name_same, report_resume
 from xray_fastai.training.origin import Origin, with_parents_choices
-from xray_fastai.training.plan import make_plan
+from xray_fastai.training.plan import Plan, make_plan
 from xray_fastai.training.provenance import folder_of, log_images, log_path, log_start, take_over_log
 from xray_fastai.training.trackers import check_trackers, figures_of, tracking
 from xray_fastai.training.write_export import FitInterrupted, Result, export_learner
@@ -207,7 +209,10 @@ class Began:
 def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: Began) -> Result:
     """Read the data, train and export: the whole fit in one process, or its part in the first of several."""
     checkpoints = Checkpoints(run)
-    saved = origin = None
+    of_networks = [checkpoints]
+    if config.members > 1:
+        of_networks = [Checkpoints(run, member) for member in range(config.members)]
+    kept, saved = {}, {}
     if found is None:
         name_leftovers(run)
         checkpoints.keep({"settings": config.to_dict(), "folder": folder_of(config)})
@@ -218,26 +223,35 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
     data.notes.extend(fit_notes(data))
     images = fingerprint(data)
     log_images(began.log, config, images)
-    if found is not None:
-        saved, origin = _read_checkpoint(found, checkpoints, images, config)
-    else:
+    if found is None:
         name_same(run, config)
-    plan = make_plan(config, data, origin)
-    trainer = Trainer(plan, checkpoints=checkpoints, saved=saved, started=began.started)
+    else:
+        kept = kept_settings(found.checkpoint)
+        _check_images(found, kept, images, config)
+        saved = read_checkpoints(of_networks, found.checkpoint)
+    # settings written by version 0.1.0 lack "pretrained", those of 0.2.0 "lineage"
+    pretrained = kept.get("pretrained", config.weights != "none")
+    origin = Origin(kept["origin"], pretrained, kept.get("lineage", [])) if saved else None
+    plan, start = make_plan(config, data, origin), kept.get("start")
+    if saved and start is not None:
+        plan, start = _with_start(plan, found, start)
+    trainer = _trainer(plan, of_networks, saved, began.started)
     announce(plan, trainer.parameters)
     if found is not None:
         checkpoints.take_over(found.checkpoint)
         report_resume(found, run, plan, saved)
-    kept = {"data": images, "origin": plan.origin.name, "pretrained": plan.origin.pretrained}
-    kept |= {"lineage": plan.origin.lineage, "folder": folder_of(config)}
-    checkpoints.keep({"settings": config.to_dict(), **kept})
-    check_space(run.partial, trainer.learn.model)
+    if plan.members > 1 and start is None:
+        start = checkpoints.keep_tensors(START, start_tensors(plan))
+    settings = {"data": images, "origin": plan.origin.name, "pretrained": plan.origin.pretrained}
+    settings |= {"lineage": plan.origin.lineage, "folder": folder_of(config)} | ({"start": start} if start else {})
+    checkpoints.keep({"settings": config.to_dict(), **settings})
+    check_space(run.partial, trainer.learn.model, members=plan.members)
     chosen = replace(plan.config, device=plan.device.type, precision=plan.precision)
-    distributed.share((chosen, data, plan.origin, saved))
+    distributed.share((chosen, data, plan.origin, without_done(saved, plan)))
     with tracking(config, run) as trackers:
-        trainer.added = replace(began.added, callbacks=[*began.added.callbacks, *(t.callback for t in trackers)])
+        trainer.added = replace(began.added, trackers=trackers)
         trainer.train()
-        result = export_learner(trainer, run)
+        result = export_members(trainer, run) if plan.members > 1 else export_learner(trainer, run)
         for tracker in trackers:
             tracker.finish(figures_of(result.path), result.path)
     return distributed.share(result)
@@ -252,19 +266,34 @@ def _follow(started: float, added: Added) -> Result:
     config, data, origin, saved = distributed.share()
     if data.rehearsal:
         cached()  # draws the images, if this machine does not have them
-    Trainer(make_plan(config, data, origin), saved=saved, added=added, started=started).train()
+    trainer = _trainer(make_plan(config, data, origin), None, saved, started)
+    trainer.added = added
+    trainer.train()
     return distributed.share()
 
 
-def _read_checkpoint(
-    found: Unfinished, checkpoints: Checkpoints, images: dict, config: FitConfig
-) -> tuple[Saved | None, Origin | None]:
-    """Return the newest checkpoint of an unfinished fit and the origin of its weights; None, None if it has none.
+def _trainer(
+    plan: Plan, checkpoints: Sequence[Checkpoints] | None, saved: dict[int, Saved], started: float
+) -> Trainer | Members:
+    """Make what trains the network or the networks of a plan.
+
+    Args:
+        plan: the fit.
+        checkpoints: of each network; None where another process writes them.
+        saved: the checkpoints to resume from, by the number of the network.
+        started: when the fit was called.
+    """
+    if plan.members > 1:
+        return Members(plan, checkpoints=checkpoints, saved=saved, started=started)
+    return Trainer(plan, checkpoints=checkpoints and checkpoints[0], saved=saved.get(0), started=started)
+
+
+def _check_images(found: Unfinished, kept: dict[str, Any], images: dict, config: FitConfig) -> None:
+    """Check that the images are those that an unfinished fit began with.
 
     Raises:
-        UserError: the images have changed, or the checkpoints are damaged.
+        UserError: they have changed.
     """
-    kept = kept_settings(found.checkpoint)
     before = kept.get("data", images)
     if before != images:
         counts = [f"{n['train']} to train on and {n['valid']} to validate on" for n in (before, images)]
@@ -275,11 +304,15 @@ def _read_checkpoint(
             option="data",
             value=config.data,
         )
-    saved, faults = checkpoints.load(found.checkpoint)
-    for fault in faults:
-        print(f"{fault}; resuming from the previous checkpoint")
-    if saved is None:
-        return None, None
-    # settings written by version 0.1.0 lack "pretrained", those of 0.2.0 "lineage"
-    pretrained = kept.get("pretrained", config.weights != "none")
-    return saved, Origin(kept["origin"], pretrained, kept.get("lineage", []))
+
+
+def _with_start(plan: Plan, found: Unfinished, known: dict[str, Any]) -> tuple[Plan, dict[str, Any] | None]:
+    """Return a plan with the weights that the networks of an unfinished fit start from, and the facts of their file.
+
+    If the file is damaged, they are read from where they came from, and the facts are None.
+    """
+    complete = with_start(plan, found.checkpoint, known)
+    if complete is not None:
+        return complete, known
+    print(f"{found.checkpoint / START}: damaged; reading the weights again from {plan.config.weights}")
+    return make_plan(plan.config, plan.data), None

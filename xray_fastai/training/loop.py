@@ -34,6 +34,7 @@ from xray_fastai.training.state import (
     save_between_phases,
 )
 from xray_fastai.training.stopping import EarlyStopping, StopOnNonFiniteLoss, StopOnSignal
+from xray_fastai.training.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class Added:
     callbacks: Sequence[Callback] = ()
     metrics: Sequence[Metric | Callable] = ()  # as fastai's `Learner` takes them
     frame: pd.DataFrame | None = None  # the table of images, where it is not a file
+    trackers: Sequence[Tracker] = ()  # of the option `log`
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Says which of the networks of an ensemble a trainer trains; of another fit, the only one."""
+
+    left: int = 0  # networks to train after this one
+    batches: dict[str, int] | None = None  # images in a batch of "train" and "valid", where memory ran out before
 
 
 class Phase:
@@ -67,8 +77,9 @@ class Trainer:
         saved: Saved | None = None,  # the checkpoint to resume from
         added: Added | None = None,  # what the user adds
         started: float | None = None,  # `time.perf_counter()` when the fit was called
+        turn: Turn = Turn(),
     ):
-        self.plan, self.checkpoints, self.added = plan, checkpoints, added or Added()
+        self.plan, self.checkpoints, self.added, self.turn = plan, checkpoints, added or Added(), turn
         self.started = time.perf_counter() if started is None else started
         self.stop = StopOnSignal()
         self.error: str | None = None
@@ -91,10 +102,15 @@ class Trainer:
         # several processes may have enough memory where one had too little
         if saved is not None and distributed.world_size() == 1:
             return saved.state["batches"]
-        return {"train": self.plan.batch_size, "valid": self.plan.batch_size}
+        return self.turn.batches or {"train": self.plan.batch_size, "valid": self.plan.batch_size}
 
     def train(self) -> None:
-        """Train the phases that are not done yet.
+        """Train as `train_phases`, and stop at a signal."""
+        with self.stop:
+            self.train_phases()
+
+    def train_phases(self) -> None:
+        """Train the phases that are not done yet, in the context of `stop`.
 
         Where memory runs out, training restarts from the last checkpoint with smaller batches.
 
@@ -102,7 +118,7 @@ class Trainer:
             UserError: out of memory with one image in a batch, or in one of several processes (those cannot restart
                 together: one ran out of memory at a step that the others completed); a checkpoint cannot be written.
         """
-        with self.checkpoints or contextlib.nullcontext(), self.stop:
+        with self.checkpoints or contextlib.nullcontext():
             while (part := self._train_until_out_of_memory()) is not None:
                 self._restart_smaller(part)
             if self.checkpoints is not None:
@@ -157,6 +173,7 @@ class Trainer:
             if self._time_is_up(name):
                 self.best.restore(self.learn.model)
                 self.progress.ends.append("the time limit")
+                self._save_between_phases()
                 continue
             phase = self._phase(name, epochs)
             try:
@@ -183,6 +200,7 @@ class Trainer:
         if name == "frozen":
             following = Following(config.epochs, lambda seconds: self._unfrozen_epoch(epochs, seconds))
         pace = Pace(lambda: self.progress.elapsed, name, config.seconds_allowed, schedule, following)
+        pace.members_left = self.turn.left
         return Phase(name, epochs, config, pace)
 
     def _unfrozen_epoch(self, epochs: int, seconds: float) -> float:
@@ -220,9 +238,8 @@ class Trainer:
         try:
             with features as more, learn.no_logging():  # `log` prints the rows
                 self.features_took = self.progress.elapsed - started
-                learn.fit(
-                    phase.epochs, lr=self._rate(name), cbs=[*callbacks, *more, *self.added.callbacks], reset_opt=True
-                )
+                callbacks += [*more, *self.added.callbacks, *(tracker.callback for tracker in self.added.trackers)]
+                learn.fit(phase.epochs, lr=self._rate(name), cbs=callbacks, reset_opt=True)
         finally:
             learn.metrics = own_metrics  # the export need not hold the user's
             log.close()
@@ -275,6 +292,9 @@ class Trainer:
             ends.append("a callback")
         else:
             ends.append("reaching its last epoch")
+        self._save_between_phases()
+        return True
+
+    def _save_between_phases(self) -> None:
         if self.checkpoints is not None and self.best.row is not None:  # a callback may end a phase before any epoch
             save_between_phases(self.checkpoints, self.learn, self.progress, self.best)
-        return True

@@ -8,10 +8,11 @@ from xray_fastai.data.classes import only_class, positive_note
 from xray_fastai.data.patients import unknown
 from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
+from xray_fastai.metrics.table import title_of
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, format_interval
-from xray_fastai.training.checkpoint import Saved, kept_settings
+from xray_fastai.training.checkpoint import Saved, folder_size, kept_settings
 from xray_fastai.training.pace import FROZEN_SHARE, in_words
 from xray_fastai.training.plan import Plan
 
@@ -34,16 +35,22 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
             "For your own images, give their folder by --data.\n"
         )
     print(f"data          {data.name}")
-    for title, table in [("training", data.train), ("validation", data.valid)]:
+    tables = [("training", data.train), *([] if data.has_folds else [("validation", data.valid)])]
+    for title, table in tables:
         counts = ", ".join(f"{count:,} {label}" for label, count in table.label.value_counts().sort_index().items())
         of_patients = "" if unknown(table).all() else f" of {count_of(table.patient.nunique(), 'patient')}"
         print(f"{title:<14}{count_of(len(table), 'image')}{of_patients}: {counts}")
-    for note in (*data.notes, *data.skipped):
-        print(f"              {note}")
+    for i, note in enumerate((*data.notes, *data.skipped)):
+        print(f"{'validation' if data.has_folds and i == 0 else '':<14}{note}")
     print(f"classes       {', '.join(data.classes)}")
     if note := positive_note(data.classes, config.positive):
         print(f"              {note}")
     total, head = parameters
+    if plan.members > 1:
+        seeds = f"seeds {config.seed} to {config.seed + plan.members - 1}"
+        print(f"members       {plan.members} networks, {seeds}; the export gives the mean of their outputs")
+        if data.has_folds:
+            print("              each validates on one fold, and trains on the others")
     print(f"network       {config.arch}, {config.size} x {config.size} px, weights {plan.origin.name}")
     print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")
     loading = "images loaded in the same process"
@@ -79,11 +86,33 @@ def checkpoint_position(plan: Plan, saved: Saved) -> str:
     return f"{plan.phases[phase][0]} epoch {epoch}" if epoch else f"the {plan.phases[phase - 1][0]} phase"
 
 
-def report_resume(found: Unfinished, run: Reservation, plan: Plan, saved: Saved | None) -> None:
-    """Print which run is resumed, and from where."""
-    where = f"after {checkpoint_position(plan, saved)}" if saved else "from the beginning: no epoch was completed"
+def report_resume(found: Unfinished, run: Reservation, plan: Plan, saved: dict[int, Saved]) -> None:
+    """Print which run is resumed, and from where: of each network, `saved` has the checkpoint."""
+    if not saved:
+        where = "from the beginning: no epoch was completed"
+    elif plan.members == 1:
+        where = f"after {checkpoint_position(plan, saved[0])}"
+    else:
+        done = sum(one.state["phase"] == len(plan.phases) for one in saved.values())
+        where = f"with {done} of {plan.members} networks done"
     renamed = "" if run.name == found.name else f", as {run.name}"
     print(f"resuming      {found.name} {where}{renamed}")
+
+
+def announce_member(plan: Plan, member: int, members: int, saved: Saved | None) -> None:
+    """Print which network of an ensemble trains next.
+
+    Args:
+        plan: its own.
+        member: its number, from 0 on.
+        members: how many there are.
+        saved: the checkpoint that it resumes from.
+    """
+    train, valid = (count_of(len(images), "image") for images in (plan.data.train, plan.data.valid))
+    limit = "" if plan.config.seconds_allowed is None else f", {in_words(plan.config.seconds_allowed)}"
+    where = f"; resuming after {checkpoint_position(plan, saved)}" if saved else ""
+    text = f"{train} to train on, {valid} to validate on, seed {plan.config.seed}{limit}{where}"
+    print(f"\nmember {member + 1} of {members}: {text}", flush=True)
 
 
 def report_smaller_batch(plan: Plan, part: str, before: int, after: int, saved: Saved | None) -> None:
@@ -151,6 +180,38 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
         run: the run's folder and name.
     """
     print()
+    if (ensemble := model.get("ensemble")) is not None:
+        _conclude_members(model, ensemble)
+    else:
+        _conclude_phases(model)
+    if (name := only_class(model["called"] or {})) is not None:
+        print(
+            f"WARNING, every validation image is called {name}: no difference was learned; train for more epochs "
+            "(--epochs), or give evaluate another --threshold"
+        )
+    if model["worst_group"]:
+        roc_auc = ensemble["metrics"]["roc_auc"][0] if ensemble else model["best"]["roc_auc"]
+        _conclude_worst(Group(**model["worst_group"]), roc_auc)
+    threshold = "" if model["threshold"] is None else f", decision threshold {model['threshold']:.3f}"
+    print(f"temperature {model['temperature']:.3f}{_intercepts(model)}{threshold} ({model['calibration']})")
+    if (gate := model["gate"]) is not None:
+        print(f"gate: images unlike the training images are not called (settled by {gate['images']:,} of them)")
+    else:
+        print("no gate, which needs 100 training images of 5 patients: pictures that are no X-rays are called, too")
+    print(f"export: {path}")
+    print(f"report: {path / 'report.html'}")
+    if model["status"] == "interrupted":
+        size = folder_size(path / CHECKPOINT) / 1e6
+        print(
+            f"resume: {run.resume_command} (needs {path / CHECKPOINT}, {size:,.0f} MB; delete that folder if you will "
+            "not resume)"
+        )
+    print(f"next: xray-fastai evaluate {path}")
+    print(DISCLAIMER)
+
+
+def _conclude_phases(model: dict) -> None:
+    """Print what ended the phases of a fit of one network, and which epoch is exported."""
     phases, best = model["training"]["phases"], model["best"]
     for phase in phases:
         print(
@@ -159,11 +220,7 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
             + f"; ended by {phase['end']}"
         )
     if best:
-        what = "weights" if model["by_hand"] else "best weights"
-        print(
-            f"{what}: {best['phase']} epoch {best['epoch']}, validation loss {best['valid_loss']:.4f}, "
-            f"accuracy {best['accuracy']:.3f}, AUC {best['roc_auc']:.3f}"
-        )
+        print(f"{'weights' if model['by_hand'] else 'best weights'}: {_epoch_words(best)}, AUC {best['roc_auc']:.3f}")
         phases_best = [phase["best_epoch"] for phase in phases if phase["name"] == best["phase"]]
         if model["by_hand"]:
             print("  those of the last epoch, as they are")
@@ -174,34 +231,50 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
         print("not trained: the weights are those that the learner started with")
     else:
         print("no epoch was completed: the export has the weights at the time of the stop")
-    if (name := only_class(model["called"] or {})) is not None:
-        print(
-            f"WARNING, every validation image is called {name}: no difference was learned; train for more epochs "
-            "(--epochs), or give evaluate another --threshold"
-        )
-    if model["worst_group"]:
-        worst = Group(**model["worst_group"])
-        differs = worst.is_worse_than(best["roc_auc"])
-        print(
-            f"{'WARNING, ' if differs else ''}worst group: the {worst.name} tenth of each class, "
-            f"{worst.images} images: AUC {format_interval(worst.roc_auc, worst.low, worst.high)}"
-        )
-        print(f"  the least of {worst.groups} groups, so partly by chance: expect {worst.expected:.3f}")
-        if differs:
-            print("  images taken in another way may do as badly: test on some before you trust the model")
-    threshold = "" if model["threshold"] is None else f", decision threshold {model['threshold']:.3f}"
-    print(f"temperature {model['temperature']:.3f}{_intercepts(model)}{threshold} ({model['calibration']})")
-    if (gate := model["gate"]) is not None:
-        print(f"gate: images unlike the training images are not called (settled by {gate['images']:,} of them)")
-    else:
-        print("no gate, which needs 100 training images of 5 patients: pictures that are no X-rays are called, too")
-    print(f"export: {path}")
-    print(f"report: {path / 'report.html'}")
-    if model["status"] == "interrupted":
-        size = sum(file.stat().st_size for file in (path / CHECKPOINT).iterdir()) / 1e6
-        print(
-            f"resume: {run.resume_command} (needs {path / CHECKPOINT}, {size:,.0f} MB; delete that folder if you will "
-            "not resume)"
-        )
-    print(f"next: xray-fastai evaluate {path}")
-    print(DISCLAIMER)
+
+
+def _epoch_words(best: dict) -> str:
+    return (
+        f"{best['phase']} epoch {best['epoch']}, validation loss {best['valid_loss']:.4f}, "
+        f"accuracy {best['accuracy']:.3f}"
+    )
+
+
+def _conclude_members(model: dict, ensemble: dict) -> None:
+    """Print which epoch of each network is exported, and what all outputs together show."""
+    members, planned = model["training"]["members"], ensemble["planned"]
+    for member in members:
+        auc = format_interval(*member["roc_auc"])
+        end = member["phases"][-1]["end"]
+        print(f"member {member['member']} of {planned}: {_epoch_words(member['best'])}, AUC {auc}; ended by {end}")
+    if len(members) < planned:
+        print(f"{len(members)} of {planned} networks are in the export: the others have no epoch yet")
+    print(measured_words(ensemble))
+    print(
+        "  epochs, calibration and threshold were chosen on these images: evaluate has the figures of the test images"
+    )
+    if ensemble["weakest"] is not None:
+        print(f"WARNING, {ensemble['weakest']} (see curves.png)")
+
+
+def measured_words(ensemble: dict) -> str:
+    """Say what the outputs of several networks show, of the content of `ensemble` in `model.json`."""
+    names = ("roc_auc", "balanced_accuracy", "sensitivity", "specificity")
+    found = [(title_of(name), ensemble["metrics"].get(name)) for name in names]
+    known = [(title, values) for title, values in found if values is not None and values[0] is not None]
+    metrics = ", ".join(f"{title} {format_interval(*values)}" for title, values in known)
+    what = "out of fold" if ensemble["outputs"] == "out of fold" else "validation, by the mean of all networks"
+    of = f"{count_of(ensemble['images'], 'image')} of {count_of(ensemble['patients'], 'patient')}"
+    return f"{what}, {of}: {metrics}"
+
+
+def _conclude_worst(worst: Group, roc_auc: float) -> None:
+    """Print the worst group, and whether it is clearly worse than all images, which have this AUC."""
+    differs = worst.is_worse_than(roc_auc)
+    print(
+        f"{'WARNING, ' if differs else ''}worst group: the {worst.name} tenth of each class, "
+        f"{worst.images} images: AUC {format_interval(worst.roc_auc, worst.low, worst.high)}"
+    )
+    print(f"  the least of {worst.groups} groups, so partly by chance: expect {worst.expected:.3f}")
+    if differs:
+        print("  images taken in another way may do as badly: test on some before you trust the model")

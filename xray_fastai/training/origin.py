@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from xray_fastai.config.choices import members_of
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.export.reader import export_in_weights, lineage_of, read
 from xray_fastai.export.schema import WEIGHTS, read_settings
 from xray_fastai.export.weights_file import network_part, read_weights
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown
+from xray_fastai.training.callbacks import BACKBONE
 
 HEAD = "1."
 """The names of the head's tensors begin with this."""
@@ -36,8 +38,10 @@ class Parent:
     folder: Path
     settings: dict[str, Any]  # model.json
 
-    def weights(self, classes: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return its tensors by their names in `model.safetensors`; without the head if its classes are others.
+    def weights(self, classes: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """Return the tensors of each of its networks, by their names in the `model.safetensors` of one network.
+
+        The head is left out if its classes are others.
 
         Args:
             classes: of the new model, in the order of its outputs.
@@ -47,7 +51,9 @@ class Parent:
         """
         tensors = network_part(read_weights(self.folder, WEIGHTS, self.settings))
         keeps_head = self._has(classes)
-        return {k: torch.from_numpy(t) for k, t in tensors.items() if keeps_head or not k.startswith(HEAD)}
+        whole = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+        states = split_tensors(whole, members_of(self.settings))
+        return [{k: t for k, t in state.items() if keeps_head or not k.startswith(HEAD)} for state in states]
 
     def origin(self, classes: Sequence[str]) -> Origin:
         """Return where the weights come from, and whether the head is among them."""
@@ -58,6 +64,21 @@ class Parent:
 
     def _has(self, classes: Sequence[str]) -> bool:
         return self.settings["classes"] == list(classes)
+
+
+def split_tensors(tensors: dict[str, torch.Tensor], members: int) -> list[dict[str, torch.Tensor]]:
+    """Return the tensors of each network of an ensemble under the names of one network, as `model.ensemble.split`."""
+    if members == 1:
+        return [tensors]
+    states = []
+    for member in range(members):
+        own = f"{BACKBONE}0.{member}."
+        state = {BACKBONE + name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
+        for name in (name for name in tensors if name.startswith(HEAD)):
+            tensor = tensors[name]  # weights (classes, members * features), or the mean of the biases (classes,)
+            state[name] = members * tensor.chunk(members, dim=1)[member] if tensor.ndim == 2 else tensor
+        states.append(state)
+    return states
 
 
 def parent_of(config: FitConfig) -> Parent | None:
@@ -85,5 +106,8 @@ def with_parents_choices(config: FitConfig) -> FitConfig:
     arch, preprocessing = model["architecture"], model["preprocessing"]
     if config.arch not in (None, arch):
         raise UserError(f"{folder} is a {arch}; leave it out, or give other weights", option="arch", value=config.arch)
+    if (members := members_of(model)) not in (1, config.members):
+        fault = f"{folder} holds {members} networks; give {members}, so that each is trained on"
+        raise UserError(fault, option="members", value=config.members)
     contrast = preprocessing.get("contrast", "none")
     return config.with_choices(arch=arch, size=preprocessing["size"], contrast=contrast)

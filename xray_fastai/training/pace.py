@@ -64,6 +64,7 @@ class Pace(Callback):
     the plan gets no longer, because the rate would rise again. Several processes use the plan of the first.
     """
 
+    members_left = 0  # networks of the ensemble to train after this one
     order = TrackerCallback.order + 4  # after early stopping, before the checkpoint, which the last epoch does not need
 
     def __init__(
@@ -135,6 +136,9 @@ class Pace(Callback):
         if self.limit is not None:
             text += f"{self.epochs} of {count_of(self.n_epoch, 'epoch')} fit into the time limit; "
             rest = min(rest, max(0.0, self.limit - self.clock()))
+        if self.members_left:
+            rest += self.members_left * (self.clock() + rest)
+            parts += f", then {count_of(self.members_left, 'network')} more"
         return f"{text}the rest takes at most {in_words(rest)} ({parts})"
 
 

@@ -1,6 +1,6 @@
 """Chooses what a fit needs before it trains: device, precision, pretrained weights, class weights, phases."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +33,30 @@ class Plan:
     precision: str
     origin: Origin
     pretrained: dict[str, torch.Tensor] | None  # tensors of the backbone; None also where a checkpoint has the weights
-    start: dict[str, torch.Tensor] | None  # tensors of the export to continue from; None as above
+    # tensors of the export to continue from, those of each of its networks; None as above
+    start: list[dict[str, torch.Tensor]] | None
     class_weights: list[float] | None
     phases: list[tuple[str, int]]  # name, max epochs
     cache: PixelCache | None  # of decoded images
     cache_note: str  # where it is, or why there is none
     batch_size: int
+    members: int = 1  # networks that are joined to one
+
+    def of_member(self, member: int, time_limit: float | None = None) -> "Plan":
+        """Return the plan of one network of an ensemble, with its own images and its own seed.
+
+        Args:
+            member: its number, from 0 on.
+            time_limit: seconds that it may take.
+        """
+        config = replace(
+            self.config,
+            members=1,
+            seed=(self.config.seed + member) % 2**32,
+            time_limit=None if time_limit is None else f"{time_limit:.3f}",
+        )
+        start = None if self.start is None else [self.start[member % len(self.start)]]
+        return replace(self, config=config, data=self.data.of_member(member), start=start, members=1)
 
     def dataloaders(self, batches: dict[str, int] | None = None) -> XrayDataLoaders:
         """Build the loaders, each time the same ones, after setting all seeds.
@@ -60,7 +78,7 @@ class Plan:
         config = self.config
         learn = build_learner(
             dls, config.arch, dropout=config.dropout, class_weights=self.class_weights, pretrained=self.pretrained,
-            start=self.start, size=config.size,
+            start=self.start and self.start[0], size=config.size, members=self.members,
         )  # fmt: skip
         settle_batch_norm(learn.model, max(1, len(self.data.train) // self.batch_size))
         learn.freeze()
@@ -86,7 +104,7 @@ class Plan:
             "augmentation": augmentation_values(config.augment),
             "settings": config.to_dict(),
             "lineage": self.origin.lineage,
-        }
+        } | ({"members": self.members} if self.members > 1 else {})
 
 
 def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None) -> Plan:
@@ -112,6 +130,7 @@ def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None)
         origin = Origin(name, pretrained=True)
     elif origin is None:
         origin = Origin("none: from scratch", pretrained=False)
+    fewest = min(len(data.of_member(member).train) for member in range(config.members))
     phases = [("frozen", config.freeze_epochs), ("unfrozen", config.epochs)]
     cache, note = _pixel_cache(config, data)
     config = config.with_choices(workers=default_workers(device) if cache is None else 0)
@@ -130,7 +149,8 @@ def make_plan(config: FitConfig, data: Collection, origin: Origin | None = None)
         start=start,
         class_weights=class_weight_values(config, data.train.label, data.classes),
         phases=phases if config.freeze_epochs and (origin.pretrained or data.rehearsal) else phases[1:],
-        batch_size=distributed.batch_size(config.batch_size, len(data.train)),
+        batch_size=distributed.batch_size(config.batch_size, fewest),
+        members=config.members,
     )
 
 

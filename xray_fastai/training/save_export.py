@@ -20,9 +20,10 @@ from xray_fastai.model.xray_learner import About, XrayLearner
 from xray_fastai.system.errors import UserError
 from xray_fastai.training.callbacks import OWN_METRICS
 from xray_fastai.training.dataloaders import about_of, dataloaders
+from xray_fastai.training.judgement import Outputs, gate_of, judge
 from xray_fastai.training.origin import Origin
 from xray_fastai.training.plan import Plan
-from xray_fastai.training.write_export import Outcome, export, judge, phase_records
+from xray_fastai.training.write_export import Outcome, export, phase_records
 
 OF_THE_MODEL = ("arch", "dropout", "size", "contrast", "weights", "calibration", "target_sensitivity", "lr")
 """The settings that come from the learner; the others are those of its loaders."""
@@ -65,7 +66,7 @@ def save_export(learn: XrayLearner, folder: str | Path, *, data: str | Path | No
     device, copied = dls.device, _copied(learn, dls, plan)
     logits, targets, measured = _validated(copied)
     outcome = _outcome(learn, copied, measured)
-    judgement = judge(plan, logits, targets, copied.model)
+    judgement = judge(plan, Outputs(plan.data.valid, logits, targets), gate_of(copied.model, plan))
     try:
         with reserve(folder.parent, folder.name) as run:
             path = export(copied, plan, outcome, judgement, run)

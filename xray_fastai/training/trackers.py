@@ -33,6 +33,9 @@ class Tracker(Protocol):
 
     callback: Callback  # records while the fit trains
 
+    def begin(self, member: int) -> None:
+        """Record the next network of an ensemble from now on, numbered from 0."""
+
     def finish(self, figures: dict[str, float], export: Path) -> None:
         """Record the figures of an export, and its learning curves."""
 
@@ -57,13 +60,17 @@ class TensorBoard:
             """Writes each phase into a folder of its own, because each begins with step 0."""
 
             name = "tensor_board"
+            of_member = ""
 
             def before_fit(self):
-                self.log_dir = folder / ("unfrozen" if trains_all(self) else "frozen")
+                self.log_dir = folder / self.of_member / ("unfrozen" if trains_all(self) else "frozen")
                 super().before_fit()
 
         self.folder, self.settings = folder, settings
         self.callback = OfPhase(trace_model=False, log_preds=False)  # both would change the random states
+
+    def begin(self, member: int) -> None:
+        self.callback.of_member = f"member-{member + 1}"
 
     def finish(self, figures: dict[str, float], export: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -79,20 +86,28 @@ class TensorBoard:
 
 
 class LogEpochs(Callback):
-    "Record the losses, metrics and rate of each epoch; a step is an epoch of either phase."
+    "Record the losses, metrics and rate of each epoch; a step is an epoch of either phase, and of any network."
 
     order = Recorder.order + 1
+    prefix = ""  # of the names, for the networks of an ensemble
+    steps = 0  # of the networks before
 
     def __init__(
         self,
         record: Callable[..., Any],  # takes numbers by name, and the step
     ):
-        self.record = record
+        self.record, self.step = record, 0
 
     def after_epoch(self):
         row = self.recorder.history[-1]
         values = {name: value for name, value in row.items() if name not in ("phase", "epoch")}
-        self.record(values | {"unfrozen": float(trains_all(self))}, step=len(self.recorder.history))
+        values |= {"unfrozen": float(trains_all(self))}
+        self.step = self.steps + len(self.recorder.history)
+        self.record({f"{self.prefix}{name}": value for name, value in values.items()}, step=self.step)
+
+    def begin(self, member: int) -> None:
+        "Record the next network of an ensemble, numbered from 0."
+        self.prefix, self.steps = f"member_{member + 1}/", self.step
 
 
 class MLflow:
@@ -112,6 +127,7 @@ class MLflow:
         mlflow.log_params(settings)
 
         self.callback = LogEpochs(mlflow.log_metrics)
+        self.begin = self.callback.begin
 
     def finish(self, figures: dict[str, float], export: Path) -> None:
         self.mlflow.log_metrics({f"export_{name}": value for name, value in figures.items()})
@@ -136,6 +152,7 @@ class WeightsAndBiases:
         mode = os.environ.get("WANDB_MODE", "offline")
         self.run = wandb.init(project=PROJECT, name=run.name, dir=run.exports.parent, mode=mode, config=settings)
         self.callback = LogEpochs(self.run.log)
+        self.begin = self.callback.begin
 
     def finish(self, figures: dict[str, float], export: Path) -> None:
         self.run.summary.update({f"export_{name}": value for name, value in figures.items()})
@@ -184,6 +201,8 @@ def figures_of(export: Path) -> dict[str, float]:
     figures = {name: model[name] for name in ("temperature", "threshold") if model[name] is not None}
     best = model["best"] or {}
     figures |= {name: value for name, value in best.items() if name != "phase"}
+    measured = (model.get("ensemble") or {}).get("metrics", {})
+    figures |= {name: value for name, (value, *_) in measured.items() if value is not None}
     if model["worst_group"] is not None:
         figures["worst_group_roc_auc"] = model["worst_group"]["roc_auc"]
     return {name: float(value) for name, value in figures.items()} | {"seconds": model["training"]["seconds"]}

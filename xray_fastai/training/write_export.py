@@ -12,12 +12,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import cloudpickle
-import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import Learner
 from safetensors.torch import save
-from torch import nn
 
 from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.config.choices import TIMM
@@ -27,24 +25,21 @@ from xray_fastai.data.labelled import contents_of, file_key
 from xray_fastai.data.patients import images_by_source, unknown
 from xray_fastai.evaluation.learning_curves import plot_batch, plot_curves
 from xray_fastai.evaluation.report import write_report
-from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
 from xray_fastai.export.run_folder import LOG, Reservation
-from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, QUANTILES, SETTINGS, WEIGHTS
+from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
 from xray_fastai.export.weights_file import FACTS, facts_hash
-from xray_fastai.inference.gate import Gate
-from xray_fastai.metrics.alignment import log_odds, quantiles
 from xray_fastai.model.learner import set_scaling
 from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
 from xray_fastai.system.text import data_uri, format_number
-from xray_fastai.training.calibration import Calibration, Validated, calibrate, prior_of
-from xray_fastai.training.gate import settle_gate
+from xray_fastai.training.calibration import Calibration
+from xray_fastai.training.judgement import Judgement, Outputs, gate_of, judge, positive_of
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.messages import conclude
 from xray_fastai.training.plan import Plan
 from xray_fastai.training.provenance import LIBRARIES
 
-CURVES = "curves.png"
+CURVES, OUT_OF_FOLD = "curves.png", "out_of_fold.csv"
 
 
 class AnySystem:
@@ -72,21 +67,9 @@ class Outcome:
     by_hand: bool = False  # whether `fit` did not train it
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """Holds what the validation images say of the exported weights."""
-
-    calibration: Calibration
-    prior: list[float] | None = None  # by class, the probabilities of an image that says nothing
-    worst: Group | None = None  # the group of images with the lowest ROC AUC
-    called: dict[str, int] | None = None  # images by the class that is predicted
-    scores: dict[str, list[float]] | None = None  # by class, quantiles of the log odds of the class to detect
-    gate: Gate | None = None  # settled by the training images, too
-
-
 def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str, Any]:
     """Return the content of `model.json`, except what `write_export` adds."""
-    calibration, best = judgement.calibration, outcome.best
+    calibration, ensemble, best = judgement.calibration, judgement.ensemble, outcome.best
     total, in_frozen_phase = outcome.parameters
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -108,7 +91,9 @@ def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str
             "parameters": {"total": total, "frozen_phase": in_frozen_phase},
             "seconds": round(outcome.seconds, 1),
             "phases": outcome.phases,
+            **({} if ensemble is None else {"members": ensemble.members}),
         },
+        **({} if ensemble is None else {"ensemble": ensemble.record}),
         "best": best and {name: best[name] for name in HISTORY_COLUMNS},
         "worst_group": None if judgement.worst is None else asdict(judgement.worst),
         "called": judgement.called,
@@ -155,7 +140,7 @@ def _summary(data: Collection) -> dict:
 
 
 def write_export(
-    run: Reservation, learn: Learner, model: dict[str, Any], history: list[dict], gate: Gate | None = None
+    run: Reservation, learn: Learner, model: dict[str, Any], history: list[dict], judgement: Judgement
 ) -> Path:
     """Write all files of an export, then rename the folder to its final name.
 
@@ -164,7 +149,8 @@ def write_export(
         learn: on any device; it is moved to the CPU.
         model: the content of `model.json`; format and weights are added here.
         history: one row an epoch.
-        gate: its tensors stand beside the network's; `model` has its numbers.
+        judgement: the tensors of its gate stand beside the network's, and the predictions of an ensemble in a file of
+            their own; `model` has the other numbers.
 
     Returns:
         The export's folder.
@@ -172,7 +158,7 @@ def write_export(
     Raises:
         UserError: the disk is full or the folder is not writable; the files are deleted, a checkpoint is kept.
     """
-    folder = run.partial
+    folder, gate, ensemble = run.partial, judgement.gate, judgement.ensemble
     try:
         _move_to_cpu(learn)
         state = {name: tensor.detach().contiguous() for name, tensor in learn.model.state_dict().items()}
@@ -185,6 +171,8 @@ def write_export(
         text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
+        if ensemble is not None and ensemble.predictions is not None:
+            ensemble.predictions.to_csv(folder / OUT_OF_FOLD, index=False)
         plot_curves(history, folder / CURVES, model["best"])
         with contextlib.suppress(ImageError):  # the images may have been deleted; the export is written without them
             images, targets = learn.dls.one_batch()
@@ -235,6 +223,7 @@ class Result:
     signal: int | None = None  # the signal that interrupted it
     error: str | None = None  # why it diverged, or None
     best: dict | None = field(default=None, repr=False)  # the row of the history whose weights were exported
+    measured: str | None = field(default=None, repr=False)  # what all outputs of several networks show, in words
 
     def _repr_html_(self) -> str:
         facts = {"export": str(self.path), "fit": self.status if self.error is None else f"{self.status}: {self.error}"}
@@ -242,6 +231,8 @@ class Result:
             values = {title: format_number(self.best[key]) for key, title in SHOWN.items()}
             facts["best weights"] = ", ".join(f"{title} {value}" for title, value in values.items())
             facts[""] = "chosen on the validation images, so these figures are too good: see evaluate"
+        if self.measured is not None:
+            facts["networks"] = self.measured
         rows = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts.items())
         picture = ""
         if (self.path / CURVES).is_file():
@@ -273,9 +264,10 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
         raise UserError(
             f"{trainer.error}; no epoch was completed, so nothing is exported; try a lower lr= than {plan.config.lr:g}"
         )
-    judgement = Judgement(Calibration(threshold=None if _positive(plan.data) is None else 0.5))
+    judgement = Judgement(Calibration(threshold=None if positive_of(plan.data) is None else 0.5))
     if best.row is not None:
-        judgement = judge(plan, best.logits.float().cpu().numpy(), best.targets.cpu().numpy(), trainer.learn.model)
+        outputs = Outputs(plan.data.valid, best.logits.float().cpu().numpy(), best.targets.cpu().numpy())
+        judgement = judge(plan, outputs, gate_of(trainer.learn.model, plan))
     received = trainer.stop.received
     outcome = Outcome(
         status="diverged" if trainer.error else "interrupted" if received is not None else "complete",
@@ -289,38 +281,6 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
     return Result(path, outcome.status, outcome.history, plan.config, received, trainer.error, best.row)
 
 
-def judge(plan: Plan, logits: np.ndarray, targets: np.ndarray, model: nn.Sequential) -> Judgement:
-    """Choose calibration and threshold on the validation images, find what they say of the model, and settle its gate.
-
-    Args:
-        plan: the fit.
-        logits: (N, classes), the network's outputs on `plan.data.valid`.
-        targets: (N,), indices of classes.
-        model: backbone and head, which gave the outputs.
-    """
-    config, data, classes = plan.config, plan.data, plan.data.classes
-    images = Validated(
-        logits=logits,
-        targets=targets,
-        patients=pd.factorize(data.valid.patient)[0],
-        weights=np.array(plan.class_weights or [1.0] * len(classes)),
-        trained=data.train.label.value_counts().loc[classes].to_numpy(),
-    )
-    calibration = calibrate(images, config.calibration, _positive(data), config.target_sensitivity)
-    probabilities = calibration.probabilities(logits)
-    gate = None
-    with contextlib.suppress(ImageError):  # as in `_worst_group`
-        gate = settle_gate(model, plan)
-    return Judgement(
-        calibration,
-        prior_of(images, calibration.scaling).tolist(),
-        _worst_group(data, probabilities),
-        _called(data, probabilities, calibration.threshold),
-        _scores(data, logits, targets),
-        gate,
-    )
-
-
 def export(learn: Learner, plan: Plan, outcome: Outcome, judgement: Judgement, run: Reservation) -> Path:
     """Write an export, print how the fit ended, and return the export's folder.
 
@@ -330,42 +290,6 @@ def export(learn: Learner, plan: Plan, outcome: Outcome, judgement: Judgement, r
     scaling = judgement.calibration.scaling
     set_scaling(learn, scaling.temperature, scaling.intercepts)
     model = model_record(plan, outcome, judgement)
-    path = write_export(run, learn, model, outcome.history, judgement.gate)
+    path = write_export(run, learn, model, outcome.history, judgement)
     conclude(path, model, run)
     return path
-
-
-def _positive(data: Collection) -> int | None:
-    """Return the index of the class to detect; None with more than two classes: the most probable is predicted."""
-    return data.classes.index(data.positive) if data.positive and len(data.classes) == 2 else None
-
-
-def _called(data: Collection, probabilities: np.ndarray, threshold: float | None) -> dict[str, int]:
-    """Count the validation images by the class that is predicted for them."""
-    positive, predicted = _positive(data), probabilities.argmax(axis=1)
-    if positive is not None:
-        predicted = np.where(probabilities[:, positive] >= threshold, positive, 1 - positive)
-    return dict(zip(data.classes, np.bincount(predicted, minlength=len(data.classes)).tolist(), strict=True))
-
-
-def _scores(data: Collection, logits: np.ndarray, targets: np.ndarray) -> dict[str, list[float]] | None:
-    """Return the quantiles of the log odds of the class to detect, by the class of the validation images.
-
-    `recalibrate --match-scores` compares the images of another place with them. They are not known of one class alone.
-    """
-    positive = _positive(data)
-    if positive is None or len(np.unique(targets)) < 2:
-        return None
-    odds = log_odds(logits, positive)
-    return {name: quantiles(odds[targets == index], QUANTILES) for index, name in enumerate(data.classes)}
-
-
-def _worst_group(data: Collection, probabilities: np.ndarray) -> Group | None:
-    """Return the group of validation images with the lowest ROC AUC, or None where it cannot be determined."""
-    if _positive(data) is None:
-        return None
-    with contextlib.suppress(ImageError):  # the images may have been deleted; the export is written without them
-        looks = appearance(list(data.valid.path), list(data.valid.width / data.valid.height))
-        positives = (data.valid.label == data.positive).to_numpy()
-        return worst_group(looks, positives, data.valid.patient.to_numpy(), probabilities[:, _positive(data)])
-    return None

@@ -167,7 +167,7 @@ def fit_notes(data: Collection) -> list[str]:
         if shortcut.alarming:
             text = split_checks.SHORTCUTS[name][0]
             notes.append(f"{text}: AUC {shortcut.auc.value:.2f}; data check says more")
-    fewest = data.valid.label.value_counts().min()
+    fewest = (data.table if data.has_folds else data.valid).label.value_counts().min()
     if fewest < ENOUGH_TO_VALIDATE:
         notes.append(f"few validation images: {fewest} of a class; {split_checks.precision_of(fewest)}")
     return notes[:4]
