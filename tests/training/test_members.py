@@ -34,7 +34,9 @@ from xray_fastai.training.origin import split_tensors
 from xray_fastai.training.pace import EXPORT_SHARE
 from xray_fastai.training.trackers import LogEpochs
 
-BATCH = "xray_fastai.training.stopping:StopOnNonFiniteLoss.after_batch"  # six an epoch, two of validation
+BATCH = "xray_fastai.training.stopping:StopOnNonFiniteLoss.after_batch"
+OF_NETWORK = 4 * 10
+"""Batches of one: four epochs of six to train on and four to validate on."""
 PATTERN = r"((?:IM-|person)[a-z]+\d*?)\d\.jpeg"
 """Ten images of a patient at most: persontrain12 is one of persontrain1."""
 SETTINGS = {
@@ -94,7 +96,8 @@ def images(patients: dict[str, int], copies: list[tuple[int, int]] = ()) -> pd.D
     """A table of patients by class, two images each; the pairs of images are copies of each other."""
     rows = [(label, f"{label}{i}") for label, count in patients.items() for i in range(count) for _ in range(2)]
     table = pd.DataFrame(rows, columns=["label", "patient"])
-    table["path"], table["image"] = [f"{i}.png" for i in range(len(table))], range(len(table))
+    table["file"] = table["path"] = [f"{i}.png" for i in range(len(table))]
+    table["image"] = range(len(table))
     for a, b in copies:
         table.loc[b, "image"] = table.image[a]
     return table
@@ -230,7 +233,7 @@ def test_a_fit_killed_in_and_between_its_networks_gives_the_result_of_an_uninter
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["terminate", "interrupt"])
 def test_an_interrupted_fit_exports_the_networks_so_far_and_resumes(what, fits, whole):
-    at = {"do": what, "at": f"{BATCH}@{4 * 6 + 6 + 2}"}  # in the second network's second epoch
+    at = {"do": what, "at": f"{BATCH}@{OF_NETWORK + 12}"}  # in the second network's second epoch
     output = fits(do=at, **SETTINGS, name=what)
     path = fits.exports / what
     model = settings_of(path)
@@ -260,7 +263,7 @@ def test_a_fit_interrupted_before_any_epoch(fits, whole):
 @pytest.mark.slow
 def test_damaged_files_of_networks_that_are_done(fits, whole):
     """The first network is trained again, from weights that are read again, and the third goes on."""
-    fits(-signal.SIGKILL, {"do": "kill", "at": f"{BATCH}@{8 * 6 + 9}"}, **SETTINGS, name="damaged")
+    fits(-signal.SIGKILL, {"do": "kill", "at": f"{BATCH}@{2 * OF_NETWORK + 12}"}, **SETTINGS, name="damaged")
     checkpoint = fits.exports / ".damaged.partial" / "checkpoint"
     assert sorted(file.name for file in checkpoint.iterdir()) == [
         "member-1", "member-2", "member-3", "settings.json", "start.safetensors"

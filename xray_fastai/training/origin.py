@@ -76,7 +76,7 @@ def split_tensors(tensors: dict[str, torch.Tensor], members: int) -> list[dict[s
         state = {BACKBONE + name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
         for name in (name for name in tensors if name.startswith(HEAD)):
             tensor = tensors[name]  # weights (classes, members * features), or the mean of the biases (classes,)
-            state[name] = members * tensor.chunk(members, dim=1)[member] if tensor.ndim == 2 else tensor
+            state[name] = members * tensor.chunk(members, dim=1)[member] if tensor.ndim == 2 else tensor.clone()
         states.append(state)
     return states
 
