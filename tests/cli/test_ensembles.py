@@ -88,7 +88,7 @@ def test_the_statement_of_one_network_is_as_it_was(export, tested, run, tmp_path
     one = shutil.copytree(export, tmp_path / "one")
     assert run("evaluate", "--model", one, "--data", tested, "--statement", "--device", "cpu").exit_code == 0
     statement = (one / "evaluation-test-data" / "statement.md").read_text()
-    assert "The network is a small_resnet (of the authors) with pooling, dropout of" in statement
+    assert "The network is a small_resnet with pooling, dropout of" in statement
     assert "; it maps an image to the probabilities of NORMAL, PNEUMONIA." in statement
     assert "One network, no ensemble." in statement
 
