@@ -54,7 +54,7 @@ def other_values(config, *without):
     values, args = {}, []
     wanted = [field for field in fields(config) if field.name not in without]
     for field in wanted:
-        (kind,) = (kind for kind in by_type if kind in (field.type, *get_args(field.type)))
+        kind = next(kind for kind in by_type if kind in (field.type, *get_args(field.type)))
         option = f"--{field.name.replace('_', '-')}"
         if kind is bool:
             values[field.name] = not field.default
@@ -170,7 +170,8 @@ def test_a_new_option_needs_one_new_field():
         (FitConfig, {"epochs": True}, "epochs True: give a value of type int"),
         (FitConfig, {"data": 3}, "data 3: give text"),
         (FitConfig, {"size": 5000}, "size 5000: give a number from 32 to 4096"),
-        (FitConfig, {"lr": 0}, "lr 0: give a number that is above 0 and below 10"),
+        (FitConfig, {"lr": 0}, "lr 0: give a number that is above 0 and below 10, or find"),
+        (FitConfig, {"lr": "Find"}, "lr Find: give a value of type float, or find"),
         (FitConfig, {"lr": float("nan")}, "lr nan: give a number that is above 0 and below 10"),
         (FitConfig, {"dropout": 1}, "dropout 1: give a number that is at least 0 and below 1"),
         (FitConfig, {"target_sensitivity": 1.5}, "target_sensitivity 1.5: give a number that is above 0 and at most 1"),

@@ -13,7 +13,7 @@ from xray_fastai.model.loaders import empty_loaders
 from xray_fastai.system.errors import UserError
 from xray_fastai.training.calibration import Calibration
 from xray_fastai.training.judgement import Judgement
-from xray_fastai.training.write_export import write_export
+from xray_fastai.training.write_export import Outcome, write_export
 
 MODULE = "xray_fastai.training.write_export"
 ROW = {
@@ -28,6 +28,7 @@ ROW = {
 
 
 JUDGEMENT = Judgement(Calibration())
+OUTCOME = Outcome("complete", [ROW], ROW, [], 0.0, (0, 0))
 FACTS = {"architecture": SMALL, "classes": ["NORMAL", "PNEUMONIA"], "preprocessing": {"size": 32}, "training": {}}
 
 
@@ -44,7 +45,7 @@ def write(monkeypatch):
         learn.dls.one_batch = lambda: (np.zeros((0, 1, 32, 32)), [])
         with reserve("exports", "run") as run:
             run.resumable = True  # keeps the folder after an error
-            write_export(run, learn, FACTS | {"status": "complete", "best": ROW}, [ROW], JUDGEMENT)
+            write_export(run, learn, FACTS | {"status": "complete", "best": ROW}, OUTCOME, JUDGEMENT)
 
     return write
 

@@ -31,6 +31,7 @@ COMMANDS = {
 OPTIONS = {
     "--batch-size": "bs batch b batchsize",
     "--lr": "learning-rate lr0 base-lr lr-max max-lr base-learning-rate",
+    "--lr find": "lr-find find-lr lr-finder auto-lr auto-lr-find",
     "--device cuda": "gpu gpus cuda use-gpu use-cuda",
     "--device cpu": "cpu no-cuda no-gpu force-cpu",
     "--device mps": "mps",

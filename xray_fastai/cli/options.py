@@ -33,7 +33,7 @@ def settings_from(config: type) -> Callable[[Function], Function]:
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
-                annotation=Annotated[list[str] | None if setting_of(field).repeatable else field.type, _option(field)],
+                annotation=Annotated[_type(field), _option(field)],
             )
             for field in fields(config)
         ]
@@ -43,6 +43,13 @@ def settings_from(config: type) -> Callable[[Function], Function]:
         return function
 
     return decorate
+
+
+def _type(field: Field[Any]) -> Any:
+    """Return the type by which typer reads an option; it knows no `float | str`."""
+    if setting_of(field).repeatable:
+        return list[str] | None
+    return float | None if setting_of(field).word else field.type
 
 
 def option_of(config: type, name: str) -> Any:
@@ -65,6 +72,24 @@ def one_of(*choices: str, pattern: str | None = None) -> Callable[[str | None], 
     return check
 
 
+def number_or(word: str) -> Callable[[str | float], float | str]:
+    """Return typer's parser of a number, or of a word in its place.
+
+    Raises:
+        WrongValue: the text is neither; the exit code is 2.
+    """
+
+    def parse(text: str | float) -> float | str:
+        if text == word:
+            return text
+        try:
+            return float(text)
+        except ValueError:
+            raise WrongValue(f"give a number, or {word}") from None
+
+    return parse
+
+
 def _option(field: Field[Any]) -> Any:
     setting, option = setting_of(field), f"--{field.name.replace('_', '-')}"
     if field.default is True:
@@ -78,6 +103,10 @@ def _option(field: Field[Any]) -> Any:
         details["callback"] = one_of(*setting.choices, pattern=setting.pattern)
         details["autocompletion"] = _completion(setting.choices)
         details["metavar"] = "|".join(setting.choices) if len(setting.choices) < 5 else "NAME"
+    if setting.word:
+        details["parser"] = number_or(setting.word)
+        details["autocompletion"] = _completion((setting.word,))
+        details["metavar"] = f"X|{setting.word}"
     if setting.is_closed:  # typer has no open ranges: those are checked by `config` alone
         details |= {"min": setting.min, "max": setting.max}
     return typer.Option(option, **details)

@@ -66,7 +66,7 @@ def fit(
         open_report(result.path)
     if result.error:
         raise UserError(
-            f"{result.error}; the best weights so far are in {result.path}; try a lower --lr than {result.config.lr:g}"
+            f"{result.error}; the best weights so far are in {result.path}; try a lower --lr than {result.lr:g}"
         )
     if result.signal:
         kept = "the best weights so far were exported" if result.history else "no epoch was completed"

@@ -39,6 +39,8 @@ AUGMENTATIONS = ("strong", "light", "none")
 SCHEDULES = ("adaptive", "constant")
 TOOLS = ("tensorboard", "mlflow", "wandb")
 """The tools that can record a fit; each is the name of its package, and of an extra."""
+FIND = "find"
+"""The value of `lr` that searches the learning rate of each phase."""
 CALIBRATIONS = ("cautious", "validation", "none")
 RECIPES: dict[str, dict[str, str]] = {
     "default": {

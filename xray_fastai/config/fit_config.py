@@ -23,6 +23,7 @@ from xray_fastai.config.choices import (
     CALIBRATIONS,
     CONTRASTS,
     DEVICES,
+    FIND,
     MAX_MEMBERS,
     MAX_SIZE,
     MIN_SIZE,
@@ -107,12 +108,13 @@ class FitConfig:
         panel="Training",
     )
     batch_size: int | None = setting(None, "Batch size. [default: 80; phantom: 16]", min=1, panel="Training")
-    lr: float | None = setting(
+    lr: float | str | None = setting(
         None,
-        "Peak learning rate of the head. In the unfrozen phase the earlier layers have a lower rate. [default: 0.002; "
-        "phantom: 0.001]",
+        "Peak learning rate of the head. In the unfrozen phase the earlier layers have a lower rate. find searches one "
+        "before each phase, as fastai's lr_find. [default: 0.002; phantom: 0.001]",
         above=0,
         below=10,
+        word=FIND,
         panel="Training",
     )
     members: int = setting(

@@ -34,6 +34,7 @@ class Setting:
     max: float | None = None  # the largest value
     above: float | None = None  # all values are larger
     below: float | None = None  # all values are smaller
+    word: str | None = None  # may stand in place of a number
     check: Callable[[str], str | None] | None = None  # returns what the user has to do, or None for a right value
     repeatable: bool = False  # whether the option may be given several times; the texts are joined by commas
     printable: bool = False  # whether unprintable characters are refused, because an export or a message holds the text
@@ -50,13 +51,20 @@ class Setting:
 
     def advice(self, value: Any) -> str | None:
         """Return what the user has to do about a wrong value; None for a right one."""
+        if value == self.word:
+            return None
         if self.choices and not self.is_choice(value):
             return f"choose one of {', '.join(self.choices)}"
         if not self._is_within(value):
-            return f"give {self._limits()}"
+            return f"give {self._limits()}{self.or_word}"
         if self.printable and (fault := fault_of(value, MAX_TEXT)):
             return f"{fault}; give another text"
         return None if self.check is None else self.check(value)
+
+    @property
+    def or_word(self) -> str:
+        """The end of an advice that names the word, if there is one."""
+        return f", or {self.word}" if self.word else ""
 
     def is_choice(self, value: Any) -> bool:
         """Return whether a value is one of the choices, or matches `pattern`."""
@@ -119,10 +127,12 @@ def _converted(option: Field[Any], value: Any) -> Any:
         value = os.fspath(value)
     if setting_of(option).is_path and isinstance(value, str):
         value = os.path.expanduser(value)
+    if isinstance(value, str) and value == setting_of(option).word:
+        return value
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if kind in (int, float) and is_number and math.isfinite(value) and kind(value) == value:
         return kind(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        advice = "give text" if kind is str else f"give a value of type {kind.__name__}"
+        advice = "give text" if kind is str else f"give a value of type {kind.__name__}{setting_of(option).or_word}"
         raise UserError(advice, option=option.name, value=shown(value))
     return value

@@ -23,6 +23,8 @@ FIRST, SECOND, FROZEN, UNFROZEN, GREY = "#7a8794", "#0b6e99", "#d98200", "#c8102
 THEME = {FIRST: "var(--first)", SECOND: "var(--second)", FROZEN: "var(--warn)", UNFROZEN: "var(--bad)"}
 THEME |= {GREY: "var(--muted)", "#000000": "currentColor"}
 """The CSS variables that replace the colours of the curves in a report."""
+LR_FIND = "lr_find.png"
+"""The picture of the searches of the learning rate in an export."""
 
 
 def kept_epochs(model: dict[str, Any]) -> list[dict]:
@@ -124,6 +126,38 @@ def _finish(axes: Axes, values: pd.DataFrame, of_loss: bool, phases: int) -> Non
         axes.set_ylim(0, limit if cut else None)
         if cut:
             axes.set(ylabel="weighted cross-entropy\n(higher is cut off)")
+
+
+def plot_searches(searches: Sequence[dict], path: Path) -> None:
+    """Draw the losses of each search of the learning rate against the rate, and mark the rate that was found.
+
+    As in fastai's own plot, the last five batches are left out, in which the loss explodes.
+
+    Args:
+        searches: `phase`, `rates`, `losses`, `peak` and `fault` of each, as `training.lr_find.search` returns them.
+        path: the PNG to write.
+    """
+    phases = list(dict.fromkeys(search["phase"] for search in searches))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    for axes, phase in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
+        for search in (search for search in searches if search["phase"] == phase):
+            _draw_search(axes, search)
+        axes.set_title(f"{phase} phase", fontsize=11)
+        axes.set(xscale="log", xlabel="learning rate of the head")
+        axes.legend(frameon=False, fontsize=9)
+        axes.grid(alpha=0.25, color=GREY)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set(ylabel="weighted cross-entropy, smoothed")
+    figure.savefig(path, dpi=130)
+
+
+def _draw_search(axes: Axes, search: dict) -> None:
+    rates, losses = (np.array(search[name][:-5] or search[name]) for name in ("rates", "losses"))
+    (curve,) = axes.plot(rates, losses, label=search["fault"])
+    if search["fault"] is None:
+        at = np.abs(np.log(rates / search["peak"])).argmin()
+        label = f"found {search['peak']:g} (valley)"
+        axes.plot(rates[at], losses[at], "o", markersize=8, color=curve.get_color(), label=label)
 
 
 def plot_batch(images: "Tensor", labels: Sequence[str], path: Path, max_images: int = 24) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from xray_fastai.config.choices import MAX_MEMBERS, network_of
 from xray_fastai.evaluation.groups import remarks_on
-from xray_fastai.evaluation.learning_curves import kept_epochs, svg_curves
+from xray_fastai.evaluation.learning_curves import LR_FIND, kept_epochs, svg_curves
 from xray_fastai.export.schema import read_settings
 from xray_fastai.metrics.table import METRICS, title_at_prevalence, title_of
 from xray_fastai.system.errors import UserError
@@ -112,7 +112,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
     parts = {part.name: part for root in (export, output) for part in root.glob("*-*") if part.is_dir()}
     evaluations = _read_parts(parts, "evaluation", "metrics.json", _evaluation, problems)
     interpretations = _read_parts(parts, "interpretation", "summary.json", _interpretation, problems)
-    files = [export / "batch.png"]
+    files = [export / "batch.png", export / LR_FIND]
     files += [part["folder"] / plot for part in evaluations for plot in PLOTS]
     files += [part["folder"] / "top_losses.png" for part in interpretations]
     pictures = embed_pictures([file for file in files if file.is_file()], PICTURE_BYTES)
@@ -144,6 +144,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
         "interpretations": interpretations,
         "pictures": {file: picture for file, picture in pictures.items() if not picture["fault"]},
         "batch": export / "batch.png",
+        "search": export / LR_FIND,
         "plots": PLOTS,
         "metrics": METRICS.values(),
         "kaggle": model["classes"] == ["NORMAL", "PNEUMONIA"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xray_fastai import DISCLAIMER
-from xray_fastai.config.choices import ARCHITECTURES, TIMM, members_of
+from xray_fastai.config.choices import ARCHITECTURES, FIND, TIMM, members_of
 from xray_fastai.metrics.table import METRICS, title_of
 from xray_fastai.system.text import count_of, format_interval
 
@@ -151,7 +151,7 @@ def _facts(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, st
 
 
 def _on_data(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str | None]:
-    data, settings = model["data"], model["settings"]
+    data, settings, members = model["data"], model["settings"], model["training"].get("members")
     parts = {
         part: f"{count_of(sum(data[key].values()), 'image')} ({_counts(data[key])}) of "
         f"{count_of(data['patients'][key], 'patient')}"
@@ -178,7 +178,11 @@ def _on_data(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, 
         "data": "The images were drawn by the program from formulas; none shows a patient."
         if data["rehearsal"]
         else f"The images are those of {_folder(data['name'])} (add where and when they were taken).",
-        "partitions": f"{parts['training']} were trained on; {parts['validation']} chose the epoch, the calibration "
+        "partitions": f"{parts['training']} were divided into {len(members)} folds by patient. Each network was trained "
+        "on all folds but one, which chose its epoch. The outputs of all images, each by the network that was not "
+        "trained on it, chose the calibration and the threshold."
+        if members and not data["valid"]
+        else f"{parts['training']} were trained on; {parts['validation']} chose the epoch, the calibration "
         f"and the threshold.{of_group}",
         "disjoint": "Training and validation share no patient and no identical file.",
         "left_out": listed,
@@ -195,6 +199,7 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
     equalized = ", histogram equalised" if preprocessing.get("contrast") == "equalize" else ""
     varied = _variation(model.get("augmentation"), settings["augment"])
     phases = " and ".join(f"{count_of(phase['epochs'], 'epoch')} {phase['name']}" for phase in training["phases"])
+    folds = (model.get("ensemble") or {}).get("outputs") == "out of fold"
     weights = model.get("class_weights")
     loss = "cross-entropy"
     if weights:
@@ -215,15 +220,13 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         f"{training['parameters']['total']:,} parameters{'' if members == 1 else ' together'}; {mapping} an image to "
         f"the probabilities of {', '.join(model['classes'])}.",
         "weights": f"Initial weights: {training['weights']}.",
-        "training": f"It was trained for {phases}{_hyperparameters(settings)}, and with {loss} as loss. {varied}",
-        "selection": best
-        and f"The weights are those of epoch {best['epoch']} of the {best['phase']} phase, whose validation loss was "
-        "lowest.",
+        "training": f"It was trained for {phases}{_hyperparameters(model)}, and with {loss} as loss. {varied}",
+        "selection": _selection(model, best),
         "calibration": f"Probabilities and threshold: {model['calibration']}.",
         "ensemble": "One network, no ensemble."
         if members == 1
-        else f"An ensemble of {members} networks, of which the mean output is used. Each has another seed and left "
-        "out another part of the images, by patient.",
+        else f"An ensemble of {members} networks, of which the mean output is used. Each has another seed"
+        + (" and left out another part of the images, by patient." if folds else "; all have the same images."),
         "imbalance": f"The loss was {loss}." if weights else None,
         "updating": updated
         and f"The probabilities were fitted to another place on {updated['created'][:10]}, with "
@@ -237,12 +240,33 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
     }
 
 
-def _hyperparameters(settings: Mapping[str, Any]) -> str:
+def _selection(model: Mapping[str, Any], best: Mapping[str, Any] | None) -> str | None:
+    """Say which epochs were exported; nothing where none was completed."""
+    if members := model["training"].get("members"):
+        epochs = ", ".join(f"{m['best']['epoch']} ({m['best']['phase']})" for m in members)
+        return f"The weights are those of the epochs {epochs} of the networks, whose validation losses were lowest."
+    return best and (
+        f"The weights are those of epoch {best['epoch']} of the {best['phase']} phase, whose validation loss was lowest."
+    )
+
+
+def _hyperparameters(model: Mapping[str, Any]) -> str:
     """Return those that are known: an export that was trained by hand has not all."""
-    texts = {"batch_size": "batches of {}", "lr": "a peak learning rate of {:g}", "schedule": "the schedule {}"}
+    texts = {"batch_size": "batches of {}", "lr": "a peak learning rate of {}", "schedule": "the schedule {}"}
     texts["seed"] = "the seed {}"
+    settings = {**model["settings"], "lr": _rates(model)}
     known = [text.format(settings[name]) for name, text in texts.items() if settings.get(name) is not None]
     return f", with {', '.join(known)}" if known else ""
+
+
+def _rates(model: Mapping[str, Any]) -> str | None:
+    """Return the peak learning rate that was given, or those that a search found for the phases."""
+    given = model["settings"].get("lr")
+    if given != FIND:
+        return given and f"{given:g}"
+    phases = [phase for phase in model["training"]["phases"] if phase.get("lr") is not None]
+    found = " and ".join(f"{phase['lr']:g} ({phase['name']})" for phase in phases)
+    return f"{found}, by a learning rate range test" if found else None
 
 
 def _variation(values: Mapping[str, float] | None, name: str) -> str:

@@ -173,6 +173,7 @@ class Phase(Part):
     epochs: Count
     best_epoch: Count | None
     end: Text
+    lr: Positive | None = None  # the peak rate of the head, where it was searched (`fit --lr find`)
 
 
 class Epoch(Part):

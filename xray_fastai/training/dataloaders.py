@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from fastai.vision.all import DataLoaders, Learner
 
-from xray_fastai.config.choices import members_of
+from xray_fastai.config.choices import FIND, members_of
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import default_data, read_collection, with_data_defaults
@@ -192,6 +192,8 @@ def learner(dls: DataLoaders, arch: str | None = None, **settings: Any) -> XrayL
         )
     config = with_parents_choices(config)
     config = with_data_defaults(config).with_weights_of(plan.data.classes, plan.data.positive)
+    if config.lr == FIND:
+        raise UserError("search it by learn.lr_find(), and give the rate to a fit method", option="lr", value=FIND)
     plan = make_plan(config, plan.data)
     learn = plan.learner(dls)
     learn.lr = config.lr

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
+from xray_fastai.evaluation.learning_curves import LR_FIND
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.export.learner import load_learner
 from xray_fastai.export.reader import lineage_of
@@ -22,7 +23,7 @@ from xray_fastai.system.errors import UserError, is_write_error, reason
 from xray_fastai.system.files import sha256
 from xray_fastai.training.write_export import CURVES, AnySystem
 
-COPIED = ("history.csv", CURVES, "batch.png")
+COPIED = ("history.csv", CURVES, LR_FIND, "batch.png")
 """What the new export takes over: how the network was trained."""
 
 

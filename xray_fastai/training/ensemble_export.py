@@ -49,7 +49,7 @@ def export_members(members: Members, run: Reservation) -> Result:
         members.trainer.plan = replace(plan, members=1)  # the export has all settings, and one network as it began
         return export_learner(members.trainer, run)
     if not trained:
-        fault = f"{error}; no epoch was completed, so nothing is exported; try a lower lr= than {plan.config.lr:g}"
+        fault = f"{error}; no epoch was completed, so nothing is exported; try a lower lr= than {members.trainer.lr:g}"
         raise UserError(fault)
     joined = replace(plan, members=len(trained), pretrained=None, start=None)
     networks = [_network(plan, member) for member in trained.values()]
@@ -66,14 +66,15 @@ def export_members(members: Members, run: Reservation) -> Result:
         phases=[
             phase | {"name": f"{phase['name']}, member {number + 1}"}
             for number, member in trained.items()
-            for phase in phase_records(member.history, plan.phases, member.ends)
+            for phase in phase_records(member.history, plan.phases, member.ends, member.searches)
         ],
         seconds=sum(member.seconds for member in trained.values()),
         parameters=parameter_counts(learn),
+        searches=[search for member in trained.values() for search in member.searches],
     )
     path = export(learn, joined, outcome, judgement, run)
     words = measured_words(judgement.ensemble.record)
-    return Result(path, outcome.status, history, plan.config, received, error, measured=words)
+    return Result(path, outcome.status, history, plan.config, received, error, lr=members.trainer.lr, measured=words)
 
 
 def outputs_of(data: Collection, trained: dict[int, Trained]) -> Outputs:
@@ -123,7 +124,7 @@ def _ensemble(plan: Plan, trained: dict[int, Trained], outputs: Outputs, calibra
             "train": len(plan.data.of_member(number).train),
             "valid": len(own[number].y_pred),
             "seconds": round(member.seconds, 1),
-            "phases": phase_records(member.history, plan.phases, member.ends),
+            "phases": phase_records(member.history, plan.phases, member.ends, member.searches),
             "best": {name: member.best[name] for name in HISTORY_COLUMNS},
             **{name: _estimate(interval_of(name, own[number].scored, y_pred=own[number].y_pred)) for name in OWN},
         }

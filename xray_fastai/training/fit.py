@@ -48,6 +48,7 @@ OTHER_NAMES = {
     "n_epoch": "it is epochs=",
     "base_lr": "it is lr=",
     "lr_max": "it is lr=",
+    "lr_find": 'it is lr="find"',
     "pretrained": "it is weights=",
 }
 """What `fit` answers to names of fastai, and to one of its own before."""

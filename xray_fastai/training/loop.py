@@ -11,17 +11,18 @@ import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.all import Callback, CancelFitException, Metric, ProgressCallback
 
+from xray_fastai.config.choices import FIND
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.model.learner import parameter_counts
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.memory import is_out_of_memory
 from xray_fastai.system.signals import HANGUP
-from xray_fastai.training import frozen_features
+from xray_fastai.training import frozen_features, lr_find
 from xray_fastai.training.callbacks import BestWeights, FrozenBody, Schedule, precision_callbacks
 from xray_fastai.training.checkpoint import Checkpoints, Saved
 from xray_fastai.training.epoch_log import EpochLog
-from xray_fastai.training.messages import report_smaller_batch
+from xray_fastai.training.messages import report_search, report_smaller_batch
 from xray_fastai.training.out_of_memory import AccumulateGradients, smaller
 from xray_fastai.training.pace import TRAINING, Following, Pace, phase_end
 from xray_fastai.training.plan import Plan
@@ -93,6 +94,7 @@ class Trainer:
         if saved is not None:
             self.progress.history = [*saved.state["history"]]
             self.progress.ends = [*saved.state["ends"]]
+            self.progress.searches = [*saved.state.get("searches", [])]  # missing in checkpoints of version 0.1.0
             self.progress.seconds = saved.state["seconds"]
         self.best = BestWeights(self.progress.history, later=self.plan.config.schedule == "adaptive")
         self.learn = self.plan.learner(self.plan.dataloaders(self.progress.batches))
@@ -221,13 +223,12 @@ class Trainer:
         log = EpochLog(self.progress.history, name, phase.early, pace)
         precision = precision_callbacks(plan.precision, plan.device)
         callbacks = [log, self.best, phase.early, phase.finite, pace, self.stop, *precision]
-        callbacks += [*self._phase_callbacks(name), ChannelsLast()]
+        callbacks += [*self._phase_callbacks(name), *self._step_callbacks(name)]
         if pace.schedule is not None:
             callbacks.append(pace.schedule)
         features, started = contextlib.nullcontext([]), self.progress.elapsed
         if name == "frozen":
             learn.freeze()
-            callbacks.append(FrozenBody())
             if self.checkpoints is not None and (views := frozen_features.views(plan, phase.epochs)):
                 folder = self.checkpoints.run.partial
                 features = frozen_features.instead_of_images(learn, plan, views, folder, self.stop)
@@ -238,8 +239,12 @@ class Trainer:
         try:
             with features as more, learn.no_logging():  # `log` prints the rows
                 self.features_took = self.progress.elapsed - started
+                rate = self._rate(name)
+                if plan.config.lr == FIND:
+                    rate = self._found(name, rate, [self.stop, *precision, *more])
                 callbacks += [*more, *self.added.callbacks, *(tracker.callback for tracker in self.added.trackers)]
-                learn.fit(phase.epochs, lr=self._rate(name), cbs=callbacks, reset_opt=True)
+                if self.stop.received is None:  # a signal may end the search
+                    learn.fit(phase.epochs, lr=rate, cbs=callbacks, reset_opt=True)
         finally:
             learn.metrics = own_metrics  # the export need not hold the user's
             log.close()
@@ -247,16 +252,24 @@ class Trainer:
                 callback.close()
 
     def _phase_callbacks(self, name: str) -> list[Callback]:
-        """Return the callbacks for checkpoints, several processes, and batches in parts."""
-        plan, done, callbacks = self.plan, len(self.progress.ends), []
+        """Return the callbacks for checkpoints."""
+        callbacks = []
         if self.checkpoints is not None:
             callbacks.append(SaveCheckpoint(self.checkpoints, self.progress, self.best, frozen=name == "frozen"))
+        done = len(self.progress.ends)
+        if self.saved is not None and self.saved.state["epoch"] > 0 and self.saved.state["phase"] == done:
+            callbacks.append(RestoreCheckpoint(self.saved))
+        return callbacks
+
+    def _step_callbacks(self, name: str) -> list[Callback]:
+        """Return the callbacks for the layout of memory, a frozen body, several processes, and batches in parts."""
+        plan, callbacks = self.plan, [ChannelsLast()]
+        if name == "frozen":
+            callbacks.append(FrozenBody())
         if distributed.world_size() > 1:
             from xray_fastai.training.data_parallel import TrainTogether  # needs accelerate, an extra
 
-            callbacks.append(TrainTogether(plan.device, (plan.config.seed, done)))
-        if self.saved is not None and self.saved.state["epoch"] > 0 and self.saved.state["phase"] == done:
-            callbacks.append(RestoreCheckpoint(self.saved))
+            callbacks.append(TrainTogether(plan.device, (plan.config.seed, len(self.progress.ends))))
         if self.progress.batches["train"] < plan.batch_size:
             callbacks.append(AccumulateGradients(plan.batch_size))
         return callbacks
@@ -267,10 +280,35 @@ class Trainer:
         Fine-tuning takes the range of fastai's `fine_tune`: half the peak rate for the head, a hundredth of that for
         the first layers.
         """
-        config = self.plan.config
+        config, lr = self.plan.config, self.plan.lr
         if self.plan.origin.pretrained and name == "unfrozen" and config.schedule == "adaptive":
-            return slice(config.lr / 200, config.lr / 2)
-        return config.lr
+            return slice(lr / 200, lr / 2)
+        return lr
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate of the head that was given, or that was found last."""
+        searches = self.progress.searches
+        return searches[-1]["peak"] if searches else self.plan.lr
+
+    def _found(self, name: str, usual: float | slice, callbacks: Sequence[Callback]) -> float | slice:
+        """Return the rate that a search finds for a phase, or found before the checkpoint was saved.
+
+        Args:
+            name: of the phase.
+            usual: its rate by default, which it keeps if none is found, or a signal ends the search.
+            callbacks: of the search, besides those of each step.
+        """
+        searches = self.progress.searches
+        if not any(search["phase"] == name for search in searches):
+            parts = self.plan.batch_size // self.progress.batches["train"]
+            search = lr_find.search(self.learn, usual, [*callbacks, *self._step_callbacks(name)], parts)
+            if self.stop.received is not None:
+                return usual
+            searches.append(distributed.share({"phase": name, **search}))
+            report_search(searches[-1])
+        (search,) = (search for search in searches if search["phase"] == name)
+        return lr_find.scaled(usual, search["peak"])
 
     def _end_phase(self, phase: Phase) -> bool:
         """Record what ended a phase, and return whether the next phase may begin."""

@@ -38,6 +38,7 @@ class Trained:
 
     history: list[dict]  # one row an epoch
     ends: list[str]  # what ended each phase
+    searches: list[dict]  # of the learning rate, as in `state.Progress`
     seconds: float
     best: dict  # the row of the epoch whose weights these are
     weights: Tensors
@@ -49,18 +50,18 @@ class Trained:
         """Return the network of a trainer that has completed an epoch."""
         progress, best = trainer.progress, trainer.best
         return cls(
-            progress.history, progress.ends, progress.elapsed, best.row, best.state, best.logits.cpu(),
-            best.targets.cpu(),
+            progress.history, progress.ends, progress.searches, progress.elapsed, best.row, best.state,
+            best.logits.cpu(), best.targets.cpu(),
         )  # fmt: skip
 
     @classmethod
     def of(cls, saved: Saved) -> "Trained":
         """Return the network of the last checkpoint of one that is done."""
         state, outputs = saved.state, saved.outputs
-        best = state["history"][saved.best_row]
         return cls(
-            state["history"], state["ends"], state["seconds"], best, saved.best, outputs["logits"], outputs["targets"]
-        )
+            state["history"], state["ends"], state["searches"], state["seconds"], state["history"][saved.best_row],
+            saved.best, outputs["logits"], outputs["targets"],
+        )  # fmt: skip
 
 
 class Members:

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from xray_fastai import DISCLAIMER
+from xray_fastai.config.choices import FIND
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.classes import only_class, positive_note
 from xray_fastai.data.patients import unknown
+from xray_fastai.evaluation.learning_curves import LR_FIND
 from xray_fastai.evaluation.subgroups import Group
 from xray_fastai.export.run_folder import CHECKPOINT, Reservation, Unfinished, unfinished
 from xray_fastai.metrics.table import title_of
@@ -58,8 +60,9 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
         loading = f"{config.workers} loading processes"
     print(f"device        {plan.device_name}, precision {plan.precision}, {loading}")
     print(f"decoded       {plan.cache_note}")
+    rate = "searched in each phase" if config.lr == FIND else f"{config.lr:g}"
     contrast = "histogram equalised" if config.contrast == "equalize" else "grey values unchanged"
-    print(f"images        {contrast}, augmentation {config.augment}, learning rate {config.lr:g}, {config.schedule}")
+    print(f"images        {contrast}, augmentation {config.augment}, learning rate {rate}, {config.schedule}")
     weights = plan.class_weights or [1] * len(data.classes)
     listed = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(data.classes, weights, strict=True))
     print(f"loss weights  {listed}")
@@ -132,6 +135,15 @@ def report_smaller_batch(plan: Plan, part: str, before: int, after: int, saved: 
         f"\nout of memory in {what}: batches of {after} instead of {before} images{summed}; resuming {where}",
         flush=True,
     )
+
+
+def report_search(search: dict) -> None:
+    """Print the learning rate that a search found for the head; or why it found none, and the rate that is taken."""
+    if search["fault"] is None:
+        print(f"\nlearning rate  found {search['peak']:g} (valley; plot in {LR_FIND})", flush=True)
+    else:
+        why = f"none found: {search['fault']} (plot in {LR_FIND})"
+        print(f"\nlearning rate  {why}; {search['peak']:g} is taken, the default", flush=True)
 
 
 def name_leftovers(run: Reservation) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from fastai.vision.all import set_seed
 
+from xray_fastai.config.choices import FIND
 from xray_fastai.config.fit_config import FitConfig
-from xray_fastai.data.dataset import Collection
+from xray_fastai.data.dataset import Collection, with_data_defaults
 from xray_fastai.data.pixel_cache import PixelCache
 from xray_fastai.model.architectures import described
 from xray_fastai.model.augmentation import augmentation_values
@@ -57,6 +58,13 @@ class Plan:
         )
         start = None if self.start is None else [self.start[member % len(self.start)]]
         return replace(self, config=config, data=self.data.of_member(member), start=start, members=1)
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate of the head; the default where the rate is searched."""
+        if self.config.lr != FIND:
+            return self.config.lr
+        return with_data_defaults(replace(self.config, lr=None)).lr
 
     def dataloaders(self, batches: dict[str, int] | None = None) -> XrayDataLoaders:
         """Build the loaders, each time the same ones, after setting all seeds.

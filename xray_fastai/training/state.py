@@ -7,12 +7,14 @@ threads, bit for bit.
 import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from fastai.vision.all import Callback, CancelEpochException, CancelFitException, Learner, TrackerCallback
+from torch import nn
 
 from xray_fastai.training.callbacks import BACKBONE, BestWeights, Schedule, copied
 from xray_fastai.training.checkpoint import UNCHANGING, Best, Checkpoints, Parts, Saved, Tensors
@@ -36,6 +38,7 @@ class Progress:
     started: float  # `time.perf_counter()` when this process began the fit
     history: list[dict] = field(default_factory=list)  # one row an epoch
     ends: list[str] = field(default_factory=list)  # what ended each phase
+    searches: list[dict] = field(default_factory=list)  # of rates: `phase`, and what `lr_find.search` returns
     seconds: float = 0.0  # that earlier processes took, up to the checkpoint
 
     @property
@@ -112,8 +115,9 @@ def training_state(learn: Learner, progress: Progress, best: BestWeights) -> dic
         "phase": len(progress.ends),  # its place in the order of the phases
         "ends": [*progress.ends],  # copies: training extends the lists while a thread writes the checkpoint
         "history": [*progress.history],
+        "searches": [*progress.searches],
         "best": [best.best, best.margin],
-        "gradients": [name for name, p in learn.model.named_parameters() if p.grad is not None],
+        "gradients": gradients_of(learn.model),
         "random": random_states(learn),
         "batches": {**progress.batches},
         "seconds": progress.elapsed,
@@ -181,10 +185,22 @@ def restore_best(best: BestWeights, saved: Saved) -> None:
 def restore_model(learn: Learner, saved: Saved) -> None:
     """Restore the weights, the gradients that exist, and last the random states."""
     learn.model.load_state_dict(saved.weights)
-    # a zero gradient and a missing one differ: with the first, the optimizer may change the sign of a zero
-    for name, parameter in learn.model.named_parameters():
-        parameter.grad = torch.zeros_like(parameter) if name in saved.state["gradients"] else None
+    set_gradients(learn.model, saved.state["gradients"])
     set_random_states(learn, saved.state["random"])
+
+
+def gradients_of(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that have a gradient."""
+    return [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
+def set_gradients(model: nn.Module, names: Sequence[str]) -> None:
+    """Make the gradients of these parameters zero, and remove the others.
+
+    A zero gradient and a missing one differ: with the first, the optimizer may change the sign of a zero.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.zeros_like(parameter) if name in names else None
 
 
 def in_parts(weights: Tensors, frozen: bool) -> Parts:

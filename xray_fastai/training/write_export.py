@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -23,7 +24,7 @@ from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.labelled import contents_of, file_key
 from xray_fastai.data.patients import images_by_source, unknown
-from xray_fastai.evaluation.learning_curves import kept_epochs, plot_batch, plot_curves
+from xray_fastai.evaluation.learning_curves import LR_FIND, kept_epochs, plot_batch, plot_curves, plot_searches
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.export.run_folder import LOG, Reservation
 from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
@@ -65,6 +66,7 @@ class Outcome:
     seconds: float
     parameters: tuple[int, int]  # all, and those that train in the frozen phase
     by_hand: bool = False  # whether `fit` did not train it
+    searches: list[dict] = field(default_factory=list)  # of the learning rate, as in `state.Progress`
 
 
 def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str, Any]:
@@ -111,12 +113,17 @@ def _versions(arch: str) -> dict[str, str]:
     return own | {name: importlib.metadata.version(name) for name in libraries}
 
 
-def phase_records(history: list[dict], phases: list[tuple[str, int]], ends: list[str]) -> list[dict]:
+def phase_records(
+    history: list[dict], phases: list[tuple[str, int]], ends: list[str], searches: Sequence[dict] = ()
+) -> list[dict]:
+    """Return `training.phases` of `model.json`; `lr` is the peak rate of the head where it was searched."""
     phases_trained = []
     for (name, _), end in zip(phases, ends, strict=False):
         rows = [row for row in history if row["phase"] == name]
         best = min(rows, key=lambda row: row["valid_loss"])["epoch"] if rows else None
         phases_trained.append({"name": name, "epochs": len(rows), "best_epoch": best, "end": end})
+        if (search := next((search for search in searches if search["phase"] == name), None)) is not None:
+            phases_trained[-1]["lr"] = search["peak"]
     return phases_trained
 
 
@@ -140,7 +147,7 @@ def _summary(data: Collection) -> dict:
 
 
 def write_export(
-    run: Reservation, learn: Learner, model: dict[str, Any], history: list[dict], judgement: Judgement
+    run: Reservation, learn: Learner, model: dict[str, Any], outcome: Outcome, judgement: Judgement
 ) -> Path:
     """Write all files of an export, then rename the folder to its final name.
 
@@ -148,7 +155,7 @@ def write_export(
         run: from `run_folder.reserve`.
         learn: on any device; it is moved to the CPU.
         model: the content of `model.json`; format and weights are added here.
-        history: one row an epoch.
+        outcome: what training came to.
         judgement: the tensors of its gate stand beside the network's, and the predictions of an ensemble in a file of
             their own; `model` has the other numbers.
 
@@ -170,10 +177,12 @@ def write_export(
         weights = {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS), "tensors": len(state)}
         text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
-        pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
+        pd.DataFrame(outcome.history).to_csv(folder / "history.csv", index=False)
         if ensemble is not None and ensemble.predictions is not None:
             ensemble.predictions.to_csv(folder / OUT_OF_FOLD, index=False)
-        plot_curves(history, folder / CURVES, kept_epochs(model))
+        plot_curves(outcome.history, folder / CURVES, kept_epochs(model))
+        if outcome.searches:
+            plot_searches(outcome.searches, folder / LR_FIND)
         with contextlib.suppress(ImageError):  # the images may have been deleted; the export is written without them
             images, targets = learn.dls.one_batch()
             plot_batch(images, [learn.dls.vocab[i] for i in targets], folder / "batch.png")
@@ -223,6 +232,7 @@ class Result:
     signal: int | None = None  # the signal that interrupted it
     error: str | None = None  # why it diverged, or None
     best: dict | None = field(default=None, repr=False)  # the row of the history whose weights were exported
+    lr: float | None = None  # the peak learning rate of the last phase, given or found
     measured: str | None = field(default=None, repr=False)  # what all outputs of several networks show, in words
 
     def _repr_html_(self) -> str:
@@ -262,7 +272,7 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
     plan, best, progress = trainer.plan, trainer.best, trainer.progress
     if trainer.error and best.row is None:
         raise UserError(
-            f"{trainer.error}; no epoch was completed, so nothing is exported; try a lower lr= than {plan.config.lr:g}"
+            f"{trainer.error}; no epoch was completed, so nothing is exported; try a lower lr= than {trainer.lr:g}"
         )
     judgement = Judgement(Calibration(threshold=None if positive_of(plan.data) is None else 0.5))
     if best.row is not None:
@@ -273,12 +283,13 @@ def export_learner(trainer: Trainer, run: Reservation) -> Result:
         status="diverged" if trainer.error else "interrupted" if received is not None else "complete",
         history=progress.history,
         best=best.row,
-        phases=phase_records(progress.history, plan.phases, progress.ends),
+        phases=phase_records(progress.history, plan.phases, progress.ends, progress.searches),
         seconds=progress.elapsed,
         parameters=trainer.parameters,
+        searches=progress.searches,
     )
     path = export(trainer.learn, plan, outcome, judgement, run)
-    return Result(path, outcome.status, outcome.history, plan.config, received, trainer.error, best.row)
+    return Result(path, outcome.status, outcome.history, plan.config, received, trainer.error, best.row, trainer.lr)
 
 
 def export(learn: Learner, plan: Plan, outcome: Outcome, judgement: Judgement, run: Reservation) -> Path:
@@ -290,6 +301,6 @@ def export(learn: Learner, plan: Plan, outcome: Outcome, judgement: Judgement, r
     scaling = judgement.calibration.scaling
     set_scaling(learn, scaling.temperature, scaling.intercepts)
     model = model_record(plan, outcome, judgement)
-    path = write_export(run, learn, model, outcome.history, judgement)
+    path = write_export(run, learn, model, outcome, judgement)
     conclude(path, model, run)
     return path
