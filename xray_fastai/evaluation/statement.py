@@ -151,7 +151,7 @@ def _facts(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, st
 
 
 def _on_data(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str | None]:
-    data, settings, members = model["data"], model["settings"], model["training"].get("members")
+    data, settings = model["data"], model["settings"]
     parts = {
         part: f"{count_of(sum(data[key].values()), 'image')} ({_counts(data[key])}) of "
         f"{count_of(data['patients'][key], 'patient')}"
@@ -178,12 +178,7 @@ def _on_data(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, 
         "data": "The images were drawn by the program from formulas; none shows a patient."
         if data["rehearsal"]
         else f"The images are those of {_folder(data['name'])} (add where and when they were taken).",
-        "partitions": f"{parts['training']} were divided into {len(members)} folds by patient. Each network was trained "
-        "on all folds but one, which chose its epoch. The outputs of all images, each by the network that was not "
-        "trained on it, chose the calibration and the threshold."
-        if members and not data["valid"]
-        else f"{parts['training']} were trained on; {parts['validation']} chose the epoch, the calibration "
-        f"and the threshold.{of_group}",
+        "partitions": _partitions(model, parts) + of_group,
         "disjoint": "Training and validation share no patient and no identical file.",
         "left_out": listed,
         "missing": f"Images that cannot be read {unreadable}.{alone}",
@@ -191,6 +186,19 @@ def _on_data(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, 
         f"{count_of(summary['images'], 'image')} ({_counts(summary['counts'])}) of "
         f"{count_of(summary['patients'], 'patient')}.{overlap}",
     }
+
+
+def _partitions(model: Mapping[str, Any], parts: Mapping[str, str]) -> str:
+    """Say what the images were used for, given their counts in words."""
+    ensemble = model.get("ensemble")
+    if ensemble is not None and ensemble["outputs"] == "out of fold":
+        return (
+            f"{parts['training']} were divided into {ensemble['planned']} folds by patient. Each network was trained "
+            "on all folds but one, which chose its epoch. The outputs of all images, each by the network that was not "
+            "trained on it, chose the calibration and the threshold."
+        )
+    chosen = f"{parts['validation']} chose the epoch, the calibration and the threshold"
+    return f"{parts['training']} were trained on; {chosen}."
 
 
 def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
@@ -245,9 +253,8 @@ def _selection(model: Mapping[str, Any], best: Mapping[str, Any] | None) -> str 
     if members := model["training"].get("members"):
         epochs = ", ".join(f"{m['best']['epoch']} ({m['best']['phase']})" for m in members)
         return f"The weights are those of the epochs {epochs} of the networks, whose validation losses were lowest."
-    return best and (
-        f"The weights are those of epoch {best['epoch']} of the {best['phase']} phase, whose validation loss was lowest."
-    )
+    where = best and f"epoch {best['epoch']} of the {best['phase']} phase"
+    return where and f"The weights are those of {where}, whose validation loss was lowest."
 
 
 def _hyperparameters(model: Mapping[str, Any]) -> str:
