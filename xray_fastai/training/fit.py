@@ -73,6 +73,9 @@ def fit(
     `before_fit` marks each start. CancelFitException ends the phase. In the frozen phase a batch holds the backbone's
     features instead of images, unless `frozen_views` is 0. Checkpoints do not store a callback's attributes.
 
+    With `members`, several networks are trained one after the other, each in these phases and with the same objects
+    (`training.members`).
+
     If torchrun started several processes, each must call this with the same arguments, and gets the same result.
 
     Args:
