@@ -9,9 +9,10 @@ import pytest
 import torch
 import torchvision
 
-from tests.small_network import KINDS
+from tests.small_network import KINDS, NAME, register
 from xray_fastai.inference.cpu_fusion import PART, Convolution, Fused, fused_for_cpu
 from xray_fastai.inference.model import open_model
+from xray_fastai.model.architectures import build_network
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 
@@ -108,3 +109,24 @@ def test_an_export_predicts_where_the_operators_fail(export, monkeypatch):
     images = torch.randint(0, 256, (3, 1, model.size, model.size), dtype=torch.uint8)
     with pytest.warns(UserWarning, match="without fused convolutions"):
         assert_equal(model.outputs(images), model.logits(images))
+
+
+@pytest.mark.parametrize("arch", [NAME, "resnet18", "densenet121", "efficientnet_b0", "timm/resnet10t"])
+@torch.inference_mode()
+def test_fused_gives_what_an_ensemble_gives(arch):
+    if arch.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    register()
+    torch.manual_seed(0)
+    model = build_network(arch, 2, 0.5, 32, members=3).eval()
+    images = torch.randn(PART + 1, 3, 32, 32)
+    exact = model(images)
+    assert exact.abs().max() > 1e-2
+    with warnings.catch_warnings(action="error"):
+        fused = fused_of(model, images, exact)
+        logits, features = fused(images)
+    assert_equal(logits, exact)
+    assert features.shape == (PART + 1, model[1][-1].in_features)
+    torch.testing.assert_close(features, model[1][:-1](model[0](images)), rtol=1e-3, atol=1e-4)
+    within = [layer for layer in fused.fused.modules() if isinstance(layer, Convolution)]
+    assert len(within) == sum(type(layer) is torch.nn.Conv2d for layer in model.modules()) > 0

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from tests.conftest import settings_of
+from tests.ensembles import joined
 from tests.small_network import NAME
 from xray_fastai import dataloaders, fit, open_learner, recalibrate, save_export, verify
 from xray_fastai.data.sources import phantom
@@ -110,6 +111,28 @@ def test_it_is_that_of_the_files(trained, model):
     assert len(model.gate.medians) == 4 and model.gate.images >= LEAST
     assert size_of(gate_layout_of(model.settings)) < 1_000_000
     assert verify(trained).ok
+
+
+def test_that_of_an_ensemble_compares_the_features_of_its_first_member(trained, model, folder, tmp_path):
+    three = joined(trained, tmp_path / "three")
+    assert verify(three).ok
+    opened = open_model(three, "cpu", "fp32")
+    files = xrays(folder)[:12]
+    expected = unlike(model, files)
+    for options in ({"batch_size": 1}, {}):  # by the network as it is, and by the fused one
+        np.testing.assert_allclose(unlike(opened, files, **options), expected, atol=0.2, err_msg=str(options))
+    logits = [np.concatenate([batch.logits for batch in predict_batches(m, files)]) for m in (opened, model)]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-2  # the other members are other networks
+
+
+def test_the_gate_of_an_ensemble_that_was_trained_by_hand(trained, folder, tmp_path):
+    three = joined(trained, tmp_path / "three", members=2)
+    learn = open_learner(three)
+    learn.dls = dataloaders(folder, learn, batch_size=16, workers=0, device="cpu", cache=False)
+    again = save_export(learn, tmp_path / "again")
+    assert verify(again).ok and settings_of(again)["members"] == 2
+    features = gate_layout_of(settings_of(again))[f"{GATE}features.mean"]
+    assert features == gate_layout_of(settings_of(trained))[f"{GATE}features.mean"] == ("F32", [64])
 
 
 def test_networks_leave_it_out(trained, model):

@@ -1,5 +1,6 @@
 """Grad-CAM shows the evidence for the chosen class on a fixed scale; `tests/evaluation` compares it with a package."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tests.small_network import NAME, register
 from xray_fastai.inference.gradcam import grad_cam, mapped_classes, overlay
 from xray_fastai.inference.scaling import softmax
+from xray_fastai.model.architectures import build_network
+from xray_fastai.model.ensemble import join
 from xray_fastai.system.errors import UserError
 
 
@@ -21,12 +25,12 @@ class Halves(nn.Module):
         return torch.cat([images * left, images * (1 - left)], dim=1)  # (B, 2, 2, 2)
 
 
-def model_of(network):
+def model_of(network, prepared=torch.Tensor.float):
     """A model that predicts by a network alone."""
     return SimpleNamespace(
         network=network,
         device=torch.device("cpu"),
-        logits=lambda images: network(images.float()).detach(),
+        logits=lambda images: network(prepared(images)).detach(),
         probabilities=softmax,
         decide=lambda probabilities: probabilities.argmax(axis=-1),
     )
@@ -72,6 +76,44 @@ def test_the_layer_has_up_to_four_times_the_cells_of_the_last_block(size, cells)
     for backbone in (nn.Sequential(*blocks), nn.Sequential(nn.Sequential(*blocks), nn.ReLU(inplace=True))):
         maps = grad_cam(model_of(nn.Sequential(backbone, head)), torch.zeros(1, 1, size, size, dtype=torch.uint8))
         assert maps.shape == (1, cells, cells)
+
+
+def model_of_grey(network):
+    """A model whose network takes images of three channels."""
+    return model_of(network, lambda images: (images.float() / 255).expand(-1, 3, -1, -1))
+
+
+def pattern_of(maps):
+    return maps / maps.max(axis=(1, 2), keepdims=True).clip(1e-9)  # zeros, if nothing speaks for the class
+
+
+@pytest.mark.parametrize("arch", [NAME, "densenet121", "timm/vit_tiny_patch16_224"])
+def test_equal_members_have_the_map_of_one(arch):
+    if arch.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    register()
+    torch.manual_seed(0)
+    network = build_network(arch, 2, 0.5, 64).eval()
+    images = torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8)
+    expected = grad_cam(model_of_grey(network), images, targets=[0, 1, 0])
+    found = grad_cam(model_of_grey(join([copy.deepcopy(network) for _ in range(3)], 0.5)), images, targets=[0, 1, 0])
+    assert expected.max() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_evidence_of_the_members_adds_up():
+    """The outputs of a member whose last layer is zero depend on nothing; the map is then that of the other."""
+    register()
+    torch.manual_seed(0)
+    first, second = (build_network(NAME, 2, 0.5, 64).eval() for _ in range(2))
+    images = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    alone = [grad_cam(model_of_grey(network), images, [0, 1]) for network in (first, second)]
+    both = grad_cam(model_of_grey(join([first, second], 0.5)), images, [0, 1])
+    second[1][-1].weight.data.zero_()
+    one = grad_cam(model_of_grey(join([first, second], 0.5)), images, [0, 1])
+    alone, both, one = [pattern_of(maps) for maps in alone], pattern_of(both), pattern_of(one)
+    np.testing.assert_allclose(one, alone[0], atol=1e-4)
+    assert min(np.abs(both - maps).max() for maps in alone) > 0.05
 
 
 def test_the_class_to_detect_is_mapped_beside_the_one_that_is_called():

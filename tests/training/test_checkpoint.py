@@ -7,11 +7,11 @@ import torch
 from safetensors import SafetensorError
 
 from xray_fastai.config.fit_config import FitConfig
-from xray_fastai.export.run_folder import Unfinished, reserve
+from xray_fastai.export.run_folder import reserve
 from xray_fastai.system.errors import UserError
-from xray_fastai.training.checkpoint import Best, Checkpoints
-from xray_fastai.training.fit import _read_checkpoint
-from xray_fastai.training.origin import Origin
+from xray_fastai.training.checkpoint import Best, Checkpoints, kept_settings
+from xray_fastai.training.members import read_checkpoints
+from xray_fastai.training.origin import Origin, origin_of
 
 IMAGES = {"train": 3, "valid": 2, "digest": "x"}
 
@@ -100,6 +100,7 @@ def test_a_bug_in_writing_is_not_called_a_full_disk(checkpoints, monkeypatch):
 
 @pytest.mark.parametrize(("weights", "pretrained"), [("imagenet", True), ("none", False)])
 def test_a_checkpoint_without_the_field_pretrained_is_resumed(checkpoints, weights, pretrained):
-    found = Unfinished("run", checkpoints.run.partial, 0.0)
-    saved, origin = _read_checkpoint(found, Checkpoints(checkpoints.run), IMAGES, FitConfig(weights=weights))
-    assert saved.state["epoch"] == 3 and origin == Origin("weights.pth", pretrained)
+    folder = checkpoints.folder
+    saved = read_checkpoints([Checkpoints(checkpoints.run)], folder)[0]
+    assert saved.state["epoch"] == 3
+    assert origin_of(kept_settings(folder), FitConfig(weights=weights)) == Origin("weights.pth", pretrained)

@@ -176,6 +176,26 @@ def test_a_killed_and_resumed_fit_gives_the_result_of_an_uninterrupted_one(ranks
         assert Path("exports/killed", name).read_bytes() == Path("exports/whole", name).read_bytes()
 
 
+def test_two_processes_train_several_networks_as_one_does(ranks, there, run):
+    """Also if one is killed in the second network, and they resume."""
+    fit = ["fit", "--data", "data", "--weights", "weights.pth", *QUICK, "--members", 2, "--augment", "none"]
+    fit += ["--dropout", "0", "--precision", "fp32", "--lr", "3e-4", "--freeze-epochs", "1", "--epochs", "1"]
+    assert run(*fit, "--name", "pair-one").exit_code == 0
+    output = ranks(0, *fit, "--name", "pair")
+    assert len(re.findall(r"^member \d of 2: ", output, re.M)) == 4  # at the start and at the end of each
+    one, two = (pd.read_csv(f"exports/{name}/history.csv") for name in ("pair-one", "pair"))
+    assert two.member.tolist() == [1, 1, 2, 2]
+    pd.testing.assert_frame_equal(two, one, rtol=1e-3, atol=1e-4)
+    one, two = (pd.read_csv(f"exports/{name}/out_of_fold.csv") for name in ("pair-one", "pair"))
+    pd.testing.assert_frame_equal(two, one, rtol=1e-2, atol=1e-3)
+    output = ranks(1, *fit, "--name", "pair-killed", rank=1, do="kill", at=f"{BATCH}@18")
+    assert "'xray-fastai fit --resume pair-killed'" in output
+    output = ranks(0, "fit", "--resume", "pair-killed")
+    assert "resuming      pair-killed with 1 of 2 networks done" in output
+    for name in ("history.csv", "model.safetensors", "out_of_fold.csv"):
+        assert Path("exports/pair-killed", name).read_bytes() == Path("exports/pair", name).read_bytes()
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_batch(ranks, there, run):
     """The first process writes one export, which one process can resume."""
     fit = [*FIT, "--freeze-epochs", 1, "--epochs", 1, "--name", "stopped"]

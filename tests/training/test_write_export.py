@@ -29,7 +29,7 @@ ROW = {
 
 JUDGEMENT = Judgement(Calibration())
 OUTCOME = Outcome("complete", [ROW], ROW, [], 0.0, (0, 0))
-FACTS = {"architecture": SMALL, "classes": ["NORMAL", "PNEUMONIA"], "preprocessing": {"size": 32}}
+FACTS = {"architecture": SMALL, "classes": ["NORMAL", "PNEUMONIA"], "preprocessing": {"size": 32}, "training": {}}
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("Train on chest_xray/train, and write exports/first:", "xray-fastai fit chest_xray --name first"),
         ("A quick trial: small images, a small network, few epochs:",
          "xray-fastai fit chest_xray --arch resnet18 --size 64 --epochs 3"),
+        ("Five networks in one export, each on other patients (five times as long):",
+         "xray-fastai fit chest_xray --members 5"),
         ("Continue from your own model with another hospital's images:",
          "xray-fastai fit other_hospital --weights exports/first"),
     ),

@@ -124,6 +124,15 @@ def _md5() -> Any:
     return hashlib.md5(usedforsecurity=False)  # as `image_facts.Facts.digest`
 
 
+def has_folds(model: dict[str, Any]) -> bool:
+    """Return whether each network of an ensemble left out another part of the images: none is new to all of them.
+
+    Args:
+        model: the content of the export's `model.json`.
+    """
+    return members_of(model) > 1 and not model["data"]["valid_files"]
+
+
 def labelled_images(model: dict[str, Any], wanted: Request) -> Labelled:
     """List the images of a split.
 
@@ -214,8 +223,8 @@ def _listed_table(model: dict[str, Any], wanted: Request, rule: PatientRule) -> 
     if split in ("train", "valid"):
         table = table[table.split != "test"]
         known = table.file.map(file_key).isin(model["data"]["valid_files"]).any()
-        of_ensemble = wanted.data is None and members_of(model) > 1  # whose fit used all of them
-        if whole and not known and not of_ensemble:
+        folds = wanted.data is None and has_folds(model)
+        if whole and not known and not folds:
             notes.append(f"no splits in it: all images are used, not only those of {split}")
             split = "test"
     elif not whole:
@@ -254,7 +263,7 @@ def _used_in_fit(model: dict[str, Any], listed: _Listed) -> _Listed:
         UserError: there are none, or files that the fit validated on are missing.
     """
     keys = set(model["data"]["valid_files"])
-    if listed.split == "valid" and members_of(model) > 1 and not keys:
+    if listed.split == "valid" and has_folds(model):
         raise UserError(
             "an ensemble has none: each image was left out by one network, but learnt from by the others. report.html "
             "has the figures of the network that left it out; give other images by data=",

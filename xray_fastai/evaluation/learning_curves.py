@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -27,21 +27,32 @@ LR_FIND = "lr_find.png"
 """The picture of the searches of the learning rate in an export."""
 
 
-def plot_curves(history: list[dict], path: Path, kept: dict | None = None) -> None:
-    """Draw training and validation loss of all phases, and mark phase change, best epochs and the exported epoch.
+def kept_epochs(model: dict[str, Any]) -> list[dict]:
+    """Return `phase` and `epoch` of the weights in an export, by its `model.json`; of an ensemble `member`, too."""
+    if members := model["training"].get("members"):
+        return [{"member": member["member"], **member["best"]} for member in members]
+    return [model["best"]] if model["best"] else []
+
+
+def plot_curves(history: list[dict], path: Path, kept: Sequence[dict] = ()) -> None:
+    """Draw training and validation loss of all phases, and mark phase change, best epochs and the exported epochs.
 
     Args:
-        history: a row for each epoch, with the keys `phase`, `epoch`, `train_loss`, `valid_loss`.
+        history: a row for each epoch, with the keys `phase`, `epoch`, `train_loss`, `valid_loss`; of an ensemble
+            `member`, too.
         path: the PNG to write.
-        kept: `phase` and `epoch` of the weights that are exported.
+        kept: from `kept_epochs`.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     _draw_curves(figure.add_subplot(), history, {"train_loss": "training loss", "valid_loss": "validation loss"}, kept)
     figure.savefig(path, dpi=130)
 
 
-def _draw_curves(axes: Axes, history: list[dict], columns: dict[str, str], kept: dict | None) -> None:
+def _draw_curves(axes: Axes, history: list[dict], columns: dict[str, str], kept: Sequence[dict]) -> None:
     """Draw columns of the history under their labels; on `valid_loss` mark the best epochs and the exported one."""
+    if history and "member" in history[0]:
+        _draw_members(axes, history, columns, kept)
+        return
     table = pd.DataFrame(history, columns=["phase", "epoch", *columns])
     table["x"] = range(1, len(table) + 1)
     values = table[list(columns)].apply(pd.to_numeric, errors="coerce").astype(float)
@@ -58,24 +69,63 @@ def _draw_curves(axes: Axes, history: list[dict], columns: dict[str, str], kept:
                       color=UNFROZEN if phase == "unfrozen" else FROZEN, label=label)  # fmt: skip
         if rows.x.iloc[0] > 1:
             axes.axvline(rows.x.iloc[0] - 0.5, color=GREY, linestyle=":", linewidth=1.2, label="backbone unfrozen")
-    if kept and "valid_loss" in columns:
-        rows = table[(table.phase == kept["phase"]) & (table.epoch == kept["epoch"])]
+    for best in kept if "valid_loss" in columns else ():
+        rows = table[(table.phase == best["phase"]) & (table.epoch == best["epoch"])]
         for row in rows[:1].itertuples():
             axes.plot(row.x, values.valid_loss[row.Index], "D", markersize=5, color=UNFROZEN,
                       label=f"weights kept: {row.phase} {row.epoch}")  # fmt: skip
-    axes.set(xlabel="epoch (both phases)" if len(phases) > 1 else "epoch")
+    _finish(axes, values, "valid_loss" in columns, len(phases))
+    if len(table):
+        axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, handlelength=1.6)
+
+
+def _draw_members(axes: Axes, history: list[dict], columns: dict[str, str], kept: Sequence[dict]) -> None:
+    """Draw a line of a colour for each network of an ensemble; the first of the columns is dashed."""
+    table = pd.DataFrame(history, columns=["member", "phase", "epoch", *columns])
+    table["x"] = table.groupby("member").cumcount() + 1
+    values = table[list(columns)].apply(pd.to_numeric, errors="coerce").astype(float)
+    members = table.groupby("member", sort=False)
+    colours = matplotlib.colormaps["tab10" if len(members) <= 10 else "tab20"].colors
+    for (member, rows), colour in zip(members, colours, strict=False):
+        styles = dict(zip(columns, [("--", 0.8, 0.6), ("-", 1.5, 1.0)], strict=False))
+        for column, (style, width, alpha) in styles.items():
+            label = f"member {member}" if style == "-" else None
+            axes.plot(
+                rows.x, values[column][rows.index], style, color=colour, linewidth=width, alpha=alpha, label=label
+            )
+        for best in kept if "valid_loss" in columns else ():
+            is_kept = (rows.member == best["member"]) & (rows.phase == best["phase"]) & (rows.epoch == best["epoch"])
+            for row in rows[is_kept][:1].itertuples():
+                axes.plot(row.x, values.valid_loss[row.Index], "D", markersize=5, color=colour)
+    _finish(axes, values, "valid_loss" in columns, table.phase.nunique())
+    dashed, solid = columns.values()
+    axes.figure.legend(
+        loc="outside upper left", ncols=min(5, len(members)), frameon=False, fontsize=9, handlelength=1.6,
+        title=f"dashed {dashed}, solid {solid}" + ("; diamond: weights kept" if "valid_loss" in columns else ""),
+        title_fontsize=9, alignment="left",
+    )  # fmt: skip
+
+
+def _finish(axes: Axes, values: pd.DataFrame, of_loss: bool, phases: int) -> None:
+    """Label the axes, and cut off the losses of an epoch that diverged.
+
+    Args:
+        axes: with the curves.
+        values: that are drawn.
+        of_loss: whether they are losses.
+        phases: how many there are.
+    """
+    axes.set(xlabel="epoch (both phases)" if phases > 1 else "epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25, color=GREY)
     axes.spines[["top", "right"]].set_visible(False)
-    if "valid_loss" in columns:
+    if of_loss:
         axes.set(ylabel="weighted cross-entropy")
         limit = 5 * values.median(axis=None)  # one diverged epoch would flatten the curve of all others
         cut = values.max(axis=None) > limit > 0
         axes.set_ylim(0, limit if cut else None)
         if cut:
             axes.set(ylabel="weighted cross-entropy\n(higher is cut off)")
-    if len(table):
-        axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, handlelength=1.6)
 
 
 def plot_searches(searches: Sequence[dict], path: Path) -> None:
@@ -143,7 +193,7 @@ def plot_batch(images: "Tensor", labels: Sequence[str], path: Path, max_images: 
     sheet.save(path, optimize=True)
 
 
-def svg_curves(history: list[dict], kept: dict | None = None) -> list[dict[str, str]]:
+def svg_curves(history: list[dict], kept: Sequence[dict] = ()) -> list[dict[str, str]]:
     """Return the learning curves as SVG elements. Their colours are CSS variables, for a light and a dark theme."""
     plots = [
         ("Loss", {"train_loss": "training loss", "valid_loss": "validation loss"}),

@@ -21,9 +21,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template, UndefinedError
 from PIL import Image
 
-from xray_fastai.config.choices import network_of
+from xray_fastai.config.choices import MAX_MEMBERS, network_of
 from xray_fastai.evaluation.groups import remarks_on
-from xray_fastai.evaluation.learning_curves import LR_FIND, svg_curves
+from xray_fastai.evaluation.learning_curves import LR_FIND, kept_epochs, svg_curves
 from xray_fastai.export.schema import read_settings
 from xray_fastai.metrics.table import METRICS, title_at_prevalence, title_of
 from xray_fastai.system.errors import UserError
@@ -108,6 +108,7 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
     """Return what the template shows; `problems` names each part that exists but cannot be shown."""
     model = read_settings(export)
     problems: list[str] = []
+    kept = kept_epochs(model)
     parts = {part.name: part for root in (export, output) for part in root.glob("*-*") if part.is_dir()}
     evaluations = _read_parts(parts, "evaluation", "metrics.json", _evaluation, problems)
     interpretations = _read_parts(parts, "interpretation", "summary.json", _interpretation, problems)
@@ -121,7 +122,9 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
         history = [{key: _value(value) for key, value in row.items()} for row in csv.DictReader(StringIO(text))]
         if len({row["phase"] for row in history}) > MAX_PHASES:
             raise ValueError("too many phases")
-        curves = svg_curves(history, model["best"])
+        if len({row.get("member") for row in history}) > MAX_MEMBERS:
+            raise ValueError("too many networks")
+        curves = svg_curves(history, kept)
     except (UserError, csv.Error, *WRONG_SHAPE) as error:
         history, curves = [], []
         problems.append(f"history.csv: not readable ({type(error).__name__})")
@@ -134,6 +137,8 @@ def _context(export: Path, output: Path, name: str) -> dict[str, Any]:
         "recalibrated": _recalibrated(model),
         "known_by": _known_by(model["data"]["patients"].get("known_by")),
         "history": history,
+        "is_kept": [any(_is_same_epoch(row, best) for best in kept) for row in history],
+        "ensemble": _ensemble(model),
         "curves": curves,
         "evaluations": evaluations,
         "interpretations": interpretations,
@@ -203,15 +208,36 @@ def _evaluation(summary: dict) -> dict[str, Any]:
 
 def _recalibrated(model: dict) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return the metrics before and after `recalibrate`, and the differences, as titles and cells."""
-
-    def cell(numbers: list[float | None]) -> tuple[str, str]:
-        return _cell(dict(zip(("value", "low", "high"), numbers, strict=True)))
-
     metrics = (model.get("recalibrated") or {}).get("metrics", {})
     return [
-        (title_of(name), [cell(found[part]) for part in ("before", "after", "difference")])
+        (title_of(name), [_estimate(found[part]) for part in ("before", "after", "difference")])
         for name, found in metrics.items()
     ]
+
+
+def _ensemble(model: dict) -> dict[str, Any] | None:
+    """Return what the report shows of the networks of an ensemble; None of one network."""
+    ensemble = model.get("ensemble")
+    if ensemble is None:
+        return None
+    cells = {name: _estimate(numbers) for name, numbers in ensemble["metrics"].items()}
+    return {
+        **ensemble,
+        "metrics": [(title_of(name), cell) for name, cell in cells.items()],
+        "key_metrics": [(title_of(name), cells[name]) for name in KEY_METRICS if name in cells],
+        "members": [
+            member | {name: _estimate(member[name]) for name in ("roc_auc", "balanced_accuracy")}
+            for member in model["training"].get("members") or []
+        ],
+    }
+
+
+def _is_same_epoch(row: dict, best: dict) -> bool:
+    return all(row.get(key) == best.get(key) for key in ("member", "phase", "epoch"))
+
+
+def _estimate(numbers: list[float | None]) -> tuple[str, str]:
+    return _cell(dict(zip(("value", "low", "high"), numbers, strict=True)))
 
 
 def _called(called: dict | None) -> dict[str, Any] | None:

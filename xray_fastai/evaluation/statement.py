@@ -178,8 +178,7 @@ def _on_data(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, 
         "data": "The images were drawn by the program from formulas; none shows a patient."
         if data["rehearsal"]
         else f"The images are those of {_folder(data['name'])} (add where and when they were taken).",
-        "partitions": f"{parts['training']} were trained on; {parts['validation']} chose the epoch, the calibration "
-        f"and the threshold.{of_group}",
+        "partitions": _partitions(model, parts) + of_group,
         "disjoint": "Training and validation share no patient and no identical file.",
         "left_out": listed,
         "missing": f"Images that cannot be read {unreadable}.{alone}",
@@ -189,12 +188,26 @@ def _on_data(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, 
     }
 
 
+def _partitions(model: Mapping[str, Any], parts: Mapping[str, str]) -> str:
+    """Say what the images were used for, given their counts in words."""
+    ensemble = model.get("ensemble")
+    if ensemble is not None and ensemble["outputs"] == "out of fold":
+        return (
+            f"{parts['training']} were divided into {ensemble['planned']} folds by patient. Each network was trained "
+            "on all folds but one, which chose its epoch. The outputs of all images, each by the network that was not "
+            "trained on it, chose the calibration and the threshold."
+        )
+    chosen = f"{parts['validation']} chose the epoch, the calibration and the threshold"
+    return f"{parts['training']} were trained on; {chosen}."
+
+
 def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
     settings, training, preprocessing = model["settings"], model["training"], model["preprocessing"]
     size = preprocessing["size"]
     equalized = ", histogram equalised" if preprocessing.get("contrast") == "equalize" else ""
     varied = _variation(model.get("augmentation"), settings["augment"])
     phases = " and ".join(f"{count_of(phase['epochs'], 'epoch')} {phase['name']}" for phase in training["phases"])
+    folds = (model.get("ensemble") or {}).get("outputs") == "out of fold"
     weights = model.get("class_weights")
     loss = "cross-entropy"
     if weights:
@@ -216,14 +229,12 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         f"the probabilities of {', '.join(model['classes'])}.",
         "weights": f"Initial weights: {training['weights']}.",
         "training": f"It was trained for {phases}{_hyperparameters(model)}, and with {loss} as loss. {varied}",
-        "selection": best
-        and f"The weights are those of epoch {best['epoch']} of the {best['phase']} phase, whose validation loss was "
-        "lowest.",
+        "selection": _selection(model, best),
         "calibration": f"Probabilities and threshold: {model['calibration']}.",
         "ensemble": "One network, no ensemble."
         if members == 1
-        else f"An ensemble of {members} networks, of which the mean output is used. Each has another seed and left "
-        "out another part of the images, by patient.",
+        else f"An ensemble of {members} networks, of which the mean output is used. Each has another seed"
+        + (" and left out another part of the images, by patient." if folds else "; all have the same images."),
         "imbalance": f"The loss was {loss}." if weights else None,
         "updating": updated
         and f"The probabilities were fitted to another place on {updated['created'][:10]}, with "
@@ -235,6 +246,15 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         "availability": f"The weights have the SHA-256 {model['weights']['sha256']}; all settings are in model.json. "
         "The software is public (add where weights and data are).",
     }
+
+
+def _selection(model: Mapping[str, Any], best: Mapping[str, Any] | None) -> str | None:
+    """Say which epochs were exported; nothing where none was completed."""
+    if members := model["training"].get("members"):
+        epochs = ", ".join(f"{m['best']['epoch']} ({m['best']['phase']})" for m in members)
+        return f"The weights are those of the epochs {epochs} of the networks, whose validation losses were lowest."
+    where = best and f"epoch {best['epoch']} of the {best['phase']} phase"
+    return where and f"The weights are those of {where}, whose validation loss was lowest."
 
 
 def _hyperparameters(model: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@
                   history.csv         one row an epoch
                   curves.png          the history as a picture
                   lr_find.png         the searches of the learning rate, after `fit --lr find`
+                  out_of_fold.csv     of an ensemble: each image, judged by the network that was not trained on it
                   batch.png           training images as the network got them
                   report.html         all of it on one page that loads nothing from the network
 

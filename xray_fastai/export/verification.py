@@ -31,7 +31,7 @@ UNPACKED = 1_000_000_000
 """The largest size in bytes to which one file of an archive is unpacked."""
 PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".ckpt", ".joblib")
 REPORT_ADVICE = "'xray-fastai evaluate' writes it again"
-KNOWN = ("curves.png", "lr_find.png", "batch.png", CHECKPOINT, LOG)
+KNOWN = ("curves.png", "lr_find.png", "batch.png", "out_of_fold.csv", CHECKPOINT, LOG)
 PICKLE_NOTE = "loading a pickle can run code, so it was not opened. Delete it, unless you made it"
 
 

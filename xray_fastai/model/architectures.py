@@ -105,7 +105,8 @@ def on_start(arch: str) -> torch.device:
 def backbones_of(network: nn.Sequential) -> list[nn.Sequential]:
     """Return the backbones of an ensemble's members; of another network its own alone."""
     backbone = network[0]
-    return list(backbone[0]) if isinstance(backbone[0], Parallel) else [backbone]
+    first = next(backbone.children(), None)
+    return list(first) if isinstance(first, Parallel) else [backbone]
 
 
 def split_parameters(model: nn.Sequential, arch: str) -> list[list[nn.Parameter]]:

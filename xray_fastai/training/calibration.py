@@ -32,6 +32,7 @@ class Validated:
     patients: np.ndarray  # (N,), equal for images of one patient
     weights: np.ndarray  # (classes,), of the loss
     trained: np.ndarray  # (classes,), numbers of training images
+    kind: str = "validation"  # what the images are called
 
     @property
     def counts(self) -> np.ndarray:
@@ -69,7 +70,7 @@ def calibrate(
     """
     number, fewest = len(images.targets), images.counts.min()
     if number < MIN_IMAGES or fewest < MIN_OF_A_CLASS:
-        note = f"not calibrated: {number} validation images, {fewest} of the rarest class, are too few"
+        note = f"not calibrated: {number} {images.kind} images, {fewest} of the rarest class, are too few"
         if target_sensitivity is not None:
             note += f", also for a sensitivity of {target_sensitivity:g}"
         return Calibration(Scaling(), None if positive is None else 0.5, note)
@@ -99,12 +100,12 @@ def prior_of(images: Validated, scaling: Scaling) -> np.ndarray:
 
 
 def _none(images: Validated) -> tuple[Scaling, str]:
-    return Scaling(), f"not calibrated, as --calibration none says; {len(images.targets)} validation images"
+    return Scaling(), f"not calibrated, as --calibration none says; {len(images.targets)} {images.kind} images"
 
 
 def _cautious(images: Validated) -> tuple[Scaling, str]:
     """With no validation errors the temperature cannot be estimated: the likelihood grows as it falls to zero."""
-    number = f"{len(images.targets)} validation images"
+    number = f"{len(images.targets)} {images.kind} images"
     if not (images.logits.argmax(axis=1) != images.targets).any():
         return Scaling(), f"not calibrated: without errors on {number} the temperature cannot be estimated"
     return Scaling("cautious", choose_temperature(images)), f"cautious temperature from {number}"
@@ -113,7 +114,7 @@ def _cautious(images: Validated) -> tuple[Scaling, str]:
 def _validation(images: Validated) -> tuple[Scaling, str]:
     temperature, intercepts = fit_slope_and_intercepts(images)
     scaling = Scaling("validation", temperature, tuple(intercepts.tolist()))
-    return scaling, f"slope and intercept fitted to {len(images.targets)} validation images"
+    return scaling, f"slope and intercept fitted to {len(images.targets)} {images.kind} images"
 
 
 METHODS = {"cautious": _cautious, "validation": _validation, "none": _none}

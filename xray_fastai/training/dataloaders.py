@@ -9,13 +9,15 @@ from typing import Any
 import pandas as pd
 from fastai.vision.all import DataLoaders, Learner
 
-from xray_fastai.config.choices import FIND
+from xray_fastai.config.choices import FIND, members_of
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.audit.check import fit_notes
 from xray_fastai.data.dataset import default_data, read_collection, with_data_defaults
 from xray_fastai.data.folders import find_root, list_split, split_folder
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.table import Data, is_table, name_of
+from xray_fastai.export.reader import export_in_weights
+from xray_fastai.export.schema import read_settings
 from xray_fastai.model.loaders import XrayDataLoaders
 from xray_fastai.model.xray_learner import About, XrayLearner
 from xray_fastai.system.errors import UserError
@@ -182,7 +184,13 @@ def learner(dls: DataLoaders, arch: str | None = None, **settings: Any) -> XrayL
             "xray_fastai.dataloaders(folder)",
             option="dls",
         )
-    config = with_parents_choices(replace(plan.config, arch=arch, **settings))
+    config = replace(plan.config, arch=arch, **settings)
+    if (parent := export_in_weights(config.weights)) is not None and members_of(read_settings(parent)) > 1:
+        raise UserError(
+            f"{parent} is an ensemble; open it by xray_fastai.open_learner, to train all of its networks at once",
+            option="weights",
+        )
+    config = with_parents_choices(config)
     config = with_data_defaults(config).with_weights_of(plan.data.classes, plan.data.positive)
     if config.lr == FIND:
         raise UserError("search it by learn.lr_find(), and give the rate to a fit method", option="lr", value=FIND)

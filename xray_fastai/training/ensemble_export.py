@@ -74,7 +74,7 @@ def export_members(members: Members, run: Reservation) -> Result:
     )
     path = export(learn, joined, outcome, judgement, run)
     words = measured_words(judgement.ensemble.record)
-    return Result(path, outcome.status, history, plan.config, received, error, measured=words)
+    return Result(path, outcome.status, history, plan.config, received, error, lr=members.trainer.lr, measured=words)
 
 
 def outputs_of(data: Collection, trained: dict[int, Trained]) -> Outputs:

@@ -28,7 +28,7 @@ from xray_fastai.training.ensemble_export import export_members
 from xray_fastai.training.loop import Added, Trainer
 from xray_fastai.training.members import START, Members, read_checkpoints, start_tensors, with_start, without_done
 from xray_fastai.training.messages import announce, name_leftovers, name_same, report_resume
-from xray_fastai.training.origin import Origin, with_parents_choices
+from xray_fastai.training.origin import origin_of, with_parents_choices
 from xray_fastai.training.plan import Plan, make_plan
 from xray_fastai.training.provenance import folder_of, log_images, log_path, log_start, take_over_log
 from xray_fastai.training.trackers import check_trackers, figures_of, tracking
@@ -72,6 +72,9 @@ def fit(
     fit's own. The same objects are used in both phases, and again after a restart with smaller batches (out of memory):
     `before_fit` marks each start. CancelFitException ends the phase. In the frozen phase a batch holds the backbone's
     features instead of images, unless `frozen_views` is 0. Checkpoints do not store a callback's attributes.
+
+    With `members`, several networks are trained one after the other, each in these phases and with the same objects
+    (`training.members`).
 
     If torchrun started several processes, each must call this with the same arguments, and gets the same result.
 
@@ -230,9 +233,7 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
         kept = kept_settings(found.checkpoint)
         _check_images(found, kept, images, config)
         saved = read_checkpoints(of_networks, found.checkpoint)
-    # settings written by version 0.1.0 lack "pretrained", those of 0.2.0 "lineage"
-    pretrained = kept.get("pretrained", config.weights != "none")
-    origin = Origin(kept["origin"], pretrained, kept.get("lineage", [])) if saved else None
+    origin = origin_of(kept, config) if saved else None
     plan, start = make_plan(config, data, origin), kept.get("start")
     if saved and start is not None:
         plan, start = _with_start(plan, found, start)

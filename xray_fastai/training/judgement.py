@@ -65,6 +65,7 @@ def judge(plan: Plan, outputs: Outputs, gate: Gate | None) -> Judgement:
         patients=pd.factorize(outputs.images.patient)[0],
         weights=np.array(plan.class_weights or [1.0] * len(classes)),
         trained=data.train.label.value_counts().loc[classes].to_numpy(),
+        kind="out-of-fold" if data.has_folds else "validation",
     )
     calibration = calibrate(images, config.calibration, positive_of(data), config.target_sensitivity)
     probabilities = calibration.probabilities(outputs.logits)

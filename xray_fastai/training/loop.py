@@ -242,8 +242,8 @@ class Trainer:
                 rate = self._rate(name)
                 if plan.config.lr == FIND:
                     rate = self._found(name, rate, [self.stop, *precision, *more])
+                callbacks += [*more, *self.added.callbacks, *(tracker.callback for tracker in self.added.trackers)]
                 if self.stop.received is None:  # a signal may end the search
-                    callbacks += [*more, *self.added.callbacks, *(tracker.callback for tracker in self.added.trackers)]
                     learn.fit(phase.epochs, lr=rate, cbs=callbacks, reset_opt=True)
         finally:
             learn.metrics = own_metrics  # the export need not hold the user's

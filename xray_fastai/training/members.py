@@ -58,10 +58,9 @@ class Trained:
     def of(cls, saved: Saved) -> "Trained":
         """Return the network of the last checkpoint of one that is done."""
         state, outputs = saved.state, saved.outputs
-        best = state["history"][saved.best_row]
         return cls(
-            state["history"], state["ends"], state["searches"], state["seconds"], best, saved.best, outputs["logits"],
-            outputs["targets"],
+            state["history"], state["ends"], state["searches"], state["seconds"], state["history"][saved.best_row],
+            saved.best, outputs["logits"], outputs["targets"],
         )  # fmt: skip
 
 
@@ -81,10 +80,13 @@ class Members:
         started: float | None = None,  # `time.perf_counter()` when the fit was called
     ):
         self.plan, self.checkpoints, self.added = plan, checkpoints, added or Added()
-        self.saved = saved or {}
-        done = {member: of_member for member, of_member in self.saved.items() if is_done(of_member, plan)}
-        self.trained = {member: Trained.of(of_member) for member, of_member in done.items()}
-        self.left = [member for member in range(plan.members) if member not in done]  # that are not done
+        self.saved, self.trained = {}, {}
+        for member, of_member in (saved or {}).items():
+            if is_done(of_member, plan):
+                self.trained[member] = Trained.of(of_member)
+            else:
+                self.saved[member] = of_member
+        self.left = [member for member in range(plan.members) if member not in self.trained]  # that are not done
         self.stop, self.error = StopOnSignal(), None
         self.member = self.left[0] if self.left else 0
         self.trainer = self._trainer(started)

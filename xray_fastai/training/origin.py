@@ -76,9 +76,16 @@ def split_tensors(tensors: dict[str, torch.Tensor], members: int) -> list[dict[s
         state = {BACKBONE + name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
         for name in (name for name in tensors if name.startswith(HEAD)):
             tensor = tensors[name]  # weights (classes, members * features), or the mean of the biases (classes,)
-            state[name] = members * tensor.chunk(members, dim=1)[member] if tensor.ndim == 2 else tensor
+            state[name] = members * tensor.chunk(members, dim=1)[member] if tensor.ndim == 2 else tensor.clone()
         states.append(state)
     return states
+
+
+def origin_of(kept: dict[str, Any], config: FitConfig) -> Origin:
+    """Return the origin of the weights in a checkpoint, of what was kept beside it."""
+    # settings written by version 0.1.0 lack "pretrained", those of 0.2.0 "lineage"
+    pretrained = kept.get("pretrained", config.weights != "none")
+    return Origin(kept["origin"], pretrained, kept.get("lineage", []))
 
 
 def parent_of(config: FitConfig) -> Parent | None:

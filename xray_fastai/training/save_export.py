@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from fastai.vision.all import GatherPredsCallback
 
+from xray_fastai.config.choices import members_of
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.export.reader import lineage_of, read
 from xray_fastai.export.run_folder import reserve
@@ -94,9 +95,11 @@ def _plan(learn: XrayLearner, about: About, plan: Plan, folder: Path) -> Plan:
         parent = Path(about.path)
         origin = Origin(f"of the export {parent.resolve().name}", True, lineage_of(parent, model))
     weight = learn.loss_func.func.weight if hasattr(learn.loss_func, "func") else None
+    members = members_of(model)
     return replace(
         plan,
-        config=replace(plan.config, **given, exports=os.fspath(folder.parent), name=folder.name),
+        config=replace(plan.config, **given, members=members, exports=os.fspath(folder.parent), name=folder.name),
+        members=members,
         class_weights=None if weight is None else weight.tolist(),
         origin=origin,
         precision="fp32",
@@ -114,8 +117,9 @@ def _copied(learn: XrayLearner, dls: XrayDataLoaders, plan: Plan) -> XrayLearner
         raise UserError("its weights are not finite; train it with a lower rate", option="learn")
     with on_start(learn.arch):
         copied = build_learner(
-            dls, learn.arch, dropout=plan.config.dropout, class_weights=plan.class_weights, size=plan.config.size
-        )
+            dls, learn.arch, dropout=plan.config.dropout, class_weights=plan.class_weights, size=plan.config.size,
+            members=plan.members,
+        )  # fmt: skip
     if next(copied.model.parameters()).is_meta:
         copied.model.to_empty(device="cpu")
     try:

@@ -15,7 +15,7 @@ import torch
 from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 
-from xray_fastai.config.choices import members_of, network_of
+from xray_fastai.config.choices import network_of
 from xray_fastai.data import labelled
 from xray_fastai.data.folders import find_images
 from xray_fastai.data.patients import check_listed, numbered, patient_rule, patients_in
@@ -116,7 +116,7 @@ def _effect(before: Model, after: Model) -> list[str]:
         table = labelled.labelled_images(before.settings, labelled.Request(None, "valid")).table
     except UserError:
         why = "no image is new to all networks of an ensemble"
-        if members_of(before.settings) == 1:
+        if not labelled.has_folds(before.settings):
             why = "validation's images are not here"
         return [f"{why}: what it does to images like those of the training is not known"]
     models = {"before": before, "after": after}
@@ -226,7 +226,9 @@ def reference_of(model: Model) -> Reference:
         UserError: it has more than two classes, or was recalibrated, or is an earlier one whose validation images are
             not here.
     """
-    settings, positive, counts = model.settings, model.positive, model.settings["data"]["valid"]
+    settings, positive, data = model.settings, model.positive, model.settings["data"]
+    part = "train" if labelled.has_folds(settings) else "valid"  # of which scores are known
+    counts = data[part]
     if len(model.classes) != 2 or len(counts) != 2 or model.threshold in (None, 0, 1):
         message = "needs two classes, validated on both, and a threshold between 0 and 1; leave it out"
         raise UserError(message, option="match_scores")
@@ -245,7 +247,7 @@ def reference_of(model: Model) -> Reference:
             ) from None
         odds = log_odds(predict_all(model, list(table.path)), model.classes.index(positive))
         known = {name: quantiles(odds[(table.label == name).to_numpy()], QUANTILES) for name in model.classes}
-    share, patients = counts[positive] / sum(counts.values()), settings["data"]["patients"]["valid"]
+    share, patients = counts[positive] / sum(counts.values()), data["patients"][part]
     return Reference(np.array(known[negative]), np.array(known[positive]), share, patients)
 
 

@@ -24,7 +24,7 @@ from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
 from xray_fastai.data.labelled import contents_of, file_key
 from xray_fastai.data.patients import images_by_source, unknown
-from xray_fastai.evaluation.learning_curves import LR_FIND, plot_batch, plot_curves, plot_searches
+from xray_fastai.evaluation.learning_curves import LR_FIND, kept_epochs, plot_batch, plot_curves, plot_searches
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.export.run_folder import LOG, Reservation
 from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
@@ -180,7 +180,7 @@ def write_export(
         pd.DataFrame(outcome.history).to_csv(folder / "history.csv", index=False)
         if ensemble is not None and ensemble.predictions is not None:
             ensemble.predictions.to_csv(folder / OUT_OF_FOLD, index=False)
-        plot_curves(outcome.history, folder / CURVES, model["best"])
+        plot_curves(outcome.history, folder / CURVES, kept_epochs(model))
         if outcome.searches:
             plot_searches(outcome.searches, folder / LR_FIND)
         with contextlib.suppress(ImageError):  # the images may have been deleted; the export is written without them
@@ -232,8 +232,8 @@ class Result:
     signal: int | None = None  # the signal that interrupted it
     error: str | None = None  # why it diverged, or None
     best: dict | None = field(default=None, repr=False)  # the row of the history whose weights were exported
-    measured: str | None = field(default=None, repr=False)  # what all outputs of several networks show, in words
     lr: float | None = None  # the peak learning rate of the last phase, given or found
+    measured: str | None = field(default=None, repr=False)  # what all outputs of several networks show, in words
 
     def _repr_html_(self) -> str:
         facts = {"export": str(self.path), "fit": self.status if self.error is None else f"{self.status}: {self.error}"}
