@@ -37,6 +37,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.vision.all import Callback, TensorImage, Transform
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
@@ -47,6 +48,7 @@ from torchvision.transforms.v2.functional import jpeg
 from tests.benchmarks.elsewhere import groups_of
 from tests.benchmarks.measuring import whole_number
 from tests.benchmarks.robustness import SIDE, narrowed, widened
+from tests.benchmarks.second_hospital import by_patient
 from tests.benchmarks.shift import FRAME, link, measure
 from xray_fastai import dataloaders, fit, open_learner, save_export
 from xray_fastai.data.folders import find_root, read_split
@@ -62,10 +64,12 @@ COMMON = {
     "arch": os.environ.get("ARCH", "resnet18"),
     "size": whole_number("SIZE", 64, 32),
     "epochs": whole_number("EPOCHS", 8),
+    "batch_size": whole_number("BATCH", 80),
     "weights": "none",
     "device": os.environ.get("DEVICE", "cpu"),
     "quiet": True,
 }
+IMAGES = whole_number("IMAGES", 10**6)  # of the rest, which is trained on; of whole patients, but for the last
 AVERAGED = 0.4  # the last part of the steps that `mean` averages; there the rate falls (`callbacks.Schedule`)
 LARGEST_WEIGHT = 10.0  # of an image, over the smallest, in `looks`
 # -----------------------------------------------------------------------------
@@ -233,20 +237,29 @@ VARIANTS = {
 }
 
 
-def figures_of(export: Path, groups: dict[str, pd.DataFrame]) -> dict[str, dict[str, float]]:
+Pictures = tuple[list[Image.Image], np.ndarray]  # images, and which of them are positive
+
+
+def pictures_of(groups: dict[str, pd.DataFrame]) -> dict[str, Pictures]:
+    """Return the images of each group, decoded once for all fits, and "reframed"."""
+    found = {
+        name: ([open_image(path, COMMON["size"]) for path in table.path], table.label.eq("PNEUMONIA").to_numpy())
+        for name, table in groups.items()
+    }
+    positive = found["random"][1]
+    pairs = zip(groups["random"].path, positive, strict=True)
+    return found | {
+        "reframed": ([(narrowed if p else widened)(open_image(path, SIDE), FRAME) for path, p in pairs], positive)
+    }
+
+
+def figures_of(export: Path, groups: dict[str, Pictures]) -> dict[str, dict[str, float]]:
     """Return AUC, balanced accuracy, sensitivity and specificity by group."""
     model = open_model(export, COMMON["device"])
-    positives = {name: table.label.eq(model.positive).to_numpy() for name, table in groups.items()}
-    found = {name: measure(model, list(table.path), positives[name]) for name, table in groups.items()}
-    pictures = [open_image(path, SIDE) for path in groups["random"].path]
-    swapped = [
-        (narrowed if positive else widened)(picture, FRAME)
-        for positive, picture in zip(positives["random"], pictures, strict=True)
-    ]
-    return found | {"reframed": measure(model, swapped, positives["random"])}
+    return {name: measure(model, *pictures) for name, pictures in groups.items()}
 
 
-def fits_of(variant: str, seed: int, folder: Path, groups: dict[str, pd.DataFrame]) -> list[dict]:
+def fits_of(variant: str, seed: int, folder: Path, groups: dict[str, Pictures]) -> list[dict]:
     """Fit a variant, and return its figures, and those of the averages of its weights, as lines of fits.jsonl."""
     chosen, start = VARIANTS[variant], time.process_time()
     callbacks = chosen.callbacks()
@@ -301,13 +314,15 @@ def main(folder: Path, names: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     groups, log = groups_of(folder, table), folder / "fits.jsonl"
     if not (folder / "data").exists():
-        link(folder / "data", table, table.file.isin(pd.concat(groups.values()).file).to_numpy())
+        rest = by_patient(table[~table.patient.isin(pd.concat(groups.values()).patient)], 0).head(IMAGES)
+        link(folder / "data", rest, np.zeros(len(rest), bool))
+    pictures = pictures_of(groups)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     for seed in SEEDS:
         for variant in names or VARIANTS:
             if any(row["variant"] == variant and row["seed"] == seed for row in rows):
                 continue
-            new = fits_of(variant, seed, folder, groups)
+            new = fits_of(variant, seed, folder, pictures)
             rows += new
             with log.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in new)
