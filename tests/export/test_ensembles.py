@@ -15,8 +15,9 @@ from tests.ensembles import MEMBERS, joined
 from tests.export.test_export import predicted_by_fastai
 from xray_fastai import load_learner, verify
 from xray_fastai.config.choices import MAX_MEMBERS
+from xray_fastai.export import weights_file
 from xray_fastai.export.network import load_network
-from xray_fastai.export.weights_file import facts_hash, layout_of, network_part, read_weights, size_of, split_state
+from xray_fastai.export.weights_file import facts_hash, layout_of, network_part, read_weights, size_of, split_tensors
 from xray_fastai.model.architectures import build_network
 from xray_fastai.model.ensemble import split
 from xray_fastai.system.errors import UserError
@@ -82,13 +83,16 @@ def test_the_tensors_of_a_member_are_those_of_its_network(ensemble, of_torch):
     tensors = network_part(read_weights(ensemble, "model.safetensors", model))
     if of_torch:
         tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
-    for state, member in zip(split_state(tensors, MEMBERS), split(network, MEMBERS), strict=True):
+    for state, member in zip(split_tensors(tensors, MEMBERS), split(network, MEMBERS), strict=True):
         own = member.state_dict()
         assert state.keys() == own.keys()
         assert all(np.allclose(state[name], own[name]) for name in own)
+    biases = [state["1.3.bias"] for state in split_tensors(tensors, MEMBERS)]
+    biases[0] += 1
+    assert not np.allclose(biases[0], biases[1])  # each has its own, which safetensors asks for
     without_head = {name: tensor for name, tensor in tensors.items() if not name.startswith("1.")}
-    assert not any(name.startswith("1.") for name in split_state(without_head, MEMBERS)[2])
-    assert split_state(tensors, 1) == [tensors]
+    assert not any(name.startswith("1.") for name in split_tensors(without_head, MEMBERS)[2])
+    assert split_tensors(tensors, 1) == [tensors]
 
 
 def test_the_learner_and_the_pickle_have_all_members(ensemble, an_image):
@@ -102,6 +106,7 @@ def test_the_learner_and_the_pickle_have_all_members(ensemble, an_image):
     label, _, probabilities = learn.predict(an_image)
     other, _, again = pickled.predict(an_image)
     assert label == other and probabilities.tolist() == pytest.approx(again.tolist(), abs=1e-6)
+    assert "Conv2d" in str(learn.summary())
     assert len(learn.opt_func(learn.splitter(learn.model), lr=1).param_lists) == 3
 
 
@@ -137,6 +142,14 @@ def test_a_number_of_members_that_can_not_be(value, copy, run, refused, an_image
 def test_another_number_of_members_than_the_weights_have(value, words, copy, run, refused):
     change(copy, members=value)
     refused(run("verify", copy), "not the weights of " + words)
+
+
+def test_the_header_may_be_longer_by_the_number_of_members(ensemble, monkeypatch):
+    size = int.from_bytes((ensemble / "model.safetensors").read_bytes()[:8], "little")
+    monkeypatch.setattr(weights_file, "HEADER", -(-size // MEMBERS))
+    assert verify(ensemble).ok
+    monkeypatch.setattr(weights_file, "HEADER", size // MEMBERS - 1)
+    assert "its header is incomplete, or longer than" in str(verify(ensemble))
 
 
 def test_one_network_that_says_it_is_three(export, tmp_path, run, refused):

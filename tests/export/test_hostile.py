@@ -139,6 +139,10 @@ WEIGHTS_FAULTS = {
     ),
     "a header of no JSON": (lambda f: put_header(f, lambda h: "{" * 9999), ["its header is damaged"]),
     "a header nested deeply": (lambda f: put_header(f, lambda h: "[" * 9999 + "]" * 9999), ["header is damaged"]),
+    "a header of many lists": (
+        lambda f: put_header(f, lambda h: '{"a": [' + "[]," * 300_000 + "[]]}"),
+        ["its header is damaged (more lists and objects than its tensors have)"],
+    ),
     "a header of a list": (lambda f: put_header(f, lambda h: "[1, 2]"), ["its header is damaged"]),
     "offsets beyond the file": (
         lambda f: put_header(f, lambda h: h[NAME].update(data_offsets=[2**40, 2**40 + 4704])),
