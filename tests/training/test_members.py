@@ -23,6 +23,8 @@ from xray_fastai import fit, load_learner
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.labelled import Request, file_key, labelled_images
 from xray_fastai.data.splits import assign_folds, patient_groups
+from xray_fastai.evaluation.statement import _on_data, _on_model
+from xray_fastai.export.runs import Auc, list_runs
 from xray_fastai.metrics.comparison import Called
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.model.ensemble import split
@@ -176,6 +178,19 @@ def test_what_the_export_records_and_the_fit_prints(whole, fits):
     found = re.search(r"^out of fold, 79 images of \d+ patients: ROC AUC ([\d.]+) \([\d.]+ to [\d.]+\)", output, re.M)
     assert float(found[1]) == pytest.approx(model["ensemble"]["metrics"]["roc_auc"][0], abs=5e-4)
     assert "then 2 networks more)" in " ".join(output.split())
+
+
+@pytest.mark.slow
+def test_what_report_runs_and_statement_say_of_the_networks(whole, fits):
+    model, text = settings_of(whole), (whole / "report.html").read_text()
+    assert "<h3>Out of fold: 79 images of " in text and text.count('class="best"') == 3
+    value, low, high = model["ensemble"]["metrics"]["roc_auc"]
+    assert f"{value:.3f}<small>{low:.3f} to {high:.3f}</small>" in text  # at a glance
+    (row,) = [run for run in list_runs(fits.exports) if run.name == "whole"]
+    assert row.valid == Auc(value, low, high) and row.network == f"3 x {SMALL} 32"
+    sentences = _on_data(model, {"data": "data", "split": "test", "images": 1, "patients": 1, "counts": {}})
+    assert " of 11 patients were divided into 3 folds by patient. " in sentences["partitions"]
+    assert "another part of the images, by patient" in _on_model(model)["ensemble"]
 
 
 QUICKLY = {
