@@ -11,7 +11,7 @@ import requests
 
 from tests.conftest import draw_collection, settings_of
 from tests.serving.conftest import send, served
-from xray_fastai import load_learner, predict, verify
+from xray_fastai import dataloaders, learner, load_learner, predict, save_export, verify
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.images import open_image
 from xray_fastai.export.network import load_network
@@ -19,6 +19,7 @@ from xray_fastai.inference.model import open_model
 from xray_fastai.inference.rows import RowBuilder
 from xray_fastai.model.ensemble import split
 from xray_fastai.model.preprocessing import Preprocessing
+from xray_fastai.system.errors import UserError
 
 NAMED = "3 x small_resnet"
 
@@ -71,6 +72,7 @@ def test_heat_maps_are_drawn(ensemble, files, run, tmp_path):
     assert result.exit_code == 0 and len(list((tmp_path / "maps").glob("*.png"))) == 1
 
 
+@pytest.mark.slow
 def test_evaluate_and_what_reads_its_files(three, tested, run):
     result = run("evaluate", "--model", three, "--data", tested, "--statement", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -84,6 +86,7 @@ def test_evaluate_and_what_reads_its_files(three, tested, run):
     assert "One network, no ensemble" not in statement
 
 
+@pytest.mark.slow
 def test_the_statement_of_one_network_is_as_it_was(export, tested, run, tmp_path):
     one = shutil.copytree(export, tmp_path / "one")
     assert run("evaluate", "--model", one, "--data", tested, "--statement", "--device", "cpu").exit_code == 0
@@ -121,12 +124,14 @@ def test_nor_are_rows_of_a_table_without_splits(of_fit, three, files, run, refus
         assert result.exit_code == 0 and "no splits in it" in result.output, result.output
 
 
+@pytest.mark.slow
 def test_interpret(three, tested, run):
     result = run("interpret", "--model", three, "--data", tested, "--split", "test", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert f"{NAMED}, 32 pixels" in result.output
 
 
+@pytest.mark.slow
 def test_compare_with_its_first_member(ensemble, export, tested, run, tmp_path):
     result = run("compare", export, ensemble, "--data", tested, "--output", tmp_path / "compared", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -135,6 +140,7 @@ def test_compare_with_its_first_member(ensemble, export, tested, run, tmp_path):
     assert (content["a"]["members"], content["b"]["members"]) == (1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["labels", "unlabelled"])
 def test_recalibrate(way, ensemble, tested, run, tmp_path):
     options = {"labels": ("--data", tested / "test"), "unlabelled": ("--unlabelled", tested / "test")}[way]
@@ -155,6 +161,7 @@ def test_recalibrate(way, ensemble, tested, run, tmp_path):
     assert "3 x small_resnet" in repr(learn)
 
 
+@pytest.mark.slow
 def test_the_onnx_file_has_all_members(ensemble, files, run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     output = tmp_path / "three.onnx"
@@ -177,3 +184,44 @@ def test_the_server_says_what_it_is(ensemble, export, files):
             assert named in requests.get(address, timeout=60).text
             (answer,) = send(address, Path(files[0]), heatmap=True).json()["predictions"]
         assert answer["probabilities"]["PNEUMONIA"] == pytest.approx(predict([files[0]], path).p_PNEUMONIA[0], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_fit_continues_from_it_with_as_many_networks(ensemble, tested, run, refused, tmp_path):
+    options = ("--data", tested, "--workers", 0, "--batch-size", 8, "--device", "cpu", "--weights", ensemble)
+    for members in ((), ("--members", 2)):
+        refused(run("fit", *options, *members), "holds 3 networks; give 3")
+    folder = tmp_path / "exports"
+    briefly = ("--members", 3, "--freeze-epochs", 0, "--epochs", 1, "--lr", 1e-9)
+    result = run("fit", *options, *briefly, "--exports", folder, "--name", "on")
+    assert result.exit_code == 0, result.output
+    assert verify(folder / "on").ok and settings_of(folder / "on")["lineage"][0]["name"] == "three"
+    before, after = (load_network(path)[1].state_dict() for path in (ensemble, folder / "on"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if tensor.ndim == 4 or name.startswith("1."):
+            np.testing.assert_allclose(tensor, after[name], atol=1e-4, err_msg=name)
+
+
+def test_a_new_learner_cannot_start_from_it(ensemble, tested):
+    loaders = dataloaders(tested, size=32, valid="0.25", batch_size=8, workers=0, device="cpu")
+    with pytest.raises(UserError, match="three is an ensemble; open it by"):
+        learner(loaders, weights=str(ensemble))
+
+
+@pytest.mark.slow
+def test_training_by_hand_trains_all_members(ensemble, tested, tmp_path):
+    learn = load_learner(ensemble)
+    learn.dls = dataloaders(tested, learn, valid="0.25", batch_size=8, workers=0, device="cpu")
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1, 1e-3)
+    path = save_export(learn, tmp_path / "mine")
+    model, network = load_network(path)
+    assert verify(path).ok and model["members"] == 3 and model["by_hand"]
+    assert model["settings"]["members"] == 3 and len(model["data"]["valid_files"]) == sum(
+        model["data"]["valid"].values()
+    )
+    before = load_network(ensemble)[1].state_dict()
+    for member in range(3):
+        name = f"0.0.{member}.0.weight"
+        assert not (before[name] == network.state_dict()[name]).all()

@@ -16,7 +16,7 @@ from tests.export.test_export import predicted_by_fastai
 from xray_fastai import load_learner, verify
 from xray_fastai.config.choices import MAX_MEMBERS
 from xray_fastai.export.network import load_network
-from xray_fastai.export.weights_file import facts_hash, layout_of, network_part, read_weights, size_of, split_state
+from xray_fastai.export.weights_file import facts_hash, layout_of, network_part, read_weights, size_of, split_tensors
 from xray_fastai.model.architectures import build_network
 from xray_fastai.model.ensemble import split
 from xray_fastai.system.errors import UserError
@@ -82,13 +82,16 @@ def test_the_tensors_of_a_member_are_those_of_its_network(ensemble, of_torch):
     tensors = network_part(read_weights(ensemble, "model.safetensors", model))
     if of_torch:
         tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
-    for state, member in zip(split_state(tensors, MEMBERS), split(network, MEMBERS), strict=True):
+    for state, member in zip(split_tensors(tensors, MEMBERS), split(network, MEMBERS), strict=True):
         own = member.state_dict()
         assert state.keys() == own.keys()
         assert all(np.allclose(state[name], own[name]) for name in own)
+    biases = [state["1.3.bias"] for state in split_tensors(tensors, MEMBERS)]
+    biases[0] += 1
+    assert not np.allclose(biases[0], biases[1])  # each has its own, which safetensors asks for
     without_head = {name: tensor for name, tensor in tensors.items() if not name.startswith("1.")}
-    assert not any(name.startswith("1.") for name in split_state(without_head, MEMBERS)[2])
-    assert split_state(tensors, 1) == [tensors]
+    assert not any(name.startswith("1.") for name in split_tensors(without_head, MEMBERS)[2])
+    assert split_tensors(tensors, 1) == [tensors]
 
 
 def test_the_learner_and_the_pickle_have_all_members(ensemble, an_image):

@@ -25,6 +25,7 @@ from xray_fastai.data.labelled import Request, file_key, labelled_images
 from xray_fastai.data.splits import assign_folds, patient_groups
 from xray_fastai.evaluation.statement import _on_data, _on_model
 from xray_fastai.export.runs import Auc, list_runs
+from xray_fastai.export.weights_file import split_tensors
 from xray_fastai.metrics.comparison import Called
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.model.ensemble import split
@@ -32,7 +33,6 @@ from xray_fastai.system.errors import UserError
 from xray_fastai.training import ensemble_export, trackers
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.members import LEAST_SECONDS, Members
-from xray_fastai.training.origin import split_tensors
 from xray_fastai.training.pace import EXPORT_SHARE
 from xray_fastai.training.trackers import LogEpochs
 

@@ -1,5 +1,6 @@
 """Reads the weights of an export once, and checks them before they are loaded into a network; numpy, without torch."""
 
+import copy
 import hashlib
 import json
 from functools import cache
@@ -101,10 +102,10 @@ def network_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(GATE)}
 
 
-def split_state(tensors: dict[str, Tensor], members: int) -> list[dict[str, Tensor]]:
+def split_tensors(tensors: dict[str, Tensor], members: int) -> list[dict[str, Tensor]]:
     """Return the tensors of each network of an ensemble, by the names that they have in a network alone.
 
-    Each gets the mean of the members' biases, because no more is left of them.
+    Each gets a copy of the mean of the members' biases: no more is left of them.
 
     Args:
         tensors: of the joined network, NumPy's or torch's. Those of the head may be missing.
@@ -116,7 +117,7 @@ def split_state(tensors: dict[str, Tensor], members: int) -> list[dict[str, Tens
 def _of_member(tensors: dict[str, Tensor], member: int, members: int) -> dict[str, Tensor]:
     start = _start_of(member)
     own = {f"{BACKBONE}{k.removeprefix(start)}": tensor for k, tensor in tensors.items() if k.startswith(start)}
-    head = {name: tensor for name, tensor in tensors.items() if not name.startswith(BACKBONE)}
+    head = {name: copy.deepcopy(tensor) for name, tensor in tensors.items() if not name.startswith(BACKBONE)}
     if (weight := head.get("1.3.weight")) is not None:  # (classes, members * F)
         features = weight.shape[1] // members
         head["1.3.weight"] = members * weight[:, member * features : (member + 1) * features]

@@ -11,10 +11,9 @@ from xray_fastai.config.choices import members_of
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.export.reader import export_in_weights, lineage_of, read
 from xray_fastai.export.schema import WEIGHTS, read_settings
-from xray_fastai.export.weights_file import network_part, read_weights
+from xray_fastai.export.weights_file import network_part, read_weights, split_tensors
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown
-from xray_fastai.training.callbacks import BACKBONE
 
 HEAD = "1."
 """The names of the head's tensors begin with this."""
@@ -64,21 +63,6 @@ class Parent:
 
     def _has(self, classes: Sequence[str]) -> bool:
         return self.settings["classes"] == list(classes)
-
-
-def split_tensors(tensors: dict[str, torch.Tensor], members: int) -> list[dict[str, torch.Tensor]]:
-    """Return the tensors of each network of an ensemble under the names of one network, as `model.ensemble.split`."""
-    if members == 1:
-        return [tensors]
-    states = []
-    for member in range(members):
-        own = f"{BACKBONE}0.{member}."
-        state = {BACKBONE + name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
-        for name in (name for name in tensors if name.startswith(HEAD)):
-            tensor = tensors[name]  # weights (classes, members * features), or the mean of the biases (classes,)
-            state[name] = members * tensor.chunk(members, dim=1)[member] if tensor.ndim == 2 else tensor.clone()
-        states.append(state)
-    return states
 
 
 def origin_of(kept: dict[str, Any], config: FitConfig) -> Origin:
