@@ -297,6 +297,15 @@ def test_damaged_files_of_networks_that_are_done(fits, whole):
     same(whole, fits.exports / "damaged")
 
 
+@pytest.mark.slow
+def test_where_memory_ran_out_the_next_network_begins_with_smaller_batches(fits):
+    at = {"do": "starve", "at": "xray_fastai.model.learner:CalibratedCrossEntropy.__call__@2", "max_images": 7}
+    one_phase = {"weights": "none", "freeze_epochs": None, "epochs": 1, "members": 2}
+    output = fits(**{"do": at} | SETTINGS | one_phase, name="starved")
+    assert re.findall("^out of memory in (.*?):", output, re.M) == ["training", "validation"]
+    assert settings_of(fits.exports / "starved")["members"] == 2
+
+
 class Poison(Callback):
     "Make the outputs of one network, from one epoch on, not a number; it counts the networks, as it is used for all."
 
