@@ -102,6 +102,19 @@ def test_the_command_runs_without_any_option(run, calls):
     assert calls == [((FitConfig(),), {})]
 
 
+def test_the_learning_rate_is_a_number_or_find(run, calls, refused):
+    for text, value in (("2e-3", 2e-3), ("find", "find")):
+        assert run("fit", "--lr", text).exit_code == 0
+        assert calls.pop() == ((FitConfig(lr=value),), {})
+    for text in ("foo", "Find", ""):
+        result = run("fit", "--lr", text)
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[-1] == f"Error: --lr {text}: give a number, or find"
+    for text in ("0", "-1", "20", "nan"):
+        refused(run("fit", "--lr", text), f"--lr {text}: give a number that is above 0 and below 10, or find")
+    assert "did you mean --lr find?" in run("fit", "--lr-find").stderr
+
+
 def test_a_resumed_fit_gets_only_the_options_that_were_given(run, calls):
     run("fit", "--resume", "--no-cache", "--epochs", FitConfig.epochs)
     run("fit", "--workers", 0, "--resume", "small")

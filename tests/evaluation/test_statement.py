@@ -65,6 +65,10 @@ def test_what_was_not_recorded_stays_open(stated, export):
     assert "fitted to another place on 2026-11-20, with 80 images" in stated(updated)
     settings = settings_of(export)["settings"]
     assert f"with batches of {settings['batch_size']}, a peak learning rate of {settings['lr']:g}, the schedule" in text
+    training = settings_of(export)["training"]
+    phases = [phase | {"lr": 0.0021} for phase in training["phases"]]
+    searched = stated({"settings": settings | {"lr": "find"}, "training": training | {"phases": phases}})
+    assert "a peak learning rate of 0.0021 (unfrozen), by a learning rate range test, the schedule" in searched
     by_hand = stated({"settings": settings | {"lr": None, "batch_size": None}, "best": None})
     assert "with the schedule" in by_hand and "- [ ] Methods, training: choice of the final model" in by_hand
     plain = stated({"class_weights": None})

@@ -23,6 +23,8 @@ from xray_fastai import fit, load_learner
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.labelled import Request, file_key, labelled_images
 from xray_fastai.data.splits import assign_folds, patient_groups
+from xray_fastai.evaluation.statement import _on_data, _on_model
+from xray_fastai.export.runs import Auc, list_runs
 from xray_fastai.export.weights_file import split_tensors
 from xray_fastai.metrics.comparison import Called
 from xray_fastai.metrics.scored import Scored
@@ -178,6 +180,19 @@ def test_what_the_export_records_and_the_fit_prints(whole, fits):
     assert "then 2 networks more)" in " ".join(output.split())
 
 
+@pytest.mark.slow
+def test_what_report_runs_and_statement_say_of_the_networks(whole, fits):
+    model, text = settings_of(whole), (whole / "report.html").read_text()
+    assert "<h3>Out of fold: 79 images of " in text and text.count('class="best"') == 3
+    value, low, high = model["ensemble"]["metrics"]["roc_auc"]
+    assert f"{value:.3f}<small>{low:.3f} to {high:.3f}</small>" in text  # at a glance
+    (row,) = [run for run in list_runs(fits.exports) if run.name == "whole"]
+    assert row.valid == Auc(value, low, high) and row.network == f"3 x {SMALL} 32"
+    sentences = _on_data(model, {"data": "data", "split": "test", "images": 1, "patients": 1, "counts": {}})
+    assert " of 11 patients were divided into 3 folds by patient. " in sentences["partitions"]
+    assert "another part of the images, by patient" in _on_model(model)["ensemble"]
+
+
 QUICKLY = {
     "weights": "none", "arch": SMALL, "size": 32, "batch_size": 8, "workers": 0, "device": "cpu", "epochs": 1,
     "members": 2, "name": "two",
@@ -231,11 +246,10 @@ def test_a_fit_killed_in_and_between_its_networks_gives_the_result_of_an_uninter
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["terminate", "interrupt"])
-def test_an_interrupted_fit_exports_the_networks_so_far_and_resumes(what, fits, whole):
-    at = {"do": what, "at": f"{BATCH}@{OF_NETWORK + 12}"}  # in the second network's second epoch
-    output = fits(do=at, **SETTINGS, name=what)
-    path = fits.exports / what
+def test_an_interrupted_fit_exports_the_networks_so_far_and_resumes(fits, whole):
+    at = {"do": "terminate", "at": f"{BATCH}@{OF_NETWORK + 12}"}  # in the second network's second epoch
+    output = fits(do=at, **SETTINGS, name="terminated")
+    path = fits.exports / "terminated"
     model = settings_of(path)
     assert "2 of 3 networks are in the export: the others have no epoch yet" in output
     assert model["status"] == "interrupted" and model["members"] == 2 and model["ensemble"]["planned"] == 3
@@ -243,21 +257,19 @@ def test_an_interrupted_fit_exports_the_networks_so_far_and_resumes(what, fits, 
     table = pd.read_csv(path / "out_of_fold.csv")
     assert set(table.member) == {1, 2} and len(table) == model["ensemble"]["images"]
     load_learner(path)
-    output = fits(resume=what)
+    output = fits(resume="terminated")
     assert resumed(output) == "with 1 of 3 networks done"
     assert "member 2 of 3: " in output and "; resuming after frozen epoch 1" in output
-    same(whole, fits.exports / f"{what}-2")
+    same(whole, fits.exports / "terminated-2")
 
 
 @pytest.mark.slow
-def test_a_fit_interrupted_before_any_epoch(fits, whole):
+def test_a_fit_interrupted_before_any_epoch(fits):
     output = fits(do={"do": "terminate", "at": f"{BATCH}@2"}, **SETTINGS, name="early")
     assert "no epoch was completed: the export has the weights at the time of the stop" in output
     model = settings_of(fits.exports / "early")
     assert model.get("members") is None and model["settings"]["members"] == 3
     load_learner(fits.exports / "early")
-    assert resumed(fits(resume="early")) == "from the beginning: no epoch was completed"
-    same(whole, fits.exports / "early-2")
 
 
 @pytest.mark.slow
@@ -280,6 +292,15 @@ def test_damaged_files_of_networks_that_are_done(fits, whole):
     assert re.findall(r"^member (\d) of 3: .*(resuming after .*)?$", output, re.M)[0][0] == "1"
     assert "; resuming after frozen epoch 1" in output
     same(whole, fits.exports / "damaged")
+
+
+@pytest.mark.slow
+def test_where_memory_ran_out_the_next_network_begins_with_smaller_batches(fits):
+    at = {"do": "starve", "at": "xray_fastai.model.learner:CalibratedCrossEntropy.__call__@2", "max_images": 7}
+    one_phase = {"weights": "none", "freeze_epochs": None, "epochs": 1, "members": 2}
+    output = fits(**{"do": at} | SETTINGS | one_phase, name="starved")
+    assert re.findall("^out of memory in (.*?):", output, re.M) == ["training", "validation"]
+    assert settings_of(fits.exports / "starved")["members"] == 2
 
 
 class Poison(Callback):

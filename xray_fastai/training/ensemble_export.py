@@ -90,7 +90,7 @@ def outputs_of(data: Collection, trained: dict[int, Trained]) -> Outputs:
 def _network(plan: Plan, member: Trained) -> nn.Sequential:
     config = plan.config
     network = build_network(config.arch, len(plan.data.classes), config.dropout, config.size)
-    network.load_state_dict(member.weights)
+    network.load_state_dict(member.weights, assign=True)  # without copies: there may be twenty
     return network
 
 

@@ -235,7 +235,7 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
         saved = read_checkpoints(of_networks, found.checkpoint)
     origin = origin_of(kept, config) if saved else None
     plan, start = make_plan(config, data, origin), kept.get("start")
-    if saved and start is not None:
+    if found is not None and saved and start is not None:
         plan, start = _with_start(plan, found, start)
     trainer = _trainer(plan, of_networks, saved, began.started)
     announce(plan, trainer.parameters)
@@ -253,7 +253,7 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
     with tracking(config, run) as trackers:
         trainer.added = replace(began.added, trackers=trackers)
         trainer.train()
-        result = export_members(trainer, run) if plan.members > 1 else export_learner(trainer, run)
+        result = export_members(trainer, run) if isinstance(trainer, Members) else export_learner(trainer, run)
         for tracker in trackers:
             tracker.finish(figures_of(result.path), result.path)
     return distributed.share(result)
@@ -287,7 +287,8 @@ def _trainer(
     """
     if plan.members > 1:
         return Members(plan, checkpoints=checkpoints, saved=saved, started=started)
-    return Trainer(plan, checkpoints=checkpoints and checkpoints[0], saved=saved.get(0), started=started)
+    own = None if checkpoints is None else checkpoints[0]
+    return Trainer(plan, checkpoints=own, saved=saved.get(0), started=started)
 
 
 def _check_images(found: Unfinished, kept: dict[str, Any], images: dict, config: FitConfig) -> None:

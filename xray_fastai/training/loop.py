@@ -200,7 +200,8 @@ class Trainer:
         schedule = Schedule(patience=max(1, config.patience // 2)) if config.schedule == "adaptive" else None
         following = None
         if name == "frozen":
-            following = Following(config.epochs, lambda seconds: self._unfrozen_epoch(epochs, seconds))
+            search = lr_find.STEPS * self.plan.batch_size / len(self.plan.data.train) if config.lr == FIND else 0.0
+            following = Following(config.epochs, lambda seconds: self._unfrozen_epoch(epochs, seconds), search)
         pace = Pace(lambda: self.progress.elapsed, name, config.seconds_allowed, schedule, following)
         pace.members_left = self.turn.left
         return Phase(name, epochs, config, pace)
@@ -242,8 +243,9 @@ class Trainer:
                 rate = self._rate(name)
                 if plan.config.lr == FIND:
                     rate = self._found(name, rate, [self.stop, *precision, *more])
+                    pace.stopped = self._time_is_up(name)
                 callbacks += [*more, *self.added.callbacks, *(tracker.callback for tracker in self.added.trackers)]
-                if self.stop.received is None:  # a signal may end the search
+                if self.stop.received is None and not pace.stopped:  # a signal may end the search
                     learn.fit(phase.epochs, lr=rate, cbs=callbacks, reset_opt=True)
         finally:
             learn.metrics = own_metrics  # the export need not hold the user's

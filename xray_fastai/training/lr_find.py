@@ -69,12 +69,12 @@ def suggestion(rates: list[float], losses: list[float], batches: int) -> tuple[f
     would suggest the last rate.
 
     >>> suggestion([1e-4, 1e-3, 1e-2], [3.0, 2.0, 1.0], 3)
-    (None, 'the loss rose at once')
+    (None, 'the loss diverged at once')
     """
     first, end = batches // 10, len(rates) - 5
     rates, losses = rates[first:end], losses[first:end]
     if not losses:
-        return None, "the loss rose at once"
+        return None, "the loss diverged at once"
     if min(losses) == losses[0]:
         return None, "the loss did not fall"
     return float(f"{valley(rates[: len(losses)], losses, batches)[0]:.2g}"), None

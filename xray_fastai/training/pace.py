@@ -55,6 +55,7 @@ class Following:
 
     epochs: int  # at most
     seconds: Callable[[float], float]  # estimates what an epoch of it takes, given the seconds of one of this phase
+    search: float = 0.0  # epochs that take as long as the search of its learning rate
 
 
 class Pace(Callback):
@@ -130,9 +131,10 @@ class Pace(Callback):
         text, rest, parts = f"an epoch takes {in_words(seconds)}; ", left * seconds, count_of(left, "epoch")
         if self.following is not None:
             of_one = self.following.seconds(seconds)
-            rest += self.following.epochs * of_one
+            rest += (self.following.epochs + self.following.search) * of_one
             about = "about " if of_one >= 1 else ""
             parts += f", then at most {self.following.epochs} unfrozen of {about}{in_words(of_one)} each"
+            parts += " and a search of their learning rate" if self.following.search else ""
         if self.limit is not None:
             text += f"{self.epochs} of {count_of(self.n_epoch, 'epoch')} fit into the time limit; "
             rest = min(rest, max(0.0, self.limit - self.clock()))
