@@ -22,8 +22,9 @@ frozen alone        the frozen phase on stored features; then the run ends, with
 Seconds are CPU seconds of the process and of those it starts, and beside them seconds on the clock, which say little on
 a busy machine. They count from the call, with decoding (caches are empty when a way starts), and without imports. A
 callback measures the AUC after each epoch, and its own time is not counted: the seconds belong to the epochs' ends.
-"end" is the AUC that a user keeps: of our export, of plain fastai's last epoch; "s in all" is the time for that. FOLDER
-keeps a line a run (runs.jsonl); what is there is not run again.
+"end" is the AUC that a user keeps: of our export, of plain fastai's last epoch; "s in all" is the time for that. The
+AUC with which the better plain way ends is a fourth level. FOLDER keeps a line a run (runs.jsonl); what is there is not
+run again.
 """
 
 import contextlib
@@ -252,36 +253,44 @@ else:
     }
 
 
-def times_of(run: dict) -> dict[float, tuple[float, float] | None]:
-    """Return the CPU seconds and the seconds on the clock at which each level was passed first; None is never."""
-    means = [(row["seconds"], np.mean([row["AUC"][name] for name in GROUPS])) for row in run["epochs"]]
-    return {level: next((tuple(s) for s, mean in means if mean >= level), None) for level in LEVELS}
+def time_of(run: dict, level: float) -> np.ndarray | None:
+    """Return the CPU seconds and the seconds on the clock at which a level was passed first; None is never."""
+    for row in run["epochs"]:
+        if mean_of(row["AUC"]) >= level:
+            return np.array(row["seconds"])
+    return None
+
+
+def mean_of(aucs: Found) -> float:
+    return float(np.mean([aucs[name] for name in GROUPS]))
 
 
 def as_table(runs: Sequence[dict]) -> str:
-    """Return a row for each way: medians over the seeds, and how many times as long the fastest plain way takes."""
-    medians: dict[str, dict] = {}
-    for way in dict.fromkeys(run["way"] for run in runs):
-        own = [run for run in runs if run["way"] == way]
-        row = medians[way] = {}
-        for level in LEVELS:
-            reached = [found for run in own if (found := times_of(run)[level]) is not None]
-            row[level] = np.median(reached, axis=0) if 2 * len(reached) > len(own) else None
-        row["s in all"] = np.median([run["seconds"] for run in own], axis=0)
-        row["end"] = {name: np.mean([run["end"][name] for run in own]) for name in own[0]["end"]}
-    plain = [row for way, row in medians.items() if way.startswith("plain")]
-    rows = {}
-    for way, row in medians.items():
-        cells = rows[way] = {}
-        for level in LEVELS:
-            best = min((other[level][0] for other in plain if other[level] is not None), default=None)
-            cells[f"{level:.2f}"] = "never" if row[level] is None else "{:.0f} ({:.0f})".format(*row[level])
-            cells[f"plain / it, {level:.2f}"] = (
-                "-" if best is None or row[level] is None else f"{best / row[level][0]:.1f}"
-            )
-        cells["s in all"] = "{:.0f} ({:.0f})".format(*row["s in all"])
-        cells["end"] = f"{np.mean([row['end'][name] for name in GROUPS]):.3f}"
-        cells |= {f"end, {name}": f"{value:.3f}" for name, value in row["end"].items()}
+    """Return a row for each way: medians over the seeds, and how many times as long the fastest plain way takes.
+
+    The last level is the AUC that the better plain way ends with.
+    """
+    by_way = {way: [run for run in runs if run["way"] == way] for way in dict.fromkeys(run["way"] for run in runs)}
+    ends = {way: float(np.mean([mean_of(run["end"]) for run in own])) for way, own in by_way.items()}
+    plain = [way for way in by_way if way.startswith("plain")]
+    levels = {f"{level:.2f}": level for level in LEVELS}
+    if plain:
+        levels["plain's end"] = max(ends[way] for way in plain)
+    rows: dict[str, dict[str, str]] = {way: {} for way in by_way}
+    for title, level in levels.items():
+        times = {}
+        for way, own in by_way.items():
+            found = [seconds for run in own if (seconds := time_of(run, level)) is not None]
+            if 2 * len(found) > len(own):
+                times[way] = np.median(found, axis=0)
+        best = min((times[way][0] for way in plain if way in times), default=None)
+        for way, row in rows.items():
+            row[title] = "{:.0f} ({:.0f})".format(*times[way]) if way in times else "never"
+            row[f"plain / it, {title}"] = f"{best / times[way][0]:.1f}" if best and way in times else "-"
+    for way, own in by_way.items():
+        rows[way]["s in all"] = "{:.0f} ({:.0f})".format(*np.median([run["seconds"] for run in own], axis=0))
+        rows[way]["end"] = f"{ends[way]:.3f}"
+        rows[way] |= {f"end, {name}": f"{np.mean([run['end'][name] for run in own]):.3f}" for name in own[0]["end"]}
     return pd.DataFrame(rows).T.to_string()
 
 
@@ -298,14 +307,14 @@ def main(folder: Path, names: Sequence[str]) -> None:
             if any(run["way"] == way and run["seed"] == seed for run in runs):
                 continue
             cache = folder / "cache"
-            shutil.rmtree(cache, ignore_errors=True)
+            for old in (cache, folder / "exports"):
+                shutil.rmtree(old, ignore_errors=True)
             began = time.perf_counter()
             with (
                 patch.object(pixel_cache, "cache_dir", lambda cache=cache: cache),
                 contextlib.redirect_stdout(io.StringIO()),
             ):
                 run = {"setup": setup, "way": way, "seed": seed} | WAYS[way](task, seed)
-            shutil.rmtree(folder / "exports", ignore_errors=True)
             runs.append(run)
             with log.open("a") as file:
                 file.write(json.dumps(run) + "\n")

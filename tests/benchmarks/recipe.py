@@ -7,8 +7,9 @@ the other patients ("random"). "reframed" are the random ones in the other class
 `fit` trains each variant of its defaults on the rest, first all with seed 0, then all with seed 1, and so on. FOLDER
 keeps a line for each fit (fits.jsonl). What is there is not fitted again, so several short runs add up.
 
-    default     the defaults, and of the same fits: `ema` (an average of the weights over about one epoch) and `mean`
-                (over the last 40 % of the steps, in which the rate falls). Batch norm's statistics are averaged, too
+    default     the defaults
+    averages    the same fits again, and `ema` (an average of their weights over about one epoch) and `mean` (over the
+                last 40 % of the steps, in which the rate falls). Batch norm's statistics are averaged, too
     rescaled    half of the images are made smaller, down to a third of the side, and large again
     jpeg        half of them go through JPEG, of a quality of 10 to 90
     sharpened   half of them are sharpened by an unsharp mask
@@ -223,7 +224,8 @@ class Variant:
 
 
 VARIANTS = {
-    "default": Variant(callbacks=lambda: [Averages()]),
+    "default": Variant(),
+    "averages": Variant(callbacks=lambda: [Averages()]),
     "rescaled": Variant(transforms=[Rescale()]),
     "jpeg": Variant(transforms=[Jpeg()]),
     "rescaled-jpeg": Variant(transforms=[Rescale(), Jpeg()]),
