@@ -255,6 +255,8 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "augmentation": [([15], "an object"), ({"max_rotate": "15"}, "number"), ({"max_rotate": 10**400}, "")],
     "best.valid_loss": [("low", "number")],
     "versions": [({"torch": 2}, "versions.torch"), ({f"v{i}": "1" for i in range(2000)}, "2,000 entries")],
+    "ensemble": [([], "an object"), ({"outputs": "all"}, "ensemble.outputs: input should be 'out of fold' or")],
+    "training.members": [([{}] * 21, "at most 20 items"), ([{"member": 0}], "training.members[0].member: ")],
     "weights.file": [("../sent/model.safetensors", "'model.safetensors'"), ("/etc/passwd", "'model.safetensors'")],
     "scores": [
         ({"NORMAL": [0.0] * 101}, "not of two classes"),
