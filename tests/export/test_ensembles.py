@@ -15,6 +15,7 @@ from tests.ensembles import MEMBERS, joined
 from tests.export.test_export import predicted_by_fastai
 from xray_fastai import load_learner, verify
 from xray_fastai.config.choices import MAX_MEMBERS
+from xray_fastai.export import weights_file
 from xray_fastai.export.network import load_network
 from xray_fastai.export.weights_file import facts_hash, layout_of, network_part, read_weights, size_of, split_tensors
 from xray_fastai.model.architectures import build_network
@@ -105,6 +106,7 @@ def test_the_learner_and_the_pickle_have_all_members(ensemble, an_image):
     label, _, probabilities = learn.predict(an_image)
     other, _, again = pickled.predict(an_image)
     assert label == other and probabilities.tolist() == pytest.approx(again.tolist(), abs=1e-6)
+    assert "Conv2d" in str(learn.summary())
     assert len(learn.opt_func(learn.splitter(learn.model), lr=1).param_lists) == 3
 
 
@@ -140,6 +142,14 @@ def test_a_number_of_members_that_can_not_be(value, copy, run, refused, an_image
 def test_another_number_of_members_than_the_weights_have(value, words, copy, run, refused):
     change(copy, members=value)
     refused(run("verify", copy), "not the weights of " + words)
+
+
+def test_the_header_may_be_longer_by_the_number_of_members(ensemble, monkeypatch):
+    size = int.from_bytes((ensemble / "model.safetensors").read_bytes()[:8], "little")
+    monkeypatch.setattr(weights_file, "HEADER", -(-size // MEMBERS))
+    assert verify(ensemble).ok
+    monkeypatch.setattr(weights_file, "HEADER", size // MEMBERS - 1)
+    assert "its header is incomplete, or longer than" in str(verify(ensemble))
 
 
 def test_one_network_that_says_it_is_three(export, tmp_path, run, refused):

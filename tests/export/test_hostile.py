@@ -139,6 +139,10 @@ WEIGHTS_FAULTS = {
     ),
     "a header of no JSON": (lambda f: put_header(f, lambda h: "{" * 9999), ["its header is damaged"]),
     "a header nested deeply": (lambda f: put_header(f, lambda h: "[" * 9999 + "]" * 9999), ["header is damaged"]),
+    "a header of many lists": (
+        lambda f: put_header(f, lambda h: '{"a": [' + "[]," * 300_000 + "[]]}"),
+        ["its header is damaged (more lists and objects than its tensors have)"],
+    ),
     "a header of a list": (lambda f: put_header(f, lambda h: "[1, 2]"), ["its header is damaged"]),
     "offsets beyond the file": (
         lambda f: put_header(f, lambda h: h[NAME].update(data_offsets=[2**40, 2**40 + 4704])),
@@ -251,6 +255,8 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "augmentation": [([15], "an object"), ({"max_rotate": "15"}, "number"), ({"max_rotate": 10**400}, "")],
     "best.valid_loss": [("low", "number")],
     "versions": [({"torch": 2}, "versions.torch"), ({f"v{i}": "1" for i in range(2000)}, "2,000 entries")],
+    "ensemble": [([], "an object"), ({"outputs": "all"}, "ensemble.outputs: input should be 'out of fold' or")],
+    "training.members": [([{}] * 21, "at most 20 items"), ([{"member": 0}], "training.members[0].member: ")],
     "weights.file": [("../sent/model.safetensors", "'model.safetensors'"), ("/etc/passwd", "'model.safetensors'")],
     "scores": [
         ({"NORMAL": [0.0] * 101}, "not of two classes"),

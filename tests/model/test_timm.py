@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.conftest import draw_collection
+from tests.ensembles import joined
 from xray_fastai import fit, load_learner, verify
 from xray_fastai.export.schema import read_settings
 from xray_fastai.inference.gradcam import grad_cam
@@ -78,11 +79,20 @@ def test_a_fit_and_all_that_an_export_is_for(name, tmp_path, monkeypatch):
     assert (fast_features - features).abs().max() < 1e-4 * features.abs().max()
     maps = grad_cam(opened, images(), [0, 1, 0, 1])
     assert maps.shape[0] == 4 and maps.shape[1] == maps.shape[2] >= 2 and np.isfinite(maps).all()
+    ensemble = open_model(joined(path, tmp_path / "two", members=2), "cpu", precision="fp32")
+    assert verify(ensemble).ok and f"2 x {arch}" in str(verify(ensemble))
+    both, their_features = ensemble.logits_and_features(images(), exact=True)
+    torch.testing.assert_close(their_features[:, : features.shape[1]], features, rtol=1e-3, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the network runs without fused")
+        assert (ensemble.outputs(images()) - both).abs().max() < 1e-4 * both.abs().max().clamp_min(1)
+    assert grad_cam(ensemble, images(), [0, 1, 0, 1]).shape == maps.shape
     learn = load_learner(path)
     assert all(torch.equal(t, opened.network.state_dict()[k]) for k, t in learn.model.state_dict().items())
     assert learn.predict(next((data / "train" / "A").iterdir()))[2].sum() == pytest.approx(1, abs=1e-5)
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     assert export_onnx(path, tmp_path / "mine.onnx").difference < 1e-4
+    assert export_onnx(ensemble.path, tmp_path / "two.onnx").difference < 1e-4
 
 
 @pytest.mark.parametrize("name", NAMES)
