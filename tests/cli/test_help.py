@@ -113,7 +113,7 @@ def test_other_tools_names_lead_to_options_and_commands_that_exist():
         ("fit --epochs=2.5", "--epochs 2.5: give a whole number, 1 or more"),
         ("fit --seed 1 --seed x", "--seed x: give a whole number"),
         ("fit --size 20", "--size 20: give a whole number from 32 to 4096"),
-        ("fit --lr fast", "--lr fast: give a number"),
+        ("fit --lr fast", "--lr fast: give a number, or find"),
         ("fit --device tpu", "--device tpu: choose one of auto, cpu, cuda, mps"),
         ("fit --epochs", "--epochs: give a value"),
         ("serve --port x", "--port x: give a whole number from 0 to 65535"),

@@ -49,6 +49,7 @@ def other_values(config, *without):
         "column": "label=text",
         "time_limit": "2h",
         "log": "tensorboard",
+        "members": 3,
     }
     by_type = {bool: None, int: 40, float: 0.25, str: "text"}
     values, args = {}, []

@@ -37,13 +37,13 @@ from xray_fastai.training.pace import EXPORT_SHARE
 from xray_fastai.training.trackers import LogEpochs
 
 BATCH = "xray_fastai.training.stopping:StopOnNonFiniteLoss.after_batch"
-OF_NETWORK = 4 * 10
-"""Batches of one: four epochs of six to train on and four to validate on."""
+OF_NETWORK = 3 * 10
+"""Batches of the first and of the second: three epochs of six to train on and four to validate on."""
 PATTERN = r"((?:IM-|person)[a-z]+\d*?)\d\.jpeg"
 """Ten images of a patient at most: persontrain12 is one of persontrain1."""
 SETTINGS = {
     "data": "data", "weights": "weights.pth", "arch": SMALL, "size": 32, "batch_size": 8, "workers": 0, "device": "cpu",
-    "freeze_epochs": 2, "epochs": 2, "lr": 2e-3, "patient_pattern": PATTERN, "members": 3,
+    "freeze_epochs": 1, "epochs": 2, "lr": 2e-3, "patient_pattern": PATTERN, "members": 3,
 }  # fmt: skip
 COUNTS = {"train/NORMAL": 33, "train/PNEUMONIA": 42, "val/NORMAL": 2, "val/PNEUMONIA": 2}
 
@@ -167,10 +167,10 @@ def test_what_the_export_records_and_the_fit_prints(whole, fits):
     assert model["data"]["valid_files"] == [] and sum(model["data"]["train"].values()) == sum(COUNTS.values())
     records = model["training"]["members"]
     assert [record["seed"] for record in records] == [42, 43, 44]
-    assert [[phase["epochs"] for phase in record["phases"]] for record in records] == [[2, 2]] * 3
+    assert [[phase["epochs"] for phase in record["phases"]] for record in records] == [[1, 2]] * 3
     history = pd.read_csv(whole / "history.csv")
     assert list(history.columns[:3]) == ["member", "phase", "epoch"]
-    assert history.groupby(["member", "phase"]).size().tolist() == [2] * 6
+    assert history.groupby(["member", "phase"]).size().tolist() == [1, 2] * 3
     assert history.train_loss.nunique() == len(history)  # other images, other seeds
     lines = r"^member (\d) of 3: \d+ images to train on, \d+ images to validate on, seed (\d+)$"
     assert re.findall(lines, output, re.M) == [("1", "42"), ("2", "43"), ("3", "44")]
@@ -213,13 +213,13 @@ def test_the_export_gives_the_mean_of_the_outputs(collection, monkeypatch):
 
 KILLED = [  # when; the place in a process that resumes after the previous kill; what that process says it resumes
     ("in the first network's first epoch", f"{BATCH}@3", None),
-    ("in the first network's second epoch", f"{BATCH}@11", "from the beginning: no epoch was completed"),
+    ("in the first network's second epoch", f"{BATCH}@13", "from the beginning: no epoch was completed"),
     ("before the files of the first network's epochs go", "xray_fastai.training.checkpoint:Checkpoints.keep_newest@1",
      "with 0 of 3 networks done"),
     ("as the second network begins", "xray_fastai.training.checkpoint:Checkpoints.begin@1",
      "with 1 of 3 networks done"),
-    ("in the second network's second epoch", f"{BATCH}@11", "with 1 of 3 networks done"),
-    ("in the third network's unfrozen phase", f"{BATCH}@60", "with 1 of 3 networks done"),
+    ("in the second network's second epoch", f"{BATCH}@13", "with 1 of 3 networks done"),
+    ("in the third network's unfrozen phase", f"{BATCH}@42", "with 1 of 3 networks done"),
     ("while the export is written", "xray_fastai.training.write_export:plot_curves@1", "with 2 of 3 networks done"),
 ]  # fmt: skip
 
@@ -247,7 +247,7 @@ def test_a_fit_killed_in_and_between_its_networks_gives_the_result_of_an_uninter
 
 @pytest.mark.slow
 def test_an_interrupted_fit_exports_the_networks_so_far_and_resumes(fits, whole):
-    at = {"do": "terminate", "at": f"{BATCH}@{OF_NETWORK + 12}"}  # in the second network's second epoch
+    at = {"do": "terminate", "at": f"{BATCH}@{OF_NETWORK + 23}"}  # in the second network's second epoch
     output = fits(do=at, **SETTINGS, name="terminated")
     path = fits.exports / "terminated"
     model = settings_of(path)
@@ -259,7 +259,7 @@ def test_an_interrupted_fit_exports_the_networks_so_far_and_resumes(fits, whole)
     load_learner(path)
     output = fits(resume="terminated")
     assert resumed(output) == "with 1 of 3 networks done"
-    assert "member 2 of 3: " in output and "; resuming after frozen epoch 1" in output
+    assert "member 2 of 3: " in output and "; resuming after unfrozen epoch 1" in output
     same(whole, fits.exports / "terminated-2")
 
 
@@ -275,7 +275,7 @@ def test_a_fit_interrupted_before_any_epoch(fits):
 @pytest.mark.slow
 def test_damaged_files_of_networks_that_are_done(fits, whole):
     """The first network is trained again, from weights that are read again, and the third goes on."""
-    fits(-signal.SIGKILL, {"do": "kill", "at": f"{BATCH}@{2 * OF_NETWORK + 12}"}, **SETTINGS, name="damaged")
+    fits(-signal.SIGKILL, {"do": "kill", "at": f"{BATCH}@{2 * OF_NETWORK + 21}"}, **SETTINGS, name="damaged")
     checkpoint = fits.exports / ".damaged.partial" / "checkpoint"
     assert sorted(file.name for file in checkpoint.iterdir()) == [
         "member-1", "member-2", "member-3", "settings.json", "start.safetensors"
@@ -290,7 +290,7 @@ def test_damaged_files_of_networks_that_are_done(fits, whole):
     assert "checkpoint/start.safetensors: damaged; reading the weights again from weights.pth" in output
     assert resumed(output) == "with 1 of 3 networks done"
     assert re.findall(r"^member (\d) of 3: .*(resuming after .*)?$", output, re.M)[0][0] == "1"
-    assert "; resuming after frozen epoch 1" in output
+    assert "; resuming after unfrozen epoch 1" in output
     same(whole, fits.exports / "damaged")
 
 

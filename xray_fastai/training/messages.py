@@ -75,8 +75,10 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
     by = f", lower by {config.min_delta:g}" if config.min_delta else ""
     print(f"              each ends after {count_of(config.patience, 'epoch')} without a lower validation loss{by}")
     if (limit := config.seconds_allowed) is not None:
-        frozen = f", {in_words(FROZEN_SHARE * limit)} for the frozen phase" if len(plan.phases) > 1 else ""
-        print(f"time limit    {in_words(limit)} for the whole fit{frozen}; the first epoch tells how many fit")
+        parts = f", {in_words(FROZEN_SHARE * limit)} for the frozen phase" if len(plan.phases) > 1 else ""
+        if plan.members > 1:
+            parts = ", shared by the networks that are left"
+        print(f"time limit    {in_words(limit)} for the whole fit{parts}; the first epoch tells how many fit")
     if not plan.origin.pretrained:
         shown = len(plan.phases) > 1
         what = "only to show it: the head trains on random features" if shown else "skipped: the features are random"
