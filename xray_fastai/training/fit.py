@@ -23,7 +23,8 @@ from xray_fastai.system.errors import UserError
 from xray_fastai.system.options import takes_options
 from xray_fastai.system.run_log import RunLog, logging_to
 from xray_fastai.system.signals import sigterm_raises
-from xray_fastai.training.checkpoint import Checkpoints, Saved, check_space, kept_settings
+from xray_fastai.training.checkpoint import Checkpoints, Saved, kept_settings
+from xray_fastai.training.disk_space import check_space
 from xray_fastai.training.ensemble_export import export_members
 from xray_fastai.training.loop import Added, Trainer
 from xray_fastai.training.members import START, Members, read_checkpoints, start_tensors, with_start, without_done

@@ -35,7 +35,7 @@ from xray_fastai.model.folding import fold_batch_norm
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.progress import track
-from xray_fastai.training.checkpoint import check_space
+from xray_fastai.training.disk_space import check_space
 from xray_fastai.training.plan import Plan
 from xray_fastai.training.state import random_states, set_random_states
 from xray_fastai.training.stopping import StopOnSignal

@@ -14,7 +14,8 @@ from xray_fastai.metrics.table import title_of
 from xray_fastai.system import distributed
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, format_interval
-from xray_fastai.training.checkpoint import Saved, folder_size, kept_settings
+from xray_fastai.training.checkpoint import Saved, kept_settings
+from xray_fastai.training.disk_space import folder_size
 from xray_fastai.training.pace import FROZEN_SHARE, in_words
 from xray_fastai.training.plan import Plan
 
