@@ -256,7 +256,7 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "best.valid_loss": [("low", "number")],
     "versions": [({"torch": 2}, "versions.torch"), ({f"v{i}": "1" for i in range(2000)}, "2,000 entries")],
     "ensemble": [([], "an object"), ({"outputs": "all"}, "ensemble.outputs: input should be 'out of fold' or")],
-    "training.members": [([{}] * 21, "at most 20 items"), ([{"member": 0}], "training.members[0].member: ")],
+    "training.members": [([{}], "training.members[0].member: field"), ([{"member": 21}], "equal to 20")],
     "weights.file": [("../sent/model.safetensors", "'model.safetensors'"), ("/etc/passwd", "'model.safetensors'")],
     "scores": [
         ({"NORMAL": [0.0] * 101}, "not of two classes"),
