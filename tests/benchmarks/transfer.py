@@ -283,7 +283,7 @@ def show(results: pd.DataFrame) -> None:
         shifted = cells.drop(columns=["validation", "random"])
         cells = cells.assign(worst=shifted.min(axis=1), mean=shifted.mean(axis=1))
         ways = cells.groupby(["run", "way"], sort=False)
-        table = ways.mean().join(ways[["worst", "mean"]].std(), rsuffix=" sd").assign(seeds=ways.size())
+        table = ways.mean().join(ways[["worst", "mean"]].std().add_suffix(" sd")).assign(seeds=ways.size())
         print(f"\n{name}\n" + table.to_string(float_format="{:.3f}".format), flush=True)
 
 
