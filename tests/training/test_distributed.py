@@ -139,6 +139,16 @@ def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("Error")]
 
 
+def test_two_processes_find_the_rate_of_one(there, run, ranks):
+    fit = [*FIT, "--augment", "none", "--dropout", "0", "--precision", "fp32", "--lr", "find"]
+    fit += ["--freeze-epochs", "0", "--epochs", "1"]
+    one, two = run(*fit, "--name", "found-one").stdout, ranks(0, *fit, "--name", "found-two")
+    (line,) = re.findall(r"^learning rate  found .*$", one, re.M)
+    assert two.count(line) == 1
+    histories = [pd.read_csv(f"exports/found-{name}/history.csv") for name in ("one", "two")]
+    pd.testing.assert_frame_equal(*histories, rtol=1e-3, atol=1e-4)
+
+
 def test_two_processes_predict_what_one_does(exports, there, run, ranks):
     """The file is the same byte for byte, also when two processes resume what another run left."""
     (there / "data" / "val" / "NORMAL" / "broken.jpeg").write_bytes(b"no image")

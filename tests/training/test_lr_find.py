@@ -13,15 +13,15 @@ from tests.small_network import NAME as SMALL
 from tests.training.test_fit import history_of
 from tests.training.test_resume import resumed, same
 from xray_fastai import FitConfig, dataloaders, fit, learner, verify
+from xray_fastai.model.learner import CalibratedCrossEntropy
 from xray_fastai.system.errors import UserError
 from xray_fastai.training import lr_find
 from xray_fastai.training.state import random_states
 
 BATCH = "fastai.callback.schedule:LRFinder.after_batch"  # of the searches alone
-LOSS = "xray_fastai.model.learner:CalibratedCrossEntropy.__call__"
 SETTINGS = {
     "data": "data", "weights": "weights.pth", "valid": "folder", "arch": SMALL, "size": 32, "batch_size": 8,
-    "workers": 0, "device": "cpu", "freeze_epochs": 2, "epochs": 2, "lr": "find",
+    "workers": 0, "device": "cpu", "freeze_epochs": 2, "epochs": 2, "lr": "find", "augment": "none",
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_each_phase_trains_at_the_rate_that_was_found(settings, capsys):
     spy = Spy()
     result = fit(**settings, name="both", callbacks=[spy])
     output = capsys.readouterr().out
-    assert "augmentation strong, learning rate searched in each phase, adaptive" in output
+    assert "augmentation none, learning rate searched in each phase, adaptive" in output
     frozen, unfrozen = found(output)
     assert spy.peaks[0][-1] == frozen and result.lr == unfrozen
     assert spy.peaks[1] == pytest.approx([unfrozen / 100, unfrozen / 10, unfrozen])
@@ -65,12 +65,14 @@ def test_each_phase_trains_at_the_rate_that_was_found(settings, capsys):
     assert 'alt="The loss of each search' in (result.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_fit_with_the_found_rate_trains_the_same(settings, monkeypatch):
     """Bit for bit, in both phases: weights, batch norm, random states, callbacks and metrics are as before."""
     monkeypatch.setattr(lr_find, "suggestion", lambda *_: (3e-3, None))
+    monkeypatch.setattr(lr_find, "STEPS", 12)
     spies, exports = (Spy(), Spy()), []
     for lr, spy in zip(("find", 3e-3), spies, strict=True):
-        given = settings | {"lr": lr, "schedule": "constant", "name": f"lr-{lr}"}
+        given = settings | {"lr": lr, "schedule": "constant", "augment": "strong", "name": f"lr-{lr}"}
         exports.append(fit(**given, callbacks=[spy], metrics=[accuracy]).path)
     assert spies[0].peaks == spies[1].peaks == [[3e-3] * 3] * 2
     a, b = exports
@@ -101,6 +103,7 @@ def test_the_search_is_fastais_and_leaves_the_learner_as_it_was(learn):
     fastais, ours = learn(), learn()
     with fastais.no_logging():
         suggested = fastais.lr_find(show_plot=False).valley
+    Path("models").rmdir()  # where its temporary file was
     fastais_losses = [float(loss) for loss in fastais.recorder.losses]
     weights = {name: tensor.clone() for name, tensor in ours.model.state_dict().items()}
     ours.dls = learn().dls  # whose images are drawn in the same order again
@@ -114,7 +117,7 @@ def test_the_search_is_fastais_and_leaves_the_learner_as_it_was(learn):
     assert all(torch.equal(weights[name], tensor) for name, tensor in ours.model.state_dict().items())
     assert random_states(ours) == random
     assert [p is head.weight for p in ours.model.parameters() if p.grad is not None] == [True]
-    assert not ours.recorder.history and not Path("models").exists() and not Path("data/models").exists()
+    assert not ours.recorder.history and not Path("models").exists()
 
 
 def test_a_search_that_suggests_nothing():
@@ -128,10 +131,10 @@ def test_a_search_that_suggests_nothing():
         assert lr_find.suggestion(rates, losses, 100) == (None, "the loss did not fall")
 
 
+@pytest.mark.slow
 def test_the_default_is_taken_where_no_rate_is_found(settings, monkeypatch, capsys):
-    monkeypatch.setattr(lr_find, "HIGHEST", 1e-12)  # the rate falls, and nothing is learned
-    monkeypatch.setattr(lr_find, "valley", lambda *_: pytest.fail("no valley"))
-    monkeypatch.setattr(lr_find, "min", lambda losses: losses[0], raising=False)
+    monkeypatch.setattr(lr_find, "suggestion", lambda *_: (None, "the loss did not fall"))
+    monkeypatch.setattr(lr_find, "STEPS", 12)
     spy = Spy()
     result = fit(**settings, name="none", callbacks=[spy])
     (frozen, unfrozen), output = spy.peaks, capsys.readouterr().out
@@ -158,8 +161,8 @@ def test_a_killed_fit_goes_on_with_the_rates_it_found(settings, forked):
     assert whole["code"] == 0, whole["output"]
     rates = found(whole["output"])
     at = "xray_fastai.training.loop:save_between_phases@1"
-    forked(fit=settings | {"name": "killed"}, do={"do": "kill", "at": at})
-    again = forked(fit={"resume": "killed"}, do={"do": "kill", "at": f"{BATCH}@30"})["output"]
+    forked(fit=settings | {"name": "killed"}, do="kill", at=at)
+    again = forked(fit={"resume": "killed"}, do="kill", at=f"{BATCH}@30")["output"]
     assert resumed(again) == "killed after frozen epoch 1" and found(again) == []
     last = forked(fit={"resume": "killed"})["output"]
     assert resumed(last) == "killed after the frozen phase" and found(last) == rates[1:]
@@ -170,9 +173,10 @@ def test_a_killed_fit_goes_on_with_the_rates_it_found(settings, forked):
 
 @pytest.mark.slow
 def test_a_signal_during_the_search_ends_the_fit(settings, forked):
-    stopped = forked(fit=settings | {"name": "stopped"}, do={"do": "interrupt", "at": f"{BATCH}@50"})
+    stopped = forked(fit=settings | {"name": "stopped"}, do="interrupt", at=f"{BATCH}@50")
     assert stopped["code"] == 0 and "Stopping after this batch" in stopped["output"], stopped["output"]
     assert "no epoch was completed" in stopped["output"] and not found(stopped["output"])
+    assert "train loss" not in stopped["output"]  # the phase did not begin
     path = Path("exports/stopped")
     model = settings_of(path)
     assert model["status"] == "interrupted" and not history_of(path) and not (path / "lr_find.png").exists()
@@ -181,9 +185,20 @@ def test_a_signal_during_the_search_ends_the_fit(settings, forked):
 
 
 @pytest.mark.slow
-def test_out_of_memory_during_the_search(settings, forked):
+def test_out_of_memory_during_the_search(settings, monkeypatch, capsys):
     """It is repeated with batches of half the size, twice as many."""
-    at = {"do": "starve", "at": f"{LOSS}@8", "max_images": 7}  # in a batch of the search
-    result = forked(fit=settings | {"name": "starved", "freeze_epochs": 0, "epochs": 1}, do=at)
-    assert result["code"] == 0 and len(found(result["output"])) == 1, result["output"]
-    assert "out of memory in training: batches of 4 instead of 8 images" in result["output"]
+    forward, search, searches = CalibratedCrossEntropy.__call__, lr_find.search, []
+
+    def starve(loss, outputs, targets):
+        if torch.is_grad_enabled() and len(outputs) > 7:
+            raise torch.OutOfMemoryError("no memory, for a test")
+        return forward(loss, outputs, targets)
+
+    monkeypatch.setattr(CalibratedCrossEntropy, "__call__", starve)
+    monkeypatch.setattr(lr_find, "STEPS", 50)
+    monkeypatch.setattr(lr_find, "search", lambda *args: searches.append(search(*args)) or searches[-1])
+    fit(**settings | {"name": "starved", "freeze_epochs": 0, "epochs": 1})
+    output = capsys.readouterr().out
+    assert "out of memory in training: batches of 4 instead of 8 images" in output and len(found(output)) == 1
+    (rates,) = (search["rates"] for search in searches)
+    assert rates[2] / rates[0] == pytest.approx(10 ** (8 / 50))  # two parts are a step
