@@ -207,7 +207,6 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
     equalized = ", histogram equalised" if preprocessing.get("contrast") == "equalize" else ""
     varied = _variation(model.get("augmentation"), settings["augment"])
     phases = " and ".join(f"{count_of(phase['epochs'], 'epoch')} {phase['name']}" for phase in training["phases"])
-    folds = (model.get("ensemble") or {}).get("outputs") == "out of fold"
     weights = model.get("class_weights")
     loss = "cross-entropy"
     if weights:
@@ -231,10 +230,7 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         "training": f"It was trained for {phases}{_hyperparameters(model)}, and with {loss} as loss. {varied}",
         "selection": _selection(model, best),
         "calibration": f"Probabilities and threshold: {model['calibration']}.",
-        "ensemble": "One network, no ensemble."
-        if members == 1
-        else f"An ensemble of {members} networks, of which the mean output is used. Each has another seed"
-        + (" and left out another part of the images, by patient." if folds else "; all have the same images."),
+        "ensemble": _on_ensemble(model),
         "imbalance": f"The loss was {loss}." if weights else None,
         "updating": updated
         and f"The probabilities were fitted to another place on {updated['created'][:10]}, with "
@@ -246,6 +242,18 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         "availability": f"The weights have the SHA-256 {model['weights']['sha256']}; all settings are in model.json. "
         "The software is public (add where weights and data are).",
     }
+
+
+def _on_ensemble(model: Mapping[str, Any]) -> str:
+    members, ensemble = members_of(model), model.get("ensemble")
+    if members == 1:
+        return "One network, no ensemble."
+    text = f"An ensemble of {members} networks, of which the mean output is used."
+    if ensemble is None:  # trained further by hand
+        return text
+    if ensemble["outputs"] == "out of fold":
+        return f"{text} Each has another seed and left out another part of the images, by patient."
+    return f"{text} Each has another seed; all have the same images."
 
 
 def _selection(model: Mapping[str, Any], best: Mapping[str, Any] | None) -> str | None:
