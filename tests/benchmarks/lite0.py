@@ -84,7 +84,7 @@ def probe(weights: Path, learnt: Pictures, groups: dict[str, Pictures]) -> None:
     for name, state in (("pretrained", pretrained_state(ARCH, str(weights))[0]), ("random", None)):
         torch.manual_seed(0)
         backbone = build_backbone(ARCH, state, SIZE).eval().to(memory_format=torch.channels_last)
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=3000))
         model.fit(learnt.outputs(backbone), learnt.positive)
         values = {
             group: roc_auc_score(pictures.positive, model.decision_function(pictures.outputs(backbone)))

@@ -317,7 +317,7 @@ def main(folder: Path) -> None:
     if not weights.exists():
         convert(Path(os.environ["LITE0"]), weights)
         probe(weights, learnt, sets)
-    rows = []
+    rows: list[dict] = []
 
     def measure(run: str, seed: int | str, outputs: dict[str, dict[str, np.ndarray]]) -> None:
         rows.extend(
