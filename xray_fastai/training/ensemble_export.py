@@ -46,7 +46,8 @@ def export_members(members: Members, run: Reservation) -> Result:
     plan, received, error = members.plan, members.stop.received, members.error
     trained = dict(sorted(members.trained.items()))
     if not trained and error is None:
-        members.trainer.plan = replace(plan, members=1)  # the export has all settings, and one network as it began
+        # the export has all settings, and the first network with its own images, as it began
+        members.trainer.plan = replace(members.trainer.plan, config=plan.config)
         return export_learner(members.trainer, run)
     if not trained:
         fault = f"{error}; no epoch was completed, so nothing is exported; try a lower lr= than {members.trainer.lr:g}"

@@ -238,6 +238,11 @@ def _fit(config: FitConfig, run: Reservation, found: Unfinished | None, began: B
     plan, start = make_plan(config, data, origin), kept.get("start")
     if found is not None and saved and start is not None:
         plan, start = _with_start(plan, found, start)
+    if data.has_folds and plan.start is not None:
+        data.notes.append(
+            "the networks start from an export: if it was trained on these images, the out-of-fold figures are too "
+            "good, and calibration and threshold too sure"
+        )
     trainer = _trainer(plan, of_networks, saved, began.started)
     announce(plan, trainer.parameters)
     if found is not None:

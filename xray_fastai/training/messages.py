@@ -212,7 +212,9 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
     if (gate := model["gate"]) is not None:
         print(f"gate: images unlike the training images are not called (settled by {gate['images']:,} of them)")
     else:
-        print("no gate, which needs 100 training images of 5 patients: pictures that are no X-rays are called, too")
+        whose = " of the first network" if ensemble else ""
+        need = f"100 training images of 5 patients{whose}"
+        print(f"no gate, which needs {need}: pictures that are no X-rays are called, too")
     print(f"export: {path}")
     print(f"report: {path / 'report.html'}")
     if model["status"] == "interrupted":
