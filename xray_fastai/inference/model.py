@@ -129,6 +129,8 @@ class Model:
             text = "not calibrated" if own.kind == "none" else "not calibrated, by --uncalibrated"
         else:
             text = own.describe(self.classes.index(self.positive) if two else None)
+            if (self.settings.get("ensemble") or {}).get("outputs") == "out of fold":
+                text = text.replace("validation images", "out-of-fold images")
             text += ", for single views and not for the mean of views" if tta else ""
         if self.prevalence is None or not calibrated:
             return text
