@@ -10,14 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torchvision
 from fastai.vision.all import Callback
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from tests.forked import Forked
 from tests.small_network import NAME as SMALL
+from tests.training.forked_fits import ForkedFits
 from tests.training.test_resume import damage
 from xray_fastai import fit, load_learner
 from xray_fastai.config.fit_config import FitConfig
@@ -48,25 +47,10 @@ SETTINGS = {
 COUNTS = {"train/NORMAL": 33, "train/PNEUMONIA": 42, "val/NORMAL": 2, "val/PNEUMONIA": 2}
 
 
-class Fits:
-    """Runs fits of three networks in forked children."""
-
-    def __init__(self, root: Path, forked: Forked):
-        self.root, self.exports, self.forked = root, root / "exports", forked
-        draw_collection(root / "data", COUNTS)
-        torch.manual_seed(1)
-        torch.save(torchvision.models.get_model(SMALL).state_dict(), root / "weights.pth")
-
-    def __call__(self, code: int = 0, do: dict | None = None, **settings) -> str:
-        """Check the exit code of a fit, and return what it printed."""
-        result = self.forked(cwd=str(self.root), fit=settings, **(do or {}))
-        assert result["code"] == code, result["output"]
-        return result["output"]
-
-
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory, forked):
-    fits = Fits(tmp_path_factory.mktemp("members"), forked)
+    fits = ForkedFits(tmp_path_factory.mktemp("members"), forked)
+    draw_collection(fits.root / "data", COUNTS)
     yield fits
     shutil.rmtree(fits.root)
 

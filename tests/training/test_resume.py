@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from tests.forked import Forked
 from tests.small_network import NAME as SMALL
+from tests.training.forked_fits import ForkedFits
 from tests.training.test_fit import history_of
 from xray_fastai import load_learner
 from xray_fastai.export.run_folder import reopen, reserve
@@ -33,29 +32,14 @@ SETTINGS = {
 }  # fmt: skip
 
 
-class Fits:
-    """Runs fits in forked children, on a collection whose validation labels are swapped, from a file of weights."""
-
-    def __init__(self, root: Path, forked: Forked):
-        self.root, self.exports = root, root / "exports"
-        counts = {"train/NORMAL": 16, "train/PNEUMONIA": 24, "val/NORMAL": 4, "val/PNEUMONIA": 4}
-        val = draw_collection(root / "data", counts) / "val"
-        for name, other in [("NORMAL", "other"), ("PNEUMONIA", "NORMAL"), ("other", "PNEUMONIA")]:
-            (val / name).rename(val / other)
-        torch.manual_seed(1)
-        torch.save(torchvision.models.get_model(SMALL).state_dict(), root / "weights.pth")
-        self.forked = forked
-
-    def __call__(self, code: int = 0, do: dict | None = None, **settings) -> str:
-        """Check the exit code of a fit, and return what it printed."""
-        result = self.forked(cwd=str(self.root), fit=settings, **(do or {}))
-        assert result["code"] == code, result["output"]
-        return result["output"]
-
-
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory, forked):
-    fits = Fits(tmp_path_factory.mktemp("fits"), forked)
+    """Fits on a collection whose validation labels are swapped."""
+    fits = ForkedFits(tmp_path_factory.mktemp("fits"), forked)
+    counts = {"train/NORMAL": 16, "train/PNEUMONIA": 24, "val/NORMAL": 4, "val/PNEUMONIA": 4}
+    val = draw_collection(fits.root / "data", counts) / "val"
+    for name, other in [("NORMAL", "other"), ("PNEUMONIA", "NORMAL"), ("other", "PNEUMONIA")]:
+        (val / name).rename(val / other)
     yield fits
     shutil.rmtree(fits.root)
 

@@ -128,9 +128,9 @@ class Model:
         if own.kind == "none" or not calibrated:
             text = "not calibrated" if own.kind == "none" else "not calibrated, by --uncalibrated"
         else:
-            text = own.describe(self.classes.index(self.positive) if two else None)
-            if (self.settings.get("ensemble") or {}).get("outputs") == "out of fold":
-                text = text.replace("validation images", "out-of-fold images")
+            folds = (self.settings.get("ensemble") or {}).get("outputs") == "out of fold"
+            judged = "out-of-fold" if folds else "validation"
+            text = own.describe(self.classes.index(self.positive) if two else None, judged)
             text += ", for single views and not for the mean of views" if tta else ""
         if self.prevalence is None or not calibrated:
             return text

@@ -68,11 +68,12 @@ class Scaling:
         """Return the intercept on the log odds of one of two classes."""
         return 0.0 if self.intercepts is None else self.intercepts[positive] - self.intercepts[1 - positive]
 
-    def describe(self, positive: int | None = None) -> str:
+    def describe(self, positive: int | None = None, judged: str = "validation") -> str:
         """Return what the probabilities are, for people.
 
         Args:
             positive: the index of the class to detect among two; None for more classes.
+            judged: the images that a fit calibrates on; those of an ensemble with folds are out-of-fold images.
 
         >>> Scaling("validation", 0.5, (-0.1, 0.1)).describe(1)
         'slope 2 and intercept 0.2 fitted to validation images'
@@ -83,16 +84,17 @@ class Scaling:
         """
         if self.kind == "none":
             return "not calibrated"
+        images = f"{judged if self.kind == 'validation' else self.kind} images"
         if self.kind in FITTED and positive is not None:
             values = f"slope {1 / self.temperature:.3g} and intercept {self.intercept_of(positive):.3g}"
-            return f"{values} fitted to {self.kind} images"
+            return f"{values} fitted to {images}"
         if self.kind in FITTED:
-            return f"temperature {self.temperature:.3g} and an intercept of each class fitted to {self.kind} images"
+            return f"temperature {self.temperature:.3g} and an intercept of each class fitted to {images}"
         if self.kind == "matched":  # of two classes
             intercept = 0.0 if positive is None else self.intercept_of(positive)
             return f"slope {1 / self.temperature:.3g} of the fit, intercept {intercept:.3g} by images without labels"
         name = "cautious temperature" if self.kind == "cautious" else "temperature"
-        return f"{name} {self.temperature:.3g} from validation images"
+        return f"{name} {self.temperature:.3g} from {judged} images"
 
 
 def prior_of(settings: dict[str, Any]) -> np.ndarray | None:
