@@ -15,7 +15,7 @@ from fastai.vision.all import Callback, DataLoaders, Learner, ProgressCallback
 from tests.conftest import QUICK, draw_collection, settings_of
 from tests.small_network import KINDS, WIDTHS
 from tests.small_network import NAME as SMALL
-from xray_fastai import load_learner
+from xray_fastai import fit, load_learner
 from xray_fastai.model.learner import build_learner
 from xray_fastai.model.loaders import make_loaders
 from xray_fastai.training import frozen_features
@@ -70,6 +70,47 @@ def test_features_train_as_a_backbone_that_runs_every_epoch(frozen):
     weights = [load_learner(f"exports/{name}").model.state_dict() for name in ("once", "every")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+class Seen(Callback):
+    "Keep the mean of each training image of each epoch, in an order that shuffling does not change."
+
+    def __init__(self):
+        self.epochs = []
+
+    def before_train(self):
+        self.means = []
+
+    def before_batch(self):
+        if self.training:
+            self.means += self.x.as_subclass(torch.Tensor).mean((1, 2, 3)).tolist()
+
+    def after_train(self):
+        self.epochs.append(sorted(self.means))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_every_epoch", [False, True], ids=["features", "as in several processes"])
+def test_only_the_unfrozen_phase_varies_the_images(data, weights, monkeypatch, tmp_path, capsys, in_every_epoch):
+    """The frozen phase has them as they are, also where the backbone runs in every epoch."""
+    monkeypatch.chdir(tmp_path)
+    if in_every_epoch:
+        monkeypatch.setattr(frozen_features, "views", lambda *_: 0)
+    settings = {"data": data, "valid": "folder", "arch": SMALL, "size": 32, "batch_size": 19, "workers": 0}
+    settings |= {"weights": weights, "device": "cpu", "precision": "fp32", "epochs": 2}
+    seen = {}
+    for augment in ("strong", "none"):
+        fit(**settings, augment=augment, callbacks=[(spy := Seen())], name=augment)
+        said = "phases        frozen (at most 2 epochs, images not augmented)" in capsys.readouterr().out
+        assert said == (augment == "strong")
+        seen[augment] = spy.epochs
+    assert seen["strong"][0] == pytest.approx(seen["strong"][1], abs=1e-6)
+    assert seen["strong"][0] == pytest.approx(seen["none"][0], abs=1e-6)
+    assert seen["none"][2] == pytest.approx(seen["none"][3], abs=1e-6)
+    assert seen["strong"][2] != pytest.approx(seen["strong"][3], abs=1e-3)
+    fit(**settings | {"epochs": 1, "freeze_epochs": 2}, frozen_views=2, callbacks=[(spy := Seen())], name="views")
+    assert spy.epochs[0] != pytest.approx(seen["none"][0], abs=1e-3)
+    assert "not augmented" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

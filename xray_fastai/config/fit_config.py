@@ -80,9 +80,9 @@ class FitConfig:
         None, "Maximum number of epochs with the backbone frozen. [default: as epochs=]", min=0, panel="Training"
     )
     frozen_views: int = setting(
-        2,
-        "Number of augmented views of each image that the frozen phase trains on in turn. 0 draws a new view in each "
-        "epoch, which is much slower.",
+        1,
+        "Number of views of each image that the frozen phase trains on in turn. 1 is the image as it is; more are "
+        "augmented. 0 draws a new one in each epoch, which is much slower.",
         min=0,
         panel="Training",
     )

@@ -205,7 +205,7 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
     settings, training, preprocessing = model["settings"], model["training"], model["preprocessing"]
     size = preprocessing["size"]
     equalized = ", histogram equalised" if preprocessing.get("contrast") == "equalize" else ""
-    varied = _variation(model.get("augmentation"), settings["augment"])
+    varied = _variation(model)
     phases = " and ".join(f"{count_of(phase['epochs'], 'epoch')} {phase['name']}" for phase in training["phases"])
     weights = model.get("class_weights")
     loss = "cross-entropy"
@@ -284,12 +284,17 @@ def _rates(model: Mapping[str, Any]) -> str | None:
     return f"{found}, by a learning rate range test" if found else None
 
 
-def _variation(values: Mapping[str, float] | None, name: str) -> str:
+def _variation(model: Mapping[str, Any]) -> str:
     """Say how training images were varied; an export of 0.1.0 has the name of its augmentation only."""
+    values, settings = model.get("augmentation"), model["settings"]
     if values is None:
-        return f"Augmentation of training images: {name}."
+        return f"Augmentation of training images: {settings['augment']}."
     changes = [text.format(values[key]) for key, text in AUGMENTED.items() if values.get(key) not in (None, 0, 1)]
-    return f"Training images were varied by {', '.join(changes)}." if changes else "Training images were not varied."
+    if not changes:
+        return "Training images were not varied."
+    frozen = any(phase["name"] == "frozen" for phase in model["training"]["phases"])
+    but = ", but not in the frozen phase" if frozen and settings.get("frozen_views") == 1 else ""
+    return f"Training images were varied by {', '.join(changes)}{but}."
 
 
 def _on_results(model: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str | None]:

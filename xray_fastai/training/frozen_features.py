@@ -1,9 +1,9 @@
 """Computes the pooled features of the frozen backbone once, so that the frozen phase trains only the head on them.
 
-A frozen backbone gives the same features for the same pixels in each epoch. So each validation image goes through it
-once, and each training image once for each of V augmented views. The epochs take the views in turn: epoch e trains on
-view e % V. Without augmentation there is one view. History and weights are then the same as with a backbone that runs
-in every epoch, except for rounding: batch norm is folded into the convolutions, and batches are composed differently.
+A frozen backbone gives the same features for the same pixels in each epoch. So each image goes through it once, as it
+is. History and weights are the same as with a backbone that runs in every epoch, except for rounding: batch norm is
+folded into the convolutions, and batches are composed differently. With `frozen_views` V above 1, each training image
+goes through it once for each of V augmented views. The epochs take them in turn: epoch e trains on view e % V.
 
 On real images the best validation loss of a frozen phase hardly depends on the number of views (ResNet18 at 64 px
 pretrained on the drawn X-rays, 40 epochs; mean and standard deviation over draws of the views):

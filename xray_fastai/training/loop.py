@@ -227,9 +227,11 @@ class Trainer:
         callbacks += [*self._phase_callbacks(name), *self._step_callbacks(name)]
         if pace.schedule is not None:
             callbacks.append(pace.schedule)
-        features, started = contextlib.nullcontext([]), self.progress.elapsed
+        features, images, started = contextlib.nullcontext([]), contextlib.nullcontext(), self.progress.elapsed
         if name == "frozen":
             learn.freeze()
+            if plan.frozen_plain:
+                images = learn.dls.train.dataset.set_split_idx(1)  # as fastai's validation has them: not augmented
             if self.checkpoints is not None and (views := frozen_features.views(plan, phase.epochs)):
                 folder = self.checkpoints.run.partial
                 features = frozen_features.instead_of_images(learn, plan, views, folder, self.stop)
@@ -238,7 +240,7 @@ class Trainer:
         own_metrics = learn.metrics
         learn.metrics = [*own_metrics, *self.added.metrics]
         try:
-            with features as more, learn.no_logging():  # `log` prints the rows
+            with images, features as more, learn.no_logging():  # `log` prints the rows
                 self.features_took = self.progress.elapsed - started
                 rate = self._rate(name)
                 if plan.config.lr == FIND:

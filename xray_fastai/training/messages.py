@@ -71,7 +71,11 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
         print(f"processes     {processes}, {plan.batch_size // processes} images each of a batch of {plan.batch_size}")
     if plan.batch_size < config.batch_size:
         print(f"batch size    {plan.batch_size}, all training images, instead of {config.batch_size}")
-    phases = ", ".join(f"{name} (at most {count_of(epochs, 'epoch')})" for name, epochs in plan.phases)
+    as_they_are = ", images not augmented" if plan.frozen_plain and config.augment != "none" else ""
+    phases = ", ".join(
+        f"{name} (at most {count_of(epochs, 'epoch')}{as_they_are if name == 'frozen' else ''})"
+        for name, epochs in plan.phases
+    )
     print(f"phases        {phases}")
     by = f", lower by {config.min_delta:g}" if config.min_delta else ""
     print(f"              each ends after {count_of(config.patience, 'epoch')} without a lower validation loss{by}")

@@ -66,6 +66,11 @@ class Plan:
             return self.config.lr
         return with_data_defaults(replace(self.config, lr=None)).lr
 
+    @property
+    def frozen_plain(self) -> bool:
+        """Whether the frozen phase trains on the images as they are."""
+        return self.config.frozen_views == 1
+
     def dataloaders(self, batches: dict[str, int] | None = None) -> XrayDataLoaders:
         """Build the loaders, each time the same ones, after setting all seeds.
 
