@@ -17,6 +17,11 @@ keeps a line for each fit (fits.jsonl). What is there is not fitted again, so se
     smooth05, smooth10    label smoothing of 0.05, 0.1 (in training alone)
     classes     images are drawn so that both classes are as frequent, in place of weights in the loss
     looks       images are drawn so that brightness, contrast, sharpness and shape say nothing about the class
+    trivial     each image is changed by one random operation (torchvision's TrivialAugmentWide)
+    augmix      each image is mixed with three chains of such operations (torchvision's AugMix)
+    textures    half of them go through a random convolution (RandConv: Xu et al., ICLR 2021)
+    distilled   half of the loss compares the outputs to those of three networks in one export (`members`), which are
+                trained on the same images before
     sam         sharpness-aware minimization (Foret et al., ICLR 2021), which takes two passes a step
 """
 
@@ -44,6 +49,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
+from torchvision.transforms.v2 import AugMix, TrivialAugmentWide
 from torchvision.transforms.v2.functional import jpeg
 
 from tests.benchmarks.elsewhere import groups_of
@@ -119,6 +125,31 @@ class Sharpen(Some):
         return image + 1.5 * torch.rand(()).item() * (image - blurred)
 
 
+class Changed(Transform):
+    "Changes each image of a training batch by one of torchvision's random augmentations."
+
+    order = Blur.order
+    split_idx = 0
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]):
+        self.change = change
+
+    def encodes(self, x: TensorImage):
+        pixels = (255 * x.as_subclass(torch.Tensor)).round().byte()  # (B, 1, H, W)
+        return type(x)(torch.stack([self.change(image) for image in pixels]).to(x.dtype) / 255)
+
+
+class RandomConvolution(Some):
+    "Mixes an image with its convolution by random weights, of 1, 3, 5 or 7 pixels a side, in a random proportion."
+
+    def changed(self, image: torch.Tensor) -> torch.Tensor:
+        side = 2 * int(torch.randint(4, ())) + 1
+        kernel = torch.randn(1, 1, side, side, device=image.device) / side
+        other = F.conv2d(image - 0.5, kernel, padding="same") + 0.5
+        share = torch.rand(()).item()
+        return share * image + (1 - share) * other
+
+
 class Averages(Callback):
     "Averages weights and batch norm's statistics after each step: over about an epoch, and over the last steps."
 
@@ -156,6 +187,27 @@ class Smoothing(Callback):
         self.loss_func.func.label_smoothing = 0.0
 
     after_fit = before_validate
+
+
+class Distilled(Callback):
+    "Adds to the loss how far the outputs are from a teacher's, on the same augmented images."
+
+    def __init__(
+        self,
+        teacher: Path,  # an export
+        share: float = 0.5,  # of the loss
+        temperature: float = 2.0,  # by which both outputs are divided
+    ):
+        self.teacher, self.share, self.temperature = open_learner(teacher).model.eval(), share, temperature
+
+    def after_loss(self):
+        if not self.training:
+            return
+        with torch.inference_mode():
+            target = self.teacher.to(self.x.device)(self.x)
+        logs = [(outputs / self.temperature).log_softmax(1) for outputs in (self.pred, target.clone())]
+        apart = F.kl_div(*logs, log_target=True, reduction="batchmean") * self.temperature**2
+        self.learn.loss_grad = (1 - self.share) * self.loss_grad + self.share * apart
 
 
 class Drawn(Callback):
@@ -214,28 +266,39 @@ def of_looks(table: pd.DataFrame) -> np.ndarray:
     return weights / np.where(positives, weights[positives].sum(), weights[~positives].sum())
 
 
+def teacher(folder: Path) -> Path:
+    """Return the export of three networks, which is trained where it is missing."""
+    if not (folder / "teachers" / "teacher").exists():
+        fit(folder / "data", **COMMON, seed=1000, members=3, exports=folder / "teachers", name="teacher")
+    return folder / "teachers" / "teacher"
+
+
 @dataclass(frozen=True)
 class Variant:
     """Describes what differs from the defaults."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     transforms: Sequence[Transform] = ()  # of training batches, besides the default's
-    callbacks: Callable[[], Sequence[Callback]] = tuple
+    callbacks: Callable[[Path], Sequence[Callback]] = lambda folder: ()  # of the folder of all fits
 
 
 VARIANTS = {
     "default": Variant(),
-    "averages": Variant(callbacks=lambda: [Averages()]),
+    "averages": Variant(callbacks=lambda folder: [Averages()]),
     "rescaled": Variant(transforms=[Rescale()]),
     "jpeg": Variant(transforms=[Jpeg()]),
     "rescaled-jpeg": Variant(transforms=[Rescale(), Jpeg()]),
     "sharpened": Variant(transforms=[Sharpen()]),
     "dropout": Variant({"dropout": 0.2}),
-    "smooth05": Variant(callbacks=lambda: [Smoothing(0.05)]),
-    "smooth10": Variant(callbacks=lambda: [Smoothing(0.1)]),
-    "classes": Variant({"class_weights": "none"}, callbacks=lambda: [Drawn(of_classes)]),
-    "looks": Variant({"class_weights": "none"}, callbacks=lambda: [Drawn(of_looks)]),
-    "sam": Variant(callbacks=lambda: [Sam()]),
+    "smooth05": Variant(callbacks=lambda folder: [Smoothing(0.05)]),
+    "smooth10": Variant(callbacks=lambda folder: [Smoothing(0.1)]),
+    "classes": Variant({"class_weights": "none"}, callbacks=lambda folder: [Drawn(of_classes)]),
+    "looks": Variant({"class_weights": "none"}, callbacks=lambda folder: [Drawn(of_looks)]),
+    "trivial": Variant(transforms=[Changed(TrivialAugmentWide())]),
+    "augmix": Variant(transforms=[Changed(AugMix())]),
+    "textures": Variant(transforms=[RandomConvolution()]),
+    "distilled": Variant(callbacks=lambda folder: [Distilled(teacher(folder))]),
+    "sam": Variant(callbacks=lambda folder: [Sam()]),
 }
 
 
@@ -264,7 +327,7 @@ def figures_of(export: Path, groups: dict[str, Pictures]) -> dict[str, dict[str,
 def fits_of(variant: str, seed: int, folder: Path, groups: dict[str, Pictures]) -> list[dict]:
     """Fit a variant, and return its figures, and those of the averages of its weights, as lines of fits.jsonl."""
     chosen, start = VARIANTS[variant], time.process_time()
-    callbacks = chosen.callbacks()
+    callbacks = chosen.callbacks(folder)
     settings = COMMON | chosen.settings | {"seed": seed, "exports": folder / "exports"}
     with patch.object(loaders, "build_augmentation", lambda name: [*chosen.transforms, *build_augmentation(name)]):
         export = fit(folder / "data", **settings, callbacks=callbacks, name=f"{variant}-{seed}").path

@@ -202,7 +202,7 @@ def _partitions(model: Mapping[str, Any], parts: Mapping[str, str]) -> str:
 
 
 def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
-    settings, training, preprocessing = model["settings"], model["training"], model["preprocessing"]
+    training, preprocessing = model["training"], model["preprocessing"]
     size = preprocessing["size"]
     equalized = ", histogram equalised" if preprocessing.get("contrast") == "equalize" else ""
     varied = _variation(model)
