@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -55,6 +56,7 @@ from xray_fastai import fit
 from xray_fastai.data.folders import find_root, read_split
 from xray_fastai.model.batch_norm import layers_of
 from xray_fastai.training.calibration import Validated, calibrate
+from xray_fastai.training.callbacks import FixedStatistics
 from xray_fastai.training.loop import Trainer
 
 
@@ -65,19 +67,32 @@ class Run:
 
     settings: dict = field(default_factory=dict)  # of `fit`
     rates: tuple[float, float] | None = None  # what `lr` is divided by, unfrozen: first layers, head
+    statistics_move: bool = False  # those of batch norm, in the unfrozen phase
     frozen_alone: bool = False
+
+
+def frozen(**settings: Any) -> Run:
+    return Run(settings, frozen_alone=True)
 
 
 RUNS = {
     "pretrained": Run(),
     "from scratch": Run({"weights": "none"}),
     "no frozen phase": Run({"freeze_epochs": 0}),
+    "statistics move": Run(statistics_move=True),
+    "rates / 2000, 20": Run(rates=(2000, 20)),
     "rates / 20, 2": Run(rates=(20, 2)),
     "rates / 10": Run(rates=(10, 10)),
-    "frozen, 1 view": Run({"frozen_views": 1}, frozen_alone=True),
-    "frozen, 4 views": Run({"frozen_views": 4}, frozen_alone=True),
-    "frozen, 5 epochs": Run({"freeze_epochs": 5}, frozen_alone=True),
-    "frozen, 80 epochs": Run({"freeze_epochs": 80}, frozen_alone=True),
+    "frozen": frozen(),
+    "frozen, 2 views": frozen(frozen_views=2),
+    "frozen, 4 views": frozen(frozen_views=4),
+    "frozen, light": frozen(frozen_views=2, augment="light"),
+    "frozen, no dropout": frozen(dropout=0.0),
+    "frozen, lr 0.01": frozen(lr=0.01),
+    "frozen, lr 0.0005": frozen(lr=0.0005),
+    "frozen, 5 epochs": frozen(freeze_epochs=5),
+    "frozen, 20 epochs": frozen(freeze_epochs=20),
+    "frozen, 200 epochs": frozen(freeze_epochs=200, patience=60),
 }
 ONLY = os.environ.get("RUNS", ";".join(RUNS)).split(";")
 SEEDS = range(whole_number("SEEDS", 3))
@@ -88,7 +103,7 @@ COMMON = {
     "arch": ARCH,
     "size": SIZE,
     "epochs": whole_number("EPOCHS", 6),
-    "freeze_epochs": 20,  # cheap: 1,000 steps on features
+    "freeze_epochs": 80,  # cheap: 4,000 steps on features
     "batch_size": whole_number("BATCH", 16),
     "valid": "folder",
     "device": "cpu",
@@ -148,25 +163,34 @@ class Keep(Callback):
         save_file(kept, self.folder / f"{name}.safetensors")
 
 
+@contextlib.contextmanager
+def changed(run: Run) -> Iterator[None]:
+    """Change what no option of `fit` changes: rates, and whether the statistics of batch norm move."""
+    with contextlib.ExitStack() as stack:
+        if run.rates is not None:
+            first, head = run.rates
+            rate = Trainer._rate
+            stack.enter_context(
+                patch.object(
+                    Trainer,
+                    "_rate",
+                    lambda self, name: (
+                        slice(self.plan.lr / first, self.plan.lr / head) if name == "unfrozen" else rate(self, name)
+                    ),
+                )
+            )
+        if run.statistics_move:
+            stack.enter_context(patch.object(FixedStatistics, "before_train", lambda self: None))
+        yield
+
+
 def train(run: Run, seed: int, data: Path, folder: Path, weights: Path) -> None:
     """Fit once, and leave in `folder` the weights that the ways of averaging need."""
     new = folder.with_name(folder.name + ".partial")
     new.mkdir(parents=True, exist_ok=True)
     settings = COMMON | {"weights": weights, "seed": seed} | run.settings
-    changed = contextlib.nullcontext()
-    if run.rates is not None:
-        first, head = run.rates
-        changed = patch.object(
-            Trainer,
-            "_rate",
-            lambda self, name: (
-                slice(self.plan.config.lr / first, self.plan.config.lr / head)
-                if name == "unfrozen"
-                else self.plan.config.lr
-            ),
-        )
     exports = new / "exports"
-    with changed, contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Enough):
+    with changed(run), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Enough):
         export = fit(data, **settings, exports=exports, callbacks=[Keep(new, run.frozen_alone)]).path
         best = json.loads((export / "model.json").read_text())["best"]
         state = load_file(export / "model.safetensors")

@@ -59,6 +59,35 @@ def test_a_callback_sees_both_phases_and_changes_nothing(settings):
     assert unfrozen == pytest.approx([LR / 200, LR / 20, LR / 2])
 
 
+class Norms(Callback):
+    "Keeps the statistics and the weights of batch norm, of the start of each phase and of its last epoch."
+
+    def before_fit(self):
+        self.first = self.now()
+
+    def after_train(self):
+        self.last = self.now()
+
+    def now(self):
+        layers = [layer for layer in self.model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+        names = ("running_mean", "running_var", "weight")
+        return {name: torch.cat([getattr(layer, name).detach().clone() for layer in layers]) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed, move",
+    [({}, False), ({"weights": "none"}, True), ({"recipe": "plain"}, True)],
+    ids=["pretrained", "from scratch", "as the earlier work"],
+)
+def test_statistics_of_pretrained_batch_norm_stay(settings, changed, move):
+    norms = Norms()
+    fit(**settings | {"freeze_epochs": 0} | changed, callbacks=[norms])
+    assert not torch.equal(norms.first["weight"], norms.last["weight"])
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(norms.first[name], norms.last[name]) != move
+
+
 class Interfere(Spy):
     "Runs out of memory in the first batch of the fit, and cancels the second epoch of the unfrozen phase."
 

@@ -19,7 +19,7 @@ from xray_fastai.system.errors import UserError
 from xray_fastai.system.memory import is_out_of_memory
 from xray_fastai.system.signals import HANGUP
 from xray_fastai.training import frozen_features, lr_find
-from xray_fastai.training.callbacks import BestWeights, FrozenBody, Schedule, precision_callbacks
+from xray_fastai.training.callbacks import BestWeights, FixedStatistics, FrozenBody, Schedule, precision_callbacks
 from xray_fastai.training.checkpoint import Checkpoints, Saved
 from xray_fastai.training.epoch_log import EpochLog
 from xray_fastai.training.messages import report_search, report_smaller_batch
@@ -270,6 +270,8 @@ class Trainer:
         plan, callbacks = self.plan, [ChannelsLast()]
         if name == "frozen":
             callbacks.append(FrozenBody())
+        elif self._fine_tunes(name):
+            callbacks.append(FixedStatistics())
         if distributed.world_size() > 1:
             from xray_fastai.training.data_parallel import TrainTogether  # needs accelerate, an extra
 
@@ -284,10 +286,12 @@ class Trainer:
         Fine-tuning takes the range of fastai's `fine_tune`: half the peak rate for the head, a hundredth of that for
         the first layers.
         """
-        config, lr = self.plan.config, self.plan.lr
-        if self.plan.origin.pretrained and name == "unfrozen" and config.schedule == "adaptive":
-            return slice(lr / 200, lr / 2)
-        return lr
+        lr = self.plan.lr
+        return slice(lr / 200, lr / 2) if self._fine_tunes(name) else lr
+
+    def _fine_tunes(self, name: str) -> bool:
+        """Return whether a phase trains all layers from pretrained weights, and may differ from the earlier work."""
+        return self.plan.origin.pretrained and name == "unfrozen" and self.plan.config.schedule == "adaptive"
 
     @property
     def lr(self) -> float:
