@@ -115,9 +115,9 @@ class FixedStatistics(Callback):
     """Keep the statistics of batch norm that pretrained weights were trained with; its weights and biases train.
 
     Statistics that follow the new images change what the layers behind them get, and a short phase does not make up for
-    it. With EfficientNet-Lite0, ImageNet's weights and 797 images, the ROC AUC on images unlike those (the mean of three
-    groups) after six epochs was 0.860 with fixed statistics and 0.851 with moving ones (batches of 16, 80 px), and 0.782
-    and 0.714 (batches of 80, 64 px). See tests/benchmarks/README.md, Transfer.
+    it. With EfficientNet-Lite0, ImageNet's weights and 797 images, the ROC AUC on images unlike those (the mean of
+    three groups) after six epochs was 0.860 with fixed statistics and 0.851 with moving ones (batches of 16, 80 px),
+    and 0.782 and 0.714 (batches of 80, 64 px). See tests/benchmarks/README.md, Transfer.
     """
 
     run_after = TrainEvalCallback
