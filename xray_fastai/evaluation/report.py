@@ -24,7 +24,7 @@ from PIL import Image
 from xray_fastai.config.choices import MAX_MEMBERS, network_of
 from xray_fastai.evaluation.groups import remarks_on
 from xray_fastai.evaluation.learning_curves import LR_FIND, kept_epochs, svg_curves
-from xray_fastai.export.schema import read_settings
+from xray_fastai.export.model_json import read_settings
 from xray_fastai.metrics.table import METRICS, title_at_prevalence, title_of
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import atomic_write
