@@ -59,7 +59,7 @@ class Data(Part):
     patients: Patients
     notes: Annotated[list[Text], Field(max_length=ENTRIES, fail_fast=True)]
     valid_files: Annotated[list[FileKey], Field(fail_fast=True)]
-    contents: Contents | None = None  # of the images (`data.labelled`); earlier exports have no such key
+    contents: Contents | None = None  # of the images (`data.image_keys`); earlier exports have no such key
 
 
 class Parameters(Part):

@@ -13,7 +13,7 @@ import pandas as pd
 from torch import nn
 
 from xray_fastai.data.dataset import Collection
-from xray_fastai.data.labelled import file_key
+from xray_fastai.data.image_keys import file_key
 from xray_fastai.export.layout import HISTORY_COLUMNS
 from xray_fastai.export.run_folder import Reservation
 from xray_fastai.metrics.comparison import Called, compare_metrics

@@ -22,7 +22,7 @@ from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.config.choices import TIMM
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
-from xray_fastai.data.labelled import contents_of, file_key
+from xray_fastai.data.image_keys import contents_of, file_key
 from xray_fastai.data.patients import images_by_source, unknown
 from xray_fastai.evaluation.learning_curves import LR_FIND, kept_epochs, plot_batch, plot_curves, plot_searches
 from xray_fastai.evaluation.report import write_report
