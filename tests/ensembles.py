@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from xray_fastai.export.layout import WEIGHTS
 from xray_fastai.export.learner import load_learner
 from xray_fastai.export.network import load_export
-from xray_fastai.export.schema import WEIGHTS
 from xray_fastai.export.weights_file import FACTS, GATE, facts_hash
 from xray_fastai.model.ensemble import join
 from xray_fastai.system.files import sha256

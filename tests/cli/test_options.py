@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import xray_fastai
 from xray_fastai import FitConfig
-from xray_fastai.cli import evaluation, inference, training
+from xray_fastai.cli import evaluation, inference
 from xray_fastai.cli.command import Command
 from xray_fastai.cli.inference import predict
 from xray_fastai.cli.main import app
@@ -77,7 +77,7 @@ def calls(monkeypatch):
     def replace(function, result):
         monkeypatch.setattr(function, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
 
-    monkeypatch.setattr(training, "_check_paths", lambda config: None)
+    monkeypatch.setattr("xray_fastai.training.inputs.check_paths", lambda config: None)
     monkeypatch.setattr(inference, "_check_images", lambda paths: None)
     monkeypatch.setattr(inference, "check_export", lambda path: None)
     monkeypatch.setattr(inference, "check_paths", lambda paths, config: None)

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from tests.conftest import QUICK, draw_collection, settings_of
-from xray_fastai.data.labelled import Request, contents_of, labelled_images, split_named
+from xray_fastai.data.image_keys import contents_of
+from xray_fastai.data.labelled import Request, labelled_images, split_named
 from xray_fastai.system.errors import UserError
 
 FIT = ["--weights", "none", "--epochs", 1, "--exports", ".", "--name", "model", "--valid", "0.25"]

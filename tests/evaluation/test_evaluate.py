@@ -16,7 +16,7 @@ from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai import DISCLAIMER
 from xray_fastai.evaluation import subgroups
 from xray_fastai.evaluation.evaluate import evaluate
-from xray_fastai.export.schema import SETTINGS, WEIGHTS
+from xray_fastai.export.layout import SETTINGS, WEIGHTS
 from xray_fastai.export.weights_file import FACTS, facts_hash
 from xray_fastai.metrics import scored
 from xray_fastai.metrics.intervals import measure

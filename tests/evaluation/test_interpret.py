@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import DISCLAIMER
-from xray_fastai.data.labelled import file_key
+from xray_fastai.data.image_keys import file_key
 from xray_fastai.evaluation.contact_sheet import LIMIT, Cell, draw_sheet
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.interpret import interpret

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import settings_of
+from xray_fastai.evaluation.embedded_pictures import embed_pictures
 from xray_fastai.evaluation.learning_curves import plot_batch
-from xray_fastai.evaluation.report import embed_pictures, write_report
+from xray_fastai.evaluation.report import write_report
 from xray_fastai.metrics.table import METRICS
 from xray_fastai.system.errors import UserError
 

@@ -7,7 +7,8 @@ import pytest
 
 from tests.conftest import draw_collection, settings_of
 from tests.evaluation.test_report import evaluation
-from xray_fastai.evaluation.statement import CLAIM, TRIPOD, statement
+from xray_fastai.evaluation.checklists import CLAIM, TRIPOD
+from xray_fastai.evaluation.statement import statement
 
 
 @pytest.fixture

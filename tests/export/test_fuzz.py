@@ -22,7 +22,7 @@ from xray_fastai.data.image_facts import examine
 from xray_fastai.data.images import open_image
 from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.evaluation.report import write_report
-from xray_fastai.export.schema import parse
+from xray_fastai.export.model_json import parse
 from xray_fastai.system.errors import ImageError, UserError
 from xray_fastai.system.text import UNPRINTABLE
 

@@ -351,7 +351,7 @@ def test_memory_is_bounded_before_it_is_taken():
 import resource, sys
 from pathlib import Path
 from xray_fastai.system.errors import UserError
-from xray_fastai.export.schema import LIMIT, parse
+from xray_fastai.export.model_json import LIMIT, parse
 
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 250_000_000,) * 2)

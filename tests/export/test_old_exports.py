@@ -15,7 +15,7 @@ import pytest
 from tests.evaluation.test_report import evaluation
 from xray_fastai import load_learner, predict, verify
 from xray_fastai.evaluation.statement import statement
-from xray_fastai.export.schema import read_settings
+from xray_fastai.export.model_json import read_settings
 from xray_fastai.inference.scaling import Scaling
 
 OLD = Path(__file__).with_name("export_0_1_0")

@@ -14,7 +14,7 @@ from torch import nn
 from tests.conftest import draw_collection
 from tests.ensembles import joined
 from xray_fastai import fit, load_learner, verify
-from xray_fastai.export.schema import read_settings
+from xray_fastai.export.model_json import read_settings
 from xray_fastai.inference.gradcam import grad_cam
 from xray_fastai.inference.model import open_model
 from xray_fastai.inference.onnx_export import export_onnx

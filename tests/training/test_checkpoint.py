@@ -78,7 +78,7 @@ def test_files_of_a_killed_process_are_deleted_and_a_failed_write_leaves_none(ch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("xray_fastai.training.checkpoint.checksum", fails)
+        patch.setattr("xray_fastai.training.checked_files.checksum", fails)
         checkpoints.save({"epoch": 5}, {"model": {"w": torch.zeros(2)}}, {}, None)
         with pytest.raises(
             UserError, match=r"a checkpoint could not be written \(No space left on device\); free space"
@@ -92,7 +92,7 @@ def test_a_bug_in_writing_is_not_called_a_full_disk(checkpoints, monkeypatch):
     def fails(*_):
         raise SafetensorError("the header is wrong")
 
-    monkeypatch.setattr("xray_fastai.training.checkpoint.save_file", fails)
+    monkeypatch.setattr("xray_fastai.training.checked_files.save_file", fails)
     checkpoints.save({"epoch": 4}, {"model": {"w": torch.zeros(2)}}, {}, None)
     with pytest.raises(SafetensorError, match="the header is wrong"):
         checkpoints.wait()

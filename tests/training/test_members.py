@@ -20,7 +20,8 @@ from tests.training.forked_fits import ForkedFits
 from tests.training.test_resume import damage
 from xray_fastai import fit, load_learner
 from xray_fastai.config.fit_config import FitConfig
-from xray_fastai.data.labelled import Request, file_key, labelled_images
+from xray_fastai.data.image_keys import file_key
+from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.splits import assign_folds, patient_groups
 from xray_fastai.evaluation.statement import _on_data, _on_model
 from xray_fastai.export.runs import Auc, list_runs

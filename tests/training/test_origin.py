@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tests.conftest import QUICK, draw_collection, settings_of
 from tests.small_network import NAME as SMALL
 from xray_fastai import FitConfig, fit, verify
+from xray_fastai.export.model_json import read_settings
 from xray_fastai.export.reader import export_in_weights
-from xray_fastai.export.schema import read_settings
 from xray_fastai.system.errors import UserError
 from xray_fastai.training import state
 

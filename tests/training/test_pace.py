@@ -10,7 +10,7 @@ from fastai.vision.all import Callback, CancelFitException, L
 from tests.conftest import settings_of
 from tests.small_network import NAME as SMALL
 from xray_fastai import FitConfig, fit
-from xray_fastai.export.schema import HISTORY_COLUMNS
+from xray_fastai.export.layout import HISTORY_COLUMNS
 from xray_fastai.system.errors import UserError
 from xray_fastai.training import epoch_log, state
 from xray_fastai.training.callbacks import Schedule

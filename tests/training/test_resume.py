@@ -16,7 +16,7 @@ from tests.training.forked_fits import ForkedFits
 from tests.training.test_fit import history_of
 from xray_fastai import load_learner
 from xray_fastai.export.run_folder import reopen, reserve
-from xray_fastai.training.checkpoint import read_json, write_json
+from xray_fastai.training.checked_files import read_json, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +91,7 @@ KILLED = [  # when; the place in a process that resumes after the previous kill;
     ("in the first epoch", f"{BATCH}@3", "from the beginning: no epoch was completed"),
     (
         "while the second checkpoint is written",
-        "xray_fastai.training.checkpoint:checksum@5",
+        "xray_fastai.training.checked_files:checksum@5",
         "from the beginning: no epoch was completed",
     ),
     ("before a checkpoint gets its name", "os:replace@4", "after frozen epoch 1"),

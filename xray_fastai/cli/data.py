@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+import xray_fastai
 from xray_fastai.cli.command import Command
 from xray_fastai.cli.options import option_of
 from xray_fastai.cli.shared import Column, Images
@@ -42,11 +43,11 @@ def check(
 
     The exit code is 1 if something would make the results wrong.
     """
-    from xray_fastai.data.audit.check import check_data
-
     if fix is not None:
         check_new(fix, "fix")
-    result = check_data(folder, patient_pattern, patients=patients, images=images, column=column, positive=positive)
+    result = xray_fastai.check_data(
+        folder, patient_pattern, patients=patients, images=images, column=column, positive=positive
+    )
     print(result.to_json() if json else result)
     if fix is not None:
         result.write_fix(fix)

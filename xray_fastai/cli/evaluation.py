@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import xray_fastai
 from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.shared import (
     Abstain,
@@ -70,9 +71,7 @@ def evaluate(
 ) -> None:
     """Measure how good a model is: metrics with 95 % intervals, a table of predictions and plots."""
     model = chosen_export(export, model, quiet=json)
-    from xray_fastai.evaluation.evaluate import evaluate as run
-
-    result = run(
+    result = xray_fastai.evaluate(
         model, data, split, threshold, uncalibrated=uncalibrated, prevalence=prevalence, gate=gate, abstain=abstain,
         tta=tta, exclude=exclude, patients=patients, images=images, column=column, output=output, statement=statement,
         device=device, precision=precision,
@@ -121,9 +120,7 @@ def compare(
     """Compare two models on the same images: paired differences of all metrics, with intervals by patient."""
     for model in (a, b):
         check_export(model)
-    from xray_fastai.evaluation.compare import compare as run
-
-    result = run(
+    result = xray_fastai.compare(
         a, b, data, split, exclude=exclude, patients=patients, images=images, column=column, output=output,
         device=device, precision=precision,
     )  # fmt: skip
@@ -169,9 +166,7 @@ def interpret(
 ) -> None:
     """Show where a model errs and what it looks at: top losses with their Grad-CAM heat maps."""
     model = chosen_export(export, model)
-    from xray_fastai.evaluation.interpret import interpret as run
-
-    result = run(
+    result = xray_fastai.interpret(
         model, data, split, top, label=label, only_errors=only_errors, confident=confident, exclude=exclude,
         patients=patients, images=images, column=column, output=output, device=device, precision=precision,
     )  # fmt: skip

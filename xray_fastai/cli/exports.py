@@ -1,11 +1,11 @@
 """Defines the commands that handle exports as files: `runs`, `default`, `report`, `verify`, `export`."""
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import xray_fastai
 from xray_fastai.cli.command import WrongCommandLine
 from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import one_of
@@ -28,16 +28,13 @@ def runs(
 ) -> None:
     """List the exports and the unfinished runs with their results, or show in which settings two differ."""
     from xray_fastai.cli.runs_table import print_differences, print_runs
-    from xray_fastai.export.runs import differing_settings, list_runs, to_json
 
     if pair:
         if len(pair) != 2:
             raise WrongCommandLine(f"{len(pair)} export given; give two to compare, or none to list all")
-        found = differing_settings(*pair)
-        print(json_format.dumps(found, indent=2)) if json else print_differences(pair, found)
-        return
-    listed = list_runs(exports, sort)
-    print(to_json(listed)) if json else print_runs(listed, exports)
+        print_differences(pair, json)
+    else:
+        print_runs(exports, sort, json)
 
 
 def default(
@@ -98,9 +95,8 @@ def verify(
     The exit code is 1 if it is not.
     """
     from xray_fastai.export.reader import find_export
-    from xray_fastai.export.verification import verify as run
 
-    result = run(either(export, model, "model") or find_export())
+    result = xray_fastai.verify(either(export, model, "model") or find_export())
     print(result)
     if not result.ok:
         raise UserError(result.faults[0])

@@ -1,5 +1,6 @@
-"""Prints the runs and the differences of two as tables, for a terminal of any width."""
+"""Prints the runs and the differences of two: as tables, for a terminal of any width, or as JSON."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from xray_fastai.export.runs import Auc, Run
+from xray_fastai.export.runs import Auc, Run, differing_settings, list_runs, to_json
 from xray_fastai.system.text import as_typed, format_interval, printable
 
 NARROW = 72
@@ -19,8 +20,12 @@ PIPE_WIDTH = 160
 """Columns of a table that is written to a file or a pipe."""
 
 
-def print_runs(runs: list[Run], exports: Path) -> None:
-    """Print two lines a run: its name, date, status, data, network and AUCs."""
+def print_runs(exports: Path, sort: str, as_json: bool) -> None:
+    """Print two lines a run of a folder: its name, date, status, data, network and AUCs."""
+    runs = list_runs(exports, sort)
+    if as_json:
+        print(to_json(runs))
+        return
     if not runs:
         print(f"{exports}: no run in it; make one by 'xray-fastai fit'")
         return
@@ -30,8 +35,12 @@ def print_runs(runs: list[Run], exports: Path) -> None:
             print(printable(f"{run.name}: {run.fault}"))
 
 
-def print_differences(pair: list[str], differing: dict[str, tuple[Any, Any]]) -> None:
+def print_differences(pair: list[str], as_json: bool) -> None:
     """Print the settings in which two exports differ."""
+    differing = differing_settings(*pair)
+    if as_json:
+        print(json.dumps(differing, indent=2))
+        return
     if not differing:
         print("the settings are the same")
         return

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+import xray_fastai
 from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import settings_from
 from xray_fastai.cli.shared import (
@@ -50,16 +51,17 @@ def fit(
     settings["data"] = either(folder, settings["data"], "data")
     config = FitConfig(**settings)
     if resume is None and distributed.rank() == 0:
-        _check_paths(config)
-    from xray_fastai.training.fit import fit as run
+        from xray_fastai.training.inputs import check_paths
+
+        check_paths(config)
     from xray_fastai.training.write_export import FitInterrupted
 
     try:
         if resume is None:
-            result = run(config)
+            result = xray_fastai.fit(config)
         else:
             given = [name for name in settings if _is_given(ctx, name) or (name == "data" and folder is not None)]
-            result = run(resume=resume or True, **{name: settings[name] for name in given})
+            result = xray_fastai.fit(resume=resume or True, **{name: settings[name] for name in given})
     except FitInterrupted as stop:
         result = stop.result
     if open and distributed.rank() == 0:
@@ -72,23 +74,6 @@ def fit(
         kept = "the best weights so far were exported" if result.history else "no epoch was completed"
         distributed.tell(f"Interrupted: {kept}.")
         raise typer.Exit(128 + result.signal)
-
-
-def _check_paths(config: FitConfig) -> None:
-    """Answer a wrong --data, --name or folder in --weights at once; the imports of `fit` itself take seconds."""
-    from xray_fastai.data.folders import find_root
-    from xray_fastai.data.table import check_for_table, is_table
-    from xray_fastai.export.reader import export_in_weights
-    from xray_fastai.export.run_folder import check_name
-
-    check_name(config.exports, config.name)
-    export_in_weights(config.weights)
-    check_for_table(config.data, config.images, config.column)
-    if config.data is not None and not is_table(config.data):
-        if (Path(config.data) / "model.json").is_file():
-            advice = "to continue from it, give it by weights=, and a folder of images here"
-            raise UserError(f"an export, no images; {advice}", option="data", value=config.data)
-        find_root(config.data)
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
@@ -182,9 +167,7 @@ def recalibrate(
 ) -> None:
     """Fit an export's probabilities and threshold to another place's images, and write a new export."""
     model = chosen_export(export, model)
-    from xray_fastai.training.recalibrate import recalibrate as run
-
-    result = run(
+    result = xray_fastai.recalibrate(
         model, data, split, unlabelled=unlabelled, match_scores=match_scores, prevalence=prevalence,
         target_sensitivity=target_sensitivity, cost_ratio=cost_ratio, exclude=exclude, patients=patients,
         images=images, column=column, output=output, device=device,

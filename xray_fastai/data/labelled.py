@@ -1,19 +1,8 @@
 """List the images, with their true classes, that an export is evaluated or interpreted on, and say which of them its
-fit has seen.
-
-An export has a key of the content of each image of its fit: 6 bytes of a hash, with a salt of its own. So it grows by 8
-bytes an image (5,232: 42 kB), and the keys of two exports cannot be compared. One of 100,000 other images is mistaken
-for one of 5,232 with a probability of 2e-6. Who has an image can tell whether it was trained on, and no more. A file
-that was saved again has another content, and is not found. (Hashes of what it shows are not stored: they show it,
-blurred.)
+fit has seen (`data.image_keys`).
 """
 
-import base64
-import contextlib
-import hashlib
 import os
-import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from xray_fastai.config.choices import members_of
-from xray_fastai.data.dataset import Collection
 from xray_fastai.data.exclusions import leave_out
 from xray_fastai.data.folders import (
     SPELLINGS,
@@ -36,16 +24,14 @@ from xray_fastai.data.folders import (
     unpacking,
     unused_folders,
 )
+from xray_fastai.data.image_keys import file_key, uses_in_fit
 from xray_fastai.data.patients import PatientRule, check_listed, numbered, patient_rule
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.table import Data, Source, check_for_table, is_table, name_of, read_table, with_patients
 from xray_fastai.data.table_columns import Column
 from xray_fastai.data.table_labels import Naming
 from xray_fastai.system.errors import UserError
-from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.text import count_of
-
-KEY_BYTES = 6
 
 
 @dataclass(frozen=True)
@@ -79,51 +65,6 @@ class Request:
         return None if self.data is None else name_of(self.data)
 
 
-def file_key(file: str) -> str:
-    """Return the key of a file in `model.json`: the first 12 hexadecimal digits of the SHA-256 of its relative name.
-
-    The key is enough to find the validation files again. File names may hold a patient's name, so an export has none.
-    """
-    return hashlib.sha256(file.encode()).hexdigest()[:12]
-
-
-def contents_of(data: Collection) -> dict[str, str]:
-    """Return the keys of the contents of a fit's images for `model.json`: sorted, in base64, with their salt."""
-    salt = secrets.token_bytes(8)
-    return {
-        "salt": salt.hex(),
-        "train": _packed(data.train.digest, salt),
-        "valid": _packed(data.valid.digest, salt),
-    }
-
-
-def _packed(digests: Iterable[str], salt: bytes) -> str:
-    return base64.b64encode(b"".join(sorted({_content_key(digest, salt) for digest in digests}))).decode()
-
-
-def _content_key(digest: str, salt: bytes) -> bytes:
-    return hashlib.blake2b(bytes.fromhex(digest), key=salt, digest_size=KEY_BYTES).digest()
-
-
-def _uses(table: pd.DataFrame, contents: dict[str, str]) -> np.ndarray:
-    """Return for each image what the fit used its content for (N,): "train", "valid" or ""."""
-    salt, uses = bytes.fromhex(contents["salt"]), {}
-    for use in ("valid", "train"):
-        packed = base64.b64decode(contents[use])
-        uses |= {packed[i : i + KEY_BYTES]: use for i in range(0, len(packed), KEY_BYTES)}
-
-    def use_of(path: str) -> str:
-        with contextlib.suppress(OSError), open(path, "rb") as stream:  # the reader of the pixels reports an error
-            return uses.get(_content_key(hashlib.file_digest(stream, _md5).hexdigest(), salt), "")
-        return ""
-
-    return np.array(list(map_in_threads(use_of, table.path)), dtype=object)
-
-
-def _md5() -> Any:
-    return hashlib.md5(usedforsecurity=False)  # as `image_facts.Facts.digest`
-
-
 def has_folds(model: dict[str, Any]) -> bool:
     """Return whether each network of an ensemble left out another part of the images: none is new to all of them.
 
@@ -153,7 +94,7 @@ def labelled_images(model: dict[str, Any], wanted: Request) -> Labelled:
     if wanted.exclude is not None:
         table, left_out = leave_out(table, root, wanted.exclude)
         notes += left_out
-    uses = None if contents is None else _uses(table, contents)
+    uses = None if contents is None else uses_in_fit(table, contents)
     if split == "train":
         table, uses, note = _trained_on(table, uses)
         notes += note

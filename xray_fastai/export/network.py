@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from xray_fastai.config.choices import members_of
+from xray_fastai.export.layout import WEIGHTS
 from xray_fastai.export.reader import find_export, read
-from xray_fastai.export.schema import WEIGHTS
 from xray_fastai.export.weights_file import network_part, read_weights
 from xray_fastai.model.architectures import build_network, on_start
 from xray_fastai.system.errors import UserError

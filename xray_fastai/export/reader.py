@@ -22,7 +22,9 @@ from typing import Any
 
 from xray_fastai.config.choices import PUBLISHED_WEIGHTS
 from xray_fastai.config.setting import MAX_TEXT
-from xray_fastai.export.schema import ENTRIES, LIMIT, PICKLE, SETTINGS, WEIGHTS, parse, warn
+from xray_fastai.export.layout import PICKLE, SETTINGS, WEIGHTS
+from xray_fastai.export.model_json import LIMIT, parse, warn
+from xray_fastai.export.value_types import ENTRIES
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import atomic_write
 from xray_fastai.system.text import shown

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from xray_fastai.system.errors import UserError
-from xray_fastai.system.files import acquire, release, sync_folder
+from xray_fastai.system.files import acquire, make_folder, release, sync_folder
 
 CHECKPOINT, SETTINGS_FILE = "checkpoint", "settings.json"
 LOG = "fit.log"
@@ -109,12 +109,7 @@ def reserve(exports: str | Path, name: str | None, numbered: bool = False) -> It
         UserError: the name is taken, or the folder cannot be written to.
     """
     exports = Path(exports)
-    try:
-        exports.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot be made ({error.strerror}); give another folder", option="exports", value=exports
-        ) from None
+    make_folder(exports, "exports")
     first = name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     others = [f"{first}-{i}" for i in range(2, 100)]
     for candidate in others if numbered else [first] if name else [first, *others]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from xray_fastai.config.choices import network_of
+from xray_fastai.export.layout import SETTINGS
+from xray_fastai.export.model_json import read_settings
 from xray_fastai.export.reader import default_export, find_export
 from xray_fastai.export.run_folder import unfinished
-from xray_fastai.export.schema import SETTINGS, read_settings
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.untrusted import read_received
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xray_fastai.config.choices import network_of
+from xray_fastai.export.layout import HISTORY_COLUMNS, SETTINGS, WEIGHTS
+from xray_fastai.export.model_json import LIMIT, parse
 from xray_fastai.export.reader import path_of
 from xray_fastai.export.run_folder import CHECKPOINT, LOG
-from xray_fastai.export.schema import HISTORY_COLUMNS, LIMIT, SETTINGS, WEIGHTS, parse
 from xray_fastai.export.weights_file import read_weights
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown

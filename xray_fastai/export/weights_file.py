@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from xray_fastai.config.choices import ARCHITECTURES, members_of, network_of
-from xray_fastai.export.schema import SETTINGS
+from xray_fastai.export.layout import SETTINGS
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown
 from xray_fastai.system.untrusted import open_received
@@ -84,7 +84,7 @@ def gate_layout_of(model: dict[str, Any]) -> Layout:
     That of an ensemble compares the features of its first member.
 
     Args:
-        model: the settings, as `schema.parse` returns them.
+        model: the settings, as `model_json.parse` returns them.
     """
     if model.get("gate") is None:
         return {}
@@ -156,7 +156,7 @@ def read_weights(folder: Path, name: str, model: dict[str, Any]) -> dict[str, np
     Args:
         folder: holds the file.
         name: the file's name.
-        model: the settings, as `schema.parse` returns them.
+        model: the settings, as `model_json.parse` returns them.
 
     Returns:
         The tensors by the names of `layout_of` and `gate_layout_of`.

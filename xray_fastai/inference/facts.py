@@ -15,7 +15,7 @@ from pathlib import Path
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.data.dicom.reader import IDENTIFIERS, identifiers_of
 from xray_fastai.data.images import check_file
-from xray_fastai.export.schema import SETTINGS
+from xray_fastai.export.layout import SETTINGS
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.stream import Source
 from xray_fastai.system.errors import ImageError

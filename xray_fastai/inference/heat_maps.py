@@ -17,6 +17,7 @@ from xray_fastai.inference.model import Model
 from xray_fastai.inference.rows import ImageResult
 from xray_fastai.inference.stream import Batch
 from xray_fastai.system.errors import UserError
+from xray_fastai.system.files import make_folder
 from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.text import shorten, wrap
 
@@ -45,12 +46,7 @@ class HeatMaps:
     """Writes pictures of heat maps into a folder, named as the images are; a number is added to a name that exists."""
 
     def __init__(self, folder: Path, model: Model):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot be made ({error.strerror}); give another folder", option="heatmaps", value=folder
-            ) from None
+        make_folder(folder, "heatmaps")
         self.folder, self.model = folder, model
         self.numbers: dict[str, int] = {}  # the last number of a name that exists more than once
         self.written_files: list[Path] = []  # of the current batch

@@ -115,6 +115,23 @@ def check_new(path: Path, option: str) -> None:
         raise UserError(f"there is no folder {path.parent}; make it, or give another name", option=option, value=path)
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder and those above it, where they do not exist.
+
+    Args:
+        folder: the folder.
+        option: where the user gave it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fault = f"cannot be made ({error.strerror}); give another folder"
+        raise UserError(fault, option=option, value=folder) from None
+
+
 @contextlib.contextmanager
 def replaced(folder: Path, marker: str) -> Iterator[Path]:
     """Give an empty folder to fill, which replaces `folder` once the block ends without an error.

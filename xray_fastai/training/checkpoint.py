@@ -15,21 +15,19 @@ In the frozen phase the backbone is written once, and then only the head. The `.
 it lists the checkpoint's files with size and CRC-32. The two newest checkpoints are kept.
 """
 
-import json
 import os
 import threading
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from xray_fastai.export.run_folder import SETTINGS_FILE, Reservation
 from xray_fastai.system.errors import UserError, is_write_error, reason
-from xray_fastai.system.files import atomic_write
+from xray_fastai.training.checked_files import checksum, read_json, write_json, write_tensors
 
 FORMAT = 2
 """The version of the layout; a checkpoint of another version is refused."""
@@ -308,50 +306,3 @@ def check_format(path: Path, version: int) -> None:
             f"{path}: written by an older version (format {version}), which cannot be resumed; delete {path.parent}, "
             "and start a new fit"
         )
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Write a `.safetensors` file atomically, and return its size and CRC-32."""
-    with atomic_write(path, sync=True) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors makes its file readable by the owner only
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        temporary.chmod(mode)
-        return checksum(temporary)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON with its CRC-32 atomically."""
-    text = json.dumps(content)
-    with atomic_write(path, sync=True) as temporary:
-        temporary.write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "content": content}))
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON that `write_json` wrote.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged.
-    """
-    try:
-        outer = json.loads(path.read_text())
-        content = outer["content"]
-        intact = zlib.crc32(json.dumps(content).encode()) == outer["crc32"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"not a checkpoint: {error}") from None
-    if not intact:
-        raise ValueError("the checksum does not match")
-    return content
-
-
-def checksum(path: Path) -> dict[str, int]:
-    """Return a file's size and CRC-32.
-
-    CRC-32 detects damage, not forgery: it took 0.11 s for 300 MB, SHA-256 0.27 s.
-    """
-    crc, size = 0, 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return {"bytes": size, "crc32": crc}

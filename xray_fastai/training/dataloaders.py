@@ -16,8 +16,8 @@ from xray_fastai.data.dataset import default_data, read_collection, with_data_de
 from xray_fastai.data.folders import find_root, list_split, split_folder
 from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.table import Data, is_table, name_of
+from xray_fastai.export.model_json import read_settings
 from xray_fastai.export.reader import export_in_weights
-from xray_fastai.export.schema import read_settings
 from xray_fastai.model.loaders import XrayDataLoaders
 from xray_fastai.model.xray_learner import About, XrayLearner
 from xray_fastai.system.errors import UserError

@@ -13,10 +13,10 @@ from torch import nn
 
 from xray_fastai.evaluation.learning_curves import LR_FIND
 from xray_fastai.evaluation.report import write_report
+from xray_fastai.export.layout import PICKLE, SETTINGS, WEIGHTS
 from xray_fastai.export.learner import load_learner
 from xray_fastai.export.reader import lineage_of
 from xray_fastai.export.run_folder import reserve
-from xray_fastai.export.schema import PICKLE, SETTINGS, WEIGHTS
 from xray_fastai.export.weights_file import FACTS, facts_hash
 from xray_fastai.inference.model import Model
 from xray_fastai.system.errors import UserError, is_write_error, reason

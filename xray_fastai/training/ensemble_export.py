@@ -13,9 +13,9 @@ import pandas as pd
 from torch import nn
 
 from xray_fastai.data.dataset import Collection
-from xray_fastai.data.labelled import file_key
+from xray_fastai.data.image_keys import file_key
+from xray_fastai.export.layout import HISTORY_COLUMNS
 from xray_fastai.export.run_folder import Reservation
-from xray_fastai.export.schema import HISTORY_COLUMNS
 from xray_fastai.metrics.comparison import Called, compare_metrics
 from xray_fastai.metrics.groups import by_group
 from xray_fastai.metrics.intervals import Interval, interval_of, measure

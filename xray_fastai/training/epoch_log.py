@@ -7,7 +7,7 @@ import time
 
 from fastai.vision.all import Callback, TrackerCallback
 
-from xray_fastai.export.schema import HISTORY_COLUMNS
+from xray_fastai.export.layout import HISTORY_COLUMNS
 from xray_fastai.system.progress import epoch_bar, on_terminal
 from xray_fastai.training.callbacks import OWN_METRICS
 from xray_fastai.training.pace import Pace, short_duration

@@ -10,7 +10,7 @@ from torch import nn
 
 from xray_fastai.data.dataset import Collection
 from xray_fastai.evaluation.subgroups import Group, appearance, worst_group
-from xray_fastai.export.schema import QUANTILES
+from xray_fastai.export.layout import QUANTILES
 from xray_fastai.inference.gate import Gate
 from xray_fastai.metrics.alignment import log_odds, quantiles
 from xray_fastai.system.errors import ImageError

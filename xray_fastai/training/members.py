@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from xray_fastai.model.learner import parameter_counts
-from xray_fastai.training.checkpoint import Checkpoints, Saved, Tensors, checksum
+from xray_fastai.training.checked_files import checksum
+from xray_fastai.training.checkpoint import Checkpoints, Saved, Tensors
 from xray_fastai.training.loop import Added, Trainer, Turn
 from xray_fastai.training.messages import announce_member
 from xray_fastai.training.pace import EXPORT_SHARE

@@ -9,8 +9,9 @@ import torch
 
 from xray_fastai.config.choices import members_of
 from xray_fastai.config.fit_config import FitConfig
+from xray_fastai.export.layout import WEIGHTS
+from xray_fastai.export.model_json import read_settings
 from xray_fastai.export.reader import export_in_weights, lineage_of, read
-from xray_fastai.export.schema import WEIGHTS, read_settings
 from xray_fastai.export.weights_file import network_part, read_weights, split_tensors
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.text import count_of, shown

@@ -11,9 +11,9 @@ from fastai.vision.all import GatherPredsCallback
 
 from xray_fastai.config.choices import members_of
 from xray_fastai.config.fit_config import FitConfig
+from xray_fastai.export.layout import HISTORY_COLUMNS
 from xray_fastai.export.reader import lineage_of, read
 from xray_fastai.export.run_folder import reserve
-from xray_fastai.export.schema import HISTORY_COLUMNS
 from xray_fastai.model.architectures import on_start
 from xray_fastai.model.learner import build_learner, parameter_counts, set_scaling
 from xray_fastai.model.loaders import XrayDataLoaders

@@ -19,7 +19,7 @@ from xray_fastai.config.choices import network_of
 from xray_fastai.data import labelled
 from xray_fastai.data.folders import find_images
 from xray_fastai.data.patients import check_listed, numbered, patient_rule, patients_in
-from xray_fastai.export.schema import QUANTILES
+from xray_fastai.export.layout import QUANTILES
 from xray_fastai.inference.model import Model
 from xray_fastai.inference.scaling import prior_of
 from xray_fastai.inference.stream import decode_batches, predict_all

@@ -22,12 +22,12 @@ from xray_fastai import DISCLAIMER, __version__
 from xray_fastai.config.choices import TIMM
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.dataset import Collection
-from xray_fastai.data.labelled import contents_of, file_key
+from xray_fastai.data.image_keys import contents_of, file_key
 from xray_fastai.data.patients import images_by_source, unknown
 from xray_fastai.evaluation.learning_curves import LR_FIND, kept_epochs, plot_batch, plot_curves, plot_searches
 from xray_fastai.evaluation.report import write_report
+from xray_fastai.export.layout import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
 from xray_fastai.export.run_folder import LOG, Reservation
-from xray_fastai.export.schema import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
 from xray_fastai.export.weights_file import FACTS, facts_hash
 from xray_fastai.model.learner import set_scaling
 from xray_fastai.system.errors import ImageError, UserError, is_write_error, reason
