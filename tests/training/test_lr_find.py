@@ -1,6 +1,7 @@
 """`fit --lr find` searches the rate of each phase as fastai's `lr_find`, and leaves everything else as it was."""
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from tests.training.test_resume import resumed, same
 from xray_fastai import FitConfig, dataloaders, fit, learner, verify
 from xray_fastai.model.learner import CalibratedCrossEntropy
 from xray_fastai.system.errors import UserError
-from xray_fastai.training import lr_find
+from xray_fastai.training import lr_find, state
+from xray_fastai.training.loop import Trainer
 from xray_fastai.training.state import random_states
 
 BATCH = "fastai.callback.schedule:LRFinder.after_batch"  # of the searches alone
@@ -169,6 +171,41 @@ def test_a_killed_fit_goes_on_with_the_rates_it_found(settings, forked):
     same(exports / "whole", exports / "killed")
     pictures = [(exports / name / "lr_find.png").read_bytes() for name in ("whole", "killed")]
     assert pictures[0] == pictures[1]
+
+
+class WorseAndStopped(Callback):
+    "Spoil the second epoch, and interrupt the third."
+
+    def after_train(self):
+        if self.epoch == 1:
+            with torch.no_grad():
+                self.model[1][-1].bias[0] += 50
+
+    def before_epoch(self):
+        if self.epoch == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_a_resumed_phase_whose_time_is_up_ends_with_the_best_weights(settings, monkeypatch):
+    """The features are computed again, so the time may be up where the phase has epochs already."""
+    monkeypatch.setattr(state, "SECONDS", 0.0)
+    monkeypatch.setattr(lr_find, "STEPS", 12)
+    with pytest.raises(KeyboardInterrupt):
+        fit(**settings | {"name": "late", "freeze_epochs": 4, "epochs": 1}, callbacks=[WorseAndStopped()])
+    asked, begun = [], []
+
+    def is_up(trainer, name):
+        if name == "unfrozen" and name not in asked:
+            own, best = trainer.learn.model.state_dict(), trainer.best.state
+            begun.append((trainer.best.row["epoch"], all(torch.equal(own[key], best[key]) for key in own)))
+        asked.append(name)
+        return asked == ["frozen", "frozen"]  # after the search, not when the phase begins
+
+    monkeypatch.setattr(Trainer, "_time_is_up", is_up)
+    result = fit(resume="late")
+    assert begun == [(1, True)]
+    assert settings_of(result.path)["training"]["phases"][0]["end"] == "the time limit"
 
 
 @pytest.mark.slow

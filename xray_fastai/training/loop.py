@@ -249,6 +249,8 @@ class Trainer:
                 callbacks += [*more, *self.added.callbacks, *(tracker.callback for tracker in self.added.trackers)]
                 if self.stop.received is None and not pace.stopped:  # a signal may end the search
                     learn.fit(phase.epochs, lr=rate, cbs=callbacks, reset_opt=True)
+                else:  # a checkpoint within the phase has the weights of its last epoch
+                    self.best.restore(learn.model)
         finally:
             learn.metrics = own_metrics  # the export need not hold the user's
             log.close()
