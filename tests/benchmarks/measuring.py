@@ -1,14 +1,16 @@
-"""Shared parts of the benchmarks: images in split folders, a learner of plain fastai, a timed fit, a table."""
+"""Shared parts of the benchmarks: images in split folders, plain fastai's learner, a timed fit, kept runs, a table."""
 
 import contextlib
 import io
+import json
 import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -46,6 +48,44 @@ def whole_number(name: str, default: int, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise SystemExit(f"{name}={text}: give a whole number of {least} or more")
     return int(text)
+
+
+def chosen(kind: str, names: Collection[str], known: Collection[str]) -> Collection[str]:
+    """Return the names on a command line; without any, all that are known.
+
+    Raises:
+        SystemExit: one of them is not known; `kind` says what it should name.
+    """
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"no {kind} is named {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return names or known
+
+
+class Runs:
+    """Keeps a row a run in a file of JSON lines; what is there is not run again, so several short commands add up."""
+
+    def __init__(
+        self,
+        file: Path,
+        kind: str,  # the key of a row that names what was run, beside "seed"
+        **same: Any,  # rows with other values of these keys do not count
+    ):
+        self.file, self.kind = file, kind
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        self.rows = [row for row in rows if all(row[key] == value for key, value in same.items())]
+
+    def left(self, names: Iterable[str], seeds: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """Yield seed and name of each run without a row: all names with one seed, then all with the next."""
+        for seed in seeds:
+            for name in names:
+                if not any(row[self.kind] == name and row["seed"] == seed for row in self.rows):
+                    yield seed, name
+
+    def add(self, *rows: dict) -> None:
+        """Keep more rows."""
+        self.rows += rows
+        with self.file.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 class Enough(Exception):

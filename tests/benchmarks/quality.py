@@ -29,7 +29,6 @@ run again.
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import sys
@@ -58,7 +57,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from tests.benchmarks.elsewhere import groups_of
-from tests.benchmarks.measuring import DEVICE, EndAfter, Enough, about_the_machine, now, whole_number
+from tests.benchmarks.measuring import DEVICE, EndAfter, Enough, Runs, about_the_machine, chosen, now, whole_number
 from tests.benchmarks.second_hospital import by_patient
 from tests.benchmarks.shift import link
 from xray_fastai import fit
@@ -295,31 +294,20 @@ def as_table(runs: Sequence[dict]) -> str:
 
 
 def main(folder: Path, names: Sequence[str]) -> None:
-    if unknown := set(names) - WAYS.keys():
-        raise SystemExit(f"no way is named {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
-    task, log = Task(folder), folder / "runs.jsonl"
+    names, task = chosen("way", names, WAYS), Task(folder)
     setup = f"{ARCH}, {SIZE} px, {IMAGES} images, weights {Path(WEIGHTS).stem}, {EPOCHS} epochs"
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    runs = [run for run in runs if run["setup"] == setup]
+    runs = Runs(folder / "runs.jsonl", "way", setup=setup)
     print(f"{setup}; AUC of {', '.join(GROUPS)}; {about_the_machine()}", flush=True)
-    for seed in SEEDS:
-        for way in names or WAYS:
-            if any(run["way"] == way and run["seed"] == seed for run in runs):
-                continue
-            cache = folder / "cache"
-            for old in (cache, folder / "exports"):
-                shutil.rmtree(old, ignore_errors=True)
-            began = time.perf_counter()
-            with (
-                patch.object(pixel_cache, "cache_dir", lambda cache=cache: cache),
-                contextlib.redirect_stdout(io.StringIO()),
-            ):
-                run = {"setup": setup, "way": way, "seed": seed} | WAYS[way](task, seed)
-            runs.append(run)
-            with log.open("a") as file:
-                file.write(json.dumps(run) + "\n")
-            print(f"{way}, seed {seed}: {time.perf_counter() - began:.0f} s on the clock", flush=True)
-    print("\nCPU seconds (seconds on the clock)\n" + as_table(runs))
+    cache = folder / "cache"
+    for seed, way in runs.left(names, SEEDS):
+        for old in (cache, folder / "exports"):
+            shutil.rmtree(old, ignore_errors=True)
+        began = time.perf_counter()
+        with patch.object(pixel_cache, "cache_dir", lambda: cache), contextlib.redirect_stdout(io.StringIO()):
+            run = {"setup": setup, "way": way, "seed": seed} | WAYS[way](task, seed)
+        runs.add(run)
+        print(f"{way}, seed {seed}: {time.perf_counter() - began:.0f} s on the clock", flush=True)
+    print("\nCPU seconds (seconds on the clock)\n" + as_table(runs.rows))
 
 
 if __name__ == "__main__":

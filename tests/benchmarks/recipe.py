@@ -27,7 +27,6 @@ keeps a line for each fit (fits.jsonl). What is there is not fitted again, so se
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import sys
@@ -53,7 +52,7 @@ from torchvision.transforms.v2 import AugMix, TrivialAugmentWide
 from torchvision.transforms.v2.functional import jpeg
 
 from tests.benchmarks.elsewhere import groups_of
-from tests.benchmarks.measuring import whole_number
+from tests.benchmarks.measuring import Runs, chosen, whole_number
 from tests.benchmarks.robustness import SIDE, narrowed, widened
 from tests.benchmarks.second_hospital import by_patient
 from tests.benchmarks.shift import FRAME, link, measure
@@ -326,10 +325,10 @@ def figures_of(export: Path, groups: dict[str, Pictures]) -> dict[str, dict[str,
 
 def fits_of(variant: str, seed: int, folder: Path, groups: dict[str, Pictures]) -> list[dict]:
     """Fit a variant, and return its figures, and those of the averages of its weights, as lines of fits.jsonl."""
-    chosen, start = VARIANTS[variant], time.process_time()
-    callbacks = chosen.callbacks(folder)
-    settings = COMMON | chosen.settings | {"seed": seed, "exports": folder / "exports"}
-    with patch.object(loaders, "build_augmentation", lambda name: [*chosen.transforms, *build_augmentation(name)]):
+    special, start = VARIANTS[variant], time.process_time()
+    callbacks = special.callbacks(folder)
+    settings = COMMON | special.settings | {"seed": seed, "exports": folder / "exports"}
+    with patch.object(loaders, "build_augmentation", lambda name: [*special.transforms, *build_augmentation(name)]):
         export = fit(folder / "data", **settings, callbacks=callbacks, name=f"{variant}-{seed}").path
     row = {"variant": variant, "seed": seed, "seconds": time.process_time() - start}
     rows = [row | {"figures": figures_of(export, groups)}]
@@ -373,28 +372,21 @@ def as_table(rows: Sequence[dict]) -> str:
 
 
 def main(folder: Path, names: Sequence[str]) -> None:
-    if unknown := set(names) - VARIANTS.keys():
-        raise SystemExit(f"no variant is named {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    names = chosen("variant", names, VARIANTS)
     table = read_split(find_root(os.environ["XRAY_DATA"]), "train")
     folder.mkdir(parents=True, exist_ok=True)
-    groups, log = groups_of(folder, table), folder / "fits.jsonl"
+    groups, runs = groups_of(folder, table), Runs(folder / "fits.jsonl", "variant")
     if not (folder / "data").exists():
         rest = by_patient(table[~table.patient.isin(pd.concat(groups.values()).patient)], 0).head(IMAGES)
         link(folder / "data", rest, np.zeros(len(rest), bool))
     pictures = pictures_of(groups)
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    for seed in SEEDS:
-        for variant in names or VARIANTS:
-            if any(row["variant"] == variant and row["seed"] == seed for row in rows):
-                continue
-            new = fits_of(variant, seed, folder, pictures)
-            rows += new
-            with log.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in new)
-            for row in new:
-                aucs = ", ".join(f"{group} {part['AUC']:.4f}" for group, part in row["figures"].items())
-                print(f"{row['variant']}, seed {seed}: {aucs}; {row['seconds']:.0f} s of CPU time", flush=True)
-    print(as_table(rows))
+    for seed, variant in runs.left(names, SEEDS):
+        new = fits_of(variant, seed, folder, pictures)
+        runs.add(*new)
+        for row in new:
+            aucs = ", ".join(f"{group} {part['AUC']:.4f}" for group, part in row["figures"].items())
+            print(f"{row['variant']}, seed {seed}: {aucs}; {row['seconds']:.0f} s of CPU time", flush=True)
+    print(as_table(runs.rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ threshold, and balanced accuracy after `recalibrate` with 50 random images of th
 the others' patients.
 """
 
-import json
 import os
 import sys
 import time
@@ -27,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from tests.benchmarks.elsewhere import draws, groups_of, measured, outputs
-from tests.benchmarks.measuring import whole_number
+from tests.benchmarks.measuring import Runs, chosen, whole_number
 from tests.benchmarks.shift import link
 from xray_fastai import fit
 from xray_fastai.data.folders import find_root, read_split
@@ -86,32 +85,25 @@ def as_table(rows: Sequence[dict]) -> str:
 
 def main(folder: Path, names: Sequence[str]) -> None:
     started = time.perf_counter()
-    if unknown := set(names) - RECIPES.keys():
-        raise SystemExit(f"no recipe is named {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
+    names = chosen("recipe", names, RECIPES)
     table = read_split(find_root(os.environ["XRAY_DATA"]), "train")
     folder.mkdir(parents=True, exist_ok=True)
-    groups, data, log = groups_of(folder, table), folder / "data", folder / "fits.jsonl"
+    groups, data, runs = groups_of(folder, table), folder / "data", Runs(folder / "fits.jsonl", "recipe")
     if not data.exists():
         link(data, table, table.file.isin(pd.concat(groups.values()).file).to_numpy())
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    took = {row["recipe"]: row["seconds"] for row in rows}
-    for seed in SEEDS:
-        for recipe in names or RECIPES:
-            if any(row["recipe"] == recipe and row["seed"] == seed for row in rows):
-                continue
-            if time.perf_counter() - started + took.get(recipe, 0) > 60 * MINUTES:
-                print(f"{recipe}, seed {seed}: no time left; run the command again to go on", flush=True)
-                continue
-            settings = COMMON | RECIPES[recipe] | (TINY if QUICK else {})
-            begun = time.perf_counter()
-            name = f"{recipe}-{seed}".replace(" ", "-").replace(",", "")
-            export = fit(data, **settings, seed=seed, exports=folder / "exports", name=name).path
-            seconds = took[recipe] = time.perf_counter() - begun
-            rows.append({"recipe": recipe, "seed": seed, "seconds": seconds, "figures": figures_of(export, groups)})
-            with log.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(f"{recipe}, seed {seed}: {seconds:.0f} s", flush=True)
-    print(as_table(rows))
+    took = {row["recipe"]: row["seconds"] for row in runs.rows}
+    for seed, recipe in runs.left(names, SEEDS):
+        if time.perf_counter() - started + took.get(recipe, 0) > 60 * MINUTES:
+            print(f"{recipe}, seed {seed}: no time left; run the command again to go on", flush=True)
+            continue
+        settings = COMMON | RECIPES[recipe] | (TINY if QUICK else {})
+        begun = time.perf_counter()
+        name = f"{recipe}-{seed}".replace(" ", "-").replace(",", "")
+        export = fit(data, **settings, seed=seed, exports=folder / "exports", name=name).path
+        seconds = took[recipe] = time.perf_counter() - begun
+        runs.add({"recipe": recipe, "seed": seed, "seconds": seconds, "figures": figures_of(export, groups)})
+        print(f"{recipe}, seed {seed}: {seconds:.0f} s", flush=True)
+    print(as_table(runs.rows))
 
 
 if __name__ == "__main__":
