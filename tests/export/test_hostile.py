@@ -23,6 +23,7 @@ from safetensors.torch import load, save
 
 from tests.conftest import draw_collection, settings_of
 from xray_fastai import load_learner, verify
+from xray_fastai.config.choices import MAX_MEMBERS
 from xray_fastai.config.class_names import class_fault
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.system.errors import UserError
@@ -193,6 +194,12 @@ def test_a_model_json_that_is_none(content, words, copy, refuse):
     refuse(copy / SETTINGS, words)
 
 
+MEMBER = {
+    "member": 1, "seed": 42, "train": 30, "valid": 10, "seconds": 1.0, "phases": [],
+    "best": {"phase": "frozen", "epoch": 1, "train_loss": 0.5, "valid_loss": 0.5, "accuracy": 0.9, "roc_auc": 0.9,
+             "lr": 0.001},
+    "roc_auc": [0.9, None, None], "balanced_accuracy": [0.9, None, None],
+}  # fmt: skip
 VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "format": [(0, "greater than or equal to 1"), (True, "valid integer"), ("1", "valid integer")],
     "created": [("yesterday", "Invalid isoformat")],
@@ -255,8 +262,17 @@ VALUE_FAULTS = {  # by JSON path: a value, and what is said of it
     "augmentation": [([15], "an object"), ({"max_rotate": "15"}, "number"), ({"max_rotate": 10**400}, "")],
     "best.valid_loss": [("low", "number")],
     "versions": [({"torch": 2}, "versions.torch"), ({f"v{i}": "1" for i in range(2000)}, "2,000 entries")],
-    "ensemble": [([], "an object"), ({"outputs": "all"}, "ensemble.outputs: input should be 'out of fold' or")],
-    "training.members": [([{}], "training.members[0].member: field"), ([{"member": 21}], "equal to 20")],
+    "ensemble": [
+        ([], "an object"),
+        ({"outputs": "all"}, "ensemble.outputs: input should be 'out of fold' or"),
+        ({"outputs": "validation", "planned": MAX_MEMBERS + 1}, "ensemble.planned: input should be less than or equal"),
+        ({"outputs": "validation", "planned": 1}, "ensemble.planned: input should be greater than or equal to 2"),
+    ],
+    "training.members": [
+        ([{}], "training.members[0].member: field"),
+        ([{"member": 21}], "equal to 20"),
+        ([MEMBER] * (MAX_MEMBERS + 1), "training.members: list should have at most 20 items"),
+    ],
     "weights.file": [("../sent/model.safetensors", "'model.safetensors'"), ("/etc/passwd", "'model.safetensors'")],
     "scores": [
         ({"NORMAL": [0.0] * 101}, "not of two classes"),
