@@ -30,7 +30,7 @@ from xray_fastai.metrics.comparison import Called
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.model.ensemble import split
 from xray_fastai.system.errors import UserError
-from xray_fastai.training import ensemble_export, trackers
+from xray_fastai.training import ensemble_export, lr_find, trackers
 from xray_fastai.training.loop import Trainer
 from xray_fastai.training.members import LEAST_SECONDS, Members
 from xray_fastai.training.pace import EXPORT_SHARE
@@ -342,6 +342,22 @@ def test_the_number_of_networks_cannot_change_when_a_fit_is_resumed(collection, 
     with pytest.raises(KeyboardInterrupt):
         fit(collection, **QUICKLY, callbacks=[Interrupt()])
     refused(run("fit", "--resume", "two", "--members", 3), "--members: cannot change when two is resumed; leave it out")
+
+
+@pytest.mark.slow
+def test_rates_that_were_found_before_a_fit_was_resumed(collection, monkeypatch):
+    """All networks were done: none trains, and nothing is searched again."""
+    rates = iter([3e-3, 5e-3])
+    monkeypatch.setattr(lr_find, "suggestion", lambda *_: (next(rates), None))
+    monkeypatch.setattr(lr_find, "STEPS", 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(ensemble_export, "export", lambda *_: next(iter([])))
+        with pytest.raises(StopIteration):
+            fit(collection, **QUICKLY, lr="find")
+    result = fit(resume="two")
+    assert result.lr == 5e-3
+    members = settings_of(result.path)["training"]["members"]
+    assert [phase["lr"] for member in members for phase in member["phases"]] == [3e-3, 5e-3]
 
 
 class Interrupt(Callback):

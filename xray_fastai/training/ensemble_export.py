@@ -50,7 +50,7 @@ def export_members(members: Members, run: Reservation) -> Result:
         members.trainer.plan = replace(members.trainer.plan, config=plan.config)
         return export_learner(members.trainer, run)
     if not trained:
-        fault = f"{error}; no epoch was completed, so nothing is exported; try a lower lr= than {members.trainer.lr:g}"
+        fault = f"{error}; no epoch was completed, so nothing is exported; try a lower lr= than {members.lr:g}"
         raise UserError(fault)
     joined = replace(plan, members=len(trained), pretrained=None, start=None)
     networks = [_network(plan, member) for member in trained.values()]
@@ -75,7 +75,7 @@ def export_members(members: Members, run: Reservation) -> Result:
     )
     path = export(learn, joined, outcome, judgement, run)
     words = measured_words(judgement.ensemble.record)
-    return Result(path, outcome.status, history, plan.config, received, error, lr=members.trainer.lr, measured=words)
+    return Result(path, outcome.status, history, plan.config, received, error, lr=members.lr, measured=words)
 
 
 def outputs_of(data: Collection, trained: dict[int, Trained]) -> Outputs:

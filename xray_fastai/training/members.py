@@ -98,6 +98,12 @@ class Members:
         """The learner of the network that trains."""
         return self.trainer.learn
 
+    @property
+    def lr(self) -> float:
+        """The peak learning rate of the head that was given, or that was found last; after an error, its network's."""
+        found = [search for member in sorted(self.trained) for search in self.trained[member].searches]
+        return found[-1]["peak"] if found and self.error is None else self.trainer.lr
+
     def train(self) -> None:
         """Train the networks that are not done, until a signal stops the fit, or a loss is not finite.
 
