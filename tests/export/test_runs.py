@@ -149,7 +149,12 @@ def test_the_commands(exports, run, refused, monkeypatch):
         settings=json.loads((exports / "first" / "model.json").read_text())["settings"] | {"batch_size": 7},
     )
     assert "--batch-size" in run("runs", "exports/first", "exports/last").stdout
-    assert run("runs", "exports/first").exit_code == 2
+    for one in ("exports/first", "first"):
+        (row,) = json.loads(run("runs", one, "--json").stdout)
+        assert row["name"] == "first" and not row["out_of_fold"]
+    assert "last" not in run("runs", "first").stdout
+    refused(run("runs", "nowhere"), "nowhere: not an export")
+    assert run("runs", "exports/first", "exports/last", "exports/second").exit_code == 2
     assert run("default", "exports/first", "--clear").exit_code == 2
     assert run("default", "--clear").stdout == "exports/last (the newest in ./exports)\n"
     refused(run("runs", "--exports", "nowhere"), "nowhere: No such file")

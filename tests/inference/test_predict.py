@@ -574,6 +574,7 @@ def test_heat_maps(says, files, model, monkeypatch):
     for _ in range(2):  # what is there stays
         result = says(*files[:2], "same", "bad.jpeg", "--heatmaps", "maps")
         assert result.exit_code == 3, result.output
+        assert "heat maps     maps\n" in result.stdout
     first, second = Path(files[0]).stem, Path(files[1]).stem
     names = [f"{first}.png", f"{second}.png", f"{first}-2.png", f"{first}-3.png", f"{second}-2.png", f"{first}-4.png"]
     assert sorted(path.name for path in Path("maps").iterdir()) == sorted(names)

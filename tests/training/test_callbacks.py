@@ -16,7 +16,7 @@ from xray_fastai.training.callbacks import Autocast, CudaAutocast, Schedule, pre
 from xray_fastai.training.frozen_features import NextView
 from xray_fastai.training.stopping import EarlyStopping, StopOnNonFiniteLoss
 
-LR = 1e-3
+LR = 6e-3
 
 
 @pytest.fixture
@@ -54,6 +54,7 @@ def test_a_callback_sees_both_phases_and_changes_nothing(settings):
     assert with_callback.history == without.history
     assert [row["phase"] for row in with_callback.history] == ["frozen"] * 2 + ["unfrozen"] * 2
     assert spy.batches == [4] * 4  # of 36 images, the last 4 make no whole batch
+    assert [row["lr"] for row in without.history if row["epoch"] == 1] == [0.006, 0.003]  # no 0.0030000000000000005
     frozen, unfrozen = spy.rates
     assert frozen[-1] == pytest.approx(LR)
     assert unfrozen == pytest.approx([LR / 200, LR / 20, LR / 2])

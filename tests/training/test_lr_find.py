@@ -18,6 +18,7 @@ from xray_fastai.model.learner import CalibratedCrossEntropy
 from xray_fastai.system.errors import UserError
 from xray_fastai.training import lr_find, state
 from xray_fastai.training.loop import Trainer
+from xray_fastai.training.messages import report_search
 from xray_fastai.training.state import random_states
 
 BATCH = "fastai.callback.schedule:LRFinder.after_batch"  # of the searches alone
@@ -51,12 +52,21 @@ class Spy(Callback):
             self.peaks.append([hyper["lr"] for hyper in self.opt.hypers])
 
 
+@pytest.mark.parametrize(("found", "said"), [(0.0099, None), (0.02, "10 times the default of 0.002; look at the plot")])
+def test_a_rate_far_above_the_default_is_pointed_out(found, said, capsys):
+    report_search({"fault": None, "peak": found}, 0.002)
+    output = capsys.readouterr().out
+    assert f"found {found:g}" in output
+    assert ("default" in output) == (said is not None) and (said or "") in output
+
+
 def test_each_phase_trains_at_the_rate_that_was_found(settings, capsys):
     """The earlier layers keep their share of the head's rate; model.json repeats the fit, and has the rates."""
     spy = Spy()
     result = fit(**settings, name="both", callbacks=[spy])
     output = capsys.readouterr().out
     assert "augmentation none, learning rate searched in each phase, adaptive" in output
+    assert output.count("\nlearning rate  searched in 100 batches\n") == 2
     frozen, unfrozen = found(output)
     assert spy.peaks[0][-1] == frozen and result.lr == unfrozen
     assert spy.peaks[1] == pytest.approx([unfrozen / 100, unfrozen / 10, unfrozen])

@@ -46,6 +46,16 @@ def recalibrated(export, local, run, tmp_path_factory):
     return folder, result.output
 
 
+def test_the_new_export_stands_beside_the_old_one_by_the_path_that_was_given(export, local, run, tmp_path, monkeypatch):
+    shutil.copytree(export, tmp_path / "exports" / "first")
+    monkeypatch.chdir(tmp_path)
+    for name in ("first-recalibrated", "first-recalibrated-2"):
+        assert f"written        exports/{name}\n" in run("recalibrate", "exports/first", "--data", local).stdout
+    monkeypatch.chdir("exports/first")
+    printed = run("recalibrate", ".", "--data", local).stdout.replace("\n", "")
+    assert f"{tmp_path}/exports/first-recalibrated-3" in printed
+
+
 def simulated(n: int, slope: float, intercept: float, seed: int = 0) -> Validated:
     """Images whose outcome follows slope * z + intercept, where the model says z."""
     rng = np.random.default_rng(seed)

@@ -18,7 +18,8 @@ SORTS = ("date", "name", "data", "network", "valid", "test", "status")
 
 def runs(
     pair: Annotated[
-        list[str] | None, typer.Argument(metavar="EXPORT", help="Two exports, to see which settings differ.")
+        list[str] | None,
+        typer.Argument(metavar="EXPORT", help="One export, to see its results; two, to see which settings differ."),
     ] = None,
     exports: Annotated[Path, typer.Option("--exports", metavar="DIR", help="Folder of the exports.")] = Path("exports"),
     sort: Annotated[
@@ -29,12 +30,12 @@ def runs(
     """List the exports and the unfinished runs with their results, or show in which settings two differ."""
     from xray_fastai.cli.runs_table import print_differences, print_runs
 
-    if pair:
-        if len(pair) != 2:
-            raise WrongCommandLine(f"{len(pair)} export given; give two to compare, or none to list all")
+    if len(pair or ()) > 2:
+        raise WrongCommandLine(f"{len(pair)} exports given; give two to compare, one, or none to list all")
+    if pair and len(pair) == 2:
         print_differences(pair, json)
     else:
-        print_runs(exports, sort, json)
+        print_runs(exports, sort, json, only=pair[0] if pair else None)
 
 
 def default(

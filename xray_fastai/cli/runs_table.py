@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from xray_fastai.export.reader import find_export
 from xray_fastai.export.runs import Auc, Run, differing_settings, list_runs, to_json
 from xray_fastai.system.text import as_typed, format_interval, printable
 
@@ -20,9 +21,23 @@ PIPE_WIDTH = 160
 """Columns of a table that is written to a file or a pipe."""
 
 
-def print_runs(exports: Path, sort: str, as_json: bool) -> None:
-    """Print two lines a run of a folder: its name, date, status, data, network and AUCs."""
-    runs = list_runs(exports, sort)
+def print_runs(exports: Path, sort: str, as_json: bool, only: str | None = None) -> None:
+    """Print two lines a run of a folder: its name, date, status, data, network and AUCs.
+
+    Args:
+        exports: the folder.
+        sort: the column.
+        as_json: print JSON instead.
+        only: the name of a run in the folder, or the path of an export, to print alone.
+
+    Raises:
+        UserError: there is no such folder, or no such export.
+    """
+    if only is None or (exports / only).is_dir():
+        runs = [run for run in list_runs(exports, sort) if only in (None, run.name)]
+    else:
+        path = find_export(only)
+        runs = [run for run in list_runs(path.resolve().parent) if run.name == path.resolve().name]
     if as_json:
         print(to_json(runs))
         return
@@ -57,7 +72,8 @@ def _cells(run: Run) -> tuple[str, ...]:
     if run.network is None:
         return (first,)
     worst = "-" if run.worst_group is None else f"{run.worst_group}\n{_auc(run.worst)}"
-    return first, f"{run.data}, {run.images:,} images\n{run.network}", _auc(run.valid), _auc(run.test), worst
+    valid = f"{_auc(run.valid)}\nout of fold" if run.out_of_fold else _auc(run.valid)
+    return first, f"{run.data}, {run.images:,} images\n{run.network}", valid, _auc(run.test), worst
 
 
 def _auc(auc: Auc | None) -> str:

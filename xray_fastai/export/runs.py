@@ -41,6 +41,7 @@ class Run:
     images: int | None = None  # of training and validation
     network: str | None = None  # architecture and size
     valid: Auc | None = None  # with an interval if `evaluate --split valid` was run
+    out_of_fold: bool = False  # whether `valid` is of all images, each judged by a network that left it out
     test: Auc | None = None  # of evaluation-test, if `evaluate` was run
     worst_group: str | None = None
     worst: Auc | None = None  # of the worst group
@@ -124,6 +125,7 @@ def _run(path: Path, chosen: Path | None) -> Run:
         images=sum(data["train"].values()) + sum(data["valid"].values()),
         network=f"{network_of(model)} {model['preprocessing']['size']}",
         valid=_auc(valid) or _auc_of_fit(model),
+        out_of_fold=valid is None and (model.get("ensemble") or {}).get("outputs") == "out of fold",
         test=_auc(test),
         worst_group=worst["name"] if worst else None,
         worst=Auc(worst["roc_auc"], worst["low"], worst["high"]) if worst else None,

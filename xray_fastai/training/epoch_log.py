@@ -91,6 +91,7 @@ class EpochLog(Callback):
 
     def after_epoch(self):
         row = self.recorder.history[-1] | {"phase": self.phase, "epoch": self.epoch + 1}
+        row["lr"] = float(f"{row['lr']:.12g}")  # 0.003, of which sums of the schedule make 0.0030000000000000005
         self.history.append({name: row[name] for name in (*HISTORY_COLUMNS, *row)})
         first = self.pace.count <= 1
         text = self._line(

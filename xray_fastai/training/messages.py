@@ -19,6 +19,10 @@ from xray_fastai.training.disk_space import folder_size
 from xray_fastai.training.pace import FROZEN_SHARE, in_words
 from xray_fastai.training.plan import Plan
 
+HIGH_RATE = 5
+"""A rate that a search found is called high from this many times the default on: on few images, or with small batches,
+such rates left the loss where it was."""
+
 OF_THE_RUN = ("name", "exports", "device", "workers", "cache", "quiet")
 """The settings that two fits of the same model may have different."""
 
@@ -144,10 +148,18 @@ def report_smaller_batch(plan: Plan, part: str, before: int, after: int, saved: 
     )
 
 
-def report_search(search: dict) -> None:
-    """Print the learning rate that a search found for the head; or why it found none, and the rate that is taken."""
+def report_search(search: dict, usual: float) -> None:
+    """Print the learning rate that a search found for the head; or why it found none, and the rate that is taken.
+
+    Args:
+        search: what `lr_find.search` returned.
+        usual: the rate of the head by default.
+    """
     if search["fault"] is None:
         print(f"\nlearning rate  found {search['peak']:g} (valley; plot in {LR_FIND})", flush=True)
+        if (times := search["peak"] / usual) >= HIGH_RATE:
+            advice = "look at the plot, and if the loss does not fall, give a number by --lr"
+            print(f"               {times:.0f} times the default of {usual:g}; {advice}", flush=True)
     else:
         why = f"none found: {search['fault']} (plot in {LR_FIND})"
         print(f"\nlearning rate  {why}; {search['peak']:g} is taken, the default", flush=True)

@@ -209,7 +209,7 @@ def _check_given(
 
 def _free(parent: Path) -> Path:
     """Return the first free name for what comes from an export, beside it."""
-    base = parent.resolve()
+    base = parent if parent.name not in ("", "..") else parent.resolve()
     stem = base.with_name(f"{base.name}-recalibrated")
     names = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 1000))]
     return next(path for path in names if not path.exists())
