@@ -80,8 +80,8 @@ def number_or(word: str) -> Callable[[str | float], float | str]:
     """
 
     def parse(text: str | float) -> float | str:
-        if text == word:
-            return text
+        if isinstance(text, str) and text.lower() == word:
+            return word
         try:
             return float(text)
         except ValueError:

@@ -106,6 +106,11 @@ def model_record(plan: Plan, outcome: Outcome, judgement: Judgement) -> dict[str
     }
 
 
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    """Round the numbers of a row to 12 significant digits: 0.003 for a rate of 0.0030000000000000005."""
+    return {name: float(f"{value:.12g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
 def _versions(arch: str) -> dict[str, str]:
     """Return the versions of this package, Python and the libraries; that of timm where the network is timm's."""
     libraries = (*LIBRARIES, "timm") if arch.startswith(TIMM) else LIBRARIES
@@ -177,7 +182,7 @@ def write_export(
         weights = {"file": WEIGHTS, "sha256": sha256(folder / WEIGHTS), "tensors": len(state)}
         text = json.dumps({"format": FORMAT, **model, "weights": weights}, indent=2, allow_nan=False)
         (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
-        pd.DataFrame(outcome.history).to_csv(folder / "history.csv", index=False)
+        pd.DataFrame(map(_readable, outcome.history)).to_csv(folder / "history.csv", index=False)
         if ensemble is not None and ensemble.predictions is not None:
             ensemble.predictions.to_csv(folder / OUT_OF_FOLD, index=False)
         plot_curves(outcome.history, folder / CURVES, kept_epochs(model))
