@@ -125,10 +125,10 @@ def forked():
 
 @pytest.fixture(scope="session")
 def refused():
-    """Check that a command was refused in one line that holds these words, with exit code 1."""
+    """Check that a command was refused in one line that holds these words, with exit code 1, or 2 for its options."""
 
-    def refused(result, *words):
-        assert result.exit_code == 1, result.output
+    def refused(result, *words, code=1):
+        assert result.exit_code == code, result.output
         assert "Traceback" not in result.output and "unexpected" not in result.output
         (line,) = result.stderr.strip().splitlines()
         assert line.startswith("Error: ")

@@ -1,4 +1,5 @@
-"""Each mistake ends with exit code 1 and one line that names it and says what to do; it leaves no export."""
+"""Each mistake ends with one line that names it and says what to do, and leaves no export; the exit code is 1, or 2 for
+an option that is wrong by itself."""
 
 import os
 import re
@@ -19,8 +20,8 @@ FIT = ["--weights", "none", "--epochs", 1]
 def refuse(run, refused):
     """Return a check that a fit is refused and leaves no files."""
 
-    def refuse(data, *words, options=()):
-        refused(run("fit", "--data", data, *QUICK, *FIT, *options), *words)
+    def refuse(data, *words, options=(), code=1):
+        refused(run("fit", "--data", data, *QUICK, *FIT, *options), *words, code=code)
         assert not Path("exports").exists() or not list(Path("exports").iterdir())
 
     return refuse
@@ -167,7 +168,8 @@ def test_offline_and_not_cached(refuse, collection, monkeypatch):
     ],
 )
 def test_class_weights(weights, words, refuse, collection):
-    refuse(collection, f"--class-weights {weights}", words, options=["--class-weights", weights])
+    code = 1 if "for" in words or "NORMAL, " in words else 2  # only the images tell the classes
+    refuse(collection, f"--class-weights {weights}", words, options=["--class-weights", weights], code=code)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -191,12 +193,15 @@ def test_fp16_on_a_cpu(refuse, collection):
         ("--name", "con"),
         ("--name", "NUL.1"),
         ("--name", "dot."),
-        ("--positive", "FLU"),
         ("--seed", "-1"),
     ],
 )
 def test_options_out_of_range(option, refuse, collection):
-    refuse(collection, f"{option[0]} {option[1]}", options=option)
+    refuse(collection, f"{option[0]} {option[1]}", options=option, code=2)
+
+
+def test_a_class_that_is_not_in_the_data(refuse, collection):
+    refuse(collection, "--positive FLU", options=["--positive", "FLU"])
 
 
 @pytest.mark.parametrize("option", [("--epochs", "0"), ("--arch", "vgg16"), ("--precision", "fp8"), ("--size", "8")])

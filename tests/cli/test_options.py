@@ -104,15 +104,15 @@ def test_the_command_runs_without_any_option(run, calls):
 
 
 def test_the_learning_rate_is_a_number_or_find(run, calls, refused):
-    for text, value in (("2e-3", 2e-3), ("find", "find"), ("Find", "find")):
+    for text, value in (("2e-3", 2e-3), ("find", "find"), ("Find", "find"), ("FIND", "find")):
         assert run("fit", "--lr", text).exit_code == 0
         assert calls.pop() == ((FitConfig(lr=value),), {})
-    for text in ("foo", ""):
+    for text in ("foo", "finde", ""):
         result = run("fit", "--lr", text)
         assert result.exit_code == 2
         assert result.stderr.splitlines()[-1] == f"Error: --lr {text}: give a number, or find"
     for text in ("0", "-1", "20", "nan"):
-        refused(run("fit", "--lr", text), f"--lr {text}: give a number that is above 0 and below 10, or find")
+        refused(run("fit", "--lr", text), f"--lr {text}: give a number that is above 0 and below 10, or find", code=2)
     assert "did you mean --lr find?" in run("fit", "--lr-find").stderr
 
 
@@ -185,7 +185,7 @@ def test_a_new_option_needs_one_new_field():
         (FitConfig, {"data": 3}, "data 3: give text"),
         (FitConfig, {"size": 5000}, "size 5000: give a number from 32 to 4096"),
         (FitConfig, {"lr": 0}, "lr 0: give a number that is above 0 and below 10, or find"),
-        (FitConfig, {"lr": "Find"}, "lr Find: give a value of type float, or find"),
+        (FitConfig, {"lr": "foo"}, "lr foo: give a value of type float, or find"),
         (FitConfig, {"lr": float("nan")}, "lr nan: give a number that is above 0 and below 10"),
         (FitConfig, {"dropout": 1}, "dropout 1: give a number that is at least 0 and below 1"),
         (FitConfig, {"target_sensitivity": 1.5}, "target_sensitivity 1.5: give a number that is above 0 and at most 1"),

@@ -353,7 +353,6 @@ def test_a_name_that_is_not_utf8(says, files):
         (["--output", "there.csv"], "--output there.csv: already exists"),
         (["--output", "nowhere/out.csv"], "nowhere/out.csv: cannot be written to (No such file or directory)"),
         (["--output", "folder.csv"], "a folder, not a file"),
-        (["--resume"], "--resume: give the file to continue by --output"),
         (["empty"], "empty: no image in this folder (looked for .jpeg"),
         (["--heatmaps", "there.csv"], "--heatmaps there.csv: cannot be made"),
         (["images", "--heatmaps", "images"], "give a folder outside"),
@@ -373,6 +372,7 @@ def test_bad_input(options, words, says, refused, files):
         result = says(files[0], *options)
     refused(result, words)
     assert Path("there.csv").read_text() == "mine" and not Path("out.txt").exists()
+    refused(says(files[0], "--resume"), "--resume: give the file to continue by --output", code=2)
 
 
 def test_no_export(run, refused, an_image):
@@ -574,7 +574,7 @@ def test_heat_maps(says, files, model, monkeypatch):
     for _ in range(2):  # what is there stays
         result = says(*files[:2], "same", "bad.jpeg", "--heatmaps", "maps")
         assert result.exit_code == 3, result.output
-        assert "heat maps     maps\n" in result.stdout
+        assert "heat maps     maps, " in result.stdout
     first, second = Path(files[0]).stem, Path(files[1]).stem
     names = [f"{first}.png", f"{second}.png", f"{first}-2.png", f"{first}-3.png", f"{second}-2.png", f"{first}-4.png"]
     assert sorted(path.name for path in Path("maps").iterdir()) == sorted(names)

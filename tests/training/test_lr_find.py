@@ -52,12 +52,19 @@ class Spy(Callback):
             self.peaks.append([hyper["lr"] for hyper in self.opt.hypers])
 
 
-@pytest.mark.parametrize(("found", "said"), [(0.0099, None), (0.02, "10 times the default of 0.002; look at the plot")])
-def test_a_rate_far_above_the_default_is_pointed_out(found, said, capsys):
-    report_search({"fault": None, "peak": found}, 0.002)
+@pytest.mark.parametrize(
+    ("found", "steps", "said"),
+    [
+        (0.0099, 30, None),
+        (0.02, 30, "10.0 times the default;"),
+        (0.006, 4.5, "3.0 times the default, found in epochs of 5"),
+    ],
+)
+def test_a_rate_far_above_the_default_is_pointed_out(found, steps, said, capsys):
+    report_search({"fault": None, "peak": found}, 0.002, steps)
     output = capsys.readouterr().out
-    assert f"found {found:g}" in output
-    assert ("default" in output) == (said is not None) and (said or "") in output
+    assert f"found {found:g}" in output and (said or "") in output
+    assert ("if the fit ends badly, give --lr 0.002" in output) == (said is not None)
 
 
 def test_each_phase_trains_at_the_rate_that_was_found(settings, capsys):
@@ -66,7 +73,7 @@ def test_each_phase_trains_at_the_rate_that_was_found(settings, capsys):
     result = fit(**settings, name="both", callbacks=[spy])
     output = capsys.readouterr().out
     assert "augmentation none, learning rate searched in each phase, adaptive" in output
-    assert output.count("\nlearning rate  searched in 100 batches\n") == 2
+    assert output.count("\nsearching the learning rate: 100 batches\n") == 2
     frozen, unfrozen = found(output)
     assert spy.peaks[0][-1] == frozen and result.lr == unfrozen
     assert spy.peaks[1] == pytest.approx([unfrozen / 100, unfrozen / 10, unfrozen])

@@ -323,7 +323,7 @@ def test_networks_that_all_validate_on_the_same_images(valid, tmp_path, capsys):
     data = draw_collection(tmp_path / "data", counts)
     result = fit(data, **QUICKLY, valid=valid, lr=1e-4)
     output, model = capsys.readouterr().out, settings_of(result.path)
-    assert ", on which all 2 networks validate\n" in output
+    assert ", on which both networks validate\n" in output
     number, train = (24, 60) if valid == "folder" else (18, 42)
     assert len(model["data"]["valid_files"]) == number and sum(model["data"]["train"].values()) == train
     assert not (result.path / "out_of_fold.csv").exists()

@@ -16,7 +16,7 @@ import typer.core
 from xray_fastai.cli.names import near_command, near_option
 from xray_fastai.cli.parameters import kind_of
 from xray_fastai.system import distributed
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import OptionError, UserError
 from xray_fastai.system.signals import ignore_closed_output, output_is_closed
 from xray_fastai.system.text import shown
 from xray_fastai.system.threads import sleep_soon
@@ -36,10 +36,6 @@ _ASSIGNMENT = re.compile(r"([a-z_]+)=(.+)", re.DOTALL)
 
 class WrongValue(typer.BadParameter):
     """A value that an option does not take; the message says what to give."""
-
-
-class WrongCommandLine(UserError):
-    """Arguments and options that cannot stand together; the exit code is 2."""
 
 
 class Commands(typer.core.TyperGroup):
@@ -145,7 +141,7 @@ class Command(typer.core.TyperCommand):
         except UserError as error:
             text = error.on_command_line(self.option_names())
             distributed.tell("; ".join([f"Error: {text}", *getattr(error, "__notes__", [])]))
-            raise typer.Exit(2 if isinstance(error, WrongCommandLine) else 1) from None
+            raise typer.Exit(2 if isinstance(error, OptionError) else 1) from None
         except KeyboardInterrupt as stop:
             notes = "; ".join(getattr(stop, "__notes__", ["nothing was written."]))
             distributed.tell(f"\nStopped; {notes}")

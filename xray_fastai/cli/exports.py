@@ -6,11 +6,10 @@ from typing import Annotated
 import typer
 
 import xray_fastai
-from xray_fastai.cli.command import WrongCommandLine
 from xray_fastai.cli.next_steps import next_command
 from xray_fastai.cli.options import one_of
 from xray_fastai.cli.shared import Export, Json, Model, Open, chosen_export, either, open_report
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import OptionError, UserError
 
 SORTS = ("date", "name", "data", "network", "valid", "test", "status")
 """As `export.runs.SORTS`, which takes a moment to import."""
@@ -31,7 +30,7 @@ def runs(
     from xray_fastai.cli.runs_table import print_differences, print_runs
 
     if len(pair or ()) > 2:
-        raise WrongCommandLine(f"{len(pair)} exports given; give two to compare, one, or none to list all")
+        raise OptionError(f"{len(pair)} exports given; give two to compare, one, or none to list all")
     if pair and len(pair) == 2:
         print_differences(pair, json)
     else:
@@ -51,7 +50,7 @@ def default(
     from xray_fastai.export.reader import default_export, find_export, set_default
 
     if clear and export is not None:
-        raise WrongCommandLine(f"{export} is given, too; leave one of them out", option="clear")
+        raise OptionError(f"{export} is given, too; leave one of them out", option="clear")
     if clear or export is not None:
         set_default(export)
     path, why = default_export()

@@ -5,11 +5,11 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from xray_fastai.cli.command import WrongCommandLine
 from xray_fastai.cli.options import option_of
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.config.predict_config import PredictConfig
 from xray_fastai.system import distributed
+from xray_fastai.system.errors import OptionError
 
 Value = TypeVar("Value")
 
@@ -70,11 +70,11 @@ def either(argument: Value | None, option: Value | None, name: str) -> Value | N
         name: Python's name of the option.
 
     Raises:
-        WrongCommandLine: both are given.
+        OptionError: both are given.
     """
     if argument is None or option is None:
         return option if argument is None else argument
-    raise WrongCommandLine(f"{argument} is given, too; leave one of them out", option=name, value=option)
+    raise OptionError(f"{argument} is given, too; leave one of them out", option=name, value=option)
 
 
 def chosen_export(argument: Path | None, option: Path | None, quiet: bool = False) -> Path:
@@ -88,7 +88,7 @@ def chosen_export(argument: Path | None, option: Path | None, quiet: bool = Fals
         quiet: print nothing.
 
     Raises:
-        WrongCommandLine: both are given.
+        OptionError: both are given.
         UserError: there is no such export.
     """
     from xray_fastai.export.reader import find_export, why_chosen

@@ -35,7 +35,7 @@ from xray_fastai.config.choices import (
     TOOLS,
 )
 from xray_fastai.config.setting import check_fields, setting
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import OptionError, UserError
 from xray_fastai.system.text import seconds_of
 
 
@@ -47,7 +47,7 @@ class FitConfig:
     and writes it into the export.
 
     Raises:
-        UserError: a value is not allowed; the error names its option.
+        OptionError: a value is not allowed; the error names its option.
     """
 
     data: str | None = setting(
@@ -278,7 +278,8 @@ class FitConfig:
             object.__setattr__(self, "time_limit", f"{self.time_limit}")  # seconds, as Python counts time
         check_fields(self)
         if self.weights_range is not None and self.weights in (None, "none", *PUBLISHED_WEIGHTS):
-            raise UserError("is for a file in weights=; leave it out", option="weights_range", value=self.weights_range)
+            message = "is for a file in weights=; leave it out"
+            raise OptionError(message, option="weights_range", value=self.weights_range)
 
     @property
     def tools(self) -> list[str]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from xray_fastai.config.choices import DEVICES, INFERENCE_PRECISIONS
 from xray_fastai.config.setting import check_fields, setting
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -12,8 +12,8 @@ class PredictConfig:
     """Holds the options of `predict`, in Python and on the command line.
 
     Raises:
-        UserError: a value is not allowed, `append` or `resume` lacks `output`, or options exclude each other; the error
-            names its option.
+        OptionError: a value is not allowed, `append` or `resume` lacks `output`, or options exclude each other; the
+            error names its option.
     """
 
     output: str | None = setting(
@@ -94,15 +94,15 @@ class PredictConfig:
         check_fields(self)
         for option in ("append", "resume"):
             if getattr(self, option) and self.output is None:
-                raise UserError("give the file to continue by output=", option=option)
+                raise OptionError("give the file to continue by output=", option=option)
         if self.append and self.resume:
-            raise UserError("append= continues an interrupted file, too; leave this out", option="resume")
+            raise OptionError("append= continues an interrupted file, too; leave this out", option="resume")
         if self.excel is not None and not (self.output or "").lower().endswith(".csv"):
-            raise UserError("give a .csv file by output=", option="excel", value=self.excel)
+            raise OptionError("give a .csv file by output=", option="excel", value=self.excel)
         if self.quiet and self.output is None and self.report is None:
-            raise UserError("prints no rows; give a file by output=", option="quiet")
+            raise OptionError("prints no rows; give a file by output=", option="quiet")
         if self.prevalence is not None and self.uncalibrated:
-            raise UserError(
+            raise OptionError(
                 "moves the export's probabilities, which uncalibrated= leaves out; leave out one of them",
                 option="prevalence",
                 value=f"{self.prevalence:g}",

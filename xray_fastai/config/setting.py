@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from numbers import Real
 from typing import Any, get_args
 
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import OptionError
 from xray_fastai.system.text import fault_of, shown
 
 MAX_TEXT = 4096
@@ -101,14 +101,14 @@ def check_fields(config: Any) -> None:
     """Convert and check each field of a settings object.
 
     Raises:
-        UserError: a value has the wrong type, or is not allowed; the error names its option.
+        OptionError: a value has the wrong type, or is not allowed; the error names its option.
     """
     for option in fields(config):
         value = _converted(option, getattr(config, option.name))
         object.__setattr__(config, option.name, value)
         if value is not None and (advice := setting_of(option).advice(value)):
             text = f"{value:g}" if isinstance(value, float) else shown(value)
-            raise UserError(advice, option=option.name, value=text)
+            raise OptionError(advice, option=option.name, value=text)
 
 
 def _converted(option: Field[Any], value: Any) -> Any:
@@ -127,12 +127,12 @@ def _converted(option: Field[Any], value: Any) -> Any:
         value = os.fspath(value)
     if setting_of(option).is_path and isinstance(value, str):
         value = os.path.expanduser(value)
-    if isinstance(value, str) and value == setting_of(option).word:
-        return value
+    if (word := setting_of(option).word) is not None and isinstance(value, str) and value.lower() == word:
+        return word
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if kind in (int, float) and is_number and math.isfinite(value) and kind(value) == value:
         return kind(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         advice = "give text" if kind is str else f"give a value of type {kind.__name__}{setting_of(option).or_word}"
-        raise UserError(advice, option=option.name, value=shown(value))
+        raise OptionError(advice, option=option.name, value=shown(value))
     return value

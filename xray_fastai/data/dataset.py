@@ -147,7 +147,8 @@ def _read_collection(config: FitConfig, listed: _Listed) -> Collection:
     else:
         table, line, leaking = assign_validation(train, val, listed.valid, config.seed, listed.names)
         if config.members > 1:
-            line += f", on which all {config.members} networks validate"
+            networks = "both networks" if config.members == 2 else f"all {config.members} networks"
+            line += f", on which {networks} validate"
     notes = [line, *of_one_patient(table), *filter(None, [note_on(table)]), *exclusions, *listed.notes]
     if leaking:
         notes.append(f"left out of training: {leaking} images whose patient, or a copy, is in {listed.names[1]}")

@@ -30,7 +30,7 @@ from xray_fastai.data.sources.phantom import cached
 from xray_fastai.data.table import Data, Source, check_for_table, is_table, name_of, read_table, with_patients
 from xray_fastai.data.table_columns import Column
 from xray_fastai.data.table_labels import Naming
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import OptionError, UserError
 from xray_fastai.system.text import count_of
 
 
@@ -115,7 +115,7 @@ def split_named(text: str) -> str:
     """
     split = split_of(text)
     if split is None:
-        raise UserError("choose one of test, valid, train", option="split", value=text)
+        raise OptionError("choose one of test, valid, train", option="split", value=text)
     return "valid" if split == "val" else split
 
 

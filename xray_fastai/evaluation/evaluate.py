@@ -42,7 +42,7 @@ from xray_fastai.metrics.intervals import Interval, Measured, measure
 from xray_fastai.metrics.predictive_values import predictive_values
 from xray_fastai.metrics.scored import Scored, losses
 from xray_fastai.system.device import describe
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import OptionError
 from xray_fastai.system.files import replaced
 from xray_fastai.system.text import count_of, percent
 
@@ -179,7 +179,7 @@ def _threshold(text: str | float) -> float | None:
     except (TypeError, ValueError):
         value = math.nan
     if not 0 <= value <= 1:
-        raise UserError("give auto, or a probability from 0 to 1", option="threshold", value=text)
+        raise OptionError("give auto, or a probability from 0 to 1", option="threshold", value=text)
     return value
 
 

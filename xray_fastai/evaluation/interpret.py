@@ -36,7 +36,7 @@ from xray_fastai.inference.rows import UNLIKE_DIGITS, DecisionRule, Withheld
 from xray_fastai.inference.stream import predict_and_compare
 from xray_fastai.metrics.scored import losses
 from xray_fastai.system.device import describe
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import OptionError, UserError
 from xray_fastai.system.files import replaced
 from xray_fastai.system.imports import without_fastais_warning
 from xray_fastai.system.parallel import map_in_threads
@@ -203,10 +203,10 @@ def interpret(
 
 def _check(selection: _Selection) -> None:
     if selection.top < 1:
-        raise UserError("give 1 or more", option="top", value=selection.top)
+        raise OptionError("give 1 or more", option="top", value=selection.top)
     if selection.only_errors and selection.confident:
         message = "shows correctly classified images, only_errors= the misclassified ones; give one of them"
-        raise UserError(message, option="confident")
+        raise OptionError(message, option="confident")
 
 
 def _check_class(model: Model, selection: _Selection) -> None:

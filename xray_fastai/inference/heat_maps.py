@@ -50,6 +50,7 @@ class HeatMaps:
         self.folder, self.model = folder, model
         self.numbers: dict[str, int] = {}  # the last number of a name that exists more than once
         self.written_files: list[Path] = []  # of the current batch
+        self.count = 0  # files of all batches before
 
     @contextmanager
     def written(self, batch: Batch, results: list[ImageResult]) -> Iterator[None]:
@@ -64,6 +65,7 @@ class HeatMaps:
         try:
             self._write(batch, results)
             yield
+            self.count += len(self.written_files)
         except BaseException:
             for path in self.written_files:
                 with suppress(OSError):

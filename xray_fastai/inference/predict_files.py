@@ -90,8 +90,8 @@ def _predict(paths: list[str], model: Path | None, config: PredictConfig, messag
                 raise SystemExit(130) from None
         if output is not None:
             messages.say(f"{'written':<14}{output.path}, {count_of(output.rows, 'row')}")
-        if config.heatmaps is not None:
-            messages.say(f"{'heat maps':<14}{config.heatmaps}")
+        if maps is not None:
+            messages.say(f"{'heat maps':<14}{maps.folder}, {count_of(maps.count, 'picture')}")
         if report is not None:
             report.write(config.output)
             messages.say(f"{'report':<14}{report.path}")

@@ -47,6 +47,10 @@ class UserError(Exception):
         return f"{head}: {message}" if head else message
 
 
+class OptionError(UserError):
+    """A value, or options together, that are wrong whatever the files hold: on the command line the exit code is 2."""
+
+
 INCOMPLETE = ("inline_container", "basic_ios::clear")  # torch.save, which does not say why
 WRITE_ERRORS = ("I/O error", "IoError(Os ", "Parent directory", "cannot be opened", *INCOMPLETE)
 """What safetensors and `torch.save` say; the first two (new and before 0.6) are SafetensorErrors, the others plain

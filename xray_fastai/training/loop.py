@@ -312,12 +312,13 @@ class Trainer:
         searches = self.progress.searches
         if not any(search["phase"] == name for search in searches):
             parts = self.plan.batch_size // self.progress.batches["train"]
-            print(f"\nlearning rate  searched in {lr_find.STEPS} batches", flush=True)
+            print(f"\nsearching the learning rate: {parts * lr_find.STEPS} batches", flush=True)
             search = lr_find.search(self.learn, usual, [*callbacks, *self._step_callbacks(name)], parts)
             if self.stop.received is not None:
                 return usual
             searches.append(distributed.share({"phase": name, **search}))
-            report_search(searches[-1], usual.stop if isinstance(usual, slice) else usual)
+            default = usual.stop if isinstance(usual, slice) else usual
+            report_search(searches[-1], default, len(self.plan.data.train) / self.plan.batch_size)
         (search,) = (search for search in searches if search["phase"] == name)
         return lr_find.scaled(usual, search["peak"])
 

@@ -1,5 +1,6 @@
 """Prints what a fit chose, where it resumes, and how it ended. (`callbacks.EpochLog` prints the row of each epoch.)"""
 
+import math
 from pathlib import Path
 
 from xray_fastai import DISCLAIMER
@@ -18,10 +19,6 @@ from xray_fastai.training.checkpoint import Saved, kept_settings
 from xray_fastai.training.disk_space import folder_size
 from xray_fastai.training.pace import FROZEN_SHARE, in_words
 from xray_fastai.training.plan import Plan
-
-HIGH_RATE = 5
-"""A rate that a search found is called high from this many times the default on: on few images, or with small batches,
-such rates left the loss where it was."""
 
 OF_THE_RUN = ("name", "exports", "device", "workers", "cache", "quiet")
 """The settings that two fits of the same model may have different."""
@@ -59,7 +56,11 @@ def announce(plan: Plan, parameters: tuple[int, int]) -> None:
         if data.has_folds:
             print("              each validates on one fold, and trains on the others")
     print(f"network       {config.arch}, {config.size} x {config.size} px, weights {plan.origin.name}")
-    print(f"parameters    {head:,} of {total:,} train in the frozen phase, all in the unfrozen")
+    each = "" if plan.members == 1 else " of each network"
+    print(f"parameters    {head:,} of {total:,}{each} train in the frozen phase, all in the unfrozen")
+    if plan.members > 1:  # the joined network has one bias, the mean of theirs
+        whole = plan.members * total - (plan.members - 1) * len(data.classes)
+        print(f"              {whole:,} in the export")
     loading = "images loaded in the same process"
     if config.workers and plan.cache is None:
         loading = f"{config.workers} loading processes"
@@ -148,21 +149,36 @@ def report_smaller_batch(plan: Plan, part: str, before: int, after: int, saved: 
     )
 
 
-def report_search(search: dict, usual: float) -> None:
+HIGH, HIGH_IF_FEW, FEW_STEPS = 5.0, 2.0, 20
+"""A found rate may be too high above `HIGH` times the default, which is among the rates that fits were measured with.
+
+An epoch of fewer than `FEW_STEPS` steps is gone through more than five times in the 100 steps of a search, which then
+measures how fast the same images are learned by heart. There `HIGH_IF_FEW` times the default is enough.
+"""
+BY_CHANCE = 0.6
+"""A validation AUC below this, after a search, is near that of guessing."""
+
+
+def report_search(search: dict, default: float, steps: float) -> None:
     """Print the learning rate that a search found for the head; or why it found none, and the rate that is taken.
 
     Args:
-        search: what `lr_find.search` returned.
-        usual: the rate of the head by default.
+        search: what `lr_find.search` returns.
+        default: the rate of the phase by default.
+        steps: of an epoch.
     """
-    if search["fault"] is None:
-        print(f"\nlearning rate  found {search['peak']:g} (valley; plot in {LR_FIND})", flush=True)
-        if (times := search["peak"] / usual) >= HIGH_RATE:
-            advice = "look at the plot, and if the loss does not fall, give a number by --lr"
-            print(f"               {times:.0f} times the default of {usual:g}; {advice}", flush=True)
-    else:
+    if search["fault"] is not None:
         why = f"none found: {search['fault']} (plot in {LR_FIND})"
-        print(f"\nlearning rate  {why}; {search['peak']:g} is taken, the default", flush=True)
+        print(f"learning rate  {why}; {search['peak']:g} is taken, the default", flush=True)
+        return
+    times = search["peak"] / default
+    print(f"learning rate  found {search['peak']:g} (valley; plot in {LR_FIND})", flush=True)
+    if times > (HIGH_IF_FEW if steps < FEW_STEPS else HIGH):
+        few = f", found in epochs of {count_of(math.ceil(steps), 'step')}" if steps < FEW_STEPS else ""
+        print(
+            f"  it may be too high: {times:.1f} times the default{few}; if the fit ends badly, give --lr {default:g}",
+            flush=True,
+        )
 
 
 def name_leftovers(run: Reservation) -> None:
@@ -220,6 +236,7 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
             f"WARNING, every validation image is called {name}: no difference was learned; train for more epochs "
             "(--epochs), or give evaluate another --threshold"
         )
+    _conclude_search(model)
     if model["worst_group"]:
         roc_auc = ensemble["metrics"]["roc_auc"][0] if ensemble else model["best"]["roc_auc"]
         _conclude_worst(Group(**model["worst_group"]), roc_auc)
@@ -241,6 +258,18 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
         )
     print(f"next: xray-fastai evaluate {path}")
     print(DISCLAIMER)
+
+
+def _conclude_search(model: dict) -> None:
+    """Print a lower learning rate to try where the fit learned nothing at a rate that was searched."""
+    found = [phase["lr"] for phase in model["training"]["phases"] if "lr" in phase]
+    ensemble, best = model.get("ensemble"), model["best"]
+    roc_auc = ensemble["metrics"]["roc_auc"][0] if ensemble else best and best["roc_auc"]
+    if found and roc_auc is not None and roc_auc < BY_CHANCE:
+        print(
+            f"WARNING, the validation AUC is {roc_auc:.3f}, little better than chance: the learning rate that was "
+            f"found, {max(found):g}, may be too high; try a lower one, --lr {max(found) / 10:.1g}"
+        )
 
 
 def _conclude_phases(model: dict) -> None:

@@ -99,6 +99,9 @@ def with_parents_choices(config: FitConfig) -> FitConfig:
     if config.arch not in (None, arch):
         raise UserError(f"{folder} is a {arch}; leave it out, or give other weights", option="arch", value=config.arch)
     if (members := members_of(model)) not in (1, config.members):
+        if config.members == 1:  # the default, which nobody typed
+            fault = f"it holds {members} networks, which cannot go on as one; give members={members} to train each on"
+            raise UserError(fault, option="weights", value=config.weights)
         fault = f"{folder} holds {members} networks; give {members}, so that each is trained on"
         raise UserError(fault, option="members", value=config.members)
     contrast = preprocessing.get("contrast", "none")

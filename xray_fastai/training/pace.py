@@ -126,22 +126,26 @@ class Pace(Callback):
             raise CancelFitException
 
     def forecast(self) -> str:
-        """Return in words what an epoch takes, and the longest that the rest of the fit can take."""
+        """Return in words what an epoch takes, and the longest that the rest of the fit can take, if any is left."""
         left, seconds = self.epochs - (self.epoch + 1), self.seconds
-        text, rest, parts = f"an epoch takes {in_words(seconds)}; ", left * seconds, count_of(left, "epoch")
+        text, rest = f"an epoch takes {in_words(seconds)}", left * seconds
+        parts = [count_of(left, "epoch")] if left else []
         if self.following is not None:
             of_one = self.following.seconds(seconds)
             rest += (self.following.epochs + self.following.search) * of_one
             about = "about " if of_one >= 1 else ""
-            parts += f", then at most {self.following.epochs} unfrozen of {about}{in_words(of_one)} each"
-            parts += " and a search of their learning rate" if self.following.search else ""
+            searched = " and a search of their learning rate" if self.following.search else ""
+            parts.append(f"at most {self.following.epochs} unfrozen of {about}{in_words(of_one)} each{searched}")
         if self.limit is not None:
-            text += f"{self.epochs} of {count_of(self.n_epoch, 'epoch')} fit into the time limit; "
+            text += f"; {self.epochs} of {count_of(self.n_epoch, 'epoch')} fit into the time limit"
             rest = min(rest, max(0.0, self.limit - self.clock()))
         if self.members_left:
             rest += self.members_left * (self.clock() + rest)
-            parts += f", then {count_of(self.members_left, 'network')} more"
-        return f"{text}the rest takes at most {in_words(rest)} ({parts})"
+            parts.append(f"{count_of(self.members_left, 'network')} more")
+        if not parts:
+            return text
+        most = in_words(rest) if rest < 1 else f"at most {in_words(rest)}"
+        return f"{text}; the rest takes {most} ({', then '.join(parts)})"
 
 
 def in_words(seconds: float) -> str:

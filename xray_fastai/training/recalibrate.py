@@ -25,7 +25,7 @@ from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.stream import predict_all
 from xray_fastai.metrics.scored import Scored
 from xray_fastai.metrics.table import title_of
-from xray_fastai.system.errors import UserError
+from xray_fastai.system.errors import OptionError, UserError
 from xray_fastai.system.text import count_of, format_interval, wrap
 from xray_fastai.training import unlabelled as without
 from xray_fastai.training.calibration import Validated
@@ -191,20 +191,20 @@ def _check_given(
     rule: Rule,
 ) -> None:
     if data is None and unlabelled is None:
-        raise UserError("give a folder of local images: with labels by data=, without by unlabelled=", option="data")
+        raise OptionError("give a folder of local images: with labels by data=, without by unlabelled=", option="data")
     if unlabelled is None and match_scores:
-        raise UserError("needs images without labels, by unlabelled=", option="match_scores")
+        raise OptionError("needs images without labels, by unlabelled=", option="match_scores")
     if not match_scores and prevalence is not None:
-        raise UserError("is for match_scores=True; leave it out", option="prevalence")
+        raise OptionError("is for match_scores=True; leave it out", option="prevalence")
     if prevalence is not None and not 0 < prevalence < 1:
-        raise UserError("give a share above 0 and below 1", option="prevalence", value=f"{prevalence:g}")
+        raise OptionError("give a share above 0 and below 1", option="prevalence", value=f"{prevalence:g}")
     if match_scores and data is not None:
-        raise UserError("labelled images say more; leave it out, or data=", option="match_scores")
+        raise OptionError("labelled images say more; leave it out, or data=", option="match_scores")
     if data is None and (rule != Rule() or split is not None):
         name = (
             "split" if split is not None else "cost_ratio" if rule.target_sensitivity is None else "target_sensitivity"
         )
-        raise UserError("needs labelled images, by data=", option=name)
+        raise OptionError("needs labelled images, by data=", option=name)
 
 
 def _free(parent: Path) -> Path:
