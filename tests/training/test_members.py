@@ -392,8 +392,8 @@ def test_each_network_continues_from_its_own(collection, run, refused, monkeypat
         assert all(torch.equal(start[name], tensor) for name, tensor in expected.items())
     assert settings_of(child.path)["lineage"][0]["name"] == "two"
     command = ["fit", collection, "--weights", parent, "--batch-size", 8, "--device", "cpu"]
-    for members in ([], ["--members", 3]):
-        refused(run(*command, *members), f"{parent} holds 2 networks; give 2, so that each is trained on")
+    refused(run(*command), "holds 2 networks, which cannot go on as one; give --members 2 to train each on")
+    refused(run(*command, "--members", 3), f"{parent} holds 2 networks; give 2, so that each is trained on")
 
 
 def test_a_time_limit_is_shared_by_the_networks_that_are_left():
