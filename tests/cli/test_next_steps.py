@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from tests.export.test_runs import change, exports  # noqa: F401
+from tests.export.test_runs import exports  # noqa: F401
 
 
 def commands(text):
@@ -45,20 +45,6 @@ def test_a_folder_with_exports(run, exports):  # noqa: F811
     shutil.rmtree("exports/first")
     gone = run()
     assert gone.exit_code == 0 and gone.stdout.startswith("the default export exports/first is gone")
-
-
-def test_an_ensemble_that_learnt_from_all_images_needs_others(run, exports):  # noqa: F811
-    """As its figures are of images that a network left out, the list of runs says so."""
-    shutil.rmtree("exports/last/evaluation-test", ignore_errors=True)
-    shutil.rmtree("exports/last/evaluation-valid", ignore_errors=True)
-    ensemble = {"outputs": "out of fold", "planned": 2, "images": 9, "patients": 8, "weakest": None}
-    change(exports / "last", ensemble=ensemble | {"metrics": {"roc_auc": [0.9, 0.8, 0.95]}})
-    assert commands(run().stdout) == ["evaluate", "interpret --data FOLDER", "predict IMAGE_OR_FOLDER"]
-    table = run("runs", "last").stdout
-    assert "0.900" in table and "out of fold" in table
-    assert "out of fold" not in run("runs", "first").stdout
-    Path("exports/last/evaluation-test").mkdir()
-    assert commands(run().stdout)[0] == "interpret"
 
 
 def test_the_next_command_is_the_last_line_and_not_beside_json(run, exports, monkeypatch):  # noqa: F811

@@ -95,6 +95,7 @@ def test_each_run_has_a_row(exports):
     assert (runs["first"].worst_group, runs["first"].worst) == ("sharpest", Auc(0.6, 0.5, 0.7))
     assert (runs["last"].worst_group, runs["last"].test) == ("darkest", None)
     assert (runs["last"].data, runs["last"].images, runs["last"].network) == ("built-in phantom", 510, "resnet18 32")
+    assert (runs["last"].valid_images, runs["last"].out_of_fold) == (102, False)
     assert runs["last"].valid.low is None and 0 < runs["last"].valid.value < 1
     assert "model.safetensors is missing" in runs["no-weights"].fault and "model.json" in runs["damaged"].fault
     assert runs["crash"].fault == "xray-fastai fit --resume crash"
@@ -141,7 +142,9 @@ def test_the_commands(exports, run, refused, monkeypatch):
     assert max(map(len, narrow.splitlines()[:-1])) <= 40 and "  valid AUC: 0." in narrow
     listed = json.loads(run("runs", "--json").stdout)
     assert {row["name"]: row["status"] for row in listed}["second"] == "broken"
-    assert run("runs", "exports/first", "exports/last").stdout == "the settings are the same\n"
+    assert run("runs", "exports/first", "exports/last").stdout == (
+        "the settings are the same\nnext: xray-fastai compare exports/first exports/last\n"
+    )
     assert json.loads(run("runs", "exports/first", "exports/last", "--json").stdout) == {}
     change(
         exports / "last",
@@ -149,12 +152,14 @@ def test_the_commands(exports, run, refused, monkeypatch):
         settings=json.loads((exports / "first" / "model.json").read_text())["settings"] | {"batch_size": 7},
     )
     assert "--batch-size" in run("runs", "exports/first", "exports/last").stdout
-    for one in ("exports/first", "first"):
-        (row,) = json.loads(run("runs", one, "--json").stdout)
-        assert row["name"] == "first" and not row["out_of_fold"]
-    assert "last" not in run("runs", "first").stdout
+    for name in ("first", "exports/first"):
+        shown = run("runs", name).stdout
+        assert shown.startswith("export        exports/first, the default\n") and "batch_size" in shown
+        assert "held out" in shown and shown.splitlines()[-1].startswith("next: xray-fastai evaluate exports/first")
+    one = json.loads(run("runs", "first", "--json").stdout)
+    assert one["name"] == "first" and one["settings"]["size"] == 32
     refused(run("runs", "nowhere"), "nowhere: not an export")
-    assert run("runs", "exports/first", "exports/last", "exports/second").exit_code == 2
+    assert run("runs", "first", "last", "second").exit_code == 2
     assert run("default", "exports/first", "--clear").exit_code == 2
     assert run("default", "--clear").stdout == "exports/last (the newest in ./exports)\n"
     refused(run("runs", "--exports", "nowhere"), "nowhere: No such file")

@@ -21,13 +21,17 @@ from tests.training.test_resume import damage
 from xray_fastai import fit, load_learner
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.image_keys import file_key
+from xray_fastai.data.images import open_image
 from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.splits import assign_folds, patient_groups
+from xray_fastai.evaluation import interpret as interpretation
 from xray_fastai.evaluation.statement import _on_data, _on_model
 from xray_fastai.export.runs import Auc, list_runs
 from xray_fastai.export.weights_file import split_tensors
+from xray_fastai.inference.model import open_model
 from xray_fastai.metrics.comparison import Called
 from xray_fastai.metrics.scored import Scored
+from xray_fastai.model.architectures import backbones_of
 from xray_fastai.model.ensemble import split
 from xray_fastai.system.errors import UserError
 from xray_fastai.training import ensemble_export, lr_find, trackers
@@ -388,8 +392,8 @@ def test_each_network_continues_from_its_own(collection, run, refused, monkeypat
         assert all(torch.equal(start[name], tensor) for name, tensor in expected.items())
     assert settings_of(child.path)["lineage"][0]["name"] == "two"
     command = ["fit", collection, "--weights", parent, "--batch-size", 8, "--device", "cpu"]
-    for members in ([], ["--members", 3]):
-        refused(run(*command, *members), f"{parent} holds 2 networks; give 2, so that each is trained on")
+    refused(run(*command), "holds 2 networks, which cannot go on as one; give --members 2 to train each on")
+    refused(run(*command, "--members", 3), f"{parent} holds 2 networks; give 2, so that each is trained on")
 
 
 def test_a_time_limit_is_shared_by_the_networks_that_are_left():
@@ -459,3 +463,33 @@ def test_trackers_tell_the_networks_apart(collection, monkeypatch):
         (1, "member_1/train_loss"), (2, "member_1/train_loss"), (3, "member_2/train_loss"), (4, "member_2/train_loss")
     ]  # fmt: skip
     assert figures["roc_auc"] == settings_of(result.path)["ensemble"]["metrics"]["roc_auc"][0]
+
+
+@pytest.mark.slow
+def test_interpret_shows_the_errors_of_the_network_that_left_an_image_out(collection, monkeypatch):
+    exported = fit(collection, **QUICKLY).path
+    mapped, make_cells = [], interpretation.make_cells
+    monkeypatch.setattr(interpretation, "make_cells", lambda *args: (mapped.append(args), make_cells(*args))[1])
+    found = interpretation.interpret(exported, top=3)
+    folds = pd.read_csv(exported / "out_of_fold.csv").set_index("file")
+    rows = folds.loc[found.images.file.map(file_key)]
+    assert len(found.table) == len(folds) and interpretation.FOLDS in found.remarks
+    (listed,) = list_runs("exports")
+    assert listed.out_of_fold and listed.valid_images == len(folds)
+    losses = found.images.loss.to_numpy()
+    assert losses == pytest.approx(-np.log(np.where(rows.label == "NORMAL", rows.p_NORMAL, rows.p_PNEUMONIA)))
+    assert found.table.groupby("member").size().tolist() == folds.groupby("member").size().tolist()
+    assert [cell.path.item() for _, cell in mapped] == found.shown.path.tolist()
+    model = open_model(exported, "cpu", "fp32")
+    for own, row in mapped:  # its network is the one that gave the probability, but for its bias
+        image = torch.from_numpy(np.array(open_image(row.path.item(), model.size)))[None, None]
+        backbone = next(own.network[0].parameters())
+        parts = [next(part.parameters()) for part in backbones_of(model.network)]
+        assert [torch.equal(backbone, part) for part in parts] == [number == row.member.item() for number in (1, 2)]
+        assert own.logits(image).shape == (1, 2)
+    (exported / "out_of_fold.csv").write_text("file,member\n")
+    with pytest.raises(UserError, match=r"out_of_fold.csv: damaged; get the export again"):
+        interpretation.interpret(exported)
+    (exported / "out_of_fold.csv").unlink()
+    with pytest.raises(UserError, match="an ensemble has none"):
+        interpretation.interpret(exported)

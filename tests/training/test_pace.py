@@ -85,6 +85,14 @@ def test_the_frozen_phase_tells_what_the_unfrozen_one_takes_at_most(monkeypatch,
     )
 
 
+def test_nothing_is_said_of_a_rest_that_is_none(monkeypatch, capsys):
+    following = Following(3, lambda seconds: seconds / 100)
+    rest = "; the rest takes less than 1 s (at most 3 unfrozen of less than 1 s each)"
+    for left, expected in ((None, ""), (following, rest)):
+        _, (_, *said) = lines_of([], EarlyStopping(patience=5), [3], [4], monkeypatch, capsys, epoch=9, following=left)
+        assert " ".join(said) == f"an epoch takes 4 s{expected}"
+
+
 @pytest.mark.parametrize("width", [40, 50, 60, 79])
 def test_a_row_fits_into_a_narrow_terminal(width, monkeypatch, capsys):
     monkeypatch.setattr(epoch_log, "terminal_width", lambda: width)

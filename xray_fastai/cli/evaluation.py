@@ -125,6 +125,8 @@ def compare(
         device=device, precision=precision,
     )  # fmt: skip
     print(result.to_json() if json else result)
+    if not json:
+        next_command("runs", a, b)
 
 
 def interpret(

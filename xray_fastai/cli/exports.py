@@ -18,7 +18,7 @@ SORTS = ("date", "name", "data", "network", "valid", "test", "status")
 def runs(
     pair: Annotated[
         list[str] | None,
-        typer.Argument(metavar="EXPORT", help="One export, to see its results; two, to see which settings differ."),
+        typer.Argument(metavar="EXPORT", help="One export, to see its details; two, to see which settings differ."),
     ] = None,
     exports: Annotated[Path, typer.Option("--exports", metavar="DIR", help="Folder of the exports.")] = Path("exports"),
     sort: Annotated[
@@ -26,15 +26,21 @@ def runs(
     ] = "date",
     json: Json = False,
 ) -> None:
-    """List the exports and the unfinished runs with their results, or show in which settings two differ."""
-    from xray_fastai.cli.runs_table import print_differences, print_runs
+    """List the exports and the unfinished runs with their results; show one, or in which settings two differ."""
+    from xray_fastai.cli.runs_table import print_differences, print_run, print_runs
 
-    if len(pair or ()) > 2:
-        raise OptionError(f"{len(pair)} exports given; give two to compare, one, or none to list all")
-    if pair and len(pair) == 2:
+    if not pair:
+        print_runs(exports, sort, json)
+    elif len(pair) == 1:
+        run = print_run(pair[0], exports, json)
+        if not json:
+            next_command("evaluate" if run.test is None else "interpret", run.path)
+    elif len(pair) == 2:
         print_differences(pair, json)
+        if not json:
+            next_command("compare", *pair)
     else:
-        print_runs(exports, sort, json, only=pair[0] if pair else None)
+        raise OptionError(f"{len(pair)} exports given; give two to compare, one to show, or none to list all")
 
 
 def default(

@@ -43,24 +43,12 @@ def _steps(folder: Path) -> tuple[str, list[tuple[str, str]]]:
         return head, [*steps, *others][:3]
     if not (path / "evaluation-test").is_dir():
         steps.append(("evaluate", "measures it on the test images"))
-    interpret = "interpret --data FOLDER" if _has_no_images_of_its_own(path) else "interpret"
     steps += [
-        (interpret, "shows where it errs, with heat maps"),
+        ("interpret", "shows where it errs, with heat maps"),
         ("predict IMAGE_OR_FOLDER", "predicts new images"),
         ("serve --open", "shows a page to drop images on"),
     ]
     return f"Export: {os.path.relpath(path, folder)} ({why}).", steps[:3]
-
-
-def _has_no_images_of_its_own(export: Path) -> bool:
-    """Return whether each image of a fit was trained on by a network of its ensemble, and none was kept for testing."""
-    from xray_fastai.export.model_json import read_settings
-
-    try:
-        ensemble = read_settings(export).get("ensemble") or {}
-    except UserError:  # the command says what is wrong
-        return False
-    return ensemble.get("outputs") == "out of fold" and not (export / "evaluation-test").is_dir()
 
 
 def _steps_without_export(folder: Path) -> tuple[str, list[tuple[str, str]]]:

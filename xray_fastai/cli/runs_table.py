@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from xray_fastai.export.reader import find_export
-from xray_fastai.export.runs import Auc, Run, differing_settings, list_runs, to_json
-from xray_fastai.system.text import as_typed, format_interval, printable
+from xray_fastai.export.runs import Auc, Run, differing_settings, list_runs, one_run, to_json
+from xray_fastai.system.text import as_typed, format_interval, printable, wrap
 
 NARROW = 72
 """Below this number of columns a run's cells stand below each other."""
@@ -21,23 +21,9 @@ PIPE_WIDTH = 160
 """Columns of a table that is written to a file or a pipe."""
 
 
-def print_runs(exports: Path, sort: str, as_json: bool, only: str | None = None) -> None:
-    """Print two lines a run of a folder: its name, date, status, data, network and AUCs.
-
-    Args:
-        exports: the folder.
-        sort: the column.
-        as_json: print JSON instead.
-        only: the name of a run in the folder, or the path of an export, to print alone.
-
-    Raises:
-        UserError: there is no such folder, or no such export.
-    """
-    if only is None or (exports / only).is_dir():
-        runs = [run for run in list_runs(exports, sort) if only in (None, run.name)]
-    else:
-        path = find_export(only)
-        runs = [run for run in list_runs(path.resolve().parent) if run.name == path.resolve().name]
+def print_runs(exports: Path, sort: str, as_json: bool) -> None:
+    """Print two lines a run of a folder: its name, date, status, data, network and AUCs."""
+    runs = list_runs(exports, sort)
     if as_json:
         print(to_json(runs))
         return
@@ -48,6 +34,28 @@ def print_runs(exports: Path, sort: str, as_json: bool, only: str | None = None)
     for run in runs:
         if run.fault is not None:
             print(printable(f"{run.name}: {run.fault}"))
+
+
+def print_run(name: str, exports: Path, as_json: bool) -> Run:
+    """Print all of one export that the list has, and what was set for its fit; return it."""
+    run, settings = one_run(name, exports)
+    if as_json:
+        print(json.dumps(asdict(run) | {"settings": settings}, indent=2))
+        return run
+    set_values = {name: value for name, value in settings.items() if value is not None}
+    lines = {
+        "export": f"{run.path}{', the default' if run.default else ''}",
+        "fit": f"{(run.date or '')[:16].replace('T', ' ')}, {run.status}",
+        "data": f"{run.data}, {run.images:,} images",
+        "network": run.network,
+        "valid AUC": _valid(run),
+        "test AUC": "not measured yet" if run.test is None else _auc(run.test),
+        "worst group": "-" if run.worst_group is None else f"{run.worst_group} {_auc(run.worst)}",
+        "settings": ", ".join(f"{name} {_shown(value)}" for name, value in set_values.items()),
+    }
+    for title, text in lines.items():
+        print("\n".join(wrap(_line(str(text)), f"{title:<14}")))
+    return run
 
 
 def print_differences(pair: list[str], as_json: bool) -> None:
@@ -72,8 +80,14 @@ def _cells(run: Run) -> tuple[str, ...]:
     if run.network is None:
         return (first,)
     worst = "-" if run.worst_group is None else f"{run.worst_group}\n{_auc(run.worst)}"
-    valid = f"{_auc(run.valid)}\nout of fold" if run.out_of_fold else _auc(run.valid)
-    return first, f"{run.data}, {run.images:,} images\n{run.network}", valid, _auc(run.test), worst
+    return first, f"{run.data}, {run.images:,} images\n{run.network}", _valid(run), _auc(run.test), worst
+
+
+def _valid(run: Run) -> str:
+    """Return the AUC of validation, and of which images it is: those of a hold-out, or of all folds."""
+    if run.valid is None or not run.valid_images:
+        return _auc(run.valid)
+    return f"{_auc(run.valid)}\n{run.valid_images:,} {'out of fold' if run.out_of_fold else 'held out'}"
 
 
 def _auc(auc: Auc | None) -> str:

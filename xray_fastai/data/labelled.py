@@ -58,6 +58,7 @@ class Request:
     patients: str | None = None  # a list of patients (`patients.patient_rule`); None: the fit's, if `data` is None
     images: str | Path | None = None  # the folder of the images of a table (`table.Source`)
     column: Column = None  # the columns of a table
+    out_of_fold: frozenset[str] | None = None  # keys of files (`image_keys`) that `valid` is, of an ensemble on folds
 
     @property
     def name(self) -> str | None:
@@ -143,7 +144,7 @@ def _listed(model: dict[str, Any], wanted: Request) -> _Listed:
         listed = _listed_folders(model, wanted, rule)
         listed = replace(listed, table=numbered(listed.table))
     check_listed(listed.table, wanted.patients)
-    return _used_in_fit(model, listed) if listed.split in ("train", "valid") else listed
+    return _used_in_fit(model, listed, wanted.out_of_fold) if listed.split in ("train", "valid") else listed
 
 
 def _listed_table(model: dict[str, Any], wanted: Request, rule: PatientRule) -> _Listed:
@@ -197,17 +198,23 @@ def _listed_folders(model: dict[str, Any], wanted: Request, rule: PatientRule) -
     )
 
 
-def _used_in_fit(model: dict[str, Any], listed: _Listed) -> _Listed:
+def _used_in_fit(model: dict[str, Any], listed: _Listed, out_of_fold: frozenset[str] | None) -> _Listed:
     """Keep the files that the fit validated on, for `valid`, or all others.
+
+    Args:
+        model: the content of `model.json`.
+        listed: all files that may be among them.
+        out_of_fold: see `Request`.
 
     Raises:
         UserError: there are none, or files that the fit validated on are missing.
     """
-    keys = set(model["data"]["valid_files"])
-    if listed.split == "valid" and has_folds(model):
+    keys = out_of_fold or set(model["data"]["valid_files"])
+    if listed.split == "valid" and has_folds(model) and out_of_fold is None:
         raise UserError(
             "an ensemble has none: each image was left out by one network, but learnt from by the others. report.html "
-            "has the figures of the network that left it out; give other images by data=",
+            "has the figures of the network that left it out; 'xray-fastai interpret' shows its errors, if it has "
+            "out_of_fold.csv; give other images by data=",
             option="split",
             value="valid",
         )

@@ -7,9 +7,10 @@ interpretation-<split>/top_losses.png   the images of largest loss beside their 
 
 import html
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,22 +20,25 @@ import pandas as pd
 from xray_fastai import DISCLAIMER
 from xray_fastai.config.choices import network_of
 from xray_fastai.config.predict_config import PredictConfig
+from xray_fastai.data.image_keys import file_key
 from xray_fastai.data.images import size_of
-from xray_fastai.data.labelled import Request, labelled_images, split_named
+from xray_fastai.data.labelled import Request, has_folds, labelled_images, split_named
 from xray_fastai.data.patients import note_on
 from xray_fastai.data.table import Data
 from xray_fastai.data.table_columns import Column
-from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet, make_cells
+from xray_fastai.evaluation.contact_sheet import LIMIT, Cell, draw_sheet, make_cells
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.evaluate import SPLITS
 from xray_fastai.evaluation.evaluation_result import write_table
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.result_folder import replaced_data, result_folder
+from xray_fastai.export.layout import OUT_OF_FOLD
 from xray_fastai.inference.gradcam import describe as describe_map
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.rows import UNLIKE_DIGITS, DecisionRule, Withheld
 from xray_fastai.inference.stream import predict_and_compare
 from xray_fastai.metrics.scored import losses
+from xray_fastai.model.ensemble import split as split_network
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import OptionError, UserError
 from xray_fastai.system.files import replaced
@@ -42,6 +46,7 @@ from xray_fastai.system.imports import without_fastais_warning
 from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of, data_uri, shorten, wrap
+from xray_fastai.system.untrusted import read_received
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -54,6 +59,12 @@ FORMAT = 1
 PICTURE, LOSSES, SUMMARY = "top_losses.png", "top_losses.csv", "summary.json"
 NOT_CALLED = "?"
 """Marks the prediction of an image that `predict` would not call."""
+FOLDS_BYTES = 100_000_000
+"""Bytes of an `out_of_fold.csv`: a million images."""
+FOLDS = (
+    "each image is judged by the network that was not trained on it, and its heat maps are those of this network; the "
+    "export calls an image by the mean of all networks"
+)
 WORST = 16
 """Images in `summary.json` and in the table on the terminal."""
 
@@ -124,7 +135,7 @@ class _Ranking:
     split: str
     images: pd.DataFrame  # in the order of the folder: path, patient, label, loss, predicted
     # path, patient, truth, prediction, p_<class> ..., loss, wrong, unlike, uncertain (whether it would not be called),
-    # probability (of the prediction)
+    # probability (of the prediction); with folds `member`, the number of the network that judges the image
     table: pd.DataFrame
     causes: list[str]
 
@@ -156,7 +167,8 @@ def interpret(
         model: as in `evaluate`.
         data: the folder that holds the split, or folders of the model's classes without splits; or a table of images,
             a .csv file or a data frame (`data.table`); None is what `fit` used.
-        split: valid (exactly what `fit` validated on), test or train (without what it validated on).
+        split: valid (exactly what `fit` validated on; of an ensemble on folds all training images, each judged and
+            mapped by the network that was not trained on it), test or train (without what it validated on).
         top: how many images to draw, at most `contact_sheet.LIMIT`.
         label: draw only images whose true class is this.
         only_errors: draw only misclassified images, and list only these in `top_losses.csv`.
@@ -183,18 +195,23 @@ def interpret(
     opened = open_model(model, device, precision)
     _check_class(opened, selection)
     wanted = Request(data, split_named(split), exclude, patients, images, column)
+    folds = out_of_fold(opened) if wanted.split == "valid" and has_folds(opened.settings) else None
+    if folds is not None:
+        wanted = replace(wanted, out_of_fold=frozenset(folds.index))
     labelled = labelled_images(opened.settings, wanted)
     split, wanted = labelled.split, replace(wanted, split=labelled.split)
     source = wanted.name or opened.settings["data"]["name"]
     folder = result_folder("interpretation", opened.path, opened.settings, wanted, output)
     note = replaced_data(folder, SUMMARY, opened.settings, wanted)
     with replaced(folder, SUMMARY) as partial:
-        ranking = _rank(opened, split, labelled.table)
+        ranking = _rank(opened, split, labelled.table, folds if split == "valid" else None)
         shown, description, remarks = _select(ranking.table, selection)
         if len(shown):
             _draw(ranking, shown, description, partial / PICTURE)
         _write(partial, ranking, shown, only_errors, {"data": source, "selection": description})
     write_report(opened.path, output)
+    if "member" in ranking.table:
+        remarks.append(FOLDS)
     remarks += filter(None, [*labelled.notes, note, note_on(labelled.table)])
     head = _head(ranking, source)
     table = ranking.table.drop(columns="probability")
@@ -215,10 +232,20 @@ def _check_class(model: Model, selection: _Selection) -> None:
         raise UserError(message, option="label", value=selection.label)
 
 
-def _rank(model: Model, split: str, images: pd.DataFrame) -> _Ranking:
-    """Predict the images, sort them by falling loss, and look for what the errors have in common."""
+def _rank(model: Model, split: str, images: pd.DataFrame, folds: pd.DataFrame | None) -> _Ranking:
+    """Predict the images, sort them by falling loss, and look for what the errors have in common.
+
+    Args:
+        model: an export.
+        split: the name of the images.
+        images: path, patient, label, file.
+        folds: from `out_of_fold`, whose probabilities count instead of those of all networks; None without folds.
+    """
     logits, unlike = predict_and_compare(model, images.path)
     y_prob = model.probabilities(logits)
+    if folds is not None:
+        judged = folds.loc[images.file.map(file_key)]
+        y_prob = judged[model.classes].to_numpy()
     sizes = _sizes(images.path)
     y_true = np.array([model.classes.index(name) for name in images.label])
     rule = DecisionRule.of(model, PredictConfig())
@@ -231,6 +258,8 @@ def _rank(model: Model, split: str, images: pd.DataFrame) -> _Ranking:
     table = table.assign(unlike=np.nan if unlike is None else unlike.round(UNLIKE_DIGITS), uncertain=withheld)
     causes = suspicious_causes(table.assign(width=sizes[:, 0], height=sizes[:, 1]))
     table = table.assign(probability=y_prob[np.arange(len(table)), y_pred])
+    if folds is not None:
+        table = table.assign(member=judged.member.to_numpy())
     table = table.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
     return _Ranking(model, split, images.assign(loss=loss, predicted=y_pred), table, causes)
 
@@ -263,7 +292,7 @@ def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, s
 
 def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) -> None:
     """Draw images beside their heat maps."""
-    cells = list(track(make_cells(ranking.model, shown), "heat maps", len(shown)))
+    cells = list(track(_cells(ranking.model, shown), "heat maps", len(shown)))
     name = shorten(ranking.model.path.resolve().name, 40)
     notes = [
         f"{ranking.split} split: {count_of(len(ranking.table), 'image')}, {ranking.errors} misclassified. "
@@ -272,6 +301,48 @@ def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) 
         f"{describe_map(next(iter(cells[0].maps.values())))}.",
     ]
     draw_sheet(cells, _capitalized(description), notes, DISCLAIMER, path)
+
+
+def _cells(model: Model, shown: pd.DataFrame) -> Iterator[Cell]:
+    """Compute the heat maps, with folds each by the network that was not trained on the image."""
+    if "member" not in shown:
+        yield from make_cells(model, shown)
+        return
+    numbers = _members(model)
+    networks = dict(zip(numbers, split_network(model.network, len(numbers)), strict=True))
+    for _, row in shown.iterrows():
+        own = replace(model, network=networks[row.member])
+        yield from make_cells(own, row.to_frame().T)
+
+
+def _members(model: Model) -> list[int]:
+    """Return the numbers of the networks, in their order: fewer than were planned after an interruption."""
+    return [int(member["member"]) for member in model.settings["training"]["members"]]
+
+
+def out_of_fold(model: Model) -> pd.DataFrame | None:
+    """Read what each network of an ensemble on folds said of the images that it was not trained on.
+
+    Returns:
+        By the key of the file, the `member` from 1 on, and the probabilities in columns named as the classes; None if
+        the export has none, as one that was calibrated again.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not (model.path / OUT_OF_FOLD).exists():
+        return None
+    content = read_received(model.path, OUT_OF_FOLD, FOLDS_BYTES)
+    columns = {f"p_{name}": name for name in model.classes}
+    try:
+        table = pd.read_csv(BytesIO(content), dtype={"file": str, "member": int, **dict.fromkeys(columns, float)})
+        table = table.set_index("file", verify_integrity=True)[["member", *columns]].rename(columns=columns)
+        right = table[model.classes].notna().all(axis=None) and table.member.isin(_members(model)).all()
+    except (ValueError, KeyError):
+        right = False
+    if not right:
+        raise UserError("damaged; get the export again", value=model.path / OUT_OF_FOLD)
+    return table
 
 
 def _and_to_detect(model: Model) -> str:

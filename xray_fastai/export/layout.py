@@ -6,6 +6,7 @@ FORMAT = 1
 SETTINGS, WEIGHTS = "model.json", "model.safetensors"
 
 PICKLE = "learner.pkl"
+OUT_OF_FOLD = "out_of_fold.csv"
 HISTORY_COLUMNS = ("phase", "epoch", "train_loss", "valid_loss", "accuracy", "roc_auc", "lr")
 """The columns of `history.csv`."""
 

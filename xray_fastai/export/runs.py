@@ -40,8 +40,9 @@ class Run:
     data: str | None = None  # the folder's name, without its path
     images: int | None = None  # of training and validation
     network: str | None = None  # architecture and size
-    valid: Auc | None = None  # with an interval if `evaluate --split valid` was run
-    out_of_fold: bool = False  # whether `valid` is of all images, each judged by a network that left it out
+    valid: Auc | None = None  # with an interval if `evaluate --split valid` was run, and of an ensemble
+    valid_images: int | None = None  # that it was measured on
+    out_of_fold: bool = False  # whether these are all images, each judged by a network that was not trained on it
     test: Auc | None = None  # of evaluation-test, if `evaluate` was run
     worst_group: str | None = None
     worst: Auc | None = None  # of the worst group
@@ -85,6 +86,26 @@ def list_runs(exports: str | Path = "exports", sort: str = "date") -> list[Run]:
     return sorted(runs, key=lambda run: str(getattr(run, sort) or ""))
 
 
+def one_run(name: str | Path, exports: str | Path = "exports") -> tuple[Run, dict[str, Any]]:
+    """Return one export as in the list, and what was set for its fit.
+
+    Args:
+        name: its folder, or its name in `exports`.
+        exports: the folder of the runs.
+
+    Raises:
+        UserError: there is no such export, or it is damaged.
+    """
+    inside = Path(exports) / name
+    path = find_export(inside if inside.is_dir() else name)
+    settings = _settings(read_settings(path))
+    try:
+        chosen = default_export(exports)[0].resolve()
+    except UserError:
+        chosen = None
+    return _run(path, chosen), settings
+
+
 def to_json(runs: list[Run]) -> str:
     """Return runs as JSON, the intervals as value, low and high."""
     return json.dumps([asdict(run) for run in runs], indent=2)
@@ -114,7 +135,7 @@ def _run(path: Path, chosen: Path | None) -> Run:
         model = read_settings(find_export(path))
     except UserError as error:
         return Run(name, str(path), status="broken", default=is_default, fault=str(error))
-    data = model["data"]
+    data, ensemble = model["data"], model.get("ensemble")
     valid, test = _evaluated(path, "valid"), _evaluated(path, "test")
     worst = (test or {}).get("worst_group") or model["worst_group"]
     return Run(
@@ -125,7 +146,8 @@ def _run(path: Path, chosen: Path | None) -> Run:
         images=sum(data["train"].values()) + sum(data["valid"].values()),
         network=f"{network_of(model)} {model['preprocessing']['size']}",
         valid=_auc(valid) or _auc_of_fit(model),
-        out_of_fold=valid is None and (model.get("ensemble") or {}).get("outputs") == "out of fold",
+        valid_images=(ensemble or {}).get("images") or sum(data["valid"].values()),
+        out_of_fold=bool(ensemble) and ensemble["outputs"] == "out of fold",
         test=_auc(test),
         worst_group=worst["name"] if worst else None,
         worst=Auc(worst["roc_auc"], worst["low"], worst["high"]) if worst else None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xray_fastai.config.choices import network_of
-from xray_fastai.export.layout import HISTORY_COLUMNS, SETTINGS, WEIGHTS
+from xray_fastai.export.layout import HISTORY_COLUMNS, OUT_OF_FOLD, SETTINGS, WEIGHTS
 from xray_fastai.export.model_json import LIMIT, parse
 from xray_fastai.export.reader import path_of
 from xray_fastai.export.run_folder import CHECKPOINT, LOG
@@ -32,7 +32,7 @@ UNPACKED = 1_000_000_000
 """The largest size in bytes to which one file of an archive is unpacked."""
 PICKLES = (".pkl", ".pickle", ".pth", ".pt", ".ckpt", ".joblib")
 REPORT_ADVICE = "'xray-fastai evaluate' writes it again"
-KNOWN = ("curves.png", "lr_find.png", "batch.png", "out_of_fold.csv", CHECKPOINT, LOG)
+KNOWN = ("curves.png", "lr_find.png", "batch.png", OUT_OF_FOLD, CHECKPOINT, LOG)
 PICKLE_NOTE = "loading a pickle can run code, so it was not opened. Delete it, unless you made it"
 
 

@@ -26,7 +26,7 @@ from xray_fastai.data.image_keys import contents_of, file_key
 from xray_fastai.data.patients import images_by_source, unknown
 from xray_fastai.evaluation.learning_curves import LR_FIND, kept_epochs, plot_batch, plot_curves, plot_searches
 from xray_fastai.evaluation.report import write_report
-from xray_fastai.export.layout import FORMAT, HISTORY_COLUMNS, PICKLE, SETTINGS, WEIGHTS
+from xray_fastai.export.layout import FORMAT, HISTORY_COLUMNS, OUT_OF_FOLD, PICKLE, SETTINGS, WEIGHTS
 from xray_fastai.export.run_folder import LOG, Reservation
 from xray_fastai.export.weights_file import FACTS, facts_hash
 from xray_fastai.model.learner import set_scaling
@@ -40,7 +40,7 @@ from xray_fastai.training.messages import conclude
 from xray_fastai.training.plan import Plan
 from xray_fastai.training.provenance import LIBRARIES
 
-CURVES, OUT_OF_FOLD = "curves.png", "out_of_fold.csv"
+CURVES = "curves.png"
 
 
 class AnySystem:
