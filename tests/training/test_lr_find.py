@@ -18,7 +18,7 @@ from xray_fastai.model.learner import CalibratedCrossEntropy
 from xray_fastai.system.errors import UserError
 from xray_fastai.training import lr_find, state
 from xray_fastai.training.loop import Trainer
-from xray_fastai.training.messages import report_search
+from xray_fastai.training.messages import _conclude_search, report_search
 from xray_fastai.training.state import random_states
 
 BATCH = "fastai.callback.schedule:LRFinder.after_batch"  # of the searches alone
@@ -65,6 +65,13 @@ def test_a_rate_far_above_the_default_is_pointed_out(found, steps, said, capsys)
     output = capsys.readouterr().out
     assert f"found {found:g}" in output and (said or "") in output
     assert ("if the fit ends badly, give --lr 0.002" in output) == (said is not None)
+
+
+@pytest.mark.parametrize(("auc", "lr", "warned"), [(0.55, 0.05, True), (0.95, 0.05, False), (0.55, None, False)])
+def test_a_fit_that_learned_nothing_at_a_found_rate_names_a_lower_one(auc, lr, warned, capsys):
+    phase = {"name": "unfrozen"} | ({} if lr is None else {"lr": lr})
+    _conclude_search({"training": {"phases": [phase]}, "best": {"roc_auc": auc}})
+    assert ("try a lower one, --lr 0.005\n" in capsys.readouterr().out) == warned
 
 
 def test_each_phase_trains_at_the_rate_that_was_found(settings, capsys):
