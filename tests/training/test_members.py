@@ -328,6 +328,8 @@ def test_networks_that_all_validate_on_the_same_images(valid, tmp_path, capsys):
     result = fit(data, **QUICKLY, valid=valid, lr=1e-4)
     output, model = capsys.readouterr().out, settings_of(result.path)
     assert ", on which both networks validate\n" in output
+    assert " of each network train in the frozen phase" in output
+    assert f"\n              {model['training']['parameters']['total']:,} in the export\n" in output
     number, train = (24, 60) if valid == "folder" else (18, 42)
     assert len(model["data"]["valid_files"]) == number and sum(model["data"]["train"].values()) == train
     assert not (result.path / "out_of_fold.csv").exists()
