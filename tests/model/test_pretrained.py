@@ -210,7 +210,8 @@ def test_an_archive_of_torchscript_is_refused(tmp_path):
 
 def test_the_reason_of_a_damaged_file_is_short(tmp_path):
     torch.save(network_of(SMALL).state_dict(), tmp_path / "cut.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:5000])
+    content = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"not a readable weights file \(.{20,120}\); get it again$"):
         pretrained_state(SMALL, str(tmp_path / "cut.pth"))
 
