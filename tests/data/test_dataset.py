@@ -10,7 +10,7 @@ from tests.conftest import QUICK, draw_collection, settings_of
 from xray_fastai.data.dataset import check_files
 from xray_fastai.data.folders import find_root, read_split
 from xray_fastai.data.patients import PatientRule
-from xray_fastai.data.splits import assign_validation, hold_out
+from xray_fastai.data.splits import assign_validation, hold_out, of_one_patient
 from xray_fastai.system.errors import UserError
 
 
@@ -124,6 +124,15 @@ def test_a_class_validated_on_one_patient_is_said(run, tmp_path):
     said = "WARNING: the 3 validation images of PNEUMONIA are all of one patient"
     assert said in " ".join(result.output.split()) and "images of NORMAL are all" not in result.output
     assert any(note.startswith(said) for note in settings_of(Path("exports/one"))["data"]["notes"])
+
+
+def test_a_fold_with_one_patient_of_a_class_is_said():
+    rows = [("A", "a", 0), ("A", "a", 0), ("A", "b", 1), ("A", "c", 1), ("A", "d", 2)]
+    rows += [("B", f"{fold}{i}", fold) for fold in range(3) for i in range(2)]
+    table = pd.DataFrame(rows, columns=["label", "patient", "fold"]).assign(is_valid=False)
+    (note,) = of_one_patient(table)
+    assert note.startswith("WARNING: in 1 of 3 folds all images of A are of one patient, on whom the epoch")
+    assert not of_one_patient(table[table.patient != "a"])
 
 
 def test_auto_looks_at_the_smallest_class_of_val(with_val):

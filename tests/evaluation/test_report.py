@@ -314,6 +314,21 @@ def test_limits_claim_only_what_is_known(bare, change, name, known):
     assert ("does not say which people" in page.text) != known
 
 
+@pytest.mark.parametrize("outputs", ["out of fold", "validation"])
+def test_the_figures_of_an_ensemble_after_it_was_recalibrated(change, outputs):
+    metrics = {"roc_auc": [0.9, 0.8, 0.95], "sensitivity": [0.7, 0.6, 0.8]}
+    record = {"outputs": outputs, "planned": 2, "images": 60, "patients": 30, "metrics": metrics, "weakest": None}
+    chosen = "Epochs, calibration and threshold were chosen on these images"
+    then = "of the export before it was fitted to another place, at its threshold then"
+    text = change(ensemble=record).text
+    assert text.count(chosen) == 2 and then not in text and "Best epoch, temperature and threshold were" in text
+    local = {"created": "2026-11-20T00:00:00", "method": "m", "images": 80, "patients": 40, "metrics": {}}
+    local |= {"counts": {}, "unlabelled": 0}
+    text = change(recalibrated=local, calibration_kind="local").text
+    assert chosen not in text and text.count(then) == 2 and "Best epoch was chosen on the" in text
+    assert text.count("Epochs, and the calibration and threshold of that time, were chosen on these images") == 2
+
+
 def test_no_epoch_completed(bare, change):
     (bare / "history.csv").write_text("\n")
     page = change(status="interrupted", best=None)

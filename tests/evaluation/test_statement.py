@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import draw_collection, settings_of
 from tests.evaluation.test_report import evaluation
 from xray_fastai.evaluation.checklists import CLAIM, TRIPOD
-from xray_fastai.evaluation.statement import statement
+from xray_fastai.evaluation.statement import _partitions, _variation, statement
 
 
 @pytest.fixture
@@ -64,6 +64,8 @@ def test_what_was_not_recorded_stays_open(stated, export):
     assert "- [ ] 24 Model updating" in text
     updated = {"recalibrated": {"created": "2026-11-20T00:00:00", "images": 80}}
     assert "fitted to another place on 2026-11-20, with 80 images" in stated(updated)
+    adapted = {"recalibrated": {"created": "2026-11-20T00:00:00", "images": 0, "unlabelled": 30}}
+    assert "The model was adapted to another place on 2026-11-20, with 30 images without labels." in stated(adapted)
     settings = settings_of(export)["settings"]
     assert f"with batches of {settings['batch_size']}, a peak learning rate of {settings['lr']:g}, the schedule" in text
     training = settings_of(export)["training"]
@@ -74,6 +76,31 @@ def test_what_was_not_recorded_stays_open(stated, export):
     assert "with the schedule" in by_hand and "- [ ] Methods, training: choice of the final model" in by_hand
     plain = stated({"class_weights": None})
     assert "- [ ] 13 Class imbalance" in plain and "weighted by class" not in plain
+
+
+def test_which_images_of_a_stopped_ensemble_chose_the_threshold():
+    data = {"train": {"A": 60}, "valid": {}, "name": "d", "patients": {"train": 40, "valid": 0, "images_without": 0}}
+    ensemble = {"outputs": "out of fold", "planned": 3, "images": 40}
+    said = "chose the calibration and the threshold"
+    parts = {"training": "60 images", "validation": "none"}
+    stopped = _partitions({"data": data, "members": 2, "ensemble": ensemble}, parts)
+    assert "The outputs of the 40 images that the 2 networks left out, each by the network that was not" in stopped
+    whole = _partitions({"data": data, "members": 3, "ensemble": ensemble | {"images": 60}}, parts)
+    assert "The outputs of all images, each by" in whole and said in whole and said in stopped
+
+
+def test_what_varied_the_images_of_the_frozen_phase(export):
+    model = settings_of(export)
+    settings = model["settings"] | {"frozen_views": 1}
+    not_varied = ", but not in the frozen phase."
+    for name, by_hand, expected in (
+        ("frozen", False, True),
+        ("frozen, member 1", False, True),
+        ("frozen", True, False),  # fastai's `fine_tune` varies them
+        ("unfrozen, member 1", False, False),
+    ):
+        phases = {"training": {"phases": [{"name": name}]}, "settings": settings, "by_hand": by_hand}
+        assert _variation(model | phases).endswith(not_varied) == expected, (name, by_hand)
 
 
 def test_a_path_of_the_machine_is_left_out(stated, export):

@@ -182,6 +182,40 @@ def test_the_wrong_architecture_is_refused_with_the_right_one(load):
         load(torchvision.models.resnet18(weights=None).state_dict(), "resnet34")
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda tensor: tensor.to("meta"), "no"),
+        (lambda tensor: tensor.to_sparse(), "sparse"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "quantized"),
+        (lambda tensor: tensor.to(torch.int8), "int8"),
+        (lambda tensor: tensor.to(torch.complex64), "complex64"),
+    ],
+    ids=["meta", "sparse", "quantized", "integers", "complex"],
+)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what is quantized
+def test_tensors_that_are_no_plain_numbers_are_refused(change, kind, load):
+    own = network_of(SMALL).state_dict()
+    own["conv1.weight"] = change(own["conv1.weight"])
+    with pytest.raises(UserError, match=rf"^\S+: conv1\.weight holds {kind} values; save the weights as float32$"):
+        load(own)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of TorchScript
+def test_an_archive_of_torchscript_is_refused(tmp_path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "net.pt")
+    with pytest.raises(UserError, match=r"a TorchScript archive, .*; save network\.state_dict\(\)$"):
+        pretrained_state(SMALL, str(tmp_path / "net.pt"))
+
+
+def test_the_reason_of_a_damaged_file_is_short(tmp_path):
+    torch.save(network_of(SMALL).state_dict(), tmp_path / "cut.pth")
+    content = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"not a readable weights file \(.{20,120}\); get it again$"):
+        pretrained_state(SMALL, str(tmp_path / "cut.pth"))
+
+
 def test_a_part_of_a_network_is_refused(load):
     own = network_of(SMALL).state_dict()
     del own["layer2.0.bn1.bias"]

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torchvision
 from fastai.vision.all import Callback, CancelFitException
+from torch import nn
 
 from tests.conftest import settings_of
 from tests.small_network import NAME as SMALL
 from xray_fastai import fit
-from xray_fastai.training.callbacks import Autocast, CudaAutocast, Schedule, precision_callbacks
+from xray_fastai.training.callbacks import Autocast, CudaAutocast, FixedStatistics, Schedule, precision_callbacks
 from xray_fastai.training.frozen_features import NextView
 from xray_fastai.training.stopping import EarlyStopping, StopOnNonFiniteLoss
 
@@ -100,6 +101,15 @@ class Interfere(Spy):
 
 
 @pytest.mark.slow
+def test_every_kind_of_batch_norm_keeps_its_statistics():
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    model = nn.ModuleList([*(kind(4) for kind in kinds), nn.Dropout()]).train()
+    fixed = FixedStatistics()
+    fixed.learn = SimpleNamespace(model=model)
+    fixed.before_train()
+    assert [layer.training for layer in model] == [False, False, False, True]
+
+
 def test_a_callback_stays_after_out_of_memory_and_can_end_a_phase(settings, capsys):
     spy = Interfere()
     result = fit(**settings, name="cancelled", schedule="constant", callbacks=[spy])

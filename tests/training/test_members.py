@@ -263,7 +263,10 @@ def test_a_fit_interrupted_before_any_epoch(fits):
 
 @pytest.mark.slow
 def test_damaged_files_of_networks_that_are_done(fits, whole):
-    """The first network is trained again, from weights that are read again, and the third goes on."""
+    """The first network is trained again, from weights that are read again, and the third goes on.
+
+    Where the first is interrupted before its first epoch, the epochs of the third are in the export, too.
+    """
     fits(-signal.SIGKILL, {"do": "kill", "at": f"{BATCH}@{2 * OF_NETWORK + 21}"}, **SETTINGS, name="damaged")
     checkpoint = fits.exports / ".damaged.partial" / "checkpoint"
     assert sorted(file.name for file in checkpoint.iterdir()) == [
@@ -273,14 +276,17 @@ def test_damaged_files_of_networks_that_are_done(fits, whole):
     assert not list((checkpoint / "member-2").glob("*.optimizer.*"))
     damage(next((checkpoint / "member-1").glob("*.outputs.safetensors")))
     damage(checkpoint / "start.safetensors")
-    output = fits(resume="damaged")
+    output = fits(do={"do": "terminate", "at": f"{BATCH}@2"}, resume="damaged")
+    assert "2 of 3 networks are in the export: the others have no epoch yet" in output
+    assert [member["member"] for member in settings_of(fits.exports / "damaged")["training"]["members"]] == [2, 3]
     assert re.search(r"member-1/\d+\.json: damaged \(\d+\.outputs\.safetensors has changed since it was written\); "
                      r"member 1 is trained again", output)  # fmt: skip
     assert "checkpoint/start.safetensors: damaged; reading the weights again from weights.pth" in output
+    output = fits(resume="damaged")
     assert resumed(output) == "with 1 of 3 networks done"
     assert re.findall(r"^member (\d) of 3: .*(resuming after .*)?$", output, re.M)[0][0] == "1"
     assert "; resuming after unfrozen epoch 1" in output
-    same(whole, fits.exports / "damaged")
+    same(whole, fits.exports / "damaged-2")
 
 
 @pytest.mark.slow

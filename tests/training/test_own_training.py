@@ -247,6 +247,12 @@ def test_every_command_takes_a_saved_learner(hospital, export, learn, an_image, 
 
 
 @pytest.mark.slow
+def test_a_search_of_the_parent_is_not_one_of_a_saved_learner(learn):
+    learn.xray.settings["settings"]["lr"] = "find"
+    assert settings_of(save_export(learn, "exports/mine"))["settings"]["lr"] is None
+
+
+@pytest.mark.slow
 def test_a_saved_learner_opens_with_fastai_serves_and_becomes_onnx(learn, an_image, run):
     from fastai.vision.all import load_learner as load_pickled
     from starlette.testclient import TestClient

@@ -1,8 +1,8 @@
 """Write and read the list of files to leave out of a fit.
 
 `data check --fix` writes it, the user may edit it, and `fit --exclude` reads it. It is a .csv file with the columns
-`file` (relative to the folder that holds train/), `finding`, `action` and `detail`. A row whose action is not
-"leave out" changes nothing.
+`file` (relative to the folder that holds train/), `finding`, `action` and `detail`. The action is "leave out". To keep
+a file after all, the user writes "keep" or nothing.
 """
 
 import csv
@@ -14,10 +14,10 @@ import pandas as pd
 from xray_fastai.data.file_lists import named, read_rows
 from xray_fastai.system.errors import UserError
 from xray_fastai.system.files import atomic_write, check_new
-from xray_fastai.system.text import count_of
+from xray_fastai.system.text import count_of, shown
 
 COLUMNS = ("file", "finding", "action", "detail")
-LEAVE_OUT = "leave out"
+LEAVE_OUT, KEEP = "leave out", "keep"
 
 
 def write_list(path: Path, rows: Iterable[dict[str, str]]) -> None:
@@ -43,10 +43,14 @@ def read_list(path: str | Path) -> set[str]:
     """Read the names of the files to leave out, as `file_lists.named` spells them.
 
     Raises:
-        UserError: see `file_lists.read_rows`.
+        UserError: see `file_lists.read_rows`; or an action is unknown.
     """
     rows = read_rows(path, "action", "exclude", "give a list that data check --fix wrote")
-    return {file for file, action in rows if action.lower() == LEAVE_OUT}
+    for file, action, line in rows:
+        if action.lower() not in (LEAVE_OUT, KEEP, ""):
+            fault = f'line {line}, {shown(file)}: unknown action "{shown(action, 40)}"; write {LEAVE_OUT}, or {KEEP}'
+            raise UserError(fault, option="exclude", value=path)
+    return {file for file, action, _ in rows if action.lower() == LEAVE_OUT}
 
 
 def leave_out(table: pd.DataFrame, root: Path, path: str) -> tuple[pd.DataFrame, list[str]]:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from xray_fastai.system.errors import UserError
 
 
-def read_rows(path: str | Path, column: str, option: str, advice: str) -> list[tuple[str, str]]:
+def read_rows(path: str | Path, column: str, option: str, advice: str) -> list[tuple[str, str, int]]:
     """Read a list of files.
 
     Args:
@@ -22,7 +22,8 @@ def read_rows(path: str | Path, column: str, option: str, advice: str) -> list[t
         advice: what to give instead of a file that is no such list.
 
     Returns:
-        Of each row the file, as `named` spells it, and the column's text. Rows without a file are left out.
+        Of each row the file, as `named` spells it, the column's text, and the line of the file that it ends in. Rows
+        without a file are left out.
 
     Raises:
         UserError: the file is missing, or is not such a list.
@@ -36,7 +37,7 @@ def read_rows(path: str | Path, column: str, option: str, advice: str) -> list[t
                     option=option,
                     value=path,
                 )
-            return [(named(row["file"]), (row[column] or "").strip()) for row in reader if row["file"]]
+            return [(named(row["file"]), (row[column] or "").strip(), reader.line_num) for row in reader if row["file"]]
     except OSError as error:
         raise UserError(
             f"cannot be read ({error.strerror}); give the path of a list", option=option, value=path

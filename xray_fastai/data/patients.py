@@ -90,7 +90,7 @@ def patient_rule(pattern: str | None, path: str | None) -> PatientRule:
     if path is None:
         return PatientRule(pattern)
     rows = read_rows(path, "patient", "patients", "give a list such as train/NORMAL/1.jpeg,7")
-    return PatientRule(pattern, {file: patient for file, patient in rows if patient})
+    return PatientRule(pattern, {file: patient for file, patient, _ in rows if patient})
 
 
 def published_patient(file: str) -> str | None:

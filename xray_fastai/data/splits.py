@@ -197,11 +197,21 @@ def is_enough(val: pd.DataFrame | None, valid: str) -> bool:
 
 
 def of_one_patient(table: pd.DataFrame) -> list[str]:
-    """Return a note for each class whose validation images, two or more, are all of one patient.
+    """Return a note for each class whose validation images, two or more, are all of one patient, also in a fold.
 
     Args:
-        table: the images, with the column `is_valid`.
+        table: the images, with the column `is_valid`, and maybe `fold`.
     """
+    if "fold" in table:
+        folds, notes = table.fold.nunique(), []
+        for label, images in table.groupby("label"):
+            patients = images.groupby("fold").patient.agg(["size", "nunique"])
+            if alone := int(((patients["size"] > 1) & (patients["nunique"] == 1)).sum()):
+                notes.append(
+                    f"WARNING: in {alone} of {folds} folds all images of {label} are of one patient, on whom the epoch "
+                    "of the fold's network rests; give more patients, or fewer networks"
+                )
+        return notes
     return [
         f"WARNING: the {len(images)} validation images of {label} are all of one patient: epoch, threshold and "
         "calibration rest on that patient; give more patients"

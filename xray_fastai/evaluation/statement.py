@@ -100,9 +100,12 @@ def _partitions(model: Mapping[str, Any], parts: Mapping[str, str]) -> str:
     """Say what the images were used for, given their counts in words."""
     ensemble = model.get("ensemble")
     if ensemble is not None and ensemble["outputs"] == "out of fold":
+        outputs, trained = "all images", members_of(model)
+        if trained < ensemble["planned"]:
+            outputs = f"the {ensemble['images']:,} images that the {count_of(trained, 'network')} left out"
         return (
             f"{parts['training']} were divided into {ensemble['planned']} folds by patient. Each network was trained "
-            "on all folds but one, which chose its epoch. The outputs of all images, each by the network that was not "
+            f"on all folds but one, which chose its epoch. The outputs of {outputs}, each by the network that was not "
             "trained on it, chose the calibration and the threshold."
         )
     chosen = f"{parts['validation']} chose the epoch, the calibration and the threshold"
@@ -120,7 +123,7 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
     if weights:
         pairs = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(model["classes"], weights, strict=True))
         loss += f", weighted by class ({pairs})"
-    best, updated = model["best"], model.get("recalibrated")
+    best = model["best"]
     members, architecture = members_of(model), model["architecture"]
     known = architecture in ARCHITECTURES or architecture.startswith(TIMM)
     author = "" if known else " (of the authors)"
@@ -140,9 +143,7 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         "calibration": f"Probabilities and threshold: {model['calibration']}.",
         "ensemble": _on_ensemble(model),
         "imbalance": f"The loss was {loss}." if weights else None,
-        "updating": updated
-        and f"The probabilities were fitted to another place on {updated['created'][:10]}, with "
-        f"{count_of(updated['images'], 'image')}.",
+        "updating": _on_updating(model),
         "output": f"{model['positive']} is called from a probability of {model['threshold']:.4g} on."
         if model["positive"] and model["threshold"] is not None
         else "The most probable class is called.",
@@ -150,6 +151,16 @@ def _on_model(model: Mapping[str, Any]) -> dict[str, str | None]:
         "availability": f"The weights have the SHA-256 {model['weights']['sha256']}; all settings are in model.json. "
         "The software is public (add where weights and data are).",
     }
+
+
+def _on_updating(model: Mapping[str, Any]) -> str | None:
+    """Say what `recalibrate` did; None of another export."""
+    if (updated := model.get("recalibrated")) is None:
+        return None
+    day, images, unlabelled = updated["created"][:10], updated["images"], updated.get("unlabelled")
+    if not images and unlabelled:
+        return f"The model was adapted to another place on {day}, with {count_of(unlabelled, 'image')} without labels."
+    return f"The probabilities were fitted to another place on {day}, with {count_of(images, 'image')}."
 
 
 def _on_ensemble(model: Mapping[str, Any]) -> str:
@@ -200,7 +211,9 @@ def _variation(model: Mapping[str, Any]) -> str:
     changes = [text.format(values[key]) for key, text in AUGMENTED.items() if values.get(key) not in (None, 0, 1)]
     if not changes:
         return "Training images were not varied."
-    frozen = any(phase["name"] == "frozen" for phase in model["training"]["phases"])
+    # an ensemble's phases are those of its networks, as in "frozen, member 1"; by hand, fastai's methods train
+    frozen = any(phase["name"].startswith("frozen") for phase in model["training"]["phases"])
+    frozen = frozen and not model.get("by_hand")
     but = ", but not in the frozen phase" if frozen and settings.get("frozen_views") == 1 else ""
     return f"Training images were varied by {', '.join(changes)}{but}."
 

@@ -204,7 +204,7 @@ def backbone_of(arch: str, tensors: dict[str, torch.Tensor], origin: str) -> Mat
 
     Raises:
         UserError: tensors are missing, of another shape, or those of a larger network; the message names them, and the
-            architecture that they fit. Or one of them is not finite.
+            architecture that they fit. Or one of them has no plain numbers, or some that are not finite.
     """
     found = match(arch, tensors)
     if not found.fits:
@@ -212,9 +212,24 @@ def backbone_of(arch: str, tensors: dict[str, torch.Tensor], origin: str) -> Mat
         right = next((f'; they are those of arch="{other.arch}"' for other in others if other.fits), "")
         raise UserError(f"{origin}: not the weights of this arch= ({shown(found.describe_faults(), 400)}){right}")
     for name, tensor in found.found.items():
+        if (kind := _odd_kind(tensor, found.own[name])) is not None:
+            raise UserError(f"{origin}: {name} holds {kind} values; save the weights as float32")
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{origin}: {name} holds values that are not finite; get the file again")
     return found
+
+
+def _odd_kind(tensor: torch.Tensor, own: torch.Tensor) -> str | None:
+    """Return the kind of values that the backbone's tensor `own` cannot take, such as integers; None if it can."""
+    if tensor.is_meta:
+        return "no"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_quantized:
+        return "quantized"
+    if own.is_floating_point() and not tensor.is_floating_point():
+        return str(tensor.dtype).removeprefix("torch.")
+    return None
 
 
 def _names(arch: str, network: nn.Module, own: dict[str, torch.Tensor]) -> list[dict[str, str]]:

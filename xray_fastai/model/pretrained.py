@@ -180,10 +180,15 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(_conversion(path, str(error)), option="weights", value=path) from None
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, SafetensorError) as error:
+        if "TorchScript" in str(error):
+            fault = "a TorchScript archive, which holds code besides tensors; save network.state_dict()"
+            raise UserError(fault, option="weights", value=path) from None
         # torch reads any bytes as steps of a pickle: an error of a look-up says nothing to the user
         known = str(error) and not isinstance(error, LookupError)
         reason = str(error).splitlines()[0] if known else "it is damaged, or holds something else"
-        raise UserError(f"not a readable weights file ({reason}); get it again", option="weights", value=path) from None
+        raise UserError(
+            f"not a readable weights file ({shown(reason, 120)}); get it again", option="weights", value=path
+        ) from None
     tensors = tensors_of(content)
     if tensors is None:
         raise UserError("holds no tensors by name; save network.state_dict()", option="weights", value=path)

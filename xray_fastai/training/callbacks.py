@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 
 BACKBONE = "0."
 """The names of the backbone's tensors begin with this; it does not change in the frozen phase."""
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+"""Batch norm of torchvision's networks and timm's, some of which (LeViT) have it behind linear layers."""
 OWN_METRICS = ("accuracy", "roc_auc")
 """The metrics of every fit, by their columns of the history; the user's come after them."""
 
@@ -124,7 +126,7 @@ class FixedStatistics(Callback):
 
     def before_train(self):
         for layer in self.model.modules():
-            if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            if isinstance(layer, BATCH_NORM):
                 layer.eval()
 
 

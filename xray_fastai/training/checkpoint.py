@@ -17,6 +17,7 @@ it lists the checkpoint's files with size and CRC-32. The two newest checkpoints
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ class Saved:
     best: Tensors
     outputs: Tensors  # empty if there was no best epoch yet
     best_row: int | None  # the best epoch's index in the history
+
+    def is_done(self, phases: Sequence[tuple[str, int]]) -> bool:
+        """Return whether it is the last of a network: all phases, as in `Plan`, have ended."""
+        return self.state["phase"] == len(phases)
 
 
 class Checkpoints:

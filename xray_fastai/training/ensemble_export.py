@@ -44,9 +44,9 @@ def export_members(members: Members, run: Reservation) -> Result:
         UserError: the loss was not finite before any epoch ended, or the export cannot be written.
     """
     plan, received, error = members.plan, members.stop.received, members.error
-    trained = dict(sorted(members.trained.items()))
+    trained = dict(sorted(members.with_epochs().items()))
     if not trained and error is None:
-        # the export has all settings, and the first network with its own images, as it began
+        # the export has all settings, and the present network with its own images
         members.trainer.plan = replace(members.trainer.plan, config=plan.config)
         return export_learner(members.trainer, run)
     if not trained:

@@ -83,7 +83,7 @@ class Members:
         self.plan, self.checkpoints, self.added = plan, checkpoints, added or Added()
         self.saved, self.trained = {}, {}
         for member, of_member in (saved or {}).items():
-            if is_done(of_member, plan):
+            if of_member.is_done(plan.phases):
                 self.trained[member] = Trained.of(of_member)
             else:
                 self.saved[member] = of_member
@@ -103,6 +103,11 @@ class Members:
         """The peak learning rate of the head that was given, or that was found last; after an error, its network's."""
         found = [search for member in sorted(self.trained) for search in self.trained[member].searches]
         return found[-1]["peak"] if found and self.error is None else self.trainer.lr
+
+    def with_epochs(self) -> dict[int, Trained]:
+        """Return `trained`, and the networks whose checkpoint has an epoch, but whose turn did not come again."""
+        kept = {member: Trained.of(saved) for member, saved in self.saved.items() if saved.best_row is not None}
+        return kept | self.trained
 
     def train(self) -> None:
         """Train the networks that are not done, until a signal stops the fit, or a loss is not finite.
@@ -171,15 +176,10 @@ class Members:
             trainer.checkpoints.keep_newest()
 
 
-def is_done(saved: Saved, plan: Plan) -> bool:
-    """Return whether a checkpoint is the last of a network: all phases have ended."""
-    return saved.state["phase"] == len(plan.phases)
-
-
 def without_done(saved: dict[int, Saved], plan: Plan) -> dict[int, Saved]:
     """Return checkpoints without the tensors of networks that are done, which other processes need not have."""
     return {
-        member: replace(one, weights={}, best={}) if plan.members > 1 and is_done(one, plan) else one
+        member: replace(one, weights={}, best={}) if plan.members > 1 and one.is_done(plan.phases) else one
         for member, one in saved.items()
     }
 

@@ -108,7 +108,7 @@ def report_resume(found: Unfinished, run: Reservation, plan: Plan, saved: dict[i
     elif plan.members == 1:
         where = f"after {checkpoint_position(plan, saved[0])}"
     else:
-        done = sum(one.state["phase"] == len(plan.phases) for one in saved.values())
+        done = sum(one.is_done(plan.phases) for one in saved.values())
         where = f"with {done} of {plan.members} networks done"
     renamed = "" if run.name == found.name else f", as {run.name}"
     print(f"resuming      {found.name} {where}{renamed}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from fastai.vision.all import GatherPredsCallback
 
-from xray_fastai.config.choices import members_of
+from xray_fastai.config.choices import FIND, members_of
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.export.layout import HISTORY_COLUMNS
 from xray_fastai.export.reader import lineage_of, read
@@ -89,6 +89,8 @@ def _plan(learn: XrayLearner, about: About, plan: Plan, folder: Path) -> Plan:
         "weights": about.path or model["settings"]["weights"],
     }
     given = {name: settings[name] for name in OF_THE_MODEL if settings.get(name) is not None}
+    if given.get("lr") == FIND:  # of the parent's fit; here no rate was searched
+        given["lr"] = None
     if about.path is None:
         origin = Origin(model["training"]["weights"], False, model["lineage"])
     else:

@@ -452,8 +452,9 @@ def test_on_windows_a_list_may_have_backslashes_and_another_case(monkeypatch, tm
         (b"\x89PNG\r\n\x1a\n\0\0\0", "columns file and action"),
         (b"", "columns file and action"),
         (b'file,action\n"x,leave out\n', "after line 1"),
+        (b"file,action\nx,keep\ny,\nz,leave_out\n", 'line 4, z: unknown action "leave_out"; write leave out, or keep'),
     ],
-    ids=["missing", "columns", "binary", "empty", "quotes"],
+    ids=["missing", "columns", "binary", "empty", "quotes", "action"],
 )
 def test_a_wrong_list_is_refused(content, words, run, refused, collection):
     if content is not None:
