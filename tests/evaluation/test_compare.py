@@ -64,5 +64,5 @@ def test_the_classes_may_stand_in_another_order(export, other, data, tmp_path):
 def test_what_cannot_be_compared_is_refused(run, refused, export, other, data, tmp_path):
     opposite = other(positive="NORMAL")
     refused(run("compare", export, opposite, "--data", data, "--output", tmp_path), "to detect: NORMAL", "classes")
-    refused(run("compare", export, export, "--data", data, "--split", "all"), "--split", "choose one of")
+    refused(run("compare", export, export, "--data", data, "--split", "all"), "--split", "choose one of", code=2)
     refused(run("compare", export, tmp_path / "none", "--data", data), "none")

@@ -34,7 +34,7 @@ def test_quiet_leaves_errors_and_the_last_line(says, files, export):
 
 
 def test_quiet_needs_a_file(says, refused, files):
-    refused(says(files[0], "--quiet"), "--quiet: prints no rows; give a file by --output")
+    refused(says(files[0], "--quiet"), "--quiet: prints no rows; give a file by --output", code=2)
 
 
 def test_a_log_has_all_lines_with_times(says, files, export):
@@ -100,7 +100,7 @@ def test_a_csv_for_excel(excel, separator, decimal, says, refused, files, model)
 
 
 def test_excel_is_for_csv(says, refused, files):
-    refused(says(files[0], "--output", "o.jsonl", "--excel", "comma"), "--excel comma: give a .csv file by --output")
+    refused(says(files[0], "--output", "o.jsonl", "--excel", "comma"), "--excel comma: give a .csv file by --output", code=2)
 
 
 def test_a_workbook(says, refused, files, model):

@@ -119,7 +119,7 @@ def test_a_fit_killed_many_times_gives_the_result_of_an_uninterrupted_one(fits, 
     assert not list(fits.exports.glob(".killed*"))
     model = settings_of(whole)
     assert [phase["end"] for phase in model["training"]["phases"]] == ["early stopping", "reaching its last epoch"]
-    assert model["best"]["phase"] == "frozen"
+    assert model["best"]["phase"] == "unfrozen"
     rates = [float(row["lr"]) for row in history_of(whole) if row["phase"] == "frozen"]
     assert rates[-1] < rates[-2] < rates[0]  # the rate was cut
 

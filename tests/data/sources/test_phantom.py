@@ -66,7 +66,7 @@ def test_fit_without_data_is_a_rehearsal_of_both_phases_and_says_so(run, few_dra
     result = run("fit", *options, "--name", "rehearsal")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("REHEARSAL") and "nothing about patients" in result.stdout
-    assert "phases        frozen (at most 2 epochs), unfrozen (at most 1 epoch)" in result.stdout
+    assert "phases        frozen (at most 2 epochs, images not augmented), unfrozen (at most 1 epoch)" in result.stdout
     assert "frozen phase  only to show it: the head trains on random features" in result.stdout
     model = settings_of(Path("exports/rehearsal"))
     assert [phase["name"] for phase in model["training"]["phases"]] == ["frozen", "unfrozen"]
