@@ -100,7 +100,8 @@ def test_a_csv_for_excel(excel, separator, decimal, says, refused, files, model)
 
 
 def test_excel_is_for_csv(says, refused, files):
-    refused(says(files[0], "--output", "o.jsonl", "--excel", "comma"), "--excel comma: give a .csv file by --output", code=2)
+    result = says(files[0], "--output", "o.jsonl", "--excel", "comma")
+    refused(result, "--excel comma: give a .csv file by --output", code=2)
 
 
 def test_a_workbook(says, refused, files, model):
