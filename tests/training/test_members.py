@@ -25,6 +25,7 @@ from xray_fastai.data.images import open_image
 from xray_fastai.data.labelled import Request, labelled_images
 from xray_fastai.data.splits import assign_folds, patient_groups
 from xray_fastai.evaluation import interpret as interpretation
+from xray_fastai.evaluation import out_of_fold
 from xray_fastai.evaluation.statement import _on_data, _on_model
 from xray_fastai.export.runs import Auc, list_runs
 from xray_fastai.export.weights_file import split_tensors
@@ -476,12 +477,13 @@ def test_trackers_tell_the_networks_apart(collection, monkeypatch):
 @pytest.mark.slow
 def test_interpret_shows_the_errors_of_the_network_that_left_an_image_out(collection, monkeypatch):
     exported = fit(collection, **QUICKLY).path
-    mapped, make_cells = [], interpretation.make_cells
-    monkeypatch.setattr(interpretation, "make_cells", lambda *args: (mapped.append(args), make_cells(*args))[1])
+    mapped, make_cells = [], out_of_fold.make_cells
+    monkeypatch.setattr(out_of_fold, "make_cells", lambda *args: (mapped.append(args), make_cells(*args))[1])
     found = interpretation.interpret(exported, top=3)
     folds = pd.read_csv(exported / "out_of_fold.csv").set_index("file")
     rows = folds.loc[found.images.file.map(file_key)]
-    assert len(found.table) == len(folds) and interpretation.FOLDS in found.remarks
+    assert len(found.table) == len(folds) and out_of_fold.JUDGED in found.remarks
+    assert f"training images, out of fold, {len(folds)} images" in str(found)
     (listed,) = list_runs("exports")
     assert listed.out_of_fold and listed.valid_images == len(folds)
     losses = found.images.loss.to_numpy()

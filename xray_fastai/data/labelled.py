@@ -209,7 +209,7 @@ def _used_in_fit(model: dict[str, Any], listed: _Listed, out_of_fold: frozenset[
     Raises:
         UserError: there are none, or files that the fit validated on are missing.
     """
-    keys = out_of_fold or set(model["data"]["valid_files"])
+    keys = set(model["data"]["valid_files"]) if out_of_fold is None else out_of_fold
     if listed.split == "valid" and has_folds(model) and out_of_fold is None:
         raise UserError(
             "an ensemble has none: each image was left out by one network, but learnt from by the others. report.html "

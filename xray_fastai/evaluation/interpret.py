@@ -7,10 +7,9 @@ interpretation-<split>/top_losses.png   the images of largest loss beside their 
 
 import html
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,19 +25,18 @@ from xray_fastai.data.labelled import Request, has_folds, labelled_images, split
 from xray_fastai.data.patients import note_on
 from xray_fastai.data.table import Data
 from xray_fastai.data.table_columns import Column
-from xray_fastai.evaluation.contact_sheet import LIMIT, Cell, draw_sheet, make_cells
+from xray_fastai.evaluation.contact_sheet import LIMIT, draw_sheet
 from xray_fastai.evaluation.error_patterns import suspicious_causes
 from xray_fastai.evaluation.evaluate import SPLITS
 from xray_fastai.evaluation.evaluation_result import write_table
+from xray_fastai.evaluation.out_of_fold import JUDGED, cells, out_of_fold
 from xray_fastai.evaluation.report import write_report
 from xray_fastai.evaluation.result_folder import replaced_data, result_folder
-from xray_fastai.export.layout import OUT_OF_FOLD
 from xray_fastai.inference.gradcam import describe as describe_map
 from xray_fastai.inference.model import Model, open_model
 from xray_fastai.inference.rows import UNLIKE_DIGITS, DecisionRule, Withheld
 from xray_fastai.inference.stream import predict_and_compare
 from xray_fastai.metrics.scored import losses
-from xray_fastai.model.ensemble import split as split_network
 from xray_fastai.system.device import describe
 from xray_fastai.system.errors import OptionError, UserError
 from xray_fastai.system.files import replaced
@@ -46,7 +44,6 @@ from xray_fastai.system.imports import without_fastais_warning
 from xray_fastai.system.parallel import map_in_threads
 from xray_fastai.system.progress import track
 from xray_fastai.system.text import count_of, data_uri, shorten, wrap
-from xray_fastai.system.untrusted import read_received
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -59,12 +56,6 @@ FORMAT = 1
 PICTURE, LOSSES, SUMMARY = "top_losses.png", "top_losses.csv", "summary.json"
 NOT_CALLED = "?"
 """Marks the prediction of an image that `predict` would not call."""
-FOLDS_BYTES = 100_000_000
-"""Bytes of an `out_of_fold.csv`: a million images."""
-FOLDS = (
-    "each image is judged by the network that was not trained on it, and its heat maps are those of this network; the "
-    "export calls an image by the mean of all networks"
-)
 WORST = 16
 """Images in `summary.json` and in the table on the terminal."""
 
@@ -143,6 +134,11 @@ class _Ranking:
     def errors(self) -> int:
         return int(self.table.wrong.sum())
 
+    @property
+    def images_are(self) -> str:
+        """What the images are, in words."""
+        return "training images, out of fold" if "member" in self.table else f"{self.split} split"
+
 
 def interpret(
     model: "str | Path | Model | Learner | None" = None,
@@ -211,7 +207,7 @@ def interpret(
         _write(partial, ranking, shown, only_errors, {"data": source, "selection": description})
     write_report(opened.path, output)
     if "member" in ranking.table:
-        remarks.append(FOLDS)
+        remarks.append(JUDGED)
     remarks += filter(None, [*labelled.notes, note, note_on(labelled.table)])
     head = _head(ranking, source)
     table = ranking.table.drop(columns="probability")
@@ -292,57 +288,15 @@ def _select(table: pd.DataFrame, selection: _Selection) -> tuple[pd.DataFrame, s
 
 def _draw(ranking: _Ranking, shown: pd.DataFrame, description: str, path: Path) -> None:
     """Draw images beside their heat maps."""
-    cells = list(track(_cells(ranking.model, shown), "heat maps", len(shown)))
+    drawn = list(track(cells(ranking.model, shown), "heat maps", len(shown)))
     name = shorten(ranking.model.path.resolve().name, 40)
     notes = [
-        f"{ranking.split} split: {count_of(len(ranking.table), 'image')}, {ranking.errors} misclassified. "
+        f"{_capitalized(ranking.images_are)}: {count_of(len(ranking.table), 'image')}, {ranking.errors} misclassified. "
         f"Model: {name}.",
         f"Beside each image what speaks for the class that is called{_and_to_detect(ranking.model)}.",
-        f"{describe_map(next(iter(cells[0].maps.values())))}.",
+        f"{describe_map(next(iter(drawn[0].maps.values())))}.",
     ]
-    draw_sheet(cells, _capitalized(description), notes, DISCLAIMER, path)
-
-
-def _cells(model: Model, shown: pd.DataFrame) -> Iterator[Cell]:
-    """Compute the heat maps, with folds each by the network that was not trained on the image."""
-    if "member" not in shown:
-        yield from make_cells(model, shown)
-        return
-    numbers = _members(model)
-    networks = dict(zip(numbers, split_network(model.network, len(numbers)), strict=True))
-    for _, row in shown.iterrows():
-        own = replace(model, network=networks[row.member])
-        yield from make_cells(own, row.to_frame().T)
-
-
-def _members(model: Model) -> list[int]:
-    """Return the numbers of the networks, in their order: fewer than were planned after an interruption."""
-    return [int(member["member"]) for member in model.settings["training"]["members"]]
-
-
-def out_of_fold(model: Model) -> pd.DataFrame | None:
-    """Read what each network of an ensemble on folds said of the images that it was not trained on.
-
-    Returns:
-        By the key of the file, the `member` from 1 on, and the probabilities in columns named as the classes; None if
-        the export has none, as one that was calibrated again.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if not (model.path / OUT_OF_FOLD).exists():
-        return None
-    content = read_received(model.path, OUT_OF_FOLD, FOLDS_BYTES)
-    columns = {f"p_{name}": name for name in model.classes}
-    try:
-        table = pd.read_csv(BytesIO(content), dtype={"file": str, "member": int, **dict.fromkeys(columns, float)})
-        table = table.set_index("file", verify_integrity=True)[["member", *columns]].rename(columns=columns)
-        right = table[model.classes].notna().all(axis=None) and table.member.isin(_members(model)).all()
-    except (ValueError, KeyError):
-        right = False
-    if not right:
-        raise UserError("damaged; get the export again", value=model.path / OUT_OF_FOLD)
-    return table
+    draw_sheet(drawn, _capitalized(description), notes, DISCLAIMER, path)
 
 
 def _and_to_detect(model: Model) -> str:
@@ -381,7 +335,7 @@ def _head(ranking: _Ranking, data: str) -> list[tuple[str, str]]:
         ("Model:", str(model.path)),
         ("", f"{network_of(model.settings)}, {model.size} pixels, {device}"),
         ("Data:", data),
-        ("", f"{ranking.split} split, {images} images"),
+        ("", f"{ranking.images_are}, {images} images"),
         ("Wrong:", f"{ranking.errors} of {images}{rule}"),
         *([("Note:", note)] if (note := SPLITS[ranking.split]) else []),
     ]

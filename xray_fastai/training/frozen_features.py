@@ -5,15 +5,17 @@ is. History and weights are the same as with a backbone that runs in every epoch
 folded into the convolutions, and batches are composed differently. With `frozen_views` V above 1, each training image
 goes through it once for each of V augmented views. The epochs take them in turn: epoch e trains on view e % V.
 
-On real images the best validation loss of a frozen phase hardly depends on the number of views (ResNet18 at 64 px
-pretrained on the drawn X-rays, 40 epochs; mean and standard deviation over draws of the views):
+On random images of the same collection the best validation loss of a frozen phase hardly depends on the number of
+views, all augmented (ResNet18 at 64 px pretrained on the drawn X-rays, 40 epochs; mean and standard deviation over
+draws of the views):
 
     views                          1                2                4                8    40, a new one each epoch
     1,080 images   0.4222 +- 0.0034 0.4255 +- 0.0041 0.4245 +- 0.0014 0.4255 +- 0.0013           0.4268 +- 0.0029
       200 images   0.5221 +- 0.0024 0.5215 +- 0.0013 0.5219 +- 0.0017 0.5219 +- 0.0009           0.5217 +- 0.0003
 
-while the time grows with their number. So the default is two: most of the benefit
-of augmentation at a fraction of its cost.
+while the time grows with their number. On images unlike the training images, and with ImageNet's weights, views by the
+augmentation `strong` were worse than the images as they are (`tests/benchmarks/README.md`, Transfer). So these are the
+default.
 
 With several processes the backbone runs in every epoch: each process would need the features of all images.
 """
