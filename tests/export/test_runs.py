@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.test_start import imports_none_of
 from tests.export.test_old_exports import OLD
+from xray_fastai.data.folders import lacks_test
 from xray_fastai.export.reader import default_export, find_export, set_default
 from xray_fastai.export.runs import Auc, differing_settings, list_runs
 from xray_fastai.system.errors import UserError
@@ -166,6 +167,16 @@ def test_the_commands(exports, run, refused, monkeypatch):
 
 
 @pytest.mark.slow
+def test_without_test_images_the_next_step_is_not_to_evaluate(exports, run):
+    settings = json.loads((exports / "first" / "model.json").read_text())["settings"]
+    for splits, step in ((["train"], "interpret"), (["train", "Test"], "evaluate")):
+        for split in splits:
+            Path("images", split, "NORMAL").mkdir(parents=True, exist_ok=True)
+        change(exports / "first", settings=settings | {"data": "images"})
+        assert run("runs", "first").stdout.splitlines()[-1] == f"next: xray-fastai {step} exports/first"
+    assert not lacks_test("gone") and not lacks_test("table.csv") and not lacks_test(None)
+
+
 def test_a_report_is_written_again(exports, run, tmp_path):
     (exports / "last" / "report.html").unlink(missing_ok=True)
     lines = run("report").stdout.splitlines()

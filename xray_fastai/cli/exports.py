@@ -32,9 +32,12 @@ def runs(
     if not pair:
         print_runs(exports, sort, json)
     elif len(pair) == 1:
-        run = print_run(pair[0], exports, json)
+        run, settings = print_run(pair[0], exports, json)
         if not json:
-            next_command("evaluate" if run.test is None else "interpret", run.path)
+            from xray_fastai.data.folders import lacks_test
+
+            untested = run.test is None and not lacks_test(settings["data"])
+            next_command("evaluate" if untested else "interpret", run.path)
     elif len(pair) == 2:
         print_differences(pair, json)
         if not json:

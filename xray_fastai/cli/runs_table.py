@@ -36,12 +36,12 @@ def print_runs(exports: Path, sort: str, as_json: bool) -> None:
             print(printable(f"{run.name}: {run.fault}"))
 
 
-def print_run(name: str, exports: Path, as_json: bool) -> Run:
-    """Print all of one export that the list has, and what was set for its fit; return it."""
+def print_run(name: str, exports: Path, as_json: bool) -> tuple[Run, dict[str, Any]]:
+    """Print all of one export that the list has, and what was set for its fit; return both."""
     run, settings = one_run(name, exports)
     if as_json:
         print(json.dumps(asdict(run) | {"settings": settings}, indent=2))
-        return run
+        return run, settings
     set_values = {name: value for name, value in settings.items() if value is not None}
     lines = {
         "export": f"{run.path}{', the default' if run.default else ''}",
@@ -55,7 +55,7 @@ def print_run(name: str, exports: Path, as_json: bool) -> Run:
     }
     for title, text in lines.items():
         print("\n".join(wrap(_line(str(text)), f"{title:<14}")))
-    return run
+    return run, settings
 
 
 def print_differences(pair: list[str], as_json: bool) -> None:

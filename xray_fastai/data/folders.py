@@ -76,7 +76,7 @@ def find_root(
 def _find_root(data: Path, split: str, classes: Sequence[str]) -> Path:
     layout = f"expected folders such as {' and '.join(f'{split}/{name}' for name in classes[:2])} in it"
     if split == "test":
-        layout += f", or {' and '.join(classes[:2])} without splits"
+        layout += f", or {' and '.join(classes[:2])} without splits; xray-fastai data split makes a test split"
     if not data.exists():
         raise UserError(f"no such folder; {layout}", option="data", value=data)
     if not data.is_dir():
@@ -94,6 +94,18 @@ def _find_root(data: Path, split: str, classes: Sequence[str]) -> Path:
     if not entries:
         raise UserError(f"the folder is empty; {layout}", option="data", value=data)
     raise UserError(f"no {split}/ in it (it has {', '.join(entries[:5])}); {layout}", option="data", value=data)
+
+
+def lacks_test(data: str | None) -> bool:
+    """Return whether a fit's folder has no test images; False where that is not seen: a table, a folder that is gone.
+
+    Args:
+        data: the setting `data` of a fit; None is the drawn X-rays, which have test images.
+    """
+    try:
+        return data is not None and split_folder(find_root(data), "test") is None
+    except (UserError, OSError):
+        return False
 
 
 def unpacking(path: Path) -> str | None:

@@ -7,6 +7,7 @@ from xray_fastai import DISCLAIMER
 from xray_fastai.config.choices import FIND
 from xray_fastai.config.fit_config import FitConfig
 from xray_fastai.data.classes import only_class, positive_note
+from xray_fastai.data.folders import lacks_test
 from xray_fastai.data.patients import unknown
 from xray_fastai.evaluation.learning_curves import LR_FIND
 from xray_fastai.evaluation.subgroups import Group
@@ -256,7 +257,7 @@ def conclude(path: Path, model: dict, run: Reservation) -> None:
             f"resume: {run.resume_command} (needs {path / CHECKPOINT}, {size:,.0f} MB; delete that folder if you will "
             "not resume)"
         )
-    print(f"next: xray-fastai evaluate {path}")
+    print(f"next: xray-fastai {'interpret' if lacks_test(model['settings']['data']) else 'evaluate'} {path}")
     print(DISCLAIMER)
 
 
